@@ -1,0 +1,140 @@
+"""How much time and memory does a distillation step need, by number of teachers, against the materialised loss?
+
+    python benchmarks/losses.py                                   the CPU rows (minutes), into losses.csv
+    python benchmarks/losses.py --device cuda --csv losses_gpu.csv
+    python benchmarks/losses.py --tokens 64 --vocabulary 128 --width 16 --csv /tmp/try.csv
+
+One process per row, since the peak of a CPU process never falls. Time and memory are those of loss and gradients
+(forward and backward); memory is the peak above the inputs. Rows already in the CSV are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measure import HERE, PeakMemory, append, environment, known, seconds
+from torch import Tensor
+
+from epochal import loss
+
+METHODS = ("fused", "materialised", "torch.compile", "linear_cross_entropy", "liger")
+
+
+def materialised(
+    hidden: Tensor, head: Tensor, targets: Tensor, teachers: list[tuple[Tensor, Tensor]], average: str
+) -> Tensor:
+    """What one writes without a fused loss: all logits at once (teachers one after the other, the thrifty way)."""
+    z = hidden @ head.t()
+    if not teachers:
+        return F.cross_entropy(z.float(), targets)
+    share = 1.0 / len(teachers)
+    with torch.no_grad():
+        soft: Tensor | None = None
+        for x, w in teachers:
+            part = (x @ w.t()).float()
+            part = share * (part if average == "logits" else part.softmax(1))
+            soft = part if soft is None else soft + part
+        assert soft is not None
+        soft = soft.softmax(1) if average == "logits" else soft
+    log_q = z.float().log_softmax(1)
+    return 0.5 * F.nll_loss(log_q, targets) + 0.5 * F.kl_div(log_q, soft, reduction="batchmean")
+
+
+def step(method: str, average: str, inputs: tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]) -> Tensor:
+    """The loss of one method; the caller runs backward."""
+    hidden, head, targets, teachers = inputs
+    if method == "fused" and teachers:
+        return loss.distillation_loss(hidden, head, targets, teachers, average=average, weight=0.5)
+    if method == "fused":
+        return loss.cross_entropy(hidden, head, targets)
+    if method == "linear_cross_entropy":
+        return F.linear_cross_entropy(hidden, head, targets)
+    if method == "liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss()(head, hidden, targets)
+    return materialised(hidden, head, targets, teachers, average)
+
+
+def measure_one(args: argparse.Namespace) -> dict[str, object]:
+    """Time and memory of one case in this process."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    make = {"device": args.device, "dtype": dtype}
+
+    def pair() -> tuple[Tensor, Tensor]:
+        x = torch.randn(args.tokens, args.width, **make)
+        # in place: a temporary of the head's size would count as peak before the measurement begins
+        return x, torch.randn(args.vocabulary, args.width, **make).mul_(args.width**-0.5)
+
+    hidden, head = pair()
+    targets = torch.randint(args.vocabulary, (args.tokens,), device=args.device)
+    inputs = (hidden.requires_grad_(), head.requires_grad_(), targets, [pair() for _ in range(args.teachers)])
+    run: Callable[..., Tensor] = torch.compile(step) if args.method == "torch.compile" else step
+
+    def once() -> None:
+        hidden.grad = head.grad = None
+        run(args.method, args.average, inputs).backward()
+
+    # A tiny call first: library set-up and thread pools are neither time nor memory of the loss.
+    tiny = torch.randn(8, 8, **make)
+    step("fused", "logits", (tiny.requires_grad_(), tiny, targets[:8] % 8, [(tiny.detach(), tiny.detach())])).backward()
+    with PeakMemory(args.device) as peak:
+        first = seconds(once, args.device, 1)
+    again = seconds(once, args.device, args.repeats) if args.repeats else first
+    return {
+        "path": loss.backend(args.device),
+        "seconds": f"{min(first, again):.5g}",
+        "peak_mb": f"{peak.megabytes:.5g}",
+    }
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """(method, average, teachers): the fused loss by K, then what it is compared with."""
+    rows = [("fused", "none", 0)] + [("fused", a, k) for k in (1, 8) for a in ("logits", "probs")]
+    rows += [("materialised", "none", 0), ("materialised", "logits", 1), ("linear_cross_entropy", "none", 0)]
+    if args.device == "cuda":
+        rows += [("materialised", "logits", 8), ("materialised", "probs", 8), ("torch.compile", "none", 0)]
+        rows += [("torch.compile", "logits", 8)]
+        if importlib.util.find_spec("liger_kernel"):
+            rows += [("liger", "none", 0)]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=50304)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=1, help="further timed calls; the best counts")
+    parser.add_argument("--csv", type=Path, default=HERE / "losses.csv")
+    parser.add_argument("--method", choices=sorted(set(METHODS)), help=argparse.SUPPRESS)
+    parser.add_argument("--average", default="none", help=argparse.SUPPRESS)
+    parser.add_argument("--teachers", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    path = args.csv if args.csv.is_absolute() else HERE / args.csv
+    if args.method is None:
+        failed = 0
+        for method, average, teachers in cases(args):
+            case = ["--method", method, "--average", average, "--teachers", str(teachers)]
+            failed += subprocess.run([sys.executable, __file__, *sys.argv[1:], *case], check=False).returncode != 0
+        raise SystemExit(1 if failed else 0)
+    keys = {"method": args.method, "average": args.average, "teachers": args.teachers, "tokens": args.tokens}
+    keys |= {"vocabulary": args.vocabulary, "width": args.width, "dtype": args.dtype, **environment(args.device)}
+    if known(path, keys):
+        print("already measured:", *keys.values())
+        return
+    append(path, {**keys, **measure_one(args)})
+
+
+if __name__ == "__main__":
+    main()

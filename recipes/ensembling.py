@@ -1,0 +1,163 @@
+"""How low do K independent models go together, and to which limit? (spec sections 6 and 7)
+
+Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members are trained
+longer and decayed less than the best single model: the same lr, twice the epochs, half the decay.
+Command: epochal run ensembling --scale demo
+Found: recipes/results/<scale>/report.md
+"""
+
+import math
+from typing import Any
+
+from epochal.records import Record, Records, needed
+from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
+from epochal.run import AVERAGES, Ensemble, Job, Run
+from epochal.scale import Scale, member_point
+from epochal.scaling import PowerLaw, fit_power_law
+from recipes import heavy_weight_decay
+
+
+def plan(records: Records, scale: Scale) -> list[Job]:
+    """Return the jobs still needed whose inputs exist."""
+    return needed(jobs(records, scale), records)
+
+
+def jobs(records: Records, scale: Scale) -> list[Job]:
+    """Every job that can be named today: the searches, then members and ensembles of each size with a certificate."""
+    found = heavy_weight_decay.jobs(records, scale)
+    for tokens in scale.unique_tokens:
+        for model in scale.ensemble.models:
+            found += members(records, scale, model, tokens)
+            found += ensembles(records, scale, model, tokens)
+    return found
+
+
+def members(records: Records, scale: Scale, model: str, tokens: int) -> list[Run]:
+    """Return the members of one size: none before its search has a certificate."""
+    search = heavy_weight_decay.tuned(records, scale, model, tokens)
+    if not search.certified or search.best is None:
+        return []
+    point = member_point(search.best)
+    return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.ensemble.count)]
+
+
+def ensembles(records: Records, scale: Scale, model: str, tokens: int) -> list[Ensemble]:
+    """Return the ensembles of one size, one for each way to average."""
+    runs = members(records, scale, model, tokens)
+    if not runs:
+        return []
+    stem = runs[0].name.removesuffix("-s0")
+    names = tuple(run.name for run in runs)
+    return [Ensemble(name=f"{stem}-k{len(runs)}-{average}", runs=names, average=average) for average in AVERAGES]
+
+
+def members_law(record: Record) -> PowerLaw:
+    """Fit E + A / K to the losses of one ensemble record (exponent 1: independent members, spec section 6).
+
+    Losses of every subset would count members several times over, so each k enters once, with its mean.
+    """
+    curve = {int(k): sum(losses) / len(losses) for k, losses in record.results["curve"].items()}
+    return fit_power_law(list(curve), list(curve.values()), alpha=1.0)
+
+
+def best_ensemble(records: Records, scale: Scale, tokens: int) -> Record | None:
+    """Return the record of the ensemble with the lowest loss at one budget."""
+    found = [
+        record
+        for model in scale.ensemble.models
+        for ensemble in ensembles(records, scale, model, tokens)
+        if (record := records.get(ensemble)) is not None
+    ]
+    return min(found, key=lambda record: record.loss, default=None)
+
+
+def report(records: Records, scale: Scale) -> Section:
+    """Compare ensembles with the best single model, and extrapolate in K."""
+    claims: list[Claim] = []
+    tables, figures = [], []
+    for tokens in scale.unique_tokens:
+        found = [
+            (model, ensemble, records.get(ensemble))
+            for model in scale.ensemble.models
+            for ensemble in ensembles(records, scale, model, tokens)
+        ]
+        done = [(model, ensemble, record) for model, ensemble, record in found if record is not None]
+        claims += _claims(records, scale, tokens, done)
+        if done:
+            tables.append(_table(scale, tokens, done))
+            figures.append(_figure(records, scale, tokens, done))
+    return Section(
+        title="Ensembling",
+        question="How low do K independently trained models go together, and to which limit?",
+        claims=tuple(claims),
+        tables=tuple(tables),
+        figures=tuple(figures),
+    )
+
+
+Found = list[tuple[str, Ensemble, Record]]
+
+
+def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Claim]:
+    best = best_ensemble(records, scale, tokens)
+    single, model = heavy_weight_decay.best_single(records, scale, tokens)
+    if best is None or not math.isfinite(single) or not isinstance(best.job, Ensemble):
+        return []
+    reasons = heavy_weight_decay.missing(records, scale, tokens)
+    claims = [
+        Claim(
+            text=f"D = {tokens:,}: {len(best.job.runs)} members ({best.job.average}) beat the best single model ({model})",
+            value=f"{single - best.loss:.4f} nats ({single:.4f} to {best.loss:.4f})",
+            seeds=len(best.job.runs),
+            holds=best.loss < single,
+            provisional=reasons,
+        )
+    ]
+    for size, ensemble, record in done:
+        law = members_law(record)
+        claims.append(
+            Claim(
+                text=f"D = {tokens:,}: the limit K to infinity of {size} members ({ensemble.average}), exponent 1",
+                value=f"{law.E:.4f} nats",
+                interval=law.interval["E"] if law.interval else None,
+                seeds=len(ensemble.runs),
+                holds=None if law.interval is None else law.interval["E"][1] < single,
+                provisional=reasons if law.interval else (*reasons, "too few members for an interval"),
+            )
+        )
+    return claims
+
+
+def _table(scale: Scale, tokens: int, done: Found) -> Table:
+    rows = []
+    for model, ensemble, record in done:
+        for k, losses in record.results["curve"].items():
+            low, high = (min(losses), max(losses)) if len(losses) > 1 else (None, None)
+            rows.append((model, ensemble.average, int(k), sum(losses) / len(losses), low, high))
+    return Table(
+        title=f"Ensembles, D = {tokens:,} tokens (mean, lowest and highest over subsets of K members)",
+        columns=("model", "average", "K", "loss", "lowest", "highest"),
+        rows=tuple(rows),
+    )
+
+
+def _figure(records: Records, scale: Scale, tokens: int, done: Found) -> Figure:
+    single, model = heavy_weight_decay.best_single(records, scale, tokens)
+
+    def draw(axes: Any) -> None:
+        for size, ensemble, record in done:
+            curve = {int(k): losses for k, losses in record.results["curve"].items()}
+            means = [sum(losses) / len(losses) for losses in curve.values()]
+            label = f"{size}, {ensemble.average}"
+            draw_series(axes, list(curve), means, label=label)
+            if len(curve) > 2:
+                draw_law(axes, members_law(record), 1, 4 * max(curve), label=f"{label}: E + A / K")
+        if math.isfinite(single):
+            axes.axhline(single, color="0.4", linewidth=1, label=f"best single ({model})")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("members K")
+        axes.set_ylabel("validation loss (nats per token)")
+        axes.legend()
+
+    caption = f"Loss against K at D = {tokens:,}: members at twice the epochs and half the decay, and the law in K."
+    return Figure(name=f"loss-against-members-{tokens}", caption=caption, draw=draw)

@@ -1,0 +1,140 @@
+"""Planning a campaign: which recipes, which jobs, what they cost. Pure functions of the records; no torch.
+
+`Hypothetical` answers every question with an equal loss, so every search ends where it starts: that prices a whole
+campaign before anything has run.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from epochal.config import REPOSITORY, nearest
+from epochal.model_size import parameter_counts
+from epochal.records import Record, Records, Split, Workspace, split
+from epochal.run import Ensemble, Job, Run, Samples
+from epochal.scale import Scale
+
+BYTES_PER_WEIGHT = 4
+"""Model folders hold float32 weights."""
+
+
+def recipe_names() -> list[str]:
+    """Return the recipes of the current folder, or else of the repository."""
+    folder = REPOSITORY / "recipes"
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load_recipe(name: str) -> ModuleType:
+    """Import one recipe; raises ValueError with the nearest name when there is none."""
+    if name not in recipe_names():
+        raise ValueError(
+            f"there is no recipe {name!r}{nearest(name, recipe_names())}; known: {', '.join(recipe_names())}."
+        )
+    if str(REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(REPOSITORY))
+    return importlib.import_module(f"recipes.{name}")
+
+
+def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> list[Job]:
+    """Return every job that the recipes name today, each once.
+
+    Raises ValueError when two recipes give one name two meanings.
+    """
+    found: dict[str, Job] = {}
+    for name in recipes:
+        for job in load_recipe(name).jobs(records, scale):
+            if found.setdefault(job.name, job) != job:
+                raise ValueError(f"job {job.name!r} means two things in recipe {name!r}; give one another name.")
+    return list(found.values())
+
+
+class Hypothetical(Records):
+    """Records in which every job has run: the real ones, and an equal loss for all others."""
+
+    def __init__(self, records: Records) -> None:
+        super().__init__(records.workspace, records)
+        self.assumed: dict[str, Job] = {}
+
+    def get(self, job: Job) -> Record | None:
+        """Return the real record of a job, or an assumed one."""
+        record = super().get(job)
+        if record is None:
+            self.assumed[job.name] = job
+            record = Record(job, "", "done", {"loss": 1.0, "parameters": 1})
+        return record
+
+    def has_output(self, job: Job) -> bool:
+        """Say yes: everything has run."""
+        return True
+
+
+@dataclass(frozen=True)
+class Price:
+    """What jobs cost: device-hours at the scale's measured speed, training FLOPs, and bytes kept on disk."""
+
+    jobs: int
+    flops: float
+    hours: float
+    disk: int
+
+
+def flops_of(job: Job, vocab_size: int | None = None) -> float:
+    """Return the training FLOPs of a Run, 6 N tokens; 0 for evaluation and sampling, which cost little beside it."""
+    if not isinstance(job, Run):
+        return 0.0
+    return 6.0 * parameter_counts(job.model, vocab_size=vocab_size).total * job.tokens
+
+
+def price(jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None) -> Price:
+    """Add up the cost of jobs on the hardware of their scale."""
+    flops, disk, count = 0.0, 0, 0
+    for job in jobs:
+        count += 1
+        flops += flops_of(job, vocab_size)
+        match job:
+            case Run():
+                disk += BYTES_PER_WEIGHT * parameter_counts(job.model, vocab_size=vocab_size).total
+            case Samples():
+                disk += 4 * job.tokens
+            case Ensemble():
+                pass
+    return Price(jobs=count, flops=flops, hours=flops / scale.hardware.flops / 3600, disk=disk)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The state of a campaign: jobs by state today, and what is still to come if every search ends where it stands."""
+
+    split: Split
+    today: Price
+    later: Price
+
+
+def outlook(recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None) -> Outlook:
+    """Say what is done, ready and waiting, and what the rest of the campaign costs at least."""
+    jobs = campaign_jobs(recipes, records, scale)
+    state = split(jobs, records)
+    by_name = {job.name: job for job in jobs}
+    unfinished = [*state.ready, *(by_name[name] for name in state.waiting)]
+    hypothetical = Hypothetical(records)
+    future = campaign_jobs(recipes, hypothetical, scale)
+    known = {job.name for job in jobs}
+    later = [job for job in future if job.name not in known and records.named(job.name) is None]
+    return Outlook(state, price(unfinished, scale, vocab_size), price(later, scale, vocab_size))
+
+
+def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:
+    """Return the vocabulary of a prepared token store, or None: then the model files' own is priced."""
+    import json
+
+    from epochal.config import find_config
+
+    path = workspace.data / find_config("data", scale.data, ".toml").stem / "meta.json"
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return int(meta["vocab_size"])
+    except (OSError, ValueError, KeyError):
+        return None

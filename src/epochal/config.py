@@ -1,0 +1,159 @@
+"""TOML and JSON into frozen dataclasses: every key known, every type right, or one clear sentence.
+
+Also the one rule for names: `kjv` means `configs/data/kjv.toml`; anything with a slash or a suffix is a path.
+"""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the closest of `words`, or an empty string."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def find_config(kind: str, name: str, suffix: str) -> Path:
+    """Return the file of a named config: `configs/<kind>/<name><suffix>` here or in the repository, or a path.
+
+    Raises ValueError naming the nearest existing name.
+    """
+    if "/" in name or name.endswith(suffix):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"{name} does not exist; give the path of a {suffix} file or a name from configs/{kind}.")
+        return path
+    folders = [Path("configs") / kind, REPOSITORY / "configs" / kind]
+    for folder in folders:
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    known = sorted({path.stem for folder in folders for path in folder.glob(f"*{suffix}")})
+    raise ValueError(f"configs/{kind} has no {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}.")
+
+
+def load_toml(path: Path, cls: type[T]) -> T:
+    """Read a TOML file into the dataclass `cls`; unknown keys, wrong types and unreadable files raise ValueError."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; check the path.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}; correct that line.") from None
+    return from_table(table, cls, where=str(path))
+
+
+def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
+    """Build the dataclass `cls` from a plain table, recursively; `where` starts every error sentence."""
+    assert dataclasses.is_dataclass(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, fields)}; remove or correct it.")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in table
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}: missing key {missing[0]!r}; add it.")
+    values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
+    try:
+        return typing.cast(T, cls(**values))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Check `value` against a type hint; tables become dataclasses, lists become tuples, integers may be floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(value, arguments, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} is {value!r}, not a list; write it in brackets.")
+        return tuple(_convert(item, arguments[0], where) for item in value)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}, not a table; write key = value lines.")
+        return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}, not a table; write it as [{where.split()[-1]}].")
+        return from_table(value, hint, where=where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ValueError(f"{where} is {value!r}, not of type {hint.__name__}; correct the value.")
+
+
+def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    """Convert to the first choice that fits; tables of several dataclasses are told apart by their `kind`."""
+    if value is None and type(None) in choices:
+        return None
+    choices = tuple(choice for choice in choices if choice is not type(None))
+    if isinstance(value, Mapping) and len(choices) > 1:
+        kinds = {choice.__name__: choice for choice in choices if dataclasses.is_dataclass(choice)}
+        kind = value.get("kind", "")
+        if kind not in kinds:
+            raise ValueError(f"{where}: kind {kind!r} is unknown{nearest(kind, kinds)}; choose from {', '.join(kinds)}.")
+        return from_table({k: v for k, v in value.items() if k != "kind"}, kinds[kind], where=where)
+    for choice in choices[:-1]:
+        try:
+            return _convert(value, choice, where)
+        except ValueError:
+            continue
+    return _convert(value, choices[-1], where)
+
+
+def to_table(value: Any) -> Any:
+    """Turn a dataclass into plain JSON types; a nested dataclass that has siblings carries its `kind`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = typing.get_type_hints(type(value))
+        table = {}
+        for field in dataclasses.fields(value):
+            item = to_table(getattr(value, field.name))
+            if isinstance(item, dict) and _has_siblings(hints[field.name]):
+                item = {"kind": type(getattr(value, field.name)).__name__, **item}
+            table[field.name] = item
+        return table
+    if isinstance(value, tuple | list):
+        return [to_table(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_table(item) for key, item in value.items()}
+    return value
+
+
+def _has_siblings(hint: Any) -> bool:
+    return sum(dataclasses.is_dataclass(choice) for choice in typing.get_args(hint)) > 1
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file beside its place, flush it to disk, and rename it: readers see the old or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,130 @@
+"""Text sampled from finished models: what a student learns from (spec section 9).
+
+Unconditional, at a given temperature, in batches with a key-value cache. A text may be longer than the models' context:
+when the context is full, generation goes on from its second half, the way a sliding window reads.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from epochal.data import Tokens, open_store
+from epochal.provenance import provenance
+from epochal.records import Record, Records, Workspace
+from epochal.run import Ensemble, Run, Samples, fingerprint
+from epochal.stopping import check_stop
+
+BATCH = 128
+"""Texts sampled side by side."""
+
+
+def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
+    """Draw the tokens of a Samples job, each member of an ensemble its equal part, and write `samples.npy`.
+
+    The file holds one flat row of tokens, every text from its start token to its end token (or `max_length`).
+    Raises ValueError when a source has no finished model.
+    """
+    members = member_records(samples.source, records)
+    run = members[0].job
+    assert isinstance(run, Run)
+    store = open_store(run.data, workspace)
+    bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
+    pieces: list[Tokens] = []
+    for index, member in enumerate(members):
+        share = samples.tokens * (index + 1) // len(members) - samples.tokens * index // len(members)
+        model = load_model(workspace, member.job.name)
+        generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
+        texts = draw(model, samples, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
+        pieces += _take(texts, share)
+    tokens = np.concatenate(pieces).astype(store.meta["dtype"])
+    path = workspace.folder(samples.name) / "samples.npy"
+    _write(path, tokens)
+    texts_drawn = int((tokens == bos).sum())
+    return Record(
+        job=samples,
+        fingerprint=fingerprint(samples),
+        status="done",
+        results={"tokens": len(tokens), "texts": texts_drawn, "members": len(members)},
+        inputs={member.job.name: member.fingerprint for member in members},
+        provenance=provenance(),
+    )
+
+
+def member_records(source: str, records: Records) -> list[Record]:
+    """Return the records of a run, or of the members of an ensemble; raises ValueError when one is missing."""
+    record = records.named(source)
+    if record is None:
+        raise ValueError(f"{source!r} has no record; run it first.")
+    match record.job:
+        case Run():
+            return [record]
+        case Ensemble():
+            return [found for name in record.job.runs for found in member_records(name, records)]
+        case Samples():
+            raise ValueError(f"{source!r} is sampled text, not a model; name a run or an ensemble.")
+
+
+def load_model(workspace: Workspace, name: str) -> Any:
+    """Load the finished model of a run in evaluation mode; raises ValueError when its folder is missing."""
+    from transformers import AutoModelForCausalLM
+
+    folder = workspace.folder(name) / "model"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; run {name!r} again to make its weights.")
+    model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device)
+
+
+def draw(
+    model: Any, samples: Samples, *, context: int, bos: int, eos: int, generator: torch.Generator
+) -> Iterator[Tokens]:
+    """Yield sampled texts without end, each a row of tokens from `bos` to `eos` or to `max_length`."""
+    while True:
+        rows = torch.full((BATCH, 1), bos, dtype=torch.long)
+        while len(rows) and rows.shape[1] < samples.max_length:
+            rows = _extend(model, rows, samples, context=context, generator=generator)
+            ended = (rows == eos).any(dim=1) | (rows.shape[1] >= samples.max_length)
+            for row in rows[ended].numpy():
+                ends = np.flatnonzero(row == eos)
+                yield row[: ends[0] + 1] if len(ends) else row
+            rows = rows[~ended]
+
+
+@torch.no_grad()
+def _extend(
+    model: Any, rows: torch.Tensor, samples: Samples, *, context: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Append up to half a context of tokens to each row (b, t), reading at most half a context before them."""
+    half = max(1, context // 2)
+    window = rows[:, -half:]
+    count = min(context - window.shape[1], samples.max_length - rows.shape[1])
+    new, cache = window, None
+    drawn = []
+    for _ in range(count):
+        check_stop()
+        output = model(input_ids=new.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        probabilities = torch.softmax(output.logits[:, -1].float().cpu() / samples.temperature, dim=-1)
+        new = torch.multinomial(probabilities, 1, generator=generator)
+        drawn.append(new)
+    return torch.cat([rows, *drawn], dim=1)
+
+
+def _take(texts: Iterator[Tokens], tokens: int) -> list[Tokens]:
+    """Take whole texts until there are `tokens` tokens, the last one cut."""
+    taken: list[Tokens] = []
+    while tokens > 0:
+        taken.append(next(texts)[:tokens])
+        tokens -= len(taken[-1])
+    return taken
+
+
+def _write(path: Path, tokens: Tokens) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(".samples.tmp.npy")
+    np.save(beside, tokens)
+    beside.replace(path)

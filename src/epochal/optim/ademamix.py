@@ -1,0 +1,88 @@
+"""AdEMAMix: Adam with a second, slow average of the gradients (Pagliardini et al. 2024, Algorithm 1).
+
+    m1 <- b1 m1 + (1 - b1) g;   m2 <- b3(t) m2 + (1 - b3(t)) g;   v <- b2 v + (1 - b2) g^2
+    U = (m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v / (1 - b2^t)) + eps)
+
+alpha(t) rises linearly to alpha over `alpha_warmup` steps; b3(t) moves from b1 to b3 over `beta3_warmup` steps so that
+the half-life f(b) = ln 0.5 / ln b - 1 grows linearly. t counts from 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from epochal.optim.adamw import bias_corrected
+from epochal.optim.base import Rule, RuleOptimizer, State, new_state, per_item
+
+
+def ademamix_init(parameter: Tensor) -> State:
+    """Return zero moments for one parameter."""
+    return new_state(parameter, "exp_avg", "exp_avg_slow", "exp_avg_sq")
+
+
+def slow_decay(step: Tensor, beta1: float, beta3: float, warmup: int | None) -> Tensor:
+    """Return b3(t) in float64 for steps (B,) counted from 1; without warm-up it is b3 throughout."""
+    done = torch.clamp(step.double() / warmup, max=1.0) if warmup else torch.ones_like(step, dtype=torch.float64)
+    # The published code adds 1e-8 inside the logarithm.
+    half_life = (1 - done) * (math.log(0.5) / math.log(beta1 + 1e-8) - 1) + done * (
+        math.log(0.5) / math.log(beta3 + 1e-8) - 1
+    )
+    return torch.where(done < 1, torch.exp(math.log(0.5) / (half_life + 1)), beta3)
+
+
+def ademamix_update(
+    gradient: Tensor,
+    state: State,
+    *,
+    betas: tuple[float, float, float],
+    alpha: float,
+    alpha_warmup: int | None,
+    beta3_warmup: int | None,
+    eps: float,
+) -> tuple[Tensor, State]:
+    """Return (U, new state) for gradients (B, ...) and moments of the same shape; `step` is (B,)."""
+    beta1, beta2, beta3 = betas
+    step = state["step"] + 1
+    fast = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
+    slow_weight = per_item(1 - slow_decay(step, beta1, beta3, beta3_warmup), gradient).to(gradient.dtype)
+    slow = torch.lerp(state["exp_avg_slow"], gradient, slow_weight)
+    square = torch.addcmul(state["exp_avg_sq"] * beta2, gradient, gradient, value=1 - beta2)
+    ramp = torch.clamp(step / alpha_warmup, max=1.0) if alpha_warmup else torch.ones_like(step)
+    # One division serves both averages: bias_corrected divides by 1 - b1^t, which the slow one must not see.
+    debias = -torch.expm1(step.double() * math.log(beta1)) if beta1 else torch.ones_like(step, dtype=torch.float64)
+    mixed = fast + per_item(alpha * ramp * debias, gradient).to(gradient.dtype) * slow
+    update = bias_corrected(mixed, square, step, betas=(beta1, beta2), eps=eps)
+    return update, {"step": step, "exp_avg": fast, "exp_avg_slow": slow, "exp_avg_sq": square}
+
+
+ADEMAMIX = Rule(
+    ademamix_init,
+    ademamix_update,
+    {"betas": (0.9, 0.999, 0.999), "alpha": 8.0, "alpha_warmup": None, "beta3_warmup": None, "eps": 1e-8},
+)
+
+
+class AdEMAMix(RuleOptimizer):
+    """W <- (1 - lr wd) W - lr U; state: `step` and three buffers of the parameter's shape."""
+
+    rule: ClassVar[Rule] = ADEMAMIX
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        alpha: float = 8.0,
+        alpha_warmup: int | None = None,
+        beta3_warmup: int | None = None,
+    ) -> None:
+        warmups = {"alpha_warmup": alpha_warmup, "beta3_warmup": beta3_warmup}
+        own = {"betas": betas, "alpha": alpha, "eps": eps, **warmups}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own})

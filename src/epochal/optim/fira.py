@@ -1,0 +1,486 @@
+"""Fira (Chen et al. 2024, arXiv 2410.01623): Adam in a low-rank subspace, plus the rest of the gradient, scaled.
+
+    R = P^T G;  M, V = Adam's moments of R;  N = M / (sqrt(V) + eps);  phi_i = ||N_i|| / (||R_i|| + 1e-8)
+    S = phi * (G - alpha P R), limited to grow by gamma a step;  W <- (1 - lr wd)(W - step (alpha P N + S))
+
+Shapes: G, W (B, m, n), a batch of equal shapes; side "left": P (B, m, r), R, M, V, N (B, r, n), phi (B, 1, n);
+side "right" is the mirror image: Q (B, r, n), R (B, m, r), phi (B, m, 1). `std` projects the smaller side.
+
+The residual is never formed: with f = phi / L the step is f*G + P (alpha N - alpha f*R), two products with a basis, and
+||S||^2 = sum_i phi_i^2 (||G_i||^2 - alpha (2 - alpha) ||R_i||^2) for an orthonormal P.
+
+Variants: "code", the default, is the published package, whose numbers the paper prints; "paper" is Algorithm 1 (alpha
+on the whole update, the true residual, bias correction before phi and the limiter); "galore" has no S.
+
+Differs from the published code in: a limiter that saw a zero norm starts afresh instead of throttling for 1,400 steps
+(`limiter="compat"` keeps that); moments, basis and limiter in float32 whatever the weights; signs of the basis kept
+from one refresh to the next; a gradient that is not finite, or whose squares are not, skips its parameter.
+For the 2-D weights of attention and MLP blocks; embeddings, head and vectors belong into a group without `rank`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from epochal.optim.base import (
+    Group,
+    MatrixOptimizer,
+    State,
+    new_state,
+    per_item,
+    round_stochastically,
+    stack,
+    state_dtype,
+)
+from epochal.optim.projection import METHODS, PROJ_TYPES, compute_basis, project, projected_side, rotate_moments
+
+VARIANTS = ("code", "paper", "galore")
+FLOOR = 1e-8  # of the two ratios, phi and the limiter's; a literal in the published code
+STACKED_ELEMENTS = 1 << 17  # matrices are stacked up to this size; beyond it copying costs more than dispatching
+
+logger = logging.getLogger(__name__)
+
+
+class Hyper(NamedTuple):
+    """Hyper-parameters as 0-d tensors, so that a new value recompiles nothing.
+
+    Those that meet matrices have the state's dtype, the others float64. The moments' weights are 1 - beta, taken from
+    the Python number: 1 - 0.999 in float32 is off by 5e-5.
+    """
+
+    lr: Tensor
+    alpha: Tensor
+    beta1: Tensor
+    beta2: Tensor
+    weight_decay: Tensor
+    mean_weight: Tensor
+    square_weight: Tensor
+    eps: Tensor
+    gamma: Tensor
+
+
+class Form(NamedTuple):
+    """What selects code rather than numbers; gamma=None is `limiter="off"` here."""
+
+    side: str
+    variant: str = "code"
+    scaling: str = "column"
+    limiter: str = "mended"
+    correct_bias: bool = True
+    decays: bool = True
+
+
+# --- the mathematics, on a batch (B, m, n) -------------------------------------------------------------------------
+
+
+def square_sums(matrix: Tensor, side: str) -> Tensor:
+    """Return the squared norms along the projected axis, kept as 1: (B, 1, n) for "left", (B, m, 1) for "right"."""
+    # linalg.vector_norm is ten times slower than this over the first axis of a matrix, on a CPU.
+    return (matrix * matrix).sum(-2 if side == "left" else -1, keepdim=True)
+
+
+def adam_direction_(
+    gradient: Tensor, state: State, weights: tuple[Tensor, Tensor], eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Update exp_avg, exp_avg_sq in place; return N = M / (sqrt(V) + eps) and the squared gradient.
+
+    No bias correction in N; it is 0 where both moments are 0, even for eps = 0.
+    """
+    squares = gradient * gradient
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.lerp_(gradient, weights[0])
+    square.lerp_(squares, weights[1])
+    return torch.div(mean, square.sqrt().add_(eps.clamp(min=1e-30))), squares
+
+
+def bias_correction(step: Tensor, hyper: Hyper) -> Tensor:
+    """Return sqrt(1 - beta2^t) / (1 - beta1^t) in float64 for t = step, shaped as `step`."""
+    count = step.double()
+    return torch.sqrt(1 - hyper.beta2**count) / (1 - hyper.beta1**count)
+
+
+def limit(norm: Tensor, last: Tensor, first: Tensor, gamma: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Return the divisor L of the norm-growth limiter and the norm to remember; all (B,), `first` boolean.
+
+    "compat" is the published rule. "mended" remembers no zero and takes a zero in `last` for "nothing seen yet".
+    """
+    if mode == "off":
+        return torch.ones_like(norm), norm
+    fresh = first if mode == "compat" else last == 0
+    growth = torch.maximum(norm / (last + FLOOR), gamma) / gamma
+    divisor = torch.where(fresh, 1.0, growth)
+    kept = norm / divisor
+    if mode == "mended":
+        kept = torch.where(torch.isfinite(kept) & (kept > 0), kept, last)
+    return divisor, kept
+
+
+def residual_scale(direction: Tensor, inside: Tensor, form: Form) -> Tensor:
+    """Return phi, shaped as `inside` (||R_i||^2) or (B, 1, 1) for matrix scaling; direction: N, uncorrected."""
+    size = square_sums(direction, form.side)
+    if form.scaling == "matrix":
+        size, inside = size.sum((-2, -1), keepdim=True), inside.sum((-2, -1), keepdim=True)
+    return size.sqrt_() / (inside.sqrt() + FLOOR)
+
+
+def fira_factors_(
+    low: Tensor, energy: Tensor, state: State, hyper: Hyper, form: Form, finite: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return X, f such that the step is W <- W - back(X) - f * G (before decay); update all of `state` but the basis.
+
+    low: R, the projected gradient; energy: `square_sums` of the whole gradient; state: exp_avg, exp_avg_sq as R,
+    limiter and step (B,). X has R's shape, f that of `energy`. Where `finite` (B,) is false, R and energy are zero;
+    then X and f are too, and the state stays. With variant "galore" f means nothing.
+    """
+    dtype = low.dtype
+    weights = (hyper.mean_weight, hyper.square_weight)
+    if finite is not None:
+        # A moment's weight of zero leaves it as it is, bit by bit: no masks of R's size.
+        weights = (per_item(finite * weights[0], low), per_item(finite * weights[1], low))
+    direction, squares = adam_direction_(low, state, weights, hyper.eps)
+    first = state["step"] == 0
+    state["step"].add_(1 if finite is None else finite)
+    correction = torch.ones_like(state["step"], dtype=torch.float64)
+    if form.correct_bias:
+        correction = bias_correction(state["step"], hyper)
+    if finite is not None:
+        correction = torch.where(finite, correction, 0.0)
+    whole = per_item(hyper.lr * hyper.alpha * correction, low).to(dtype)
+    if form.variant == "galore":
+        return direction.mul_(whole), energy
+
+    inside = squares.sum(-2 if form.side == "left" else -1, keepdim=True)
+    scale = residual_scale(direction, inside, form)
+    if form.variant == "paper":
+        scale = scale * per_item(correction, low).to(dtype)
+        rest, outer = energy - inside, (hyper.lr * hyper.alpha).expand_as(correction)
+    else:
+        rest, outer = energy - (hyper.alpha * (2 - hyper.alpha)).to(dtype) * inside, hyper.lr * correction
+    norm = (scale.square() * rest.clamp_(min=0)).sum((-2, -1)).sqrt()
+    divisor, kept = limit(norm, state["limiter"], first, hyper.gamma, form.limiter)
+    state["limiter"].copy_(kept if finite is None else torch.where(finite, kept, state["limiter"]))
+    factor = scale * per_item(outer / divisor, scale).to(dtype)
+    share = factor if form.variant == "paper" else factor * hyper.alpha.to(dtype)
+    return direction.mul_(whole).addcmul_(low, share, value=-1), factor
+
+
+def fira_step_(
+    weight: Tensor,
+    gradient: Tensor,
+    state: State,
+    hyper: Hyper,
+    form: Form,
+    *,
+    energy: Tensor | None = None,
+    finite: Tensor | None = None,
+) -> None:
+    """Take one step between two refreshes, in place on weight (B, m, n) and on every tensor of `state` but the basis.
+
+    gradient: (B, m, n) of the state's dtype. Where `finite` (B,) is false, nothing of that matrix changes.
+    """
+    energy = square_sums(gradient, form.side) if energy is None else energy
+    if finite is not None:
+        gradient = torch.where(per_item(finite, gradient), gradient, 0.0)
+        energy = torch.where(per_item(finite, energy), energy, 0.0)
+    basis = state["basis"]
+    inner, factor = fira_factors_(project(gradient, basis, form.side), energy, state, hyper, form, finite)
+    # One product and one pass; the update itself is never in memory.
+    left, right = (basis, inner) if form.side == "left" else (inner, basis)
+    weight.baddbmm_(left, right, alpha=-1)
+    if form.variant != "galore":
+        weight.addcmul_(gradient, factor, value=-1)
+    if form.decays:
+        decay = (1 - hyper.lr * hyper.weight_decay).to(weight.dtype)
+        weight.mul_(decay if finite is None else per_item(torch.where(finite, decay, 1.0), weight))
+
+
+# --- the class -----------------------------------------------------------------------------------------------------
+
+
+class Fira(MatrixOptimizer):
+    """Fira for groups with the key `rank`, Adam (Hugging Face's form) for the others; decay is decoupled.
+
+    A projected group may also hold `update_proj_gap` (200 steps), `alpha` (1.0) and `proj_type` ("std", "reverse_std",
+    "left", "right"), as the published package has them; the rank is cut to min(m, n). State of a projected (m, n)
+    matrix, a = the projected axis, b = the other: `basis` (a r), `exp_avg`, `exp_avg_sq` (b r each), `limiter`, `step`.
+
+    variant: "code" | "paper" | "galore" (see the module). scaling: "column" | "matrix". gamma: growth allowed to the
+    residual's norm in a step, None for no limit. limiter: "mended" | "compat". refresh: "svd" | "gram" | "subspace".
+    rotate_states: carry the moments into the new basis. stagger: spread the refreshes after the first over the gap.
+    stochastic_rounding: of bfloat16 weights. Raises ValueError for any value out of range and for a projected
+    parameter that is not a matrix.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        *,
+        variant: str = "code",
+        gamma: float | None = 1.01,
+        refresh: str = "gram",
+        rotate_states: bool = False,
+        scaling: str = "column",
+        limiter: str = "mended",
+        stagger: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        choices = {"variant": variant, "gamma": gamma, "scaling": scaling, "limiter": limiter}
+        bases = {"refresh": refresh, "rotate_states": rotate_states, "stagger": stagger}
+        super().__init__(params, {**adam, **choices, **bases, "stochastic_rounding": stochastic_rounding})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group after checking it; the caller's dict is left as it is."""
+        group = dict(param_group)
+        if "rank" in group:
+            group = {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", **group}
+        super().add_param_group(group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._forget_clock()
+
+    def _forget_clock(self) -> None:
+        # An upper bound of each matrix' completed steps, known without asking the device; see `_due`.
+        self._clock: dict[Tensor, int] = {}
+        matrices = [p for group in self.param_groups if "rank" in group for p in group["params"]]
+        self._place = {p: (index, len(matrices)) for index, p in enumerate(matrices)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_clock()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load plain tensors (`torch.load(..., weights_only=True)`), each in the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        self._forget_clock()
+
+    def init_state(self, parameter: Tensor, group: Group) -> State:
+        """Return zero moments, and for a projected matrix an empty basis that the first step fills."""
+        if "rank" not in group:
+            return new_state(parameter, "exp_avg", "exp_avg_sq")
+        _check_matrix(parameter)
+        rows, columns = parameter.shape
+        rank = min(group["rank"], rows, columns)
+        left = projected_side(parameter.shape, group["proj_type"]) == "left"
+        low = (rank, columns) if left else (rows, rank)
+        shapes = {"basis": (rows, rank) if left else (rank, columns), "exp_avg": low, "exp_avg_sq": low, "limiter": ()}
+        dtype = state_dtype(parameter.dtype)
+        zeros = {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name, shape in shapes.items()}
+        return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros}
+
+    # --- a step: refreshes in the order of the parameters, then batches ----------------------------------------------
+
+    def buckets(self, group: Group) -> list[list[Tensor]]:
+        """List what can be stacked; new parameters get their state, those due their basis."""
+        found = super().buckets(group)
+        if "rank" not in group:
+            return found
+        for p in group["params"]:
+            if p.grad is not None and p.numel() > 0 and self._due(p, group):
+                self._refresh(p, group)
+        return [part for bucket in found for part in _split(bucket)]
+
+    def _due(self, p: Tensor, group: Group) -> bool:
+        """Whether p's completed steps are a multiple of the gap, without a device sync unless it is likely.
+
+        The clock counts attempts, the state's `step` those that were not skipped: the clock is never behind. So it
+        reaches each multiple first, and only there is the true count read and the clock set back.
+        """
+        gap = group["update_proj_gap"]
+        index, count = self._place[p]
+        phase = index * gap // count if group["stagger"] else 0
+
+        def hits(done: int) -> bool:
+            return done == 0 or (done + phase) % gap == 0
+
+        done = self._clock.get(p)
+        if done is None or hits(done):
+            done = int(self.state[p]["step"])
+        self._clock[p] = done + 1
+        return hits(done)
+
+    def _refresh(self, p: Tensor, group: Group) -> None:
+        """Replace the basis by that of the current gradient, and carry the moments along if asked to."""
+        assert p.grad is not None
+        state = self.state[p]
+        side = projected_side(p.shape, group["proj_type"])
+        if not bool(torch.isfinite(square_sums(p.grad.to(state_dtype(p.dtype)), side)).all()):
+            del self._clock[p]  # the step will be skipped, and this refresh is due again at the next
+            return
+        old = state["basis"]
+        previous = old if int(state["step"]) > 0 else None
+        basis = compute_basis(p.grad, group["rank"], side, method=group["refresh"], previous=previous)
+        if basis.shape != old.shape:
+            raise ValueError(
+                f"compute_basis returned the shape {tuple(basis.shape)} for a {tuple(p.shape)} gradient; "
+                f"return {tuple(old.shape)}."
+            )
+        basis = basis.to(old.dtype)
+        if group["rotate_states"] and previous is not None:
+            moments = (state["exp_avg"], state["exp_avg_sq"])
+            turned = rotate_moments(*moments, old, basis, side, state["step"], group["betas"])
+            torch._foreach_copy_(list(moments), list(turned))
+        old.copy_(basis)
+
+    def step_bucket(self, parameters: list[Tensor], group: Group) -> None:
+        """Step a bucket in place: a single matrix without a copy, small ones stacked."""
+        if "rank" not in group:
+            super().step_bucket(parameters, group)
+            return
+        kept = parameters[0].dtype
+        wide = state_dtype(kept)
+        weights = stack([p.detach() for p in parameters]).to(wide)
+        gradients = stack([p.grad for p in parameters if p.grad is not None]).to(wide)
+        states = [self.state[p] for p in parameters]
+        state = {name: stack([one[name] for one in states]) for name in states[0]}
+        form = _form(parameters[0], group)
+        energy = square_sums(gradients, form.side)
+        finite = torch.isfinite(energy).flatten(1).all(1)
+        self.skipped += (~finite).sum().to(self.skipped.device)
+        # Looking is free on a CPU and a sync elsewhere; without a look the step masks what may not be finite.
+        clean = finite.device.type == "cpu" and bool(finite.all())
+        hyper = _hyper(group, weights)
+        fira_step_(weights, gradients, state, hyper, form, energy=energy, finite=None if clean else finite)
+        if group["stochastic_rounding"] and kept == torch.bfloat16:
+            weights = round_stochastically(weights)
+        if len(parameters) > 1 or kept != wide:
+            torch._foreach_copy_(parameters, list(weights.unbind(0)))
+        if len(parameters) > 1:
+            for name, value in state.items():
+                if name != "basis":
+                    torch._foreach_copy_([one[name] for one in states], list(value.unbind(0)))
+
+    def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
+        """Return Adam's (U, new state) of a bucket that is not projected."""
+        hyper = _hyper(group, gradients)
+        new = {name: value.clone() for name, value in state.items()}
+        step = new["step"].add_(1)
+        direction, _ = adam_direction_(gradients, new, (hyper.mean_weight, hyper.square_weight), hyper.eps)
+        factor = bias_correction(step, hyper) if group["correct_bias"] else torch.ones_like(step)
+        # The published code decays the updated weight, (1 - lr wd)(W - lr U); the base class decays only W.
+        factor = factor * (1 - hyper.lr * hyper.weight_decay)
+        return direction.mul_(per_item(factor, direction)), new
+
+
+def _split(bucket: list[Tensor]) -> list[list[Tensor]]:
+    size = max(1, STACKED_ELEMENTS // bucket[0].numel())
+    return [bucket[i : i + size] for i in range(0, len(bucket), size)]
+
+
+def _form(p: Tensor, group: Group) -> Form:
+    side = projected_side(p.shape, group["proj_type"])
+    limiter = "off" if group["gamma"] is None else group["limiter"]
+    return Form(side, group["variant"], group["scaling"], limiter, group["correct_bias"], group["weight_decay"] != 0)
+
+
+def _hyper(group: Group, like: Tensor) -> Hyper:
+    beta1, beta2 = group["betas"]
+    gamma = 1.0 if group["gamma"] is None else group["gamma"]
+    exact = (group["lr"], group.get("alpha", 1.0), beta1, beta2, group["weight_decay"])
+    broad = (1 - beta1, 1 - beta2, group["eps"], gamma)
+    scalars = [_scalar(value, like.device, torch.float64) for value in exact]
+    return Hyper(*scalars, *(_scalar(value, like.device, like.dtype) for value in broad))
+
+
+def _scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    # A fill, not a copy: torch.tensor(..., device="cuda") would wait for the device.
+    return torch.full((), value, device=device, dtype=dtype)
+
+
+# --- refusals and groups -------------------------------------------------------------------------------------------
+
+
+def _check_matrix(p: Tensor) -> None:
+    if p.ndim != 2:
+        raise ValueError(
+            f"Fira cannot project a parameter of shape {tuple(p.shape)}: it needs whole matrices; give it a group "
+            "without `rank`, or use a profile that does not flatten parameters."
+        )
+
+
+def _check_group(group: Group) -> None:
+    """Raise ValueError for the first value out of range."""
+    _check_numbers(group)
+    choices = {
+        "variant": VARIANTS,
+        "scaling": ("column", "matrix"),
+        "limiter": ("mended", "compat"),
+        "refresh": METHODS,
+    }
+    if "rank" in group:
+        choices["proj_type"] = PROJ_TYPES
+        for p in group["params"]:
+            _check_matrix(p)
+    for name, allowed in choices.items():
+        if group[name] not in allowed:
+            raise ValueError(f"{name}={group[name]!r} is not known to Fira; use one of {', '.join(allowed)}.")
+
+
+def _check_numbers(group: Group) -> None:
+    beta1, beta2 = group["betas"]
+    gamma = group["gamma"]
+    demands = {
+        "lr": (group["lr"] >= 0, "at least 0"),
+        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
+        "eps": (group["eps"] >= 0, "at least 0"),
+        "weight_decay": (group["weight_decay"] >= 0, "at least 0"),
+        "gamma": (gamma is None or gamma >= 1, "at least 1, or None for no limit"),
+    }
+    if "rank" in group:
+        for name in ("rank", "update_proj_gap"):
+            value = group[name]
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            demands[name] = (whole, "a whole number, at least 1")
+        demands["alpha"] = (group["alpha"] > 0, "greater than 0")
+    for name, (met, demand) in demands.items():
+        if not met:
+            raise ValueError(f"{name}={group[name]!r} is out of Fira's range; it must be {demand}.")
+
+
+def fira_param_groups(
+    model: nn.Module,
+    rank: int,
+    patterns: Sequence[str] = ("attn", "mlp"),
+    *,
+    update_proj_gap: int = 200,
+    alpha: float = 1.0,
+    proj_type: str = "std",
+) -> list[Group]:
+    """Return two groups: all other trainable parameters, and the matrices whose name contains one of the patterns.
+
+    A matrix is a trainable 2-D parameter outside nn.Embedding; a shared one is counted once. The second group's key
+    `matched` tells how many each pattern matched. Raises ValueError when a pattern matches nothing.
+    """
+    embedded = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in embedded]
+    matched = {pattern: sum(pattern in name for name, _ in matrices) for pattern in patterns}
+    for pattern, count in matched.items():
+        if count == 0:
+            raise ValueError(
+                f"The pattern {pattern!r} is in no name of the model's {len(matrices)} trainable matrices; "
+                f"use parts of names such as {matrices[0][0] if matrices else 'attn'!r}."
+            )
+    if not matched:
+        raise ValueError("fira_param_groups got no patterns, so nothing would be projected; name parts of the model.")
+    chosen = [p for name, p in matrices if any(pattern in name for pattern in patterns)]
+    taken = {id(p) for p in chosen}
+    others = [p for _, p in named if id(p) not in taken]
+    keys = {"rank": rank, "update_proj_gap": update_proj_gap, "alpha": alpha, "proj_type": proj_type}
+    logger.info("Fira projects %d matrices (%s); %d other tensors get Adam", len(chosen), matched, len(others))
+    return [{"params": others}, {"params": chosen, "matched": matched, **keys}]

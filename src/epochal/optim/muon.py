@@ -1,0 +1,96 @@
+"""Muon for matrices, AdamW for everything else, in one optimizer (Jordan et al. 2024).
+
+    b <- mu b + (1 - mu) g;   d = (1 - mu) g + mu b (Nesterov) or b;   U = scale * NS5(d / ||d||_F)
+
+NS5 is five quintic Newton-Schulz steps in bfloat16. torch.optim.Muon is the same update on matrices (the tests compare
+them); it refuses every other parameter and loops over matrices, where this class updates equal shapes in one batch and
+gives vectors, and groups marked `{"orthogonalize": False}` (embeddings, head), to AdamW at the same learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epochal.optim.adamw import adamw_init, adamw_update
+from epochal.optim.base import Group, MatrixOptimizer, State
+from epochal.optim.signum import momentum_init
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Push the singular values of x (..., m, n) towards 1 by quintic Newton-Schulz steps; returns `dtype`."""
+    a, b, c = COEFFICIENTS
+    y = x.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    y = y.mT if tall else y
+    y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    out: Tensor = y.mT if tall else y
+    return out
+
+
+def muon_scale(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
+    """Return the factor on the learning rate: sqrt(max(1, rows/columns)), or 0.2 sqrt(max(rows, columns))."""
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def muon_update(
+    gradient: Tensor, state: State, *, momentum: float, nesterov: bool, ns_steps: int, adjust_lr_fn: str | None
+) -> tuple[Tensor, State]:
+    """Return (U, new state) for gradients (B, m, n) and `momentum_buffer` (B, m, n)."""
+    buffer = torch.lerp(state["momentum_buffer"], gradient, 1 - momentum)
+    direction = torch.lerp(gradient, buffer, momentum) if nesterov else buffer
+    rows, columns = gradient.shape[-2:]
+    update = orthogonalize(direction, steps=ns_steps).to(gradient.dtype) * muon_scale(rows, columns, adjust_lr_fn)
+    return update, {"step": state["step"] + 1, "momentum_buffer": buffer}
+
+
+class Muon(MatrixOptimizer):
+    """W <- (1 - lr wd) W - lr U; state: `step` and one buffer for a matrix, `step` and two for anything else.
+
+    `adjust_lr_fn` is torch's: None or "original" scales by sqrt(max(1, rows/columns)), "match_rms_adamw" by
+    0.2 sqrt(max(rows, columns)), with which one learning rate suits matrices and vectors.
+    Raises ValueError for any other.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"adjust_lr_fn={adjust_lr_fn!r} is not a rule Muon knows; use None, 'original' or 'match_rms_adamw'."
+            )
+        matrix = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
+        others = {"betas": betas, "eps": eps, "orthogonalize": True}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **matrix, **others})
+
+    def init_state(self, parameter: Tensor, group: Group) -> State:
+        """Return a momentum buffer for a matrix, two moments for anything else."""
+        matrix = parameter.ndim == 2 and group["orthogonalize"]
+        return momentum_init(parameter) if matrix else adamw_init(parameter)
+
+    def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
+        """Return (U, new state) of a bucket of matrices, or AdamW's of anything else."""
+        if "momentum_buffer" not in state:
+            return adamw_update(gradients, state, betas=group["betas"], eps=group["eps"])
+        names = ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")
+        return muon_update(gradients, state, **{name: group[name] for name in names})

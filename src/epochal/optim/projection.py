@@ -1,0 +1,135 @@
+"""The subspace a gradient is projected on: leading singular vectors by three methods, and moments carried along.
+
+    side "left":  basis P (m, r), orthonormal columns, R = P^T G (r, n), back(X) = P X
+    side "right": basis Q (r, n), orthonormal rows,    R = G Q^T (m, r), back(X) = X Q
+
+    svd       thin singular value decomposition of the tall orientation: what the published code computes
+    gram      eigenvectors of the Gram matrix of the smaller side: one product and a small symmetric problem
+    subspace  one power iteration from the previous basis, then Rayleigh-Ritz; the first basis comes from `gram`
+
+All three return the vectors ordered by singular value, the largest first. Two refreshes may differ in sign by nothing
+but the library's whim, so each vector points the way the previous one of its rank did, or has a positive largest entry.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epochal.optim.base import per_item, state_dtype
+
+METHODS = ("svd", "gram", "subspace")
+PROJ_TYPES = ("std", "reverse_std", "left", "right")
+FLOAT64_ROWS = 128
+
+
+def projected_side(shape: torch.Size, proj_type: str) -> str:
+    """Return "left" or "right" for a matrix of shape (rows, columns); a square one is "right" under "std"."""
+    if proj_type in ("left", "right"):
+        return proj_type
+    rows, columns = shape
+    return "right" if (rows >= columns) == (proj_type == "std") else "left"
+
+
+def project(gradient: Tensor, basis: Tensor, side: str) -> Tensor:
+    """Return R of gradients (..., m, n): (..., r, n) for "left", (..., m, r) for "right"."""
+    return basis.mT @ gradient if side == "left" else gradient @ basis.mT
+
+
+def project_back(low: Tensor, basis: Tensor, side: str) -> Tensor:
+    """Return (..., m, n) of low-rank factors shaped as `project` returns them."""
+    return basis @ low if side == "left" else low @ basis
+
+
+@torch.no_grad()
+def compute_basis(grad: Tensor, rank: int, side: str, *, method: str, previous: Tensor | None = None) -> Tensor:
+    """Return the basis of one finite gradient (m, n): (m, r) for side "left", (r, n) for "right", r <= min(m, n).
+
+    Computed in float32, or float64 for a float64 gradient. `previous`, of the result's shape, starts "subspace" and
+    fixes signs; a zero gradient returns it. Raises ValueError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"refresh={method!r} is not a way to find a basis; use one of {', '.join(METHODS)}.")
+    rank = min(rank, *grad.shape)
+    matrix = grad.to(state_dtype(grad.dtype))
+    # Squares of tiny or huge entries leave the range of a float; directions do not depend on the scale.
+    largest = matrix.abs().amax()
+    matrix = matrix / largest.clamp(min=torch.finfo(matrix.dtype).tiny)
+    matrix = matrix if side == "left" else matrix.mT
+    old = None if previous is None else previous.to(matrix.dtype)
+    old = old if old is None or side == "left" else old.mT
+    if method == "svd":
+        new = _svd_vectors(matrix, rank)
+    elif method == "gram" or old is None:
+        new = _gram_vectors(matrix, rank)
+    else:
+        new = _iterate(matrix, old)
+    new = new * _signs(new, old)
+    if old is not None:
+        new = torch.where(largest > 0, new, old)
+    return (new if side == "left" else new.mT).contiguous()
+
+
+def _svd_vectors(matrix: Tensor, rank: int) -> Tensor:
+    # LAPACK is about twice as fast on the tall orientation.
+    if matrix.shape[0] < matrix.shape[1]:
+        rows: Tensor = torch.linalg.svd(matrix.mT, full_matrices=False).Vh
+        return rows[:rank].mT
+    columns: Tensor = torch.linalg.svd(matrix, full_matrices=False).U
+    return columns[:, :rank]
+
+
+def _gram_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """Return the leading left singular vectors (m, r) of a (m, n) matrix."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _leading(matrix, rank)
+    # The smaller Gram matrix has the right vectors. G V is orthogonal up to rounding; QR makes it so where it is small.
+    return _orthonormal(matrix @ _leading(matrix.mT, rank))
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    """Return the leading eigenvectors of matrix matrix^T, as columns, the largest eigenvalue first."""
+    # Squaring halves the digits of small singular values; where float64 costs little it gives them back.
+    wide = matrix.double() if matrix.shape[0] <= FLOAT64_ROWS else matrix
+    vectors: Tensor = torch.linalg.eigh(wide @ wide.mT).eigenvectors  # ascending
+    return vectors[:, -rank:].flip(1).to(matrix.dtype)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
+
+
+def _iterate(matrix: Tensor, old: Tensor) -> Tensor:
+    """Return one warm-started power iteration (m, r) with a Rayleigh-Ritz rotation, so that vectors come in order."""
+    start = _orthonormal(matrix @ (matrix.mT @ old))
+    inside = start.mT @ matrix
+    return start @ _leading(inside, old.shape[1])
+
+
+def _signs(new: Tensor, old: Tensor | None) -> Tensor:
+    """Return +-1 for each column of new (m, r)."""
+    reference = new.gather(0, new.abs().argmax(0, keepdim=True))[0] if old is None else (new * old).sum(0)
+    return torch.where(reference < 0, -1.0, 1.0).to(new.dtype)
+
+
+def rotate_moments(
+    mean: Tensor, square: Tensor, old: Tensor, new: Tensor, side: str, step: Tensor, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return the moments in the coordinates of the new basis (LDAdam, section on projection-aware updates).
+
+    mean, square: as `project` returns them; old, new: bases; step: completed steps (0-d or (B,)), at least 1.
+    With C = P_new^T P_old, the mean becomes C M and the variance, taken as independent between coordinates, (C*C) var.
+    """
+    if side == "right":
+        left = (mean.mT, square.mT, old.mT, new.mT)
+        turned_mean, turned_square = rotate_moments(*left, "left", step, betas)
+        return turned_mean.mT, turned_square.mT
+    count = per_item(step.double(), mean) if step.ndim else step.double()
+    first = (1 - betas[0] ** count).to(mean.dtype)
+    second = (1 - betas[1] ** count).to(mean.dtype)
+    turn = new.mT @ old
+    centre = mean / first
+    variance = square / second - centre.square()
+    turned = turn @ mean
+    return turned, ((turn * turn) @ variance + (turned / first).square()).abs() * second

@@ -1,0 +1,356 @@
+"""Spectral clipping: singular values bounded by a threshold c, singular vectors kept (SPECTRA, arXiv 2603.14315).
+
+    soft   H_c(X) = (I + X X^T / c^2)^(-1/2) X      s -> s / sqrt(1 + s^2 / c^2)
+    hard   clip_c(X)                                s -> min(s, c)
+
+All work happens on the Gram matrix of the smaller side. With S = X X^T and any bound b >= ||S||_2, the matrix
+P = (c^2 I + S) / (c^2 + b) has its eigenvalues in [1/a, 1], a = 1 + b / c^2: the lower end is known exactly, so a
+polynomial iteration for P^(-1/2) can be optimal with nothing guessed.
+
+| method        | how                                                          | error                          |
+|---------------|--------------------------------------------------------------|--------------------------------|
+| exact         | eigh of S in float32, float64 or (a > 1e8) an SVD            | rounding                       |
+| minimax       | coupled quintic minimax steps on [1/a, 1], count chosen by a | 0 to -0.5% on a singular value |
+| newton_schulz | the published 10 cubic steps in bfloat16                     | grows with a; 47% at a = 1e4   |
+| auto          | CPU: exact, in float32 up to a = 1e4; elsewhere: minimax     | below 1%                       |
+
+Shapes: x (..., m, n), flattened to X (B, m, n) with m <= n; S, P, Y, Z, T (B, m, m); c, a, b one number per matrix.
+A matrix with a NaN or an infinity comes back as NaN, its neighbours in the batch as if it were not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Largest relative shortfall of a singular value that the minimax steps are designed for; they never overshoot.
+TOLERANCE = 5e-3
+# Highest condition a = 1 + b / c^2 up to which each arithmetic is trusted.
+CONDITION_FLOAT16 = 2.0**8
+CONDITION_FLOAT32_EXACT = 300.0
+CONDITION_FLOAT32 = 1e4
+CONDITION_FLOAT64 = 1e8
+LEVELS = 20
+
+METHODS = ("auto", "exact", "minimax", "newton_schulz")
+
+
+def soft_spectral_clip(
+    x: Tensor,
+    c: float | Tensor,
+    *,
+    method: str = "auto",
+    iterations: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Map every singular value s of x (..., m, n) to s / sqrt(1 + s^2 / c^2); the result has x's dtype.
+
+    `c` > 0 is in units of x, one number or one for each matrix. `iterations` (minimax, newton_schulz) overrides the
+    count; `dtype` overrides the arithmetic (newton_schulz: bfloat16; else chosen by the condition number). Under
+    torch.compile nothing can be chosen by value: auto and minimax then take 6 steps in float32, exact works in float64.
+    Raises ValueError for a tensor without two axes, c <= 0, an unknown method, or an option the method has no use for.
+    Source: section 1.2 of the SPECTRA paper; newton_schulz follows the published code (section 1.6 of our notes on it).
+    """
+    _check(x, c, method, METHODS)
+    if iterations is not None and (method == "exact" or iterations < 1):
+        raise ValueError(
+            f"iterations={iterations} has no meaning for method={method!r}; use a positive count with 'minimax' or "
+            "'newton_schulz', or leave it out."
+        )
+    if method == "auto":
+        iterate = iterations is not None or dtype is not None or x.device.type != "cpu" or torch.compiler.is_compiling()
+        method = "minimax" if iterate else "auto"
+    if method == "minimax":
+        return _over_matrices(x, c, functools.partial(_minimax, iterations=iterations, dtype=dtype))
+    if method == "newton_schulz":
+        steps, work = iterations or 10, dtype or torch.bfloat16
+        return _over_matrices(x, c, functools.partial(_newton_schulz, iterations=steps, dtype=work))
+    trusted = CONDITION_FLOAT32 if method == "auto" else CONDITION_FLOAT32_EXACT
+    return _over_matrices(x, c, functools.partial(_exact, factor=_soft_factor, trusted=trusted, dtype=dtype))
+
+
+def hard_spectral_clip(x: Tensor, c: float | Tensor, *, method: str = "auto") -> Tensor:
+    """Map every singular value s of x (..., m, n) to min(s, c); the result has x's dtype.
+
+    `c` > 0 is in units of x, one number or one for each matrix; auto is exact, the only method so far.
+    Raises ValueError as `soft_spectral_clip` does. Source: section 1.2 of the SPECTRA paper (its theory uses this one).
+    """
+    _check(x, c, method, ("auto", "exact"))
+    solve = functools.partial(_exact, factor=_hard_factor, trusted=CONDITION_FLOAT32_EXACT, dtype=None)
+    return _over_matrices(x, c, solve)
+
+
+def _check(x: Tensor, c: float | Tensor, method: str, methods: tuple[str, ...]) -> None:
+    if x.ndim < 2:
+        raise ValueError(
+            f"a tensor of shape {tuple(x.shape)} has no singular values; give a matrix or a batch of them."
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"a tensor of dtype {x.dtype} cannot be clipped; give a real floating-point one.")
+    if not isinstance(c, Tensor) and not c > 0:
+        raise ValueError(f"c={c} bounds no singular value; give a threshold above 0.")
+    if method not in methods:
+        raise ValueError(f"method={method!r} is not offered here; use one of {', '.join(methods)}.")
+
+
+# --- from any tensor to scaled, wide, finite matrices and back -------------------------------------------------------
+
+# What a method is: (X (B, m, n) with m <= n and entries scaled, c (B,) float64) -> (B, m, n).
+Solve = Callable[[Tensor, Tensor], Tensor]
+
+
+def _over_matrices(x: Tensor, c: float | Tensor, solve: Solve) -> Tensor:
+    """Run `solve` on x as a batch of wide matrices, scaled by powers of two so that no product can overflow."""
+    if x.numel() == 0:
+        return x.clone()
+    rows, columns = x.shape[-2:]
+    batch = x.reshape(-1, rows, columns)
+    wide = batch.mT if rows > columns else batch
+    threshold = torch.as_tensor(c, dtype=torch.float64, device=x.device).expand(x.shape[:-2]).reshape(-1)
+
+    largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=(-2, -1)).double()
+    finite = torch.isfinite(largest)
+    if torch.compiler.is_compiling() or finite.device.type != "cpu" or not bool(finite.all()):
+        wide = torch.where(finite[:, None, None], wide, 0)
+    # Entries below 1 / sqrt(n) keep those of the Gram matrix below 1, in float16 too. Powers of two round nothing.
+    size = torch.where(finite & (largest > 0), largest, 1.0) * math.sqrt(max(rows, columns))
+    exponent = torch.frexp(size).exponent.clamp(-120, 120)
+    unit = torch.ldexp(torch.ones_like(size), exponent)
+
+    work = torch.promote_types(x.dtype, torch.float32)
+    scaled = (wide.to(work) * (1 / unit).to(work)[:, None, None]).contiguous()
+    out = solve(scaled, (threshold / unit).clamp(1e-100, 1e100))
+    # A power of two again, and times NaN for what was not finite.
+    out = out * torch.where(finite, unit, torch.nan).to(out.dtype)[:, None, None]
+    return (out.mT if rows > columns else out).to(x.dtype).reshape(x.shape)
+
+
+def _by_kind(kinds: Tensor, solve: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+    """Solve the matrices of each kind (B,) as a batch of its own, so that no matrix depends on its neighbours."""
+    present = sorted(set(kinds.tolist()))
+    if len(present) == 1:
+        return solve(present[0], None)
+    picks = [torch.nonzero(kinds == kind).flatten() for kind in present]
+    parts = [solve(kind, pick) for kind, pick in zip(present, picks, strict=True)]
+    out = torch.empty((len(kinds), *parts[0].shape[1:]), dtype=parts[0].dtype, device=parts[0].device)
+    for pick, part in zip(picks, parts, strict=True):
+        out[pick] = part.to(out.dtype)
+    return out
+
+
+def _pick(tensor: Tensor, pick: Tensor | None) -> Tensor:
+    return tensor if pick is None else tensor[pick]
+
+
+def gram_bound(gram: Tensor, square: Tensor | None = None) -> Tensor:
+    """Bound ||S||_2 from above for symmetric S (B, m, m), in float64; S^2 makes the bound tighter.
+
+    Row sums and the Frobenius norm of S, and the roots of those of S^2: none of them can be below the spectral norm.
+    """
+    bounds = [_row_sums(gram), _frobenius(gram)]
+    if square is not None:
+        bounds += [_row_sums(square).sqrt(), _frobenius(square).sqrt()]
+    return torch.stack(bounds).amin(0).clamp(min=1e-30)
+
+
+def _row_sums(matrix: Tensor) -> Tensor:
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    sums: Tensor = torch.linalg.vector_norm(matrix, ord=1, dim=-1, dtype=wide)
+    return sums.amax(-1).double()
+
+
+def _frobenius(matrix: Tensor) -> Tensor:
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=wide)
+    return norm.double()
+
+
+def _identity_plus(diagonal: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """Return diagonal I + sum of weight * matrix; diagonal and weights are (B,), matrices (B, m, m)."""
+    weight, matrix = terms[0]
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    out = matrix.to(wide) * weight.to(wide)[:, None, None]
+    for weight, matrix in terms[1:]:
+        out = torch.addcmul(out, matrix.to(wide), weight.to(wide)[:, None, None])
+    out.diagonal(dim1=-2, dim2=-1).add_(diagonal.to(wide)[:, None])
+    return out
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+def _soft_factor(eigenvalue: Tensor, c: Tensor) -> Tensor:
+    return c / torch.sqrt(c * c + eigenvalue)
+
+
+def _hard_factor(eigenvalue: Tensor, c: Tensor) -> Tensor:
+    return c / torch.sqrt(torch.maximum(c * c, eigenvalue))
+
+
+def _exact(
+    x: Tensor, c: Tensor, *, factor: Callable[[Tensor, Tensor], Tensor], trusted: float, dtype: torch.dtype | None
+) -> Tensor:
+    """Apply factor(s^2, c) to the singular values, in the cheapest decomposition that the condition number allows."""
+    if torch.compiler.is_compiling() or dtype is not None:
+        work = dtype or torch.float64
+        return _exact_eigh(x.to(work), c, factor).to(x.dtype)
+    gram = x @ x.mT
+    condition = 1 + gram_bound(gram) / (c * c)
+    lowest = 1 if x.dtype == torch.float64 else 0
+    kinds = torch.clamp((condition > trusted).int() + (condition > CONDITION_FLOAT64).int(), min=lowest)
+
+    def solve(kind: int, pick: Tensor | None) -> Tensor:
+        part, threshold = _pick(x, pick), _pick(c, pick)
+        if kind == 0:
+            return _exact_eigh(part, threshold, factor, _pick(gram, pick))
+        exact = _exact_eigh if kind == 1 else _exact_svd
+        return exact(part.double(), threshold, factor).to(x.dtype)
+
+    return _by_kind(kinds, solve)
+
+
+def _exact_eigh(x: Tensor, c: Tensor, factor: Callable[[Tensor, Tensor], Tensor], gram: Tensor | None = None) -> Tensor:
+    eigenvalues, vectors = torch.linalg.eigh(x @ x.mT if gram is None else gram)
+    scale = factor(eigenvalues.double().clamp(min=0), c[:, None]).to(x.dtype)
+    out: Tensor = ((vectors * scale[:, None, :]) @ vectors.mT) @ x
+    return out
+
+
+def _exact_svd(x: Tensor, c: Tensor, factor: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    # Beyond a = 1e8 squaring x loses the small singular values even in float64.
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    out: Tensor = (left * (values * factor(values * values, c[:, None]))[:, None, :]) @ right
+    return out
+
+
+# --- minimax ---------------------------------------------------------------------------------------------------------
+
+
+def best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
+    """Return (alpha, beta, gamma, e): alpha x + beta x^3 + gamma x^5 is within e of 1 on [low, high], e the least.
+
+    Remez exchange: the error of the best one takes +-e in turn at both ends and at the two extrema between them.
+    """
+    if high - low < 1e-3 * high:
+        # The system below would be singular; this is its limit, whose error is cubic in the width.
+        return 1.875, -1.25, 0.375, 2.5 * (high - low) ** 3
+    inner = (low + (high - low) / 3, low + 2 * (high - low) / 3)
+    for _ in range(100):
+        points = (low, *inner, high)
+        system = [[p, p**3, p**5, sign] for p, sign in zip(points, (1, -1, 1, -1), strict=True)]
+        right = torch.ones(4, dtype=torch.float64)
+        alpha, beta, gamma, error = torch.linalg.solve(torch.tensor(system, dtype=torch.float64), right).tolist()
+        # The extrema are where the derivative alpha + 3 beta x^2 + 5 gamma x^4 vanishes.
+        root = math.sqrt(9 * beta * beta - 20 * alpha * gamma)
+        moved = (math.sqrt((-3 * beta - root) / (10 * gamma)), math.sqrt((-3 * beta + root) / (10 * gamma)))
+        if abs(moved[0] - inner[0]) + abs(moved[1] - inner[1]) < 1e-12 * high:
+            break
+        inner = moved
+    return alpha, beta, gamma, abs(error)
+
+
+@functools.lru_cache(maxsize=512)
+def schedule(level: int, iterations: int | None) -> tuple[tuple[float, float, float], ...]:
+    """Return the coefficients of each step for conditions up to 2^level, each the best one for what the last left.
+
+    Without `iterations`, as few as bring sqrt(P) within TOLERANCE / 2 of 1. The last step is divided by its largest
+    value: a singular value then lies in [1 - TOLERANCE, 1] times the exact one, and the threshold is never exceeded.
+    """
+    low, high = 2.0 ** (-level / 2), 1.0
+    steps: list[tuple[float, float, float]] = []
+    while True:
+        alpha, beta, gamma, error = best_quintic(low, high)
+        done = len(steps) + 1 == iterations if iterations else error <= TOLERANCE / 2
+        top = 1 + error if done else 1.0
+        steps.append((alpha / top, beta / top, gamma / top))
+        if done:
+            return tuple(steps)
+        low, high = 1 - error, 1 + error
+
+
+@functools.lru_cache(maxsize=16)
+def _padded_schedules(iterations: int | None) -> Tensor:
+    """Stack the schedules of all levels (LEVELS, K, 3); a step (1, 0, 0) does nothing."""
+    rows = [schedule(level, iterations) for level in range(1, LEVELS + 1)]
+    longest = max(len(row) for row in rows)
+    idle = (1.0, 0.0, 0.0)
+    return torch.tensor([row + (idle,) * (longest - len(row)) for row in rows], dtype=torch.float64)
+
+
+def _minimax(x: Tensor, c: Tensor, *, iterations: int | None, dtype: torch.dtype | None) -> Tensor:
+    """Choose arithmetic and step count of each matrix from its bound, then iterate."""
+    compiling = torch.compiler.is_compiling()
+    # Tensor cores take float16, and its error is a tenth of bfloat16's; a CPU gains nothing by it.
+    halve = dtype is None and x.device.type == "cuda" and x.dtype == torch.float32 and not compiling
+    y = x.to(torch.float16 if halve else dtype or x.dtype)
+    gram = y @ y.mT
+    square = gram @ gram
+    # The bound was computed with rounding, in products that were rounded; a little more is still a bound.
+    bound = gram_bound(gram, square) * (1 + 8 * torch.finfo(y.dtype).eps)
+    level = torch.ceil(torch.log2(1 + bound / (c * c))).clamp(1, LEVELS).long()
+    if compiling:
+        coefficients = _padded_schedules(iterations).to(x.device)[level - 1]
+        return _iterate(y, gram, square, c, bound, coefficients).to(x.dtype)
+
+    def solve(kind: int, pick: Tensor | None) -> Tensor:
+        if halve and 2.0**kind > CONDITION_FLOAT16:
+            return _minimax(_pick(x, pick), _pick(c, pick), iterations=iterations, dtype=torch.float32)
+        part, s, s2, threshold, b = (_pick(tensor, pick) for tensor in (y, gram, square, c, bound))
+        steps = torch.tensor(schedule(kind, iterations), dtype=torch.float64, device=x.device)
+        return _iterate(part, s, s2, threshold, b, steps.expand(len(part), -1, -1))
+
+    return _by_kind(level, solve).to(x.dtype)
+
+
+def _iterate(x: Tensor, gram: Tensor, square: Tensor, c: Tensor, bound: Tensor, steps: Tensor) -> Tensor:
+    """Return (c^2 I + S)^(-1/2) c X by coupled steps Y <- Y T, Z <- T Z with T = alpha I + beta Z Y + gamma (Z Y)^2.
+
+    Y starts as P, Z as I, so Y ends near P^(1/2) and Z near P^(-1/2). The first T costs no product, since P^2 is made
+    of S^2, which the bound needed anyway; the last Y is never used: 4 K - 3 products for K steps. steps (B, K, 3).
+    """
+    p = 1 / (c * c + bound)
+    q = c * c * p
+    alpha, beta, gamma = steps[:, 0].unbind(-1)
+    first = (beta * p + 2 * gamma * q * p, gram), (gamma * p * p, square)
+    z = _identity_plus(alpha + beta * q + gamma * q * q, *first).to(x.dtype)
+    y = _identity_plus(q, (p, gram)).to(x.dtype) @ z if steps.shape[1] > 1 else z
+    for k in range(1, steps.shape[1]):
+        alpha, beta, gamma = steps[:, k].unbind(-1)
+        product = z @ y
+        t = _identity_plus(alpha, (beta, product), (gamma, product @ product)).to(x.dtype)
+        y = y @ t if k + 1 < steps.shape[1] else y
+        z = t @ z
+    return _scaled(z @ x, q.sqrt())
+
+
+def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
+    # In float32 at least: the factor may be too small for a half precision.
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return wide * factor.to(wide.dtype)[:, None, None]
+
+
+# --- the published iteration -----------------------------------------------------------------------------------------
+
+
+def _newton_schulz(x: Tensor, c: Tensor, *, iterations: int, dtype: torch.dtype) -> Tensor:
+    """Take `iterations` steps with the fixed coefficients 3/2 and -1/2, without the products that change nothing.
+
+    Unconverged, s becomes h_c(s) f^K(sqrt((1 + s^2 / c^2) / a)), f(x) = 1.5 x - 0.5 x^3, a from the published bound.
+    """
+    y = x.to(dtype)
+    gram = y @ y.mT
+    p = 1 / (c * c + gram_bound(gram))
+    q = c * c * p
+    start = _identity_plus(q, (p, gram)).to(dtype)
+    half = torch.full_like(q, 1.5)
+    z = _identity_plus(half - 0.5 * q, (-0.5 * p, gram)).to(dtype)
+    root = start @ z
+    for step in range(1, iterations):
+        t = _identity_plus(half, (torch.full_like(q, -0.5), z @ root)).to(dtype)
+        root = root @ t if step + 1 < iterations else root
+        z = t @ z
+    return _scaled(z @ y, q.sqrt()).to(x.dtype)

@@ -1,0 +1,231 @@
+"""Records: the small JSON a finished job leaves, and the only state a campaign has.
+
+A record says what ran (`job`, `fingerprint`), what came out (`status`, `results`), from which inputs (`inputs`: name to
+fingerprint) and where, with what and how fast (`provenance`). Heavy outputs lie in the work folder and can be made again.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from epochal.config import from_table, to_table, write_atomic
+from epochal.run import Ensemble, Job, Run, Samples, fingerprint, inputs
+
+VERSION = 1
+KINDS: dict[str, type[Job]] = {"Run": Run, "Ensemble": Ensemble, "Samples": Samples}
+STATUSES = ("done", "diverged")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished job. `results["loss"]` is validation nats per token; None when the run diverged."""
+
+    job: Job
+    fingerprint: str
+    status: str
+    results: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Final validation loss in nats per token; inf for a diverged run."""
+        value = self.results.get("loss")
+        return math.inf if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The two folders of a campaign: `results` holds records and reports (commit it), `work` everything heavy."""
+
+    scale: str
+    results: Path = Path("recipes/results")
+    work: Path = Path("work")
+
+    @property
+    def records(self) -> Path:
+        """Folder of the records of this scale."""
+        return self.results / self.scale / "records"
+
+    @property
+    def data(self) -> Path:
+        """Folder of the token stores, shared by all scales."""
+        return self.work / "data"
+
+    def folder(self, name: str) -> Path:
+        """Folder of one job: checkpoints, metrics, outputs."""
+        return self.work / self.scale / name
+
+    def output(self, job: Job) -> Path | None:
+        """Return what other jobs read from this one: a model folder, a token file, or nothing for an Ensemble."""
+        match job:
+            case Run():
+                return self.folder(job.name) / "model"
+            case Samples():
+                return self.folder(job.name) / "samples.npy"
+            case Ensemble():
+                return None
+
+
+class Records:
+    """The records of one campaign, by name. Malformed files are left out and named in `problems`."""
+
+    def __init__(self, workspace: Workspace, records: Iterable[Record] = (), problems: Iterable[str] = ()) -> None:
+        self.workspace = workspace
+        self._records = {record.job.name: record for record in records}
+        self.problems = tuple(problems)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, job: Job) -> Record | None:
+        """Return the record of exactly this job, or None.
+
+        Raises ValueError when a record of the same name was made by a job of another meaning.
+        """
+        record = self._records.get(job.name)
+        if record is None:
+            return None
+        if record.fingerprint != fingerprint(job):
+            raise ValueError(_mismatch(self.workspace, job, record))
+        self._check_inputs(record)
+        return record
+
+    def named(self, name: str) -> Record | None:
+        """Return the record of this name, whatever it means."""
+        return self._records.get(name)
+
+    def has_output(self, job: Job) -> bool:
+        """Whether what other jobs read from this one is on this machine's disk."""
+        output = self.workspace.output(job)
+        return output is None or output.exists()
+
+    def _check_inputs(self, record: Record) -> None:
+        for name, mark in record.inputs.items():
+            source = self._records.get(name)
+            if source is not None and source.fingerprint != mark:
+                raise ValueError(
+                    f"record {record.job.name!r} was made from another {name!r} than the one recorded now; "
+                    f"delete {self.workspace.records / (record.job.name + '.json')} to make it again."
+                )
+
+
+def load_records(workspace: Workspace) -> Records:
+    """Read all records of a campaign; files that are no record are named in `problems`, not raised."""
+    records, problems = [], []
+    for path in sorted(workspace.records.glob("*.json")):
+        try:
+            records.append(_read(path))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path.name}: {error}")
+    return Records(workspace, records, problems)
+
+
+def _read(path: Path) -> Record:
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(table, dict):
+        raise ValueError("is no record (a JSON object is expected)")
+    if table.get("version") != VERSION:
+        raise ValueError(f"has version {table.get('version')!r}, not {VERSION}")
+    if table.get("kind") not in KINDS or table.get("status") not in STATUSES:
+        raise ValueError(f"has kind {table.get('kind')!r} and status {table.get('status')!r}, which are unknown")
+    job = from_table(table["job"], KINDS[table["kind"]], where="job")
+    if job.name != path.stem:
+        raise ValueError(f"names the job {job.name!r}")
+    record = Record(
+        job, str(table["fingerprint"]), table["status"], table["results"], table["inputs"], table["provenance"]
+    )
+    if record.status == "done" and not isinstance(job, Samples) and not math.isfinite(record.loss):
+        raise ValueError("is done but has no finite loss")
+    return record
+
+
+def write_record(workspace: Workspace, record: Record) -> Path:
+    """Write a record beside its place and rename it; return its path."""
+    table = {
+        "version": VERSION,
+        "kind": type(record.job).__name__,
+        "job": to_table(record.job),
+        "fingerprint": record.fingerprint,
+        "status": record.status,
+        "results": record.results,
+        "inputs": record.inputs,
+        "provenance": record.provenance,
+    }
+    path = workspace.records / f"{record.job.name}.json"
+    write_atomic(path, json.dumps(table, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def _mismatch(workspace: Workspace, job: Job, record: Record) -> str:
+    """Say which fields differ between a job and the record under its name, and the two ways out."""
+    ours, theirs = to_table(job), to_table(record.job)
+    differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)] or ["a model or data file"]
+    path = workspace.records / f"{job.name}.json"
+    return (
+        f"record {job.name!r} was made with another {' and '.join(differing)} (fingerprint {record.fingerprint}, "
+        f"now {fingerprint(job)}); give the job a new name or delete {path}."
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Jobs by state: `done`, `ready` (inputs exist), `waiting` (name of the job to the inputs it lacks)."""
+
+    done: tuple[Job, ...]
+    ready: tuple[Job, ...]
+    waiting: dict[str, tuple[str, ...]]
+
+
+def split(jobs: Iterable[Job], records: Records) -> Split:
+    """Sort jobs into done, ready and waiting.
+
+    A finished job whose weights are not on this disk (a clean clone with committed records) becomes ready again
+    only when an unfinished job reads them.
+    """
+    by_name = {job.name: job for job in jobs}
+    unfinished = {name for name, job in by_name.items() if records.get(job) is None}
+    stack = list(unfinished)
+    while stack:
+        for name in _reads(by_name[stack.pop()], by_name):
+            if name not in unfinished and not records.has_output(by_name[name]):
+                unfinished.add(name)
+                stack.append(name)
+    lacking = {
+        name: tuple(source for source in _reads(by_name[name], by_name) if source in unfinished) for name in unfinished
+    }
+    return Split(
+        done=tuple(job for name, job in by_name.items() if name not in unfinished),
+        ready=tuple(job for name, job in by_name.items() if name in unfinished and not lacking[name]),
+        waiting={name: lacking[name] for name in by_name if name in unfinished and lacking[name]},
+    )
+
+
+def needed(jobs: Iterable[Job], records: Records) -> list[Job]:
+    """Return the jobs whose results are missing and whose inputs exist: what `plan` answers."""
+    return list(split(jobs, records).ready)
+
+
+def _reads(job: Job, by_name: dict[str, Job]) -> tuple[str, ...]:
+    """Names of all jobs whose outputs or records a job reads; text sampled from an ensemble reads its members."""
+    names = inputs(job)
+    if isinstance(job, Samples):
+        source = by_name.get(job.source)
+        names += inputs(source) if isinstance(source, Ensemble) else ()
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f"job {job.name!r} reads {unknown[0]!r}, which no recipe plans; plan it beside.")
+    return names
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

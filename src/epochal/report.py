@@ -1,0 +1,304 @@
+"""Records to a report: values that a recipe returns, rendered as report.md, report.html and figures.
+
+Recipes say what they found as plain values (Section, Claim, Table, Figure); nothing here knows a recipe. Texts may mark
+`code` with backticks; everything else in them is shown as it is written. `report_figures.py` draws, `report_html.py`
+makes the page.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epochal.config import write_atomic
+from epochal.report_figures import Drawing, draw_bars, draw_law, draw_series, figure_style, render, require_matplotlib
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CLAIM_COLUMNS = ("Claim", "Number", "90% interval", "Seeds", "Verdict")
+DASH = "–"
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One sentence that the records support or not.
+
+    `value` is the measured number with its unit ("0.27 nats"), `interval` its 90% interval or None, `seeds` the number
+    of independent seeds behind it, `holds` None while it cannot be judged. `provisional` names what is missing
+    (neighbours, seeds, points), empty when nothing is.
+    """
+
+    text: str
+    value: str
+    interval: tuple[float, float] | None = None
+    seeds: int = 1
+    holds: bool | None = None
+    provisional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table: rows of str, float, int or None (missing)."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | int | None, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure: `draw(axes)` draws on one matplotlib Axes; `name` becomes the file name."""
+
+    name: str
+    caption: str
+    draw: Callable[[Any], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What one recipe reports; `question` is the sentence the recipe answers."""
+
+    title: str
+    question: str
+    claims: tuple[Claim, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+# --- numbers and words ------------------------------------------------------------------------------------------------
+
+
+def format_number(value: Cell, *, decimals: int = 4) -> str:
+    """Show one cell: losses with 4 decimals, counts with separators, tiny numbers with 3 digits, None as a dash."""
+    if value is None:
+        return DASH
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("∞" if value > 0 else "-∞")
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.{decimals}f}"
+    if abs(value) < 0.01:
+        # a difference of 0.0012 nats keeps the four decimals of its column; a learning rate of 3e-5 would lose itself
+        return f"{value:.{decimals}f}" if abs(value) >= 10.0 ** (2 - decimals) else f"{value:.3g}"
+    if abs(value) >= 1e15:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+MEASURED = re.compile(r"loss|nats|limit|asymptote|gain|excess|low|high|interval", re.IGNORECASE)
+
+
+def format_column(name: str, cells: Sequence[Cell]) -> list[str]:
+    """Show the cells of one column alike: settings (0.1, 0.4, 1.6) as they were written, measurements with 4 decimals.
+
+    A column is one of settings if three digits hold each of its numbers exactly and its name is of nothing measured.
+    """
+    floats = [cell for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
+    if MEASURED.search(name) or not all(float(f"{cell:.3g}") == cell for cell in floats):
+        return [format_number(cell) for cell in cells]
+    return [
+        _setting(cell) if isinstance(cell, float) and math.isfinite(cell) else format_number(cell) for cell in cells
+    ]
+
+
+def _setting(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+
+
+def format_interval(claim: Claim) -> str:
+    """Show the interval of a claim with as many decimals as its number has, and at least two."""
+    if claim.interval is None:
+        return DASH
+    shown = re.search(r"\d\.(\d+)", claim.value)
+    decimals = max(2, len(shown[1])) if shown else 4
+    low, high = (format_number(float(end), decimals=decimals) for end in claim.interval)
+    return f"{low} to {high}"
+
+
+def verdict(claim: Claim) -> str:
+    """Say in words whether a claim holds."""
+    return {True: "holds", False: "does not hold", None: "not yet known"}[claim.holds]
+
+
+def tally(sections: Sequence[Section]) -> str:
+    """One line over all claims: how many hold, how many do not, how many are provisional."""
+    claims = [claim for section in sections for claim in section.claims]
+    if not claims:
+        return "No claims yet: no records that could carry one."
+    counts = [sum(claim.holds is judged for claim in claims) for judged in (True, False, None)]
+    one, many = ("holds", "does not hold", "is not yet known"), ("hold", "do not hold", "are not yet known")
+    parts = [f"{n} {(one if n == 1 else many)[i]}" for i, n in enumerate(counts) if n]
+    provisional = sum(bool(claim.provisional) for claim in claims)
+    end = f"; {provisional} provisional" if provisional else ""
+    return f"{len(claims)} claim{'s' * (len(claims) > 1)}: {', '.join(parts)}{end}."
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def summary_table(sections: Sequence[Section]) -> list[tuple[str, str, str, str, str]]:
+    """Rows (claim, number, interval, seeds, verdict) of every claim, as text."""
+    return [
+        (claim.text, claim.value, format_interval(claim), str(claim.seeds), _verdict_line(claim))
+        for section in sections
+        for claim in section.claims
+    ]
+
+
+def _verdict_line(claim: Claim) -> str:
+    return verdict(claim) + (f" (provisional: {'; '.join(claim.provisional)})" if claim.provisional else "")
+
+
+def print_summary(sections: Sequence[Section], console: "Console") -> None:
+    """Print every claim with its number and verdict as one table on a rich console."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    for column in CLAIM_COLUMNS:
+        table.add_column(column, justify="right" if column == "Seeds" else "left", overflow="fold")
+    claims = [claim for section in sections for claim in section.claims]
+    colors = {True: "green", False: "red", None: "yellow"}
+    for claim, row in zip(claims, summary_table(sections), strict=True):
+        # Text, because brackets in a claim are no markup
+        table.add_row(*(Text(cell) for cell in row[:-1]), Text(row[-1], style=colors[claim.holds]))
+    if claims:
+        console.print(table)
+    console.print(Text(tally(sections)))
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def render_markdown(sections: Sequence[Section], *, title: str, summary: Sequence[str] = ()) -> str:
+    """Render report.md: all claims first, then a section per recipe, figures as relative links."""
+    lines = [f"# {_md(title)}", *(_md(line) for line in summary), "## All claims", tally(sections)]
+    rows = [
+        (claim.text, claim.value, format_interval(claim), str(claim.seeds), verdict(claim) + _md_provisional(claim))
+        for section in sections
+        for claim in section.claims
+    ]
+    if rows:
+        lines.append(_md_table(CLAIM_COLUMNS, [[*map(_md, row[:-1]), row[-1]] for row in rows], right={3}))
+    for section in sections:
+        lines += _md_section(section)
+    return "\n\n".join(lines) + "\n"
+
+
+def _md_section(section: Section) -> list[str]:
+    lines = [f"## {_md(section.title)}", f"*{_md(section.question)}*"]
+    for table in section.tables:
+        columns = [format_column(name, [row[i] for row in _checked(table)]) for i, name in enumerate(table.columns)]
+        rows = [[_md(cell) for cell in row] for row in zip(*columns, strict=True)]
+        lines += [f"**{_md(table.title)}**", _md_table(table.columns, rows, right=numeric_columns(table))]
+    for figure in section.figures:
+        caption = _md(figure.caption)
+        # a bracket inside the alternative text would end it
+        alt = re.sub(r"[\[\]]", "", caption)
+        lines += [f"![{alt}](figures/{figure.name}.svg)", caption]
+    notes = "\n".join(f"- {_md(note)}" for note in section.notes)
+    return [*lines, notes] if notes else lines
+
+
+def _md_provisional(claim: Claim) -> str:
+    return f"; *provisional*: {_md('; '.join(claim.provisional))}" if claim.provisional else ""
+
+
+def _md_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]) -> str:
+    rule = ["--:" if i in right else "---" for i in range(len(columns))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ([_md(name) for name in columns], rule, *rows))
+
+
+def _md(text: str) -> str:
+    """Escape what Markdown would read as markup, except inside `code`; a table cell ends at any bare |."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    plain = [part if i % 2 else re.sub(r"([\\*_\[\]`~])", r"\\\1", part) for i, part in enumerate(parts)]
+    plain = [part if i % 2 else part.replace("&", "&amp;").replace("<", "&lt;") for i, part in enumerate(plain)]
+    return "".join(plain).replace("|", r"\|")
+
+
+def numeric_columns(table: Table) -> set[int]:
+    """Columns that hold numbers, which stand to the right: no text, and one number at least."""
+    columns = range(len(table.columns))
+    texts = {i for row in _checked(table) for i in columns if isinstance(row[i], str)}
+    return {i for row in table.rows for i in columns if isinstance(row[i], int | float)} - texts
+
+
+def _checked(table: Table) -> tuple[tuple[Cell, ...], ...]:
+    for row in table.rows:
+        if len(row) != len(table.columns):
+            raise ValueError(f"table {table.title!r}: a row has {len(row)} cells for {len(table.columns)} columns.")
+    return table.rows
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_report(sections: Sequence[Section], folder: Path, *, title: str, summary: Sequence[str] = ()) -> Path:
+    """Write report.md, report.html and figures/<name>.svg and .png under `folder`; returns the path of report.html.
+
+    Everything is rendered before the first file is touched, so a failing figure leaves an older report as it was.
+    The bytes depend on the arguments and the version of matplotlib alone.
+    """
+    from epochal.report_html import render_html
+
+    drawings = _draw_all(sections)
+    markdown = render_markdown(sections, title=title, summary=summary)
+    page = render_html(sections, drawings, title=title, summary=summary)
+    for name, drawing in drawings.items():
+        write_atomic(folder / "figures" / f"{name}.svg", drawing.svg)
+        write_atomic(folder / "figures" / f"{name}.png", drawing.png)
+    write_atomic(folder / "report.md", markdown)
+    write_atomic(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _draw_all(sections: Sequence[Section]) -> Mapping[str, Drawing]:
+    drawings: dict[str, Drawing] = {}
+    if any(section.figures for section in sections):
+        require_matplotlib()
+    for section in sections:
+        for figure in section.figures:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", figure.name):
+                raise ValueError(f"figure name {figure.name!r} is no file name; use letters, digits, - and _ only.")
+            if figure.name in drawings:
+                raise ValueError(f"two figures are called {figure.name!r}; rename the one of {section.title!r}.")
+            drawings[figure.name] = _draw_one(figure)
+    return drawings
+
+
+def _draw_one(figure: Figure) -> Drawing:
+    try:
+        return render(figure.name, figure.draw)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"figure {figure.name!r} could not be drawn ({what}); correct its draw function.") from error
+
+
+__all__ = [
+    "Claim",
+    "Figure",
+    "Section",
+    "Table",
+    "draw_bars",
+    "draw_law",
+    "draw_series",
+    "figure_style",
+    "format_interval",
+    "format_number",
+    "print_summary",
+    "render_markdown",
+    "summary_table",
+    "write_report",
+]

@@ -1,0 +1,240 @@
+"""The vocabulary of recipes: Run, Ensemble, Samples. Frozen values, complete, checked without torch.
+
+Everything that determines weights (or tokens drawn from weights) is a field here. How fast and where is a profile;
+what came out is a record. Jobs name their inputs; a name stands for one meaning, guarded by `fingerprint`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from epochal.config import find_config, to_table
+
+ORDERS = ("documents", "sequences", "fixed")
+SCHEDULES = ("cosine", "wsd")
+PRECISIONS = ("fp32", "bf16")
+AVERAGES = ("logits", "probs")
+
+
+def _choose(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field} is {value!r}; choose from {', '.join(choices)}.")
+
+
+def _at_least(field: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{field} is {value}; give at least {low}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Decoupled AdamW: per step a decayed weight shrinks by lr(t) * wd (PyTorch's convention, spec section 3)."""
+
+    lr: float
+    wd: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _at_least("lr", self.lr, 0.0)
+        _at_least("wd", self.wd, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Learn from sampled text: a share `fraction` of every stream of batches comes from the named Samples.
+
+    Total steps = steps_per_epoch * epochs / (1 - fraction), so the real tokens are seen `epochs` times all the same.
+    """
+
+    samples: str
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction is {self.fraction}; give a share above 0 and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that determines one model's weights.
+
+    `unique_tokens` is D, `batch_size` counts sequences of `sequence_length` tokens in one optimizer step over all
+    processes, `warmup` is a share of all steps.
+    """
+
+    name: str
+    model: str
+    data: str
+    unique_tokens: int
+    epochs: int
+    batch_size: int
+    sequence_length: int
+    optimizer: AdamW
+    schedule: str = "cosine"
+    warmup: float = 0.01
+    clip_norm: float = 1.0
+    order: str = "documents"
+    init_seed: int = 0
+    order_seed: int = 0
+    precision: str = "bf16"
+    evaluations: int = 20
+    distill: Distill | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _choose("order", self.order, ORDERS)
+        _choose("schedule", self.schedule, SCHEDULES)
+        _choose("precision", self.precision, PRECISIONS)
+        for field in ("unique_tokens", "epochs", "batch_size", "evaluations"):
+            _at_least(field, getattr(self, field), 1)
+        _at_least("sequence_length", self.sequence_length, 2)
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; give a share of the steps from 0 to below 1.")
+        if self.unique_tokens % self.batch_tokens:
+            low = max(1, self.unique_tokens // self.batch_tokens) * self.batch_tokens
+            raise ValueError(
+                f"unique_tokens {self.unique_tokens} is no multiple of the batch of {self.batch_size} x "
+                f"{self.sequence_length} tokens; use {low} or {low + self.batch_tokens}."
+            )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that show the real tokens once."""
+        return self.unique_tokens // self.batch_tokens
+
+    @property
+    def steps(self) -> int:
+        """All steps of the run, those on sampled text included (spec section 9: divided by 1 - w)."""
+        share = 1.0 - (self.distill.fraction if self.distill else 0.0)
+        return round(self.steps_per_epoch * self.epochs / share)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens trained on, repeats included."""
+        return self.steps * self.batch_tokens
+
+    @property
+    def tau(self) -> float:
+        """Averaging window 1 / (lr * wd * steps_per_epoch) in epochs (spec section 3); inf without decay."""
+        rate = self.optimizer.lr * self.optimizer.wd * self.steps_per_epoch
+        return 1.0 / rate if rate else float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Which runs speak together, and how: the mean of their raw logits, or of their probabilities.
+
+    There is no default for `average`: the two have different limits.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    average: str
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _choose("average", self.average, AVERAGES)
+        if not self.runs or len(set(self.runs)) != len(self.runs):
+            raise ValueError(f"runs is {self.runs}; name each member once, at least one.")
+        if self.weights is not None and (
+            len(self.weights) != len(self.runs) or min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6
+        ):
+            raise ValueError(f"weights is {self.weights}; give one share for each of {len(self.runs)} runs, summing to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Tokens drawn from a Run, or from the members of an Ensemble one by one in equal parts (spec section 9).
+
+    Unconditional: each text begins with the tokenizer's start token and ends at its end token or at
+    `max_length` tokens.
+    """
+
+    name: str
+    source: str
+    tokens: int
+    max_length: int
+    seed: int = 0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _at_least("tokens", self.tokens, 1)
+        _at_least("max_length", self.max_length, 2)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
+
+
+Job = Run | Ensemble | Samples
+
+
+def _check_name(name: str) -> None:
+    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    if not name or set(name) - allowed or name.startswith("."):
+        raise ValueError(f"name is {name!r}; use letters, digits, '.', '_' and '-', not starting with a dot.")
+
+
+def inputs(job: Job) -> tuple[str, ...]:
+    """Return the names of the jobs whose outputs this one reads directly."""
+    match job:
+        case Run():
+            return (job.distill.samples,) if job.distill else ()
+        case Ensemble():
+            return job.runs
+        case Samples():
+            return (job.source,)
+
+
+def fingerprint(job: Job) -> str:
+    """Hash what the job means: its non-default fields without the name, and the model and data files it names.
+
+    A new field whose default keeps the behaviour changes no fingerprint.
+    """
+    meaning = {"kind": type(job).__name__, **_non_defaults(job)}
+    meaning.pop("name")
+    if isinstance(job, Run):
+        meaning["model"] = config_hash(find_config("models", job.model, ".json"))
+        meaning["data"] = config_hash(find_config("data", job.data, ".toml"))
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _non_defaults(value: Any) -> dict[str, Any]:
+    table = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if item == field.default:
+            continue
+        if dataclasses.is_dataclass(item):
+            table[field.name] = {"kind": type(item).__name__, **_non_defaults(item)}
+        else:
+            table[field.name] = to_table(item)
+    return table
+
+
+def config_hash(path: Path) -> str:
+    stat = path.stat()
+    return _hash_config(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _hash_config(path: Path, mtime_ns: int, size: int) -> str:
+    """Hash a config's values: comments and layout may change freely."""
+    if path.suffix == ".json":
+        table = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        import tomllib
+
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

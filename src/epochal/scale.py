@@ -1,0 +1,155 @@
+"""A scale: one TOML file that says on which data, sizes and grids the recipes run; and the Runs it stands for."""
+
+from dataclasses import dataclass, replace
+
+from epochal.config import find_config, load_toml
+from epochal.run import AdamW, Distill, Run
+from epochal.tuner import Point, decay_for_window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One model of the ladder, and where its searches start.
+
+    Without `wd` the search starts from the decay whose averaging window is `Scale.tau` epochs.
+    """
+
+    model: str
+    lr: float
+    epochs: int
+    wd: float | None = None
+    standard_lr: float | None = None
+    standard_epochs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The values that searches may take."""
+
+    lr: tuple[float, ...]
+    epochs: tuple[int, ...]
+    wd: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Which sizes get ensembles and how many members."""
+
+    models: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Students:
+    """How a student of the size `model` learns: share of sampled text, its pool, and its own epochs, lr and wd."""
+
+    model: str
+    fraction: float
+    pool_tokens: int
+    epochs: int
+    lr: float
+    wd: float
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What `plan` prices with: training FLOP/s that one device really reaches, devices per job, its name."""
+
+    device: str
+    flops: float
+    devices: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One campaign. `unique_tokens` lists the budgets D; recipes that need one budget use the first."""
+
+    name: str = ""
+    data: str
+    unique_tokens: tuple[int, ...]
+    sequence_length: int
+    batch_size: int
+    ladder: tuple[Rung, ...]
+    grid: Grid
+    ensemble: Members
+    students: Students
+    hardware: Hardware
+    precision: str = "bf16"
+    order: str = "documents"
+    warmup: float = 0.01
+    evaluations: int = 20
+    tau: float = 0.35
+    standard_wd: float = 0.1
+    seeds: int = 1
+    epoching: str = ""
+
+    def __post_init__(self) -> None:
+        models = [rung.model for rung in self.ladder]
+        for model in (*self.ensemble.models, self.students.model, *([self.epoching] if self.epoching else [])):
+            if model not in models:
+                raise ValueError(f"model {model!r} is not on the ladder {models}; use one of those or add it.")
+        if self.standard_wd not in self.grid.wd:
+            raise ValueError(f"standard_wd {self.standard_wd} is not in grid.wd; add it there.")
+        for tokens in self.unique_tokens:
+            self.run(models[0], tokens, Point(lr=self.grid.lr[0], epochs=1, wd=0.0))
+
+    def rung(self, model: str) -> Rung:
+        """Return the rung of a model."""
+        return next(rung for rung in self.ladder if rung.model == model)
+
+    def run(self, model: str, unique_tokens: int, point: Point, *, seed: int = 0) -> Run:
+        """Return the Run of one size, budget and point; `seed` draws the weights and orders the data."""
+        return Run(
+            name=f"{model}-{_short(unique_tokens)}-lr{point.lr:g}-ep{point.epochs}-wd{point.wd:g}-s{seed}",
+            model=model,
+            data=self.data,
+            unique_tokens=unique_tokens,
+            epochs=point.epochs,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            optimizer=AdamW(lr=point.lr, wd=point.wd),
+            warmup=self.warmup,
+            order=self.order,
+            init_seed=seed,
+            order_seed=seed,
+            precision=self.precision,
+            evaluations=self.evaluations,
+        )
+
+    def student(self, model: str, unique_tokens: int, samples: str, *, name: str) -> Run:
+        """Return the Run of a student that learns from real text and the named Samples."""
+        settings = self.students
+        run = self.run(model, unique_tokens, Point(lr=settings.lr, epochs=settings.epochs, wd=settings.wd))
+        return replace(run, name=name, distill=Distill(samples=samples, fraction=settings.fraction))
+
+    def regularized_start(self, rung: Rung, unique_tokens: int) -> Point:
+        """Where the joint search of lr, epochs and wd starts for one size."""
+        steps = unique_tokens // (self.batch_size * self.sequence_length)
+        wd = rung.wd or decay_for_window(self.tau, lr=rung.lr, steps_per_epoch=steps, grid=self.grid.wd)
+        return Point(lr=rung.lr, epochs=rung.epochs, wd=wd)
+
+    def standard_start(self, rung: Rung) -> Point:
+        """Where the search of lr and epochs at the standard decay starts for one size."""
+        return Point(
+            lr=rung.standard_lr or rung.lr, epochs=rung.standard_epochs or rung.epochs, wd=self.standard_wd
+        )
+
+
+def load_scale(name: str) -> Scale:
+    """Read `configs/scales/<name>.toml`; raises ValueError for anything unknown or inconsistent."""
+    path = find_config("scales", name, ".toml")
+    return replace(load_toml(path, Scale), name=path.stem)
+
+
+def member_point(point: Point) -> Point:
+    """Return the rule for ensemble members: the same lr, twice the epochs, half the decay (spec section 6)."""
+    return Point(lr=point.lr, epochs=2 * point.epochs, wd=point.wd / 2)
+
+
+def _short(tokens: int) -> str:
+    """24576 -> 25k, 200000000 -> 200m: for names only; facts are fields."""
+    for size, letter in ((10**9, "b"), (10**6, "m"), (10**3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{letter}"
+    return str(tokens)

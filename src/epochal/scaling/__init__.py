@@ -1,0 +1,49 @@
+"""Scaling laws with intervals: what a recipe reaches in the limit, and how sure that is. Needs no torch.
+
+Read `power.py` first (one size, one law), then `joint.py` (the double limit) and `efficiency.py`; `checks.py` asks
+whether a law deserves belief, `forms.py` has laws in several sizes, `solve.py` the arithmetic under all of them.
+"""
+
+from epochal.scaling.checks import (
+    Choice,
+    Comparison,
+    HeldOut,
+    aicc,
+    choose,
+    compare_limits,
+    held_out_largest,
+    leave_one_out,
+    seed_weights,
+)
+from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants
+from epochal.scaling.forms import CHINCHILLA, JOINT, Form, SurfaceLaw, fit_surface, power_sum, repetition, with_penalty
+from epochal.scaling.joint import JointLaw, NestedLimit, fit_joint
+from epochal.scaling.power import PowerLaw, fit_power_law
+
+__all__ = [
+    "CHINCHILLA",
+    "JOINT",
+    "Choice",
+    "Comparison",
+    "DataEfficiency",
+    "Form",
+    "HeldOut",
+    "JointLaw",
+    "NestedLimit",
+    "PowerLaw",
+    "SurfaceLaw",
+    "aicc",
+    "choose",
+    "compare_limits",
+    "data_efficiency",
+    "fit_joint",
+    "fit_power_law",
+    "fit_surface",
+    "held_out_largest",
+    "law_from_constants",
+    "leave_one_out",
+    "power_sum",
+    "repetition",
+    "seed_weights",
+    "with_penalty",
+]

@@ -1,0 +1,239 @@
+"""Laws in more than one size: additive (N, D) or (N, K) forms, repetition, and any penalty added to them.
+
+Every form here is linear in most of its constants, so it is written as `offset + basis @ coefficients` at given shape
+constants; the coefficients (>= 0) come from non-negative least squares and only the shapes are searched, from a grid of
+starts. Written for tens to hundreds of points.
+
+Sources: Chinchilla `E + A/N**alpha + B/D**beta` (Hoffmann et al. 2022); repetition (Muennighoff et al. 2023), where
+repeated tokens and excess parameters decay in value with the half-life-like scales R_D and R_N.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from epochal.scaling.power import LEVEL, Interval, checked
+from epochal.scaling.solve import Array
+
+Data = Mapping[str, Array]
+STARTS = 7  # per shape constant
+POLISHED = 3  # starts that are polished
+
+
+@dataclass(frozen=True)
+class Form:
+    """A family of laws: named sizes, named coefficients (linear, >= 0) and named shapes with their search ranges."""
+
+    name: str
+    sizes: tuple[str, ...]
+    coefficients: tuple[str, ...]
+    shapes: Mapping[str, Interval]
+    model: Callable[[Array, Data], tuple[Array, Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class SurfaceLaw:
+    """A fitted Form: `constants` by name, residuals in nats, the 90% profile interval of E where there can be one."""
+
+    form: Form
+    constants: dict[str, float]
+    residuals: Array = field(repr=False)
+    interval: dict[str, Interval] | None
+    note: str
+    dof: int
+
+    @property
+    def E(self) -> float:  # noqa: N802 - the field's own letter
+        """Give the limit; nan for a form without a fitted E."""
+        return self.constants.get("E", math.nan)
+
+    def predict(self, **sizes: npt.ArrayLike) -> Array:
+        """Evaluate the law at the named sizes (units of the fit; `math.inf` gives a limit)."""
+        data = {name: np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in self.form.sizes}
+        shapes = np.array([self.constants[name] for name in self.form.shapes])
+        offset, basis = self.form.model(shapes, data)
+        return np.asarray(offset + basis @ np.array([self.constants[name] for name in self.form.coefficients]))
+
+
+def power_sum(first: str, second: str) -> Form:
+    """Give the form `E + A / first**alpha + B / second**beta`."""
+
+    def model(shapes: Array, data: Data) -> tuple[Array, Array]:
+        a, b = (np.exp(-shape * np.log(data[name])) for shape, name in zip(shapes, (first, second), strict=True))
+        return np.zeros(len(a)), np.stack([np.ones(len(a)), a, b], axis=1)
+
+    shapes = {"alpha": (0.02, 4.0), "beta": (0.02, 4.0)}
+    return Form(f"E + A/{first}^alpha + B/{second}^beta", (first, second), ("E", "A", "B"), shapes, model)
+
+
+CHINCHILLA = power_sum("N", "D")
+JOINT = power_sum("N", "K")
+
+
+def with_penalty(base: Form, penalty: Callable[[Data], Array], *, sizes: tuple[str, ...] = ()) -> Form:
+    """Add `P * penalty(data)`, P >= 0, to a form: additive over-fitting with the penalty shape of the caller."""
+
+    def model(shapes: Array, data: Data) -> tuple[Array, Array]:
+        offset, basis = base.model(shapes, data)
+        return offset, np.column_stack([basis, penalty(data)])
+
+    return Form(f"{base.name} + P*penalty", (*base.sizes, *sizes), (*base.coefficients, "P"), base.shapes, model)
+
+
+def repetition(E: float, A: float, B: float, alpha: float, beta: float) -> Form:
+    """Give Muennighoff's form over N parameters, D tokens seen and U unique tokens, on a given Chinchilla law.
+
+    D' = U + U R_D (1 - exp(-(D/U - 1) / R_D)), and the same for N with U_N, the parameters that are compute-optimal for
+    U tokens under the law (or N where that is smaller). R_D and R_N are fitted; the publication has 15.39 and 5.31.
+    """
+
+    def effective(unique: Array, total: Array, scale: float) -> Array:
+        excess = np.maximum(total / unique - 1.0, 0.0)
+        return np.asarray(unique * (1.0 + scale * -np.expm1(-excess / scale)))
+
+    def model(shapes: Array, data: Data) -> tuple[Array, Array]:
+        unique = np.minimum(data["U"], data["D"])
+        optimal = (alpha * A * unique**beta / (beta * B)) ** (1.0 / alpha)
+        tokens = effective(unique, data["D"], float(shapes[0]))
+        parameters = effective(np.minimum(optimal, data["N"]), data["N"], float(shapes[1]))
+        loss = E + A * parameters**-alpha + B * tokens**-beta
+        return loss, np.empty((len(loss), 0))
+
+    return Form("repetition", ("N", "D", "U"), (), {"R_D": (0.1, 1000.0), "R_N": (0.1, 1000.0)}, model)
+
+
+def _linear(offset: Array, basis: Array, y: Array, root: Array) -> tuple[Array, Array]:
+    """Coefficients >= 0 by non-negative least squares, and the weighted residuals."""
+    from scipy.optimize import nnls
+
+    rest, weighted = (y - offset) * root, basis * root[:, None]
+    if basis.shape[1] == 0:
+        return np.empty(0), rest
+    scale = np.linalg.norm(weighted, axis=0)
+    scale[scale == 0] = 1.0
+    coefficients = nnls(weighted / scale, rest)[0] / scale
+    return coefficients, rest - weighted @ coefficients
+
+
+def _search(form: Form, data: Data, y: Array, root: Array, starts: list[Array] | None, fixed_E: float | None) -> Array:
+    """Find the shapes of the least weighted sum of squares, with E held where `fixed_E` is given."""
+    from scipy.optimize import least_squares
+
+    low, high = (np.log([ends[i] for ends in form.shapes.values()]) for i in (0, 1))
+
+    def residual(log_shapes: Array) -> Array:
+        offset, basis = form.model(np.exp(log_shapes), data)
+        if fixed_E is not None:
+            offset, basis = offset + fixed_E, basis[:, 1:]
+        return _linear(offset, basis, y, root)[1]
+
+    if starts is None:
+        axes = [np.linspace(a, b, STARTS + 2)[1:-1] for a, b in zip(low, high, strict=True)]
+        grid = [np.array(point) for point in itertools.product(*axes)]
+        grid.sort(key=lambda point: float(np.sum(residual(point) ** 2)))
+        starts = grid[:POLISHED]
+    fits = [
+        least_squares(residual, np.clip(s, low + 1e-9, high - 1e-9), bounds=(low, high), xtol=1e-12, ftol=1e-12)
+        for s in starts
+    ]
+    return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
+
+
+def _huber(form: Form, data: Data, y: Array, root: Array, log_shapes: Array, delta: float) -> tuple[Array, Array]:
+    """Polish all constants under Huber's loss of log residuals, from the least-squares solution."""
+    from scipy.optimize import least_squares
+
+    offset, basis = form.model(np.exp(log_shapes), data)
+    coefficients = _linear(offset, basis, y, root)[0]
+    count = len(log_shapes)
+
+    def residual(theta: Array) -> Array:
+        level, columns = form.model(np.exp(theta[:count]), data)
+        return np.asarray(root * np.log(y / (level + columns @ np.exp(theta[count:]))))
+
+    start = np.append(log_shapes, np.log(np.maximum(coefficients, 1e-12)))
+    found = least_squares(residual, start, loss="huber", f_scale=delta, x_scale="jac", xtol=1e-12, ftol=1e-12).x
+    return found[:count], np.exp(found[count:])
+
+
+def fit_surface(
+    form: Form,
+    loss: npt.ArrayLike,
+    *,
+    weights: npt.ArrayLike | None = None,
+    objective: str = "squares",
+    delta: float = 1e-3,
+    **sizes: npt.ArrayLike,
+) -> SurfaceLaw:
+    """Fit a form to losses (nats per token) at the named sizes, for example `fit_surface(CHINCHILLA, y, N=n, D=d)`.
+
+    `objective="huber"` minimises Huber's loss (threshold `delta`) of log residuals, and then gives no interval. The 90%
+    interval of E is by profile likelihood with Student quantiles. Raises ValueError on values that cannot be used.
+    """
+    y = checked("loss", loss)
+    if set(sizes) != set(form.sizes):
+        raise ValueError(f"sizes {sorted(sizes)} do not match the form {form.name}: give {sorted(form.sizes)}.")
+    if objective not in ("squares", "huber"):
+        raise ValueError(f"objective = {objective!r} is not one of this fit: use 'squares' or 'huber'.")
+    data = {name: _size(name, sizes[name], len(y)) for name in form.sizes}
+    root = np.ones(len(y)) if weights is None else np.sqrt(checked("weights", weights))
+    if len(root) != len(y):
+        raise ValueError(f"weights has {len(root)} values but loss has {len(y)}: give one per point.")
+    parameters = len(form.coefficients) + len(form.shapes)
+    log_shapes = _search(form, data, y, root, None, None)
+    offset, basis = form.model(np.exp(log_shapes), data)
+    coefficients = _linear(offset, basis, y, root)[0]
+    if objective == "huber":
+        log_shapes, coefficients = _huber(form, data, y, root, log_shapes, delta)
+        offset, basis = form.model(np.exp(log_shapes), data)
+    residuals = y - offset - basis @ coefficients
+    constants = dict(zip(form.coefficients, coefficients.tolist(), strict=True))
+    constants |= dict(zip(form.shapes, np.exp(log_shapes).tolist(), strict=True))
+    dof, interval, note = len(y) - parameters, None, ""
+    if dof <= 0:
+        note = f"Too few points for an interval: {len(y)} points for {parameters} constants."
+    elif objective == "squares" and "E" in constants:
+        interval = {"E": _profile_limit(form, data, y, root, log_shapes, constants["E"], dof)}
+    return SurfaceLaw(form, constants, residuals, interval, note, max(dof, 0))
+
+
+def _size(name: str, values: npt.ArrayLike, count: int) -> Array:
+    """Sizes may be infinite (a limit), unlike losses."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != (count,):
+        raise ValueError(f"{name} has shape {array.shape} but there are {count} losses: give one size per loss.")
+    if not np.all(array > 0):
+        raise ValueError(f"{name} holds {array[~(array > 0)][0]}, which is not positive: leave that run out.")
+    return array
+
+
+def _profile_limit(form: Form, data: Data, y: Array, root: Array, log_shapes: Array, E: float, dof: int) -> Interval:
+    """Hold E, refit the rest, and find where the sum of squares leaves the F threshold on both sides."""
+    from scipy.optimize import brentq
+    from scipy.special import stdtrit
+
+    offset, basis = form.model(np.exp(log_shapes), data)
+    least = float(np.sum(_linear(offset, basis, y, root)[1] ** 2))
+    threshold = least * (1.0 + float(stdtrit(dof, (1 + LEVEL) / 2)) ** 2 / dof)
+
+    def excess(value: float) -> float:
+        found = _search(form, data, y, root, [log_shapes, log_shapes - 0.5, log_shapes + 0.5], value)
+        level, columns = form.model(np.exp(found), data)
+        return float(np.sum(_linear(level + value, columns[:, 1:], y, root)[1] ** 2)) - threshold
+
+    if threshold <= 1e-24 * float(np.sum((root * y) ** 2)):
+        return E, E
+    ends = []
+    for sign in (-1.0, 1.0):
+        inner, step = E, 4.0 * math.sqrt(threshold / float(np.sum(root**2)))
+        outer = max(E + sign * step, 0.0)
+        while excess(outer) < 0 and outer > 0 and step < 1e3:
+            inner, step = outer, 2 * step
+            outer = max(E + sign * step, 0.0)
+        cut = outer == 0.0 and excess(0.0) < 0
+        ends.append(0.0 if cut else float(brentq(excess, inner, outer, xtol=1e-6) if inner != E or outer != E else E))
+    return ends[0], ends[1]

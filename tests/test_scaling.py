@@ -1,0 +1,430 @@
+"""Laws against closed forms, scipy's own fitters, and the published numbers."""
+
+# ruff: noqa: SIM300 - `law.E == approx(...)` is no Yoda condition: E is the field's own letter, not a constant
+
+import csv
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import curve_fit, least_squares
+
+from epochal.scaling import (
+    CHINCHILLA,
+    aicc,
+    choose,
+    compare_limits,
+    data_efficiency,
+    fit_joint,
+    fit_power_law,
+    fit_surface,
+    held_out_largest,
+    law_from_constants,
+    leave_one_out,
+    repetition,
+    seed_weights,
+    with_penalty,
+)
+
+REFERENCE = Path(__file__).parent / "reference"
+NOMINAL = {154147328: 0.15, 299649792: 0.3, 602457088: 0.6, 1431373824: 1.4}
+EIGHT = 0.15 * 2.0 ** np.arange(8)
+
+
+def rows(name):
+    with (REFERENCE / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def k_table(recipe, parameters):
+    table = [r for r in rows("infinite_compute_points.csv") if r["recipe"] == recipe and r["N_params"] == parameters]
+    return [float(r["K"]) for r in table], [float(r["loss"]) for r in table]
+
+
+def law(x, E=3.2, A=0.3, alpha=0.6):
+    return E + A * np.asarray(x) ** -alpha
+
+
+def noisy(x, sd=0.004, seed=0, **constants):
+    x = np.asarray(x)
+    return law(x, **constants) + sd * np.random.default_rng(seed).standard_normal(len(x))
+
+
+# published numbers
+
+
+@pytest.mark.parametrize(("D", "E"), [("209715200", 3.169), ("419430400", 2.980)])
+def test_joint_limits_of_the_paper(D, E):
+    table = [r for r in rows("infinite_compute_points.csv") if r["D_tokens"] == D and "K_inf" in r["recipe"]]
+    N = [NOMINAL[int(r["N_params"])] for r in table]
+    losses = [float(r["loss"]) for r in table]
+    refit = next(r for r in rows("infinite_compute_fits.csv") if "refit" in r["recipe"] and r["D_tokens"] == D)
+    joint = fit_joint(N, [math.inf] * len(N), losses)
+    assert joint.E == pytest.approx(E, abs=0.001)
+    assert joint.E == pytest.approx(float(refit["E"]), abs=1e-5)
+    assert joint.nested.outer.A == pytest.approx(float(refit["A"]), abs=1e-5)
+    assert joint.nested.outer.alpha == pytest.approx(float(refit["alpha"]), abs=1e-4)
+    assert joint.interval["E"][0] < joint.E < joint.interval["E"][1]
+    assert "degree of freedom" in joint.note
+
+
+K_TABLES = [
+    ("megadocs_ensemble", "154147328", "megadocs_ensemble_vs_K_150M"),
+    ("megadocs_ensemble", "299649792", "megadocs_ensemble_vs_K_300M"),
+    ("megadocs_ensemble", "602457088", "megadocs_ensemble_vs_K_600M"),
+    ("megadocs_ensemble", "1540732416", "megadocs_ensemble_vs_K_1.5B"),
+    ("megadocs_ensemble_rephrase_hq", "299649792", "megadocs_ensemble_vs_K_300M_rephrase_hq"),
+    ("megadocs_ensemble_selfdistill", "299649792", "megadocs_ensemble_vs_K_300M_selfdistill"),
+    ("megadocs_ensemble_symx_mix", "299649792", "megadocs_ensemble_vs_K_300M_symx"),
+    ("slowrun_chain_distill_ensemble_PR31", "2.7B", "slowrun_chain_distill_PR31_vs_K"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "parameters", "fit"), K_TABLES)
+def test_exponents_of_the_published_k_tables(recipe, parameters, fit):
+    K, losses = k_table(recipe, parameters)
+    expected = next(r for r in rows("infinite_compute_fits.csv") if r["recipe"] == fit)
+    found = fit_power_law(K, losses, bootstrap=0)
+    assert found.alpha == pytest.approx(float(expected["alpha"]), abs=0.01)
+    assert found.E == pytest.approx(float(expected["E"]), abs=0.001)
+    assert found.A == pytest.approx(float(expected["A"]), abs=0.001)
+
+
+@pytest.mark.parametrize(("loss", "multiple"), [(3.43, 2.275), (3.34, 2.96), (3.462, 2.085), (3.17, 5.09)])
+def test_data_efficiency_of_the_paper(loss, multiple):
+    r = next(r for r in rows("infinite_compute_fits.csv") if r["recipe"] == "data_law_standard")
+    standard = law_from_constants(float(r["E"]), float(r["A"]), float(r["alpha"]), fitted_range=(0.2097152, 1.6777216))
+    found = data_efficiency(loss, 0.2097152, standard)
+    assert found.multiple == pytest.approx(multiple, abs=0.02)
+    assert found.interval is None
+    assert not found.extrapolated
+    assert found.multiple == pytest.approx((1.30 / (loss - 1.89)) ** (1 / 0.23) / 0.2097152, rel=1e-12)
+
+
+# one law
+
+
+def test_agrees_with_curve_fit():
+    y = noisy(EIGHT)
+    expected, _ = curve_fit(lambda x, A, a, E: A / x**a + E, EIGHT, y, p0=(1, 0.5, 2), bounds=(0, np.inf), xtol=1e-14)
+    found = fit_power_law(EIGHT, y, bootstrap=0)
+    assert [found.A, found.alpha, found.E] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert found.residuals == pytest.approx(y - found.predict(EIGHT), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(E=st.floats(0.5, 5), A=st.floats(0.05, 3), alpha=st.floats(0.15, 2), scale=st.sampled_from([1.0, 1e-3, 1e9]))
+def test_exact_laws_are_recovered_in_any_unit(E, A, alpha, scale):
+    x = np.geomspace(0.2, 20, 6) * scale
+    found = fit_power_law(x, E + A * (x / scale) ** -alpha, bootstrap=0)
+    assert found.E == pytest.approx(E, abs=1e-6)
+    assert found.alpha == pytest.approx(alpha, abs=1e-6)
+    assert found.A == pytest.approx(A * scale**alpha, rel=1e-4)
+
+
+def test_recovery_within_the_nominal_interval():
+    x, hits = EIGHT, {"constant": np.zeros(3), "excess": np.zeros(3)}
+    rng = np.random.default_rng(7)
+    for _ in range(100):
+        y = 3.2 + 0.3 * x**-0.6 * (1 + 0.01 * rng.standard_normal(8))
+        for noise, count in hits.items():
+            found = fit_power_law(x, y, noise=noise, bootstrap=0)
+            ends = [found.interval[name] for name in ("E", "A", "alpha")]
+            count += [low <= true <= high for (low, high), true in zip(ends, (3.2, 0.3, 0.6), strict=True)]
+    assert hits["constant"][0] >= 80
+    assert np.all(hits["excess"] >= 80)
+
+
+def test_profile_interval_against_brute_force():
+    y = noisy(EIGHT[:6])
+    found = fit_power_law(EIGHT[:6], y, bootstrap=0)
+    best = float(np.sum(found.residuals**2))
+    threshold = best * (1 + 2.3533634348**2 / 3)  # Student's 95% quantile at 3 degrees of freedom
+
+    def held(E):
+        def residual(p):
+            return y - E - np.exp(p[0]) * EIGHT[:6] ** -np.exp(p[1])
+
+        start = [math.log(found.A), math.log(found.alpha)]
+        return 2 * least_squares(residual, start, xtol=1e-14, ftol=1e-14, gtol=1e-14).cost
+
+    for end in found.interval["E"]:
+        assert held(end) == pytest.approx(threshold, rel=1e-3)
+
+
+def test_bootstrap_is_reproducible_fast_and_like_the_profile():
+    y = noisy(EIGHT, sd=0.001)
+    start = time.process_time()
+    first = fit_power_law(EIGHT, y, bootstrap=1000, seed=3)
+    assert time.process_time() - start < 2.0
+    assert np.array_equal(first.draws, fit_power_law(EIGHT, y, bootstrap=1000, seed=3).draws)
+    assert not np.array_equal(first.draws, fit_power_law(EIGHT, y, bootstrap=1000, seed=4).draws)
+    widths = [np.ptp(first.interval["E"]), np.ptp(first.bootstrap_interval["E"])]
+    assert 0.5 < widths[0] / widths[1] < 2.0
+
+
+def test_band_and_quantiles_agree_with_the_interval():
+    found = fit_power_law(EIGHT, noisy(EIGHT), bootstrap=0)
+    low, high = found.predict_interval([1.0, 100.0, math.inf])
+    assert (low[-1], high[-1]) == pytest.approx(found.interval["E"])
+    assert np.all(low < found.predict([1.0, 100.0, math.inf])) and np.all(high > found.predict([1.0, 100.0, math.inf]))
+    quantiles = found.limit_quantiles([0.05, 0.5, 0.95])
+    assert quantiles == pytest.approx([found.interval["E"][0], found.E, found.interval["E"][1]], abs=1e-6)
+
+
+def test_fixed_exponent_is_a_straight_line():
+    K = np.array([1.0, 2, 3, 4, 5])
+    y = noisy(K, alpha=1.0)
+    slope, level = np.polyfit(1 / K, y, 1)
+    found = fit_power_law(K, y, alpha=1.0, bootstrap=0)
+    assert [found.A, found.E] == pytest.approx([slope, level])
+    # The textbook interval of an intercept.
+    u, r = 1 / K, y - level - slope / K
+    error = math.sqrt(np.sum(r**2) / 3 * (1 / 5 + u.mean() ** 2 / np.sum((u - u.mean()) ** 2)))
+    assert found.interval["E"] == pytest.approx((level - 2.3533634348 * error, level + 2.3533634348 * error))
+
+
+def test_huber_ignores_an_outlier_and_is_the_minimum():
+    y = law(EIGHT)
+    y[3] += 0.3
+    found = fit_power_law(EIGHT, y, loss="huber", bootstrap=0)
+    assert found.E == pytest.approx(3.2, abs=0.01)
+    assert abs(fit_power_law(EIGHT, y, bootstrap=0).E - 3.2) > 0.02
+
+    def residual(p):
+        return np.log(y) - np.log(p[0] + p[1] * EIGHT ** -p[2])
+
+    oracle = least_squares(residual, [3.2, 0.3, 0.6], loss="huber", f_scale=1e-3, x_scale="jac", xtol=1e-14, ftol=1e-14)
+
+    def cost(p):
+        r = np.abs(residual(p)) / 1e-3
+        return float(np.sum(np.where(r <= 1, r**2, 2 * r - 1)))
+
+    assert cost([found.E, found.A, found.alpha]) <= cost(oracle.x) * (1 + 1e-4)
+
+
+def test_seeds_add_freedom_unless_sizes_scatter_more():
+    x = np.repeat(EIGHT[:5], 3)
+    pure = fit_power_law(x, noisy(x, seed=1), bootstrap=0)
+    assert pure.dof == 12
+    tuned = np.repeat(0.02 * np.array([1, -1, 1, -1, 1.0]), 3)
+    scattered = fit_power_law(x, noisy(x, sd=0.001, seed=1) + tuned, bootstrap=0)
+    assert scattered.dof == 2 and "sizes alone" in scattered.note
+
+
+@pytest.mark.parametrize(("count", "alpha"), [(2, None), (3, None), (3, 1.0)])
+def test_too_few_points_give_a_sentence_and_no_interval(count, alpha):
+    found = fit_power_law(EIGHT[:count], law(EIGHT[:count]), alpha=alpha)
+    assert found.interval is None and found.bootstrap_interval is None
+    assert found.note.startswith("Too few points for an interval") and found.note.endswith(".")
+    assert np.all(np.isnan(found.predict_interval([1.0])[0]))
+
+
+def test_points_without_a_limit_are_named():
+    rising = fit_power_law(EIGHT, 3 + 0.1 * np.log(EIGHT), bootstrap=0)
+    assert rising.A == pytest.approx(0.0, abs=1e-9)
+    straight = fit_power_law(EIGHT, 5 - 0.5 * np.log(EIGHT) + 1e-3 * np.sin(9 * EIGHT), bootstrap=0)
+    assert "do not show a limit" in straight.note
+
+
+BAD = [
+    (([1, 2, np.nan, 4], [4, 3, 2, 1]), {}, "x\\[2\\] = nan is not finite"),
+    (([1, 2, 3, 4], [4, 3, np.inf, 1]), {}, "y\\[2\\] = inf is not finite"),
+    (([1, -2, 3, 4], [4, 3, 2, 1]), {}, "x\\[1\\] = -2.0 is not positive"),
+    (([1, 2, 3, 4], [4, 3, 2]), {}, "y has 3 values but x has 4"),
+    (([[1, 2], [3, 4]], [4, 3]), {}, "shape \\(2, 2\\)"),
+    (([2, 2, 2, 2], [4, 3, 2, 1]), {}, "1 distinct value"),
+    ((["a", 2, 3, 4], [4, 3, 2, 1]), {}, "not a number"),
+    (([1, 2, 3, 4], [4, 3, 2, 1]), {"weights": [1, 1, 0, 1]}, "weights\\[2\\] = 0.0 is not positive"),
+    (([1, 2, 3, 4], [4, 3, 2, 1]), {"alpha": -1.0}, "alpha = -1.0"),
+    (([1, 2, 3, 4], [4, 3, 2, 1]), {"loss": "l1"}, "loss = 'l1'"),
+    (([1, 2, 3, 4], [4, 3, 2, 1]), {"noise": "no"}, "noise = 'no'"),
+]
+
+
+@pytest.mark.parametrize(("points", "options", "message"), BAD)
+def test_bad_input_is_one_sentence(points, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        fit_power_law(*points, **options)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+# the double limit
+
+
+def grid(sd, seed=0):
+    N, K = (a.ravel() for a in np.meshgrid([0.15, 0.3, 0.6, 1.2, 2.4], [1.0, 2, 3, 5, 8], indexing="ij"))
+    y = 3.0 + 0.08 * N**-0.9 + 0.4 / K
+    return N, K, y + sd * np.random.default_rng(seed).standard_normal(len(N))
+
+
+def test_joint_limit_in_both_orders_and_at_once():
+    joint = fit_joint(*grid(1e-4))
+    assert joint.E == pytest.approx(3.0, abs=0.005)
+    assert joint.reverse.E == pytest.approx(3.0, abs=0.005)
+    assert joint.surface.E == pytest.approx(3.0, abs=0.005)
+    assert joint.interval["E"][0] < 3.0 < joint.interval["E"][1]
+
+
+def test_joint_interval_carries_the_inner_level():
+    joint = fit_joint(*grid(0.003), alpha_K=1.0)
+    outer = joint.nested.outer.interval["E"]
+    assert joint.interval["E"][0] <= outer[0] and joint.interval["E"][1] >= outer[1]
+    assert set(joint.nested.inner) == {0.15, 0.3, 0.6, 1.2, 2.4}
+
+
+def test_joint_without_enough_says_so():
+    few = fit_joint([1, 1, 1, 2, 2, 2], [1, 2, 3, 1, 2, 3], [4, 3.5, 3.34, 3.8, 3.3, 3.14])
+    assert few.interval is None and "Only 2 sizes" in few.note
+    short = fit_joint(
+        np.repeat([1, 2, 4, 8], 3), [1, 2, 3] * 4, law(np.repeat([1, 2, 4, 8], 3)) + 0.3 / np.tile([1, 2, 3], 4)
+    )
+    assert short.interval is None and "too few points" in short.note
+    with pytest.raises(ValueError, match="Fewer than two N"):
+        fit_joint([1, 1, 1], [1, 2, 3], [4, 3.5, 3.34])
+    with pytest.raises(ValueError, match="K = 0"):
+        fit_joint([1, 1, 1], [0, 2, 3], [4, 3.5, 3.34])
+
+
+# data efficiency
+
+
+def test_data_efficiency_interval_brackets_and_flags():
+    D = np.geomspace(0.2, 6.4, 6)
+    reference = fit_power_law(D, noisy(D, sd=0.003, E=1.9, A=1.3, alpha=0.23), bootstrap=0)
+    inside = data_efficiency(float(reference.predict(1.0)), 0.5, reference)
+    assert inside.multiple == pytest.approx(2.0)
+    assert inside.interval[0] < 2.0 < inside.interval[1]
+    assert inside.extrapolated is False
+    for end, multiple in zip((0, 1), inside.interval, strict=True):
+        assert reference.predict_interval(multiple * 0.5)[end] == pytest.approx(float(reference.predict(1.0)), abs=1e-6)
+    far = data_efficiency(float(reference.predict(50.0)), 0.5, reference)
+    assert far.extrapolated and far.note.startswith("Extrapolated")
+    below = data_efficiency(reference.E - 0.01, 0.5, reference)
+    assert below.multiple == math.inf and "No amount of data" in below.note
+    assert data_efficiency(3.3, 0.5, reference, baseline_loss=3.3).multiple == 1.0
+    wide = data_efficiency(3.3, 0.5, reference, loss_interval=(3.25, 3.35)).interval
+    narrow = data_efficiency(3.3, 0.5, reference).interval
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+    with pytest.raises(ValueError, match="loss = nan"):
+        data_efficiency(math.nan, 0.5, reference)
+
+
+# checks
+
+
+def test_held_out_points_of_an_exact_law():
+    found = fit_power_law(EIGHT, law(EIGHT), bootstrap=0)
+    assert [h.x for h in leave_one_out(found)] == EIGHT.tolist()
+    assert max(abs(h.error) for h in leave_one_out(found)) < 1e-6
+    bent = law(EIGHT)
+    bent[-1] += 0.05
+    held = held_out_largest(fit_power_law(EIGHT, bent, bootstrap=0))
+    assert held.error == pytest.approx(-0.05, abs=1e-6) and held.E == pytest.approx(3.2, abs=1e-5)
+    with pytest.raises(ValueError, match="nothing to hold out"):
+        leave_one_out(fit_power_law(EIGHT[:3], law(EIGHT[:3])))
+
+
+def test_aicc_prefers_the_true_form_and_warns():
+    r = np.array([0.1, -0.2, 0.1, 0.05, -0.05, 0.1])
+    expected = 6 * math.log(np.sum(r**2) / 6) + 2 * 3 + 2 * 3 * 4 / 2
+    assert aicc(r, 2) == pytest.approx(expected)
+    y = noisy(EIGHT, alpha=1.0)
+    pair = {"free": fit_power_law(EIGHT, y, bootstrap=0), "fixed": fit_power_law(EIGHT, y, alpha=1.0, bootstrap=0)}
+    assert choose(pair).best == "fixed" and choose(pair).warning == ""
+    wrong = {"free": pair["free"], "fixed": fit_power_law(EIGHT, y, alpha=0.3, bootstrap=0)}
+    assert choose(wrong).best == "free"
+    few = {"free": fit_power_law(EIGHT[:4], y[:4], bootstrap=0)}
+    assert "Too few points (4)" in choose(few).warning
+
+
+def test_comparison_of_two_limits():
+    low = fit_power_law(EIGHT, noisy(EIGHT, E=3.0, seed=1), bootstrap=0)
+    high = fit_power_law(EIGHT, noisy(EIGHT, E=3.3, seed=2), bootstrap=0)
+    told = compare_limits(high, low, names=("standard", "heavy decay"))
+    assert told.probability > 0.99
+    assert told.sentence.startswith("heavy decay is lower than standard in the limit: probability above 0.99")
+    assert compare_limits(low, high).sentence.startswith("B is higher than A")
+    assert compare_limits(low, low).probability == pytest.approx(0.5)
+    few = fit_power_law(EIGHT[:3], law(EIGHT[:3]))
+    assert compare_limits(low, few).probability is None and "no interval" in compare_limits(low, few).sentence
+
+
+def test_seed_weights_shrink():
+    means, weights = seed_weights([[3.0, 3.0], [2.0, 2.02, 1.98], [1.5]])
+    assert means == pytest.approx([3.0, 2.0, 1.5])
+    pooled = 0.0008 / 3
+    assert weights == pytest.approx([2 * 5 / (4 * pooled), 3 * 6 / (4 * pooled + 0.0008), 1 / pooled])
+    with pytest.raises(ValueError, match="noise is unknown"):
+        seed_weights([[3.0], [2.0]])
+
+
+# laws in several sizes
+
+
+def chinchilla_points():
+    N, D = (a.ravel() for a in np.meshgrid(np.geomspace(0.1, 10, 5), np.geomspace(1, 100, 5), indexing="ij"))
+    return N, D, 1.7 + 0.4 * N**-0.34 + 1.1 * D**-0.28
+
+
+def test_chinchilla_form_and_its_interval():
+    N, D, y = chinchilla_points()
+    exact = fit_surface(CHINCHILLA, y, N=N, D=D)
+    truth = {"E": 1.7, "A": 0.4, "B": 1.1, "alpha": 0.34, "beta": 0.28}
+    assert exact.constants == pytest.approx(truth, rel=1e-3)
+    assert exact.predict(N=math.inf, D=math.inf) == pytest.approx([1.7], abs=1e-3)
+    noise = 0.003 * np.random.default_rng(0).standard_normal(25)
+    found = fit_surface(CHINCHILLA, y + noise, N=N, D=D)
+    assert found.interval["E"][0] < 1.7 < found.interval["E"][1]
+
+    def function(x, E, A, B, a, b):
+        return E + A * x[0] ** -a + B * x[1] ** -b
+
+    oracle, covariance = curve_fit(function, (N, D), y + noise, p0=(1.5, 0.5, 1, 0.3, 0.3))
+    assert found.E == pytest.approx(oracle[0], abs=1e-4)
+    wald = 2 * 1.7247 * math.sqrt(covariance[0, 0])  # Student's 95% quantile at 20 degrees of freedom
+    assert np.ptp(found.interval["E"]) == pytest.approx(wald, rel=0.25)
+
+
+def test_chinchilla_by_huber_resists_an_outlier():
+    N, D, y = chinchilla_points()
+    y[12] += 0.5
+    found = fit_surface(CHINCHILLA, y, objective="huber", N=N, D=D)
+    assert found.E == pytest.approx(1.7, abs=0.02) and found.interval is None
+
+
+def test_repetition_recovers_its_scales_and_is_chinchilla_in_one_epoch():
+    form = repetition(1.7, 0.4, 1.1, 0.34, 0.28)
+    N, D = (a.ravel() for a in np.meshgrid(np.geomspace(0.1, 10, 5), np.geomspace(1, 100, 6), indexing="ij"))
+    U = np.tile([0.5, 2.0], 15)
+    offset, _ = form.model(np.array([15.39, 5.31]), {"N": N, "D": D, "U": U})
+    found = fit_surface(form, offset, N=N, D=D, U=U)
+    assert found.constants == pytest.approx({"R_D": 15.39, "R_N": 5.31}, rel=1e-3)
+    # One epoch of a model below the optimal size: nothing is repeated, nothing is in excess.
+    once = found.predict(N=0.01, D=50.0, U=50.0)
+    assert once == pytest.approx([1.7 + 0.4 * 0.01**-0.34 + 1.1 * 50**-0.28])
+    # Repeating for ever is worth 1 + R_D passes.
+    assert found.predict(N=0.01, D=1e9, U=1.0) == pytest.approx(
+        [1.7 + 0.4 * 0.01**-0.34 + 1.1 * 16.39**-0.28], rel=1e-3
+    )
+
+
+def test_a_stated_penalty_is_one_more_coefficient():
+    N, D, y = chinchilla_points()
+    form = with_penalty(CHINCHILLA, lambda data: data["N"] / data["D"])
+    assert fit_surface(form, y + 0.02 * N / D, N=N, D=D).constants["P"] == pytest.approx(0.02, rel=1e-3)
+    short = fit_surface(form, y[:6], N=N[:6], D=D[:6])
+    assert short.interval is None and "Too few points" in short.note
+    with pytest.raises(ValueError, match="do not match"):
+        fit_surface(CHINCHILLA, y, N=N)
+
+
+def test_import_needs_neither_torch_nor_scipy():
+    code = "import sys, epochal.scaling; print([m for m in ('torch', 'scipy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,40 @@
+"""Which path an operation takes: Triton kernels, Triton's interpreter, or plain torch.
+
+Triton is optional. Every kernel file imports ``triton`` and ``tl`` from here, so the package imports without it; the
+choice is a value (`backend`) that the caller can put into a record, never a silent fall-back.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # plain torch is then the only path
+    triton = None
+    tl = None
+
+HAS_TRITON: bool = triton is not None
+INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+"""Read once: Triton itself decides when a kernel is decorated, so a later change of the variable has no effect."""
+
+
+def backend(device: torch.device | str) -> str:
+    """Return ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` for tensors on ``device``."""
+    kind = torch.device(device).type
+    if INTERPRETED:
+        return "triton-interpreter" if kind == "cpu" else "torch"
+    return "triton" if HAS_TRITON and kind == "cuda" else "torch"
+
+
+def use_kernel(device: torch.device | str) -> bool:
+    """Whether the wrappers of this package launch a kernel for tensors on ``device``."""
+    return backend(device) != "torch"
+
+
+def jit(function):  # type: ignore[no-untyped-def]
+    """Decorate with ``triton.jit`` where Triton is there; elsewhere the kernel is never launched."""
+    return triton.jit(function) if HAS_TRITON else function

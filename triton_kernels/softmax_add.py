@@ -1,0 +1,95 @@
+"""Add the weighted softmax of one teacher's logits to a running mixture.
+
+    total_iv <- (total_iv or 0) + w softmax(z_i / T)_v
+
+K teachers share one (N, V) buffer, so memory does not grow with K.
+
+Shapes: N rows (tokens), V vocabulary. z (N, V) any float; total (N, V) float32 (float64 in torch only).
+``logits`` may be ``total`` itself when nothing is accumulated: then the softmax happens in place.
+
+Traffic: torch writes and reads a temporary (N, V); the kernel reads z twice (the second time from cache for the
+vocabularies in use) and touches total once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_kernels.backend import jit, tl, triton, use_kernel
+
+
+def softmax_add_reference(total: Tensor, logits: Tensor, *, weight: float, temperature: float) -> Tensor:
+    """Return total + weight softmax(logits / temperature), all (N, V): the definition."""
+    return total + weight * (logits.to(total.dtype) / temperature).softmax(1)
+
+
+@jit
+def _softmax_add_kernel(
+    total_nv, z_nv, total_stride, z_stride, V, weight, inverse_temperature,
+    ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_nv + row * z_stride
+    total_row = total_nv + row * total_stride
+    columns = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, V, BLOCK):
+        z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, z)
+    m = tl.max(top, 0)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+        sums += tl.exp((z - m) * inverse_temperature)
+    scale = weight / tl.sum(sums, 0)
+    for start in range(0, V, BLOCK):
+        inside = start + columns < V
+        z = tl.load(z_row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        value = scale * tl.exp((z - m) * inverse_temperature)
+        if ACCUMULATE:
+            value += tl.load(total_row + start + columns, mask=inside, other=0.0)
+        tl.store(total_row + start + columns, value, mask=inside)
+
+
+def softmax_add_(total: Tensor, logits: Tensor, weight: float, temperature: float, accumulate: bool) -> None:
+    """Run the operation without registration: here ``logits`` may be ``total`` (see `softmax_add` for the rest)."""
+    if total.shape != logits.shape or total.ndim != 2:
+        raise ValueError(
+            f"softmax_add: logits {tuple(logits.shape)} do not match total {tuple(total.shape)}; pass two (N, V) tensors."
+        )
+    if total.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"softmax_add: total is {total.dtype}, in which a mixture of many teachers loses its small terms; use float32."
+        )
+    rows, vocabulary = total.shape
+    row_major = vocabulary < 2 or (total.stride(1) == 1 and logits.stride(1) == 1)
+    if not row_major:
+        raise ValueError(
+            f"softmax_add: strides {total.stride()} and {logits.stride()} are not row by row; pass contiguous rows."
+        )
+    if not use_kernel(total.device) or total.dtype == torch.float64:
+        softmax = (logits.to(total.dtype) / temperature).softmax(1)
+        if accumulate:
+            total.add_(softmax, alpha=weight)
+        else:
+            torch.mul(softmax, weight, out=total)
+    elif rows and vocabulary:
+        _softmax_add_kernel[(rows,)](
+            total, logits, total.stride(0), logits.stride(0), vocabulary, float(weight), 1.0 / temperature,
+            ACCUMULATE=accumulate, BLOCK=min(triton.next_power_of_2(vocabulary), 4096), num_warps=8,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("epochal_kernels::softmax_add", mutates_args=("total",))
+def softmax_add(total: Tensor, logits: Tensor, weight: float, temperature: float, accumulate: bool) -> None:
+    """Set ``total`` (N, V) to weight softmax(logits / temperature), added to what it holds if ``accumulate``.
+
+    Raises ValueError for shapes, strides or a dtype of ``total`` that do not fit.
+    """
+    softmax_add_(total, logits, weight, temperature, accumulate)
+
+
+@softmax_add.register_fake
+def _(total, logits, weight, temperature, accumulate):  # type: ignore[no-untyped-def]
+    return None
