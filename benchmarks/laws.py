@@ -5,10 +5,10 @@ interval construction, and counts. Run: `python benchmarks/laws.py` (some ten mi
 glance. The default, 40 laws in each of 15 combinations of sizes and seeds, is 600 laws for every kind of noise.
 
 Noise, each with its reason: `constant` 0.001 to 0.01 nats (seeds of one size); `excess` 1% of the excess over the
-limit; `sizes` 0.004 nats per size that all its seeds share (tuning on a grid, model shape) and 0.002 per seed. Every row
-of `laws.csv` is one number of sizes, seeds and one noise: shares of laws whose interval covers (E, A, alpha by the
-reported profile interval; E by the bootstrap's percentiles, by the profile after a Huber fit, by the profile fitted with
-`noise="excess"`; A and alpha by the latter too), the median width of the interval of E in nats, and the share of
+limit; `sizes` 0.004 nats per size that all its seeds share (tuning on a grid, model shape) and 0.002 per seed. Every
+row of `laws.csv` is one number of sizes, seeds and one noise: shares of laws whose interval covers (E, A, alpha by the
+reported profile interval; E by the bootstrap's percentiles, by the profile after a Huber fit, by the profile fitted
+with `noise="excess"`; A and alpha by the latter too), the median width of the interval of E in nats, and the share of
 intervals of E that reach down to 0. Rows with `all` sizes pool the rows of one noise.
 """
 

@@ -1,4 +1,4 @@
-"""How much of an ensemble's gain can one small student keep? (spec section 9)
+"""How much of an ensemble's gain can one small student keep? (Spec section 9.)
 
 Claim: a fresh model that learns from the real text and from text sampled from the members of an ensemble (or from one
 model of its own size) beats the best single model of its size, and keeps most of the ensemble's gain.
@@ -107,7 +107,13 @@ def _chain(records: Records, scale: Scale) -> Chain:
         steps.append((f"standard, best single ({base.model})", 1, record))
     _, model = heavy_weight_decay.best_single(records, scale, tokens)
     if model:
-        steps.append((f"tuned decay, best single ({model})", 1, heavy_weight_decay.best_records(records, scale, model, tokens)[0]))
+        steps.append(
+            (
+                f"tuned decay, best single ({model})",
+                1,
+                heavy_weight_decay.best_records(records, scale, model, tokens)[0],
+            )
+        )
     ensemble = ensembling.best_ensemble(records, scale, tokens)
     if ensemble is not None:
         steps.append((f"ensemble of {ensemble.results['members']}", ensemble.results["members"], ensemble))

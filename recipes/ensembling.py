@@ -1,4 +1,4 @@
-"""How low do K independent models go together, and to which limit? (spec sections 6 and 7)
+"""How low do K independent models go together, and to which limit? (Spec sections 6 and 7.)
 
 Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members are trained
 longer and decayed less than the best single model: the same lr, twice the epochs, half the decay.

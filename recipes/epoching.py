@@ -1,4 +1,4 @@
-"""How far do repeated text and bigger models go at ordinary weight decay? (spec section 4)
+"""How far do repeated text and bigger models go at ordinary weight decay? (Spec section 4.)
 
 Claim: at the usual decay of 0.1 the loss falls with epochs and with size, then rises: text, not compute, is the limit.
 Command: epochal run epoching --scale demo
@@ -101,7 +101,7 @@ def _epochs_claim(records: Records, scale: Scale) -> tuple[Claim, ...]:
 
 
 def _size_claim(records: Records, scale: Scale, tokens: int) -> tuple[Claim, ...]:
-    """At the epochs of the largest size's heavy-decay start: is the largest model still the best?"""
+    """At the epochs of the largest size's heavy-decay start: say whether the largest model is still the best."""
     epochs = scale.ladder[-1].epochs
     losses = {}
     for rung in scale.ladder:
@@ -128,7 +128,7 @@ def _few_seeds(seeds: int) -> tuple[str, ...]:
 
 
 def _table(records: Records, scale: Scale, tokens: int) -> Table:
-    rows = []
+    rows: list[tuple[str | float | int | None, ...]] = []
     for rung in scale.ladder:
         search = standard(records, scale, rung.model, tokens)
         point = search.best
@@ -138,9 +138,7 @@ def _table(records: Records, scale: Scale, tokens: int) -> Table:
             continue
         state = "all neighbours run" if search.certified else f"{len(search.wanted)} neighbours missing"
         edge = f"; {', '.join(search.edges)} at the end of the grid" if search.edges else ""
-        rows.append(
-            (rung.model, record.results["parameters"], point.lr, point.epochs, record.loss, f"{state}{edge}")
-        )
+        rows.append((rung.model, record.results["parameters"], point.lr, point.epochs, record.loss, f"{state}{edge}"))
     return Table(
         title=f"Best standard runs, D = {tokens:,} tokens, wd {scale.standard_wd:g}",
         columns=("model", "N", "lr", "epochs", "loss", "search"),

@@ -1,4 +1,4 @@
-"""Does heavy weight decay make loss fall with size again, and to which limit? (spec section 5)
+"""Does heavy weight decay make loss fall with size again, and to which limit? (Spec section 5.)
 
 Claim: with lr, epochs and decay tuned together for every size, loss falls monotonically in N and follows a power law.
 Command: epochal run heavy_weight_decay --scale demo
@@ -6,6 +6,7 @@ Found: recipes/results/<scale>/report.md
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from epochal.records import Record, Records, needed
@@ -116,7 +117,7 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
     seeds = len(best_records(records, scale, model, tokens))
     open_ends = tuple(dict.fromkeys((*missing_standard, *missing(records, scale, tokens))))
     losses = [_mean(best_records(records, scale, rung.model, tokens)) for rung in scale.ladder]
-    falls = all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    falls = all(later < earlier for earlier, later in pairwise(losses))
     point = tuned(records, scale, model, tokens).best
     assert point is not None
     claims = [
@@ -171,7 +172,17 @@ def _table(records: Records, scale: Scale, tokens: int) -> Table:
         edge = f"; {', '.join(search.edges)} at the end of the grid" if search.edges else ""
         size = found[0].results["parameters"]
         rows.append(
-            (rung.model, size, point.lr, point.epochs, point.wd, round(run.tau, 3), _mean(found), len(found), state + edge)
+            (
+                rung.model,
+                size,
+                point.lr,
+                point.epochs,
+                point.wd,
+                round(run.tau, 3),
+                _mean(found),
+                len(found),
+                state + edge,
+            )
         )
     return Table(
         title=f"Tuned single models, D = {tokens:,} tokens (tau: averaging window in epochs)",
@@ -195,7 +206,9 @@ def _figures(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) 
 
     def draw(axes: Any) -> None:
         if standard:
-            draw_series(axes, [n for n, _ in standard], [y for _, y in standard], label=f"standard, wd {scale.standard_wd:g}")
+            draw_series(
+                axes, [n for n, _ in standard], [y for _, y in standard], label=f"standard, wd {scale.standard_wd:g}"
+            )
         draw_series(axes, [n for n, _ in regular], [y for _, y in regular], label="tuned decay")
         if law is not None:
             draw_law(axes, law, regular[0][0], 4 * regular[-1][0], label="E + A / N^alpha")

@@ -376,6 +376,14 @@ def test_wrong_use_of_the_drawing_helpers(draw, sentence):
         report_figures.render("wrong", draw)
 
 
+def test_points_beside_a_law_are_not_joined():
+    def draw(axes):
+        line = draw_series(axes, [1, 2], [3, 2], low=[2.9, 1.9], high=[3.1, 2.1], join=False)
+        assert line.get_linestyle() == "None" and line.get_marker() == "o"
+
+    assert [point.low for point in report_figures.render("points", draw).points] == [2.9, 1.9]
+
+
 def test_figure_style_restores_the_settings():
     import matplotlib
 

@@ -211,10 +211,12 @@ def test_huber_ignores_an_outlier_and_is_the_minimum():
 
 def test_seeds_add_freedom_unless_sizes_scatter_more():
     x = np.repeat(EIGHT[:5], 3)
-    pure = fit_power_law(x, noisy(x, seed=1), bootstrap=0)
-    assert pure.dof == 12
+    spread = np.tile([0.003, -0.003, 0.0], 5)
+    pure = fit_power_law(x, law(x) + spread, bootstrap=0)
+    assert pure.dof == 12 and pure.note == ""
+    assert pure.variance == pytest.approx(np.sum(spread**2) / 12, rel=1e-6)
     tuned = np.repeat(0.02 * np.array([1, -1, 1, -1, 1.0]), 3)
-    scattered = fit_power_law(x, noisy(x, sd=0.001, seed=1) + tuned, bootstrap=0)
+    scattered = fit_power_law(x, law(x) + spread + tuned, bootstrap=0)
     assert scattered.dof == 2 and "sizes alone" in scattered.note
 
 

@@ -73,7 +73,7 @@ def _softmax_loss_kernel(
         top = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, V, BLOCK):
             z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-            # max() drops NaN on some devices; a sum does not, so the next pass still sees it
+            # A maximum may drop NaN, the sum of the next pass does not.
             top = tl.maximum(top, z)
         m = tl.max(top, 0)
         sum_1 = tl.zeros([BLOCK], tl.float32)
@@ -88,7 +88,7 @@ def _softmax_loss_kernel(
                 p = tl.load(p_row + start + columns, mask=inside, other=0.0)
                 sum_t += tl.exp(z * inverse)
                 log_p = tl.log(tl.where(p == 0.0, 1.0, p))
-                cross += tl.where(inside, p * (log_p - z * inverse), 0.0)
+                cross += p * (log_p - tl.where(inside, z, 0.0) * inverse)
                 mass += p
         log_1 = tl.log(tl.sum(sum_1, 0))
         # An index outside the vocabulary gives NaN: loud, and without a host synchronisation.

@@ -31,7 +31,9 @@ def save_checkpoint(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        save_file({name: tensor.contiguous() for name, tensor in _unshared(model).items()}, beside / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in _unshared(model).items()}, beside / "model.safetensors"
+        )
         save_file(_optimizer_tensors(optimizer), beside / "optimizer.safetensors")
         (beside / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         manifest = {item.name: file_hash(item) for item in sorted(beside.iterdir())}

@@ -66,9 +66,7 @@ def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
     missing = [
         name
         for name, field in fields.items()
-        if name not in table
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"{where}: missing key {missing[0]!r}; add it.")
@@ -109,10 +107,12 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
         return None
     choices = tuple(choice for choice in choices if choice is not type(None))
     if isinstance(value, Mapping) and len(choices) > 1:
-        kinds = {choice.__name__: choice for choice in choices if dataclasses.is_dataclass(choice)}
+        kinds: dict[str, Any] = {choice.__name__: choice for choice in choices if isinstance(choice, type)}
         kind = value.get("kind", "")
         if kind not in kinds:
-            raise ValueError(f"{where}: kind {kind!r} is unknown{nearest(kind, kinds)}; choose from {', '.join(kinds)}.")
+            raise ValueError(
+                f"{where}: kind {kind!r} is unknown{nearest(kind, kinds)}; choose from {', '.join(kinds)}."
+            )
         return from_table({k: v for k, v in value.items() if k != "kind"}, kinds[kind], where=where)
     for choice in choices[:-1]:
         try:

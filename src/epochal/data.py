@@ -41,7 +41,9 @@ class TokenStore:
         except ValueError:
             raise ValueError(f"{folder}/meta.json is damaged; delete {folder} and make it again.") from None
         if meta.get("version") != META_VERSION:
-            raise ValueError(f"{folder} has version {meta.get('version')}, not {META_VERSION}; delete it, make it again.")
+            raise ValueError(
+                f"{folder} has version {meta.get('version')}, not {META_VERSION}; delete it, make it again."
+            )
         if config_hash is not None and meta["config_hash"] != config_hash:
             raise ValueError(f"{folder} was made from another version of its config; delete it and make it again.")
         store = cls(folder, meta)
@@ -106,9 +108,7 @@ class TokenStore:
         ends = np.cumsum(self.lengths("train"))
         count = int(np.searchsorted(ends, run.unique_tokens)) + 1
         starts = np.concatenate([[0], ends[: count - 1]])
-        return Stream(
-            self.tokens("train")[: run.unique_tokens], starts, run.sequence_length, run.order, run.order_seed
-        )
+        return Stream(self.tokens("train")[: run.unique_tokens], starts, run.sequence_length, run.order, run.order_seed)
 
 
 def open_store(data: str, workspace: Workspace) -> TokenStore:
@@ -214,7 +214,9 @@ def sampled_stream(tokens: Tokens, bos: int, run: Run) -> Stream:
     Raises ValueError when there are fewer tokens than one sequence.
     """
     if len(tokens) < run.sequence_length:
-        raise ValueError(f"{len(tokens)} sampled tokens do not fill one sequence of {run.sequence_length}; sample more.")
+        raise ValueError(
+            f"{len(tokens)} sampled tokens do not fill one sequence of {run.sequence_length}; sample more."
+        )
     starts = np.flatnonzero(tokens == bos)
     if not len(starts) or starts[0] != 0:
         starts = np.append(0, starts)

@@ -5,9 +5,11 @@
 
 import glob
 import gzip
+import html
 import importlib.util
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,16 +55,21 @@ def read_documents(source: Source) -> Iterator[str]:
     if source.hub is not None:
         yield from _join(_read_hub(source), source, source.hub)
         return
+    said: set[str] = set()
     for path in source_paths(source):
         name = path.name.removesuffix(".gz").removesuffix(".zst")
         if name.endswith(".txt"):
             yield from _read_text(path, source.separator)
         elif name.endswith((".jsonl", ".ndjson")):
             yield from _join(_read_json_lines(path), source, str(path))
+        elif name.endswith(".json"):
+            yield from _read_api_text(path, source.text, said)
         elif name.endswith(".parquet"):
             yield from _join(_read_parquet(path, source), source, str(path))
         else:
-            raise ValueError(f"{path} has an unknown ending; give .txt, .jsonl (also .gz, .zst) or .parquet files.")
+            raise ValueError(
+                f"{path} has an unknown ending; give .txt, .jsonl, .json (also .gz, .zst) or .parquet files."
+            )
 
 
 def source_paths(source: Source) -> list[Path]:
@@ -78,7 +85,11 @@ def source_paths(source: Source) -> list[Path]:
         patterns = list(source.files)
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        found = sorted(
+            Path(name)
+            for name in glob.glob(pattern, recursive=True)  # noqa: PTH207  # patterns may be absolute
+            if Path(name).is_file()
+        )
         if not found:
             raise ValueError(f"{pattern} matches no file; check the path.")
         paths += found
@@ -110,17 +121,24 @@ def _column(row: dict[str, Any], name: str, where: str) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain, gzip or zstandard file for reading bytes."""
+    """Open a plain, gzip or zstandard file for reading bytes; damage found while it is read raises ValueError."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":
-            with gzip.open(raw) as file:
-                yield file  # type: ignore[misc]  # GzipFile reads like a BinaryIO
+            try:
+                with gzip.open(raw) as file:
+                    yield file  # type: ignore[misc]  # GzipFile reads like a BinaryIO
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{path} is no whole gzip file ({error}); get it again.") from None
         elif path.suffix == ".zst":
             try:
                 import zstandard
             except ModuleNotFoundError:
                 raise ValueError(f"{path} needs the package zstandard; run pip install zstandard.") from None
-            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))  # type: ignore[misc]
+            try:
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                yield io.BufferedReader(reader)  # type: ignore[misc]
+            except zstandard.ZstdError as error:
+                raise ValueError(f"{path} is no whole zstandard file ({error}); get it again.") from None
         else:
             yield raw
 
@@ -154,6 +172,39 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def _read_api_text(path: Path, key: str, said: set[str]) -> Iterator[str]:
+    """Yield the strings under `key` at any depth of one JSON file as one document, markup removed.
+
+    A string that an earlier file already held (API descriptions repeat themselves) is left out.
+    """
+    with _open(path) as file:
+        try:
+            tree = json.loads(file.read().decode("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); correct the file.") from None
+    strings = []
+    for text in _strings_under(tree, key):
+        plain = html.unescape(re.sub(r"<[^>]*>", " ", text))
+        plain = re.sub(r"\s+", " ", plain).strip()
+        if plain and plain not in said:
+            said.add(plain)
+            strings.append(plain)
+    if strings:
+        yield "\n".join(strings)
+
+
+def _strings_under(tree: Any, key: str) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            if name == key and isinstance(value, str):
+                yield value
+            else:
+                yield from _strings_under(value, key)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _strings_under(value, key)
+
+
 def _read_parquet(path: Path, source: Source) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import ArrowInvalid, parquet
@@ -167,7 +218,9 @@ def _read_parquet(path: Path, source: Source) -> Iterator[dict[str, Any]]:
     known = file.schema_arrow.names
     for name in columns:
         if name not in known:
-            raise ValueError(f"{path} has no column {name!r}{nearest(name, known)}; its columns are {', '.join(known)}.")
+            raise ValueError(
+                f"{path} has no column {name!r}{nearest(name, known)}; its columns are {', '.join(known)}."
+            )
     for batch in file.iter_batches(columns=columns):
         yield from batch.to_pylist()
 

@@ -73,7 +73,7 @@ def ensemble_losses(
     count = len(models)
     sizes = [count] if weights is not None else list(range(1, count + 1))
     totals = {k: torch.zeros(1 if k == count else count, dtype=torch.float64) for k in sizes}
-    rows = torch.from_numpy(sequences).split(max(1, CHUNK_TOKENS // sequences.shape[1]))
+    rows = torch.split(torch.from_numpy(sequences), max(1, CHUNK_TOKENS // sequences.shape[1]))
     losses = _logit_losses if average == "logits" else _probability_losses
     for chunk in rows:
         check_stop()

@@ -76,7 +76,11 @@ def _start(orders: Orders, number: int, log_folder: Path, events: "queue.Queue[d
     with (log_folder / f"worker-{number}.log").open("w") as log:
         worker = subprocess.Popen(
             [sys.executable, "-m", "epochal.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
         )
     assert worker.stdin is not None and worker.stdout is not None
     with worker.stdin as pipe:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from epochal.data import Tokens, open_store
+from epochal.data import Tokens, TokenStore, open_store
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace
 from epochal.run import Ensemble, Run, Samples, fingerprint
@@ -28,18 +28,9 @@ def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
     Raises ValueError when a source has no finished model.
     """
     members = member_records(samples.source, records)
-    run = members[0].job
-    assert isinstance(run, Run)
-    store = open_store(run.data, workspace)
-    bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
-    pieces: list[Tokens] = []
-    for index, member in enumerate(members):
-        share = samples.tokens * (index + 1) // len(members) - samples.tokens * index // len(members)
-        model = load_model(workspace, member.job.name)
-        generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
-        texts = draw(model, samples, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
-        pieces += _take(texts, share)
-    tokens = np.concatenate(pieces).astype(store.meta["dtype"])
+    store, texts = _draw_all(samples, members, workspace)
+    bos = int(store.meta["bos"])
+    tokens = np.concatenate(texts).astype(store.meta["dtype"])
     path = workspace.folder(samples.name) / "samples.npy"
     _write(path, tokens)
     texts_drawn = int((tokens == bos).sum())
@@ -51,6 +42,31 @@ def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
         inputs={member.job.name: member.fingerprint for member in members},
         provenance=provenance(),
     )
+
+
+def sample_texts(samples: Samples, workspace: Workspace, records: Records) -> list[str]:
+    """Draw texts as `sample` does and return them as strings; writes nothing."""
+    from tokenizers import Tokenizer
+
+    store, texts = _draw_all(samples, member_records(samples.source, records), workspace)
+    tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
+    return [str(tokenizer.decode(text.tolist())) for text in texts]
+
+
+def _draw_all(samples: Samples, members: list[Record], workspace: Workspace) -> tuple[TokenStore, list[Tokens]]:
+    """Return the members' token store and their texts, each member its equal part of the tokens."""
+    run = members[0].job
+    assert isinstance(run, Run)
+    store = open_store(run.data, workspace)
+    bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
+    drawn: list[Tokens] = []
+    for index, member in enumerate(members):
+        share = samples.tokens * (index + 1) // len(members) - samples.tokens * index // len(members)
+        model = load_model(workspace, member.job.name)
+        generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
+        texts = draw(model, samples, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
+        drawn += _take(texts, share)
+    return store, drawn
 
 
 def member_records(source: str, records: Records) -> list[Record]:

@@ -43,7 +43,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if self.by not in ("hash", "stream"):
             raise ValueError(f"by is {self.by!r}; choose from hash, stream.")
-        if self.by == "hash" and not (0 < self.validation and 0 <= self.test and self.validation + self.test < 1):
+        if self.by == "hash" and not (self.validation > 0 and self.test >= 0 and self.validation + self.test < 1):
             raise ValueError(
                 f"validation {self.validation} and test {self.test} leave no training text; give shares below 1."
             )

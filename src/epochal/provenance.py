@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from epochal.config import REPOSITORY
@@ -50,7 +51,7 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []

@@ -139,6 +139,9 @@ def _read(path: Path) -> Record:
     job = from_table(table["job"], KINDS[table["kind"]], where="job")
     if job.name != path.stem:
         raise ValueError(f"names the job {job.name!r}")
+    for key in ("results", "inputs", "provenance"):
+        if not isinstance(table[key], dict):
+            raise ValueError(f"holds no table of {key}")
     record = Record(
         job, str(table["fingerprint"]), table["status"], table["results"], table["inputs"], table["provenance"]
     )

@@ -112,10 +112,12 @@ def draw_series(
     low: Sequence[float | None] | None = None,
     high: Sequence[float | None] | None = None,
     color: str | None = None,
+    join: bool = True,
 ) -> Any:
     """Draw measured points as a line with markers, in the order of x, with a band from `low` to `high`.
 
-    None or nan leaves a gap. Returns the line, whose colour a law may share (`color=line.get_color()`).
+    None or nan leaves a gap. Returns the line, whose colour a law may share (`color=line.get_color()`); beside a law,
+    `join=False` leaves the points unconnected, with bars for a band.
     """
     import numpy as np
 
@@ -132,11 +134,13 @@ def draw_series(
     line.set_marker(_marker(line.get_color()))
     line.set_markeredgecolor(PAPER)
     line.set_markeredgewidth(0.7)
+    if not join:
+        line.set_linestyle("none")
     if lows is not None:
-        axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.16, linewidth=0)
-        axes.vlines(
-            xs, lows, highs, color=line.get_color(), alpha=0.55, linewidth=1.1
-        )  # a band of one point is no area
+        if join:
+            axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.16, linewidth=0)
+        # bars too: a band of one point has no area
+        axes.vlines(xs, lows, highs, color=line.get_color(), alpha=0.55, linewidth=1.1)
     blank = np.full(xs.size, np.nan)
     line.report_points = _rows(xs, ys, blank if lows is None else lows, blank if highs is None else highs)
     return line

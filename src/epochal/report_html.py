@@ -77,7 +77,8 @@ caption { text-align: left; font-weight: 600; padding: 0 0 .5rem; }
 th, td { text-align: left; vertical-align: top; padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { border-bottom: 1.5px solid var(--ink); vertical-align: bottom; padding-block: 0; }
-.num { text-align: right; white-space: nowrap; }
+.num { text-align: right; }
+.num, .short { white-space: nowrap; }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: .45rem 0; margin: 0;
   cursor: pointer; text-align: inherit; }
 th button::after { content: "\\2195"; opacity: .3; margin-left: .3em; font-size: .85em; }
@@ -103,7 +104,7 @@ summary { cursor: pointer; color: var(--link); padding: .2rem 0; width: fit-cont
 details .scroll { max-height: 24rem; overflow: auto; margin: .5rem 0; }
 .notes { padding-left: 1.1rem; font-size: .98rem; }
 .notes li { margin: .3rem 0; overflow-wrap: break-word; }
-#tip { position: absolute; z-index: 2; pointer-events: none; max-width: 17rem; padding: .4rem .65rem;
+#tip { position: absolute; z-index: 2; pointer-events: none; max-width: 20rem; padding: .4rem .65rem;
   background: var(--ink); color: var(--paper); font: .8125rem/1.45 var(--sans); font-variant-numeric: tabular-nums;
   border-radius: 4px; white-space: pre-line; }
 #tip:empty { display: none; }
@@ -281,6 +282,11 @@ def _right(column: int, right: set[int]) -> str:
     return ' class="num"' if column in right else ""
 
 
+def _short(text: str) -> str:
+    """Keep names such as width-64 on one line: a narrow screen scrolls the table instead."""
+    return ' class="short"' if len(text) <= 24 else ""
+
+
 def _key(value: str | float | int | None) -> str:
     """Give what a cell sorts by: the number at full precision, nothing for a missing one."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -298,7 +304,7 @@ def _table(table: Table) -> str:
     rows = []
     for row, shown in zip(table.rows, zip(*columns, strict=True), strict=True):
         cells = (
-            f"<td{_right(i, right)}{_key(value)}>{_text(text)}</td>"
+            f"<td{_right(i, right) or _short(text)}{_key(value)}>{_text(text)}</td>"
             for i, (value, text) in enumerate(zip(row, shown, strict=True))
         )
         rows.append(f"<tr>{''.join(cells)}</tr>")

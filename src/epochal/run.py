@@ -151,7 +151,9 @@ class Ensemble:
         if self.weights is not None and (
             len(self.weights) != len(self.runs) or min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6
         ):
-            raise ValueError(f"weights is {self.weights}; give one share for each of {len(self.runs)} runs, summing to 1.")
+            raise ValueError(
+                f"weights is {self.weights}; give one share for each of {len(self.runs)} runs, summing to 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +226,7 @@ def _non_defaults(value: Any) -> dict[str, Any]:
 
 
 def config_hash(path: Path) -> str:
+    """Return the hash of the values in a JSON or TOML config."""
     stat = path.stat()
     return _hash_config(path, stat.st_mtime_ns, stat.st_size)
 

@@ -131,9 +131,7 @@ class Scale:
 
     def standard_start(self, rung: Rung) -> Point:
         """Where the search of lr and epochs at the standard decay starts for one size."""
-        return Point(
-            lr=rung.standard_lr or rung.lr, epochs=rung.standard_epochs or rung.epochs, wd=self.standard_wd
-        )
+        return Point(lr=rung.standard_lr or rung.lr, epochs=rung.standard_epochs or rung.epochs, wd=self.standard_wd)
 
 
 def load_scale(name: str) -> Scale:

@@ -11,7 +11,7 @@ import time
 EXIT_STOPPED = 75
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  # it is no error
     """Raised between two steps when a stop was asked for; the message says why."""
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Exactly one of: `path` (folder, tokenizer.json or hub name), `package` with `vocabulary` and `merges` (GPT-2
-    style files inside an installed package), or `train`: the vocabulary size of a byte-level BPE to train.
+    """Where a tokenizer comes from.
+
+    Exactly one of `path` (folder, tokenizer.json or hub name), `package` with `vocabulary` and `merges` (GPT-2 style
+    files inside an installed package), and `train`, the vocabulary size of a byte-level BPE to train.
 
     `specials` are added to the vocabulary if they are missing; the first opens every sampled text.
     """

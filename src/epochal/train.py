@@ -23,7 +23,7 @@ from epochal.checkpoint import load_checkpoint, save_checkpoint
 from epochal.data import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.model import build_model, parameter_counts
-from epochal.optim.build import build_optimizer
+from epochal.optim.build import build_adamw
 from epochal.provenance import provenance, utilisation
 from epochal.records import Record, Workspace, load_records
 from epochal.run import Run, fingerprint
@@ -93,7 +93,8 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         bos_token_id=store.meta["bos"],
         eos_token_id=store.meta["eos"],
     )
-    optimizer = build_optimizer(run.optimizer, model)
+    spec = run.optimizer
+    optimizer = build_adamw(model, lr=spec.lr, wd=spec.wd, betas=(spec.beta1, spec.beta2), eps=spec.eps)
     objective, optimizer = accelerator.prepare(Objective(model), optimizer)
     model = accelerator.unwrap_model(objective).model
     progress = _resume(run, workspace, accelerator, model, optimizer)
@@ -114,8 +115,16 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             train_loss = progress.mean_loss(accelerator)
             progress.diverged = not math.isfinite(train_loss)
             speed = (progress.step - start_step) * run.batch_tokens / (time.monotonic() - started)
-            _log(accelerator, workspace, run, progress.step, train_loss=train_loss, lr=run.optimizer.lr * factor,
-                 gradient_norm=float(norm), tokens_per_second=round(speed, 1))
+            _log(
+                accelerator,
+                workspace,
+                run,
+                progress.step,
+                train_loss=train_loss,
+                lr=run.optimizer.lr * factor,
+                gradient_norm=float(norm),
+                tokens_per_second=round(speed, 1),
+            )
         if progress.step in evaluate_at and not progress.diverged:
             loss_now = evaluate(model, validation, accelerator)
             progress.diverged = not math.isfinite(loss_now)
@@ -146,13 +155,24 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         job=run,
         fingerprint=fingerprint(run),
         status="diverged" if progress.diverged else "done",
-        results={**progress.results(), "test_loss": test_loss, "parameters": counts.total,
-                 "non_embedding": counts.non_embedding, "tokens": progress.step * run.batch_tokens},
+        results={
+            **progress.results(),
+            "test_loss": test_loss,
+            "parameters": counts.total,
+            "non_embedding": counts.non_embedding,
+            "tokens": progress.step * run.batch_tokens,
+        },
         inputs=marks,
-        provenance={**provenance(), "world_size": accelerator.num_processes, "profile": pace.profile,
-                    "loss_backend": backend(accelerator.device), "resumed_at": start_step or None,
-                    "hours": round(hours, 5), "tokens_per_second": round(speed, 1),
-                    "mfu": utilisation(6 * counts.total * speed, devices=accelerator.num_processes)},
+        provenance={
+            **provenance(),
+            "world_size": accelerator.num_processes,
+            "profile": pace.profile,
+            "loss_backend": backend(accelerator.device),
+            "resumed_at": start_step or None,
+            "hours": round(hours, 5),
+            "tokens_per_second": round(speed, 1),
+            "mfu": utilisation(6 * counts.total * speed, devices=accelerator.num_processes),
+        },
     )
 
 
@@ -165,14 +185,14 @@ def evaluate(model: Any, sequences: Tokens, accelerator: Accelerator | None = No
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for chunk in mine.split(max(1, EVALUATION_TOKENS // sequences.shape[1])):
+        for chunk in torch.split(mine, max(1, EVALUATION_TOKENS // sequences.shape[1])):
             with _autocast(accelerator):
                 hidden, targets = next_token(model, chunk.to(device))
                 total -= token_log_probs(hidden, model.lm_head.weight, targets).double().sum().cpu()
     model.train(was_training)
     if accelerator and world > 1:
         total = accelerator.reduce(total.to(device), "sum").cpu()
-    return float(total) / (len(sequences) * (sequences.shape[1] - 1))
+    return float(total) / float(len(sequences) * (sequences.shape[1] - 1))
 
 
 # --- the parts of the loop, in the order of their use ---------------------------------------------------------------
@@ -202,6 +222,11 @@ class Progress:
         assert self.train_loss is not None
         return self.train_loss
 
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """Return what `Progress(**state)` needs to go on as if nothing had happened; the step is the checkpoint's."""
+        total = accelerator.reduce(self._sum, "mean") if self._count and accelerator.num_processes > 1 else self._sum
+        return {"curve": self.curve, "train_loss": self.train_loss, "_sum": float(total), "_count": self._count}
+
     def results(self) -> dict[str, Any]:
         """Return the results of a record: nats per token, steps; None where the run diverged."""
         losses = [loss for _, loss in self.curve if math.isfinite(loss)]
@@ -219,6 +244,7 @@ def _accelerator(run: Run, workspace: Workspace, pace: Pace) -> Accelerator:
     # One worker trains many runs; accelerate keeps the precision of the first one unless told to forget it.
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # so that several processes without a device speak through gloo
         mixed_precision="bf16" if run.precision == "bf16" else "no",
         log_with=list(pace.trackers) or None,
         project_dir=str(workspace.folder(run.name)),
@@ -253,7 +279,9 @@ def _batches(run: Run, store: TokenStore, workspace: Workspace) -> tuple[Batches
     path = workspace.folder(run.distill.samples) / "samples.npy"
     record = load_records(workspace).named(run.distill.samples)
     if record is None or not path.is_file():
-        raise ValueError(f"Run {run.name!r} learns from {run.distill.samples!r}, which has not been sampled; run it first.")
+        raise ValueError(
+            f"Run {run.name!r} learns from {run.distill.samples!r}, which has not been sampled; run it first."
+        )
     tokens = np.load(path, mmap_mode="r")
     sampled = sampled_stream(tokens, int(store.meta["bos"]), run)
     return Batches(real, sampled, run.distill.fraction, run.batch_size), {run.distill.samples: record.fingerprint}
@@ -267,7 +295,7 @@ def _step(
     The loss is this process's sum over the mean number of targets per process: its mean over processes is the loss.
     """
     tokens = torch.from_numpy(rows).to(accelerator.device)
-    parts = tokens.split(micro_batch or len(tokens))
+    parts = torch.split(tokens, micro_batch or len(tokens))
     targets = len(tokens) * (run.sequence_length - 1)
     loss = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(parts, start=1):
@@ -305,7 +333,7 @@ def _resume(run: Run, workspace: Workspace, accelerator: Accelerator, model: Any
     """Return the progress of the newest sound checkpoint, or a fresh start; cuts metrics.jsonl to it."""
     folder = workspace.folder(run.name)
     state = load_checkpoint(folder / "checkpoints", model, optimizer, say=log.warning)
-    progress = Progress(0, []) if state is None else Progress(state["step"], state["curve"], state["train_loss"])
+    progress = Progress(0, []) if state is None else Progress(**state)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
@@ -323,10 +351,11 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _save(run: Run, workspace: Workspace, accelerator: Accelerator, model: Any, optimizer: Any, progress: Progress) -> None:
-    train_loss = progress.mean_loss(accelerator)
+def _save(
+    run: Run, workspace: Workspace, accelerator: Accelerator, model: Any, optimizer: Any, progress: Progress
+) -> None:
+    state = progress.state(accelerator)
     if accelerator.is_main_process:
-        state = {"curve": progress.curve, "train_loss": train_loss}
         save_checkpoint(workspace.folder(run.name) / "checkpoints", progress.step, model, optimizer, state)
     accelerator.wait_for_everyone()
 

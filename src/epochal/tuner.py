@@ -40,9 +40,7 @@ class Descent:
         return self.best is not None and not self.wanted
 
 
-def descend(
-    loss_of: Callable[[Point], float | None], start: Point, grid: Mapping[str, tuple[float, ...]]
-) -> Descent:
+def descend(loss_of: Callable[[Point], float | None], start: Point, grid: Mapping[str, tuple[float, ...]]) -> Descent:
     """Follow the descent as far as results are known.
 
     `loss_of` returns the loss of a point (inf for a diverged one) or None. `grid` names the values of each field that
@@ -50,7 +48,9 @@ def descend(
     """
     for field, values in grid.items():
         if getattr(start, field) not in values:
-            raise ValueError(f"start {field} {getattr(start, field)} is not on its grid {list(values)}; use a grid value.")
+            raise ValueError(
+                f"start {field} {getattr(start, field)} is not on its grid {list(values)}; use a grid value."
+            )
     centre, visited = start, dict.fromkeys((start,))
     while True:
         star = (centre, *neighbours(centre, grid))

@@ -20,7 +20,7 @@ from typing import Any
 
 from epochal.campaign import campaign_jobs, flops_of
 from epochal.config import from_table, to_table, write_atomic
-from epochal.records import Record, Records, Workspace, load_records, needed, write_record
+from epochal.records import Record, Workspace, load_records, needed, write_record
 from epochal.run import Ensemble, Job, Run, Samples
 from epochal.scale import load_scale
 from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_reason
@@ -138,8 +138,16 @@ def run_job(job: Job, orders: Orders, say: Any) -> None:
         return
     (workspace.folder(job.name) / "failure.json").unlink(missing_ok=True)
     seconds = round(time.monotonic() - started, 2)
-    say({"event": "done", "name": job.name, "loss": record.results.get("loss"), "status": record.status,
-         "seconds": seconds, "flops": flops_of(job)})
+    say(
+        {
+            "event": "done",
+            "name": job.name,
+            "loss": record.results.get("loss"),
+            "status": record.status,
+            "seconds": seconds,
+            "flops": flops_of(job),
+        }
+    )
 
 
 def execute(job: Job, orders: Orders) -> Record | None:

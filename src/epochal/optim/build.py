@@ -1,18 +1,8 @@
-"""An optimizer for a model, from its description in a Run."""
+"""An optimizer for a model, with the paper's decay mask."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-
-class Spec(Protocol):
-    """What a Run says of its optimizer; the fields of `epochal.run.AdamW`."""
-
-    lr: float
-    wd: float
-    beta1: float
-    beta2: float
-    eps: float
 
 
 def parameter_groups(model: torch.nn.Module, wd: float) -> list[dict[str, Any]]:
@@ -20,14 +10,16 @@ def parameter_groups(model: torch.nn.Module, wd: float) -> list[dict[str, Any]]:
 
     Token embedding, norm weights and biases are not decayed; all linear maps and the output head are.
     """
-    decayed, kept = [], []
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and "embed_tokens" not in name
         (decayed if matrix else kept).append(parameter)
     return [{"params": decayed, "weight_decay": wd}, {"params": kept, "weight_decay": 0.0}]
 
 
-def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of a Run for this model, with the decay mask in its groups."""
-    groups = parameter_groups(model, spec.wd)
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True)
+def build_adamw(
+    model: torch.nn.Module, *, lr: float, wd: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW for a model, with the decay mask in its groups."""
+    return torch.optim.AdamW(parameter_groups(model, wd), lr=lr, betas=betas, eps=eps, fused=True)

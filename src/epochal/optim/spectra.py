@@ -2,8 +2,8 @@
 
     W_{k+1} = (1 - lr_k wd) W_k - alpha lr_k H_{c_k}(U_k),    alpha = sqrt(max(1, rows / columns)), 1 for vectors
 
-U_k is the base's direction, H_c the soft spectral clip. c_k lr_k = c base_lr while k < warmup_steps, then c_k = c, then,
-if asked for, it decays over the last steps. Not for 1-D parameters unless `apply_to="all"`; embeddings and the head are
+U_k is the base's direction, H_c the soft spectral clip. Threshold: c_k lr_k = c base_lr while k < warmup_steps, then
+c_k = c; it may decay over the last steps. Vectors are clipped only with `apply_to="all"`; embeddings and the head are
 two-dimensional and so are clipped, as in the paper.
 
 Differs from the published code (which `compat="upstream"` follows) in that
@@ -67,7 +67,7 @@ CURVES: dict[str, Callable[[Tensor], Tensor]] = {
 def warmed(step: Tensor, lr: Tensor, c: float, *, base_lr: float, warmup_steps: int) -> Tensor:
     """Return c base_lr / lr while step < warmup_steps, c afterwards; step (B,) counts from 0, the result is float64."""
     rising = c * base_lr / lr.double().clamp(min=1e-10)
-    return torch.where(step < warmup_steps, rising, torch.full_like(rising, c)).expand(step.shape)
+    return torch.where(step < warmup_steps, rising, torch.full_like(rising, c))
 
 
 def clip_threshold(step: Tensor, lr: Tensor, group: Group) -> Tensor:
@@ -89,7 +89,8 @@ def pre_clip_threshold(step: Tensor, lr: Tensor, group: Group) -> Tensor:
     if end is None or curve == "constant":
         return warmed(step, lr, start, base_lr=group["base_lr"], warmup_steps=group["warmup_steps"])
     x = CURVES[curve]((step.double() / group["total_steps"]).clamp(max=1))
-    return start * (end / start) ** x if curve == "exp" else start + (end - start) * x
+    moved: Tensor = start * (end / start) ** x if curve == "exp" else start + (end - start) * x
+    return moved
 
 
 def clip_vectors(update: Tensor, c: Tensor, *, operator: str, compat: str | None) -> Tensor:
@@ -105,7 +106,7 @@ def clip_vectors(update: Tensor, c: Tensor, *, operator: str, compat: str | None
 
 
 def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
-    """Return alpha H_c(U) for U (B, ..., rows, columns) and c (B,), each matrix cut into `blocks` equal parts of rows."""
+    """Return alpha H_c(U) for U (B, ..., rows, columns) and c (B,), every matrix cut into `blocks` parts by rows."""
     rows, columns = update.shape[-2] // group["blocks"], update.shape[-1]
     parts = update.reshape(len(update), -1, rows, columns)
     thresholds = c[:, None].expand(parts.shape[:2])
@@ -184,11 +185,27 @@ class Spectra(MatrixOptimizer):
             method = "newton_schulz"
         if compat == "upstream" and base_lr is None:
             base_lr = float(lr)
-        names = ("lr", "clip", "pre_clip", "apply_to", "operator", "method", "iterations", "dtype", "blocks", "base_lr")
-        schedule = ("warmup_steps", "total_steps", "clip_decay", "clip_decay_fraction", "clip_final_scale")
-        names += (*schedule, "pre_clip_end", "pre_clip_curve", "weight_decay")
-        given = locals()
-        super().__init__(params, {**self.rule.defaults, **hyper, **{name: given[name] for name in names}})
+        options = {
+            "lr": lr,
+            "clip": clip,
+            "pre_clip": pre_clip,
+            "apply_to": apply_to if isinstance(apply_to, str) else tuple(apply_to),
+            "operator": operator,
+            "method": method,
+            "iterations": iterations,
+            "dtype": dtype,
+            "blocks": blocks,
+            "warmup_steps": warmup_steps,
+            "total_steps": total_steps,
+            "clip_decay": clip_decay,
+            "clip_decay_fraction": clip_decay_fraction,
+            "clip_final_scale": clip_final_scale,
+            "pre_clip_end": pre_clip_end,
+            "pre_clip_curve": pre_clip_curve,
+            "base_lr": base_lr,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, {**self.rule.defaults, **hyper, **options})
         if self.selected and not any(self.selected.values()):
             raise ValueError(
                 f"apply_to={apply_to!r} selects none of {len(self.selected)} parameters; use 'all' or other patterns, "
@@ -235,9 +252,15 @@ class Spectra(MatrixOptimizer):
         super().step()
         return loss
 
+    def step_bucket(self, parameters: list[Tensor], group: Group) -> None:
+        """Update one bucket in place: clipped, or as the base would."""
+        super().step_bucket(parameters, group if self.selected[parameters[0]] else {**group, "operator": None})
+
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return (alpha H_c(U), new state) of a bucket of parameters that are clipped."""
+        """Return (alpha H_c(U), new state) of a bucket, or (U, new state) where the group says no operator."""
         update, new = self._direction(parameters, gradients, state, group)
+        if group["operator"] is None:
+            return update, new
         lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=update.device)
         c = clip_threshold(state["step"], lr, group)
         if update.ndim == 2:

@@ -18,7 +18,7 @@ LEVEL = 0.90
 ALPHA_BOUNDS = (0.01, 10.0)
 FEWEST = 4  # distinct x below which no interval is given, whatever the number of constants
 HUBER_ROUNDS = 60
-POOLING = 0.5  # seeds and sizes share one variance only where this test finds no difference; see _noise
+POOLING = 0.5  # seeds and sizes share one variance where the F test is less sure than this; see _noise
 EXCESS_ROUNDS = 4
 EXCESS_FLOOR = 0.05
 Interval = tuple[float, float]
@@ -229,8 +229,8 @@ def _noise(x: Array, residual: Array, weights: Array, parameters: int) -> tuple[
     """Variance of a point of weight 1 and its degrees of freedom.
 
     Seeds of one size tell the seed noise; the scatter of sizes about the law also holds what seeds cannot show (tuning,
-    model shape). Where the second is larger, the seeds are pseudo-replicates and only the sizes count. The F test decides
-    at 0.5, not at 0.05: few sizes hardly ever show a difference that is there, and wrong pooling makes intervals too
+    model shape). Where the second is larger, the seeds are pseudo-replicates and only the sizes count. The F test
+    decides at 0.5, not at 0.05: few sizes hardly ever show a difference that is there, and wrong pooling makes intervals too
     short (coverage 0.72 instead of 0.92 with four sizes and three seeds), wrong separation only makes them wider.
     """
     from scipy.special import fdtrc
@@ -247,7 +247,7 @@ def _noise(x: Array, residual: Array, weights: Array, parameters: int) -> tuple[
         return total / max(dof, 1), dof, ""
     between, pure = max(total - within, 0.0) / dof_between, within / dof_within
     if pure == 0.0 or fdtrc(dof_between, dof_within, between / pure) < POOLING:
-        note = "Sizes scatter about the law more than seeds explain, so the interval rests on the sizes alone."
+        note = "Sizes scatter about the law more than their seeds do, so the interval rests on the sizes alone."
         return between, dof_between, note
     return total / (dof_between + dof_within), dof_between + dof_within, ""
 

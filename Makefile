@@ -1,0 +1,38 @@
+# Every target creates .venv with plain pip if it is missing. PYTHON names the interpreter that does so.
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: demo test check bench report clean
+
+demo: .venv/demo
+	$(BIN)/epochal data kjv
+	$(BIN)/epochal run --scale demo --jobs $(JOBS) --tracker none
+	$(BIN)/epochal report --scale demo
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/test
+	$(BIN)/python benchmarks/laws.py
+	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/losses.py
+
+report: .venv/demo
+	$(BIN)/epochal report --scale demo
+
+clean:
+	rm -rf .venv work recipes/results/demo
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+# A stamp per extra: an interrupted installation is done again, a changed pin installs what changed.
+.venv/demo .venv/test: .venv/%: pyproject.toml constraints.txt | .venv/bin/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@

@@ -1,0 +1,384 @@
+"""The command line: `epochal data | plan | run | report | train | eval | generate | export | doctor`.
+
+Exit codes: 0 done, 1 a job failed, 2 wrong use, 75 stopped early on purpose: run again to continue.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from epochal.records import Record, Workspace
+
+app = typer.Typer(
+    help="Pre-training recipes for finite text and unlimited compute.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ScaleName = Annotated[str, typer.Option("--scale", help="A scale from configs/scales, or the path of one.")]
+Results = Annotated[Path, typer.Option(help="Where records and reports lie; commit this folder.")]
+Work = Annotated[Path, typer.Option(help="Where token stores, checkpoints and models lie.")]
+Recipes = Annotated[list[str] | None, typer.Argument(help="Recipes; all of them when none is named.")]
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user is one sentence and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"epochal: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"epochal: the package {error.name!r} is missing; run pip install {error.name}.", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def data(config: str, work: Work = Path("work")) -> None:
+    """Turn text into a token store: CONFIG is a name from configs/data or a path."""
+    from epochal.prepare import prepare
+
+    store = prepare(config, work / "data")
+    counts = ", ".join(f"{split} {count:,}" for split, count in store.meta["tokens"].items())
+    dropped = ", ".join(f"{count} {what}" for what, count in store.meta["dropped"].items())
+    print(f"{store.folder}: vocabulary {store.vocab_size:,}; tokens: {counts}; dropped: {dropped}")
+
+
+@app.command()
+def plan(
+    recipes: Recipes = None,
+    scale: ScaleName = "demo",
+    results: Results = Path("recipes/results"),
+    work: Work = Path("work"),
+    jobs: Annotated[bool, typer.Option("--jobs", help="List every job by name.")] = False,
+) -> None:
+    """Show what is done, ready and waiting, with cost and disk; changes nothing."""
+    from epochal.campaign import outlook, recipe_names, store_vocab_size
+    from epochal.records import load_records
+    from epochal.scale import load_scale
+
+    setting = load_scale(scale)
+    workspace = _workspace(setting.name, results, work)
+    records = load_records(workspace)
+    _say_problems(records.problems)
+    view = outlook(recipes or recipe_names(), records, setting, store_vocab_size(workspace, setting))
+    state, device = view.split, setting.hardware.device
+    print(f"{setting.name}: {len(state.done)} done, {len(state.ready)} ready, {len(state.waiting)} waiting")
+    for what, cost in (("known today", view.today), ("to come, if every search ends where it stands", view.later)):
+        print(
+            f"  {what}: {cost.jobs} jobs, {cost.flops:.2e} FLOPs, about {cost.hours:,.2f} hours of {device}, "
+            f"{cost.disk / 1e9:,.2f} GB of models"
+        )
+    if jobs:
+        for job in state.ready:
+            print(f"  ready    {job.name}")
+        for name, sources in state.waiting.items():
+            print(f"  waiting  {name}  for {', '.join(sources)}")
+
+
+@app.command()
+def run(
+    recipes: Recipes = None,
+    scale: ScaleName = "demo",
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Workers on this machine, each with its share of cores or one GPU.")
+    ] = 1,
+    profile: Annotated[
+        str | None, typer.Option(help="An accelerate profile (configs/accelerate) for every run.")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences a process takes at once.")] = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, trackio, wandb or none. Default: tensorboard if installed.")
+    ] = None,
+    time_limit: Annotated[str | None, typer.Option(help="Stop in good order after this long, e.g. 9m, 2h.")] = None,
+    checkpoint_every: Annotated[str, typer.Option(help="Longest time between two checkpoints.")] = "5m",
+    results: Results = Path("recipes/results"),
+    work: Work = Path("work"),
+) -> None:
+    """Run what the recipes still need, here. Start it twice and both share the work; stop it and it continues."""
+    import os
+    import uuid
+
+    from rich.console import Console
+
+    from epochal.campaign import outlook, recipe_names, store_vocab_size
+    from epochal.config import find_config
+    from epochal.data import open_store
+    from epochal.display import Display
+    from epochal.executor import run_campaign
+    from epochal.records import load_records
+    from epochal.scale import load_scale
+    from epochal.worker import Orders
+
+    setting = load_scale(scale)
+    workspace = _workspace(setting.name, results, work)
+    open_store(setting.data, workspace)
+    records = load_records(workspace)
+    _say_problems(records.problems)
+    names = tuple(recipes or recipe_names())
+    view = outlook(names, records, setting, store_vocab_size(workspace, setting))
+    orders = Orders(
+        session=uuid.uuid4().hex,
+        scale=scale,
+        recipes=names,
+        results=str(results),
+        work=str(work),
+        threads=max(1, len(os.sched_getaffinity(0)) // jobs),
+        profile=None if profile is None else str(find_config("accelerate", profile, ".yaml")),
+        micro_batch=micro_batch,
+        trackers=_trackers(tracker),
+        checkpoint_seconds=_seconds(checkpoint_every),
+        seconds_left=None if time_limit is None else _seconds(time_limit),
+    )
+    to_do = view.today.flops + view.later.flops
+    with Display(Console(), workspace, done=len(view.split.done), flops_to_do=to_do) as display:
+        code = run_campaign(orders, jobs=jobs, progress=display)
+    if code == 75:
+        print("stopped on purpose; run the same command again to continue.")
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    recipes: Recipes = None,
+    scale: ScaleName = "demo",
+    results: Results = Path("recipes/results"),
+    work: Work = Path("work"),
+) -> None:
+    """Turn records into report.md, report.html and figures; needs no torch."""
+    from rich.console import Console
+
+    from epochal.campaign import load_recipe, recipe_names
+    from epochal.records import load_records
+    from epochal.report import print_summary, write_report
+    from epochal.scale import load_scale
+
+    setting = load_scale(scale)
+    records = load_records(_workspace(setting.name, results, work))
+    _say_problems(records.problems)
+    if not len(records):
+        raise ValueError(f"{records.workspace.records} holds no records; run epochal run --scale {scale} first.")
+    modules = [load_recipe(name) for name in recipes or recipe_names()]
+    order = {"epoching": 0, "heavy_weight_decay": 1, "ensembling": 2, "distillation": 3}
+    modules.sort(key=lambda module: order.get(module.__name__.rpartition(".")[2], len(order)))
+    sections = [module.report(records, setting) for module in modules]
+    budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
+    summary = [
+        f"Data: {setting.data}; unique training tokens D: {budgets}; sequences of {setting.sequence_length} tokens.",
+        f"{len(records)} records. Losses are nats per token on the validation split; intervals are 90%.",
+    ]
+    path = write_report(sections, results / setting.name, title=f"epochal: {setting.name}", summary=summary)
+    print_summary(sections, Console())
+    print(f"report: {path}")
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="The run.json of a run, or the name of a run with a record or in a plan.")],
+    scale: ScaleName = "demo",
+    results: Results = Path("recipes/results"),
+    work: Work = Path("work"),
+) -> None:
+    """Train one run: what `accelerate launch` starts on every process."""
+    import json
+    import logging
+
+    from epochal.config import from_table
+    from epochal.records import write_record
+    from epochal.run import Run
+    from epochal.stopping import EXIT_STOPPED, Stopped, listen
+    from epochal.worker import Orders, execute
+
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    if run.endswith(".json"):
+        path = Path(run)
+        if not path.is_file():
+            raise ValueError(f"{run} does not exist; give the run.json of a run.")
+        table = json.loads(path.read_text(encoding="utf-8"))
+        job: Any = from_table(table["run"], Run, where=f"{run}: run")
+        orders = from_table(table["orders"], Orders, where=f"{run}: orders")
+    else:
+        job = _find_job(run, scale, results, work)
+        orders = Orders(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
+    listen()
+    try:
+        record = execute(job, orders)
+    except Stopped as stop:
+        print(f"epochal: {stop}; run again to continue.", file=sys.stderr)
+        raise typer.Exit(EXIT_STOPPED) from None
+    if record is not None:
+        print(f"{write_record(orders.workspace, record)}: {record.status}, loss {record.loss:.4f}")
+
+
+@app.command(name="eval")
+def evaluate(
+    name: str, scale: ScaleName = "demo", results: Results = Path("recipes/results"), work: Work = Path("work")
+) -> None:
+    """Compute the validation and test loss of a finished run or ensemble from its weights."""
+    from epochal.data import open_store
+    from epochal.ensemble import evaluate_ensemble
+    from epochal.generate import load_model
+    from epochal.records import load_records
+    from epochal.run import Ensemble, Run
+    from epochal.train import evaluate as evaluate_model
+
+    workspace, record = _finished(name, scale, results, work)
+    losses: dict[str, float]
+    if isinstance(record.job, Ensemble):
+        found = evaluate_ensemble(record.job, workspace, load_records(workspace)).results
+        losses = {"validation": found["loss"], "test": found.get("test_loss", float("nan"))}
+    elif isinstance(record.job, Run):
+        store, model = open_store(record.job.data, workspace), load_model(workspace, name)
+        splits = [
+            split for split in ("validation", "test") if store.meta["tokens"][split] >= record.job.sequence_length
+        ]
+        losses = {split: evaluate_model(model, store.sequences(split, record.job.sequence_length)) for split in splits}
+    else:
+        raise ValueError(f"{name!r} is sampled text; name a run or an ensemble.")
+    for split, loss in losses.items():
+        print(
+            f"{split}: {loss:.6f} nats per token (record: {record.loss:.6f})"
+            if split == "validation"
+            else f"{split}: {loss:.6f}"
+        )
+
+
+@app.command()
+def generate(
+    name: str,
+    scale: ScaleName = "demo",
+    tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: int = 0,
+    temperature: float = 1.0,
+    results: Results = Path("recipes/results"),
+    work: Work = Path("work"),
+) -> None:
+    """Print text sampled from a finished run, or from the members of an ensemble one after another."""
+    from epochal.generate import sample_texts
+    from epochal.records import load_records
+    from epochal.run import Samples
+
+    workspace, _ = _finished(name, scale, results, work)
+    samples = Samples(
+        name="text", source=name, tokens=tokens, max_length=max(2, tokens), seed=seed, temperature=temperature
+    )
+    for text in sample_texts(samples, workspace, load_records(workspace)):
+        print(text)
+
+
+@app.command()
+def export(
+    name: str,
+    folder: Path,
+    scale: ScaleName = "demo",
+    results: Results = Path("recipes/results"),
+    work: Work = Path("work"),
+) -> None:
+    """Copy a finished run to FOLDER as a Hugging Face model with its record."""
+    import shutil
+
+    from epochal.run import Run
+
+    workspace, record = _finished(name, scale, results, work)
+    if not isinstance(record.job, Run):
+        raise ValueError(f"{name!r} is no single model; name a run.")
+    source = workspace.folder(name) / "model"
+    if not source.is_dir():
+        raise ValueError(f"{source} does not exist; run {name!r} again to make its weights.")
+    if folder.exists():
+        raise ValueError(f"{folder} exists; name a new folder.")
+    shutil.copytree(source, folder)
+    shutil.copy(workspace.records / f"{name}.json", folder / "epochal_record.json")
+    print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what works, and which profile suits this machine."""
+    from epochal.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+def _workspace(scale: str, results: Path, work: Path) -> "Workspace":
+    from epochal.records import Workspace
+
+    return Workspace(scale, results, work)
+
+
+def _finished(name: str, scale: str, results: Path, work: Path) -> "tuple[Workspace, Record]":
+    """Return the workspace and the record of a finished job; raises ValueError with the nearest name."""
+    from epochal.config import nearest
+    from epochal.records import load_records
+    from epochal.scale import load_scale
+
+    workspace = _workspace(load_scale(scale).name, results, work)
+    records = load_records(workspace)
+    record = records.named(name)
+    if record is None:
+        known = [record.job.name for record in records]
+        raise ValueError(f"{workspace.records} has no record {name!r}{nearest(name, known)}; see epochal plan --jobs.")
+    return workspace, record
+
+
+def _find_job(name: str, scale: str, results: Path, work: Path) -> Any:
+    """Return a job by its name, from its record or from today's plan of all recipes."""
+    from epochal.campaign import campaign_jobs, recipe_names
+    from epochal.config import nearest
+    from epochal.records import load_records
+    from epochal.scale import load_scale
+
+    setting = load_scale(scale)
+    records = load_records(_workspace(setting.name, results, work))
+    record = records.named(name)
+    if record is not None:
+        return record.job
+    jobs = {job.name: job for job in campaign_jobs(recipe_names(), records, setting)}
+    if name not in jobs:
+        raise ValueError(f"scale {setting.name!r} plans no job {name!r}{nearest(name, jobs)}; see epochal plan --jobs.")
+    return jobs[name]
+
+
+def _say_problems(problems: tuple[str, ...]) -> None:
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} malformed records were left out.", file=sys.stderr)
+
+
+def _seconds(text: str) -> float:
+    """Read 90s, 9m, 2h or plain seconds."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"time {text!r} is no duration; write 90s, 9m or 2h.")
+    return seconds
+
+
+def _trackers(chosen: list[str] | None) -> tuple[str, ...]:
+    """Return the trackers for accelerate: the named ones, or TensorBoard where it is installed."""
+    import importlib.util
+
+    known = ("tensorboard", "trackio", "wandb")
+    if chosen is None:
+        return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    names = tuple(name for name in chosen if name != "none")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"tracker {name!r} is unknown; choose from {', '.join(known)}, none.")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"tracker {name!r} is not installed; run pip install {name}.")
+    return names
+
+
+if __name__ == "__main__":
+    main()

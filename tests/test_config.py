@@ -1,0 +1,160 @@
+"""TOML into dataclasses: unknown and missing keys, wrong types, unreadable files, and back again."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from epochal.config import find_config, from_table, load_toml, nearest, to_table, write_atomic
+from epochal.run import AdamW, Distill, Ensemble, Run, Samples
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outer:
+    rate: float
+    inner: Inner
+    maybe: str | None = None
+    many: tuple[Inner, ...] = ()
+    flag: bool = False
+    table: dict[str, float] = field(default_factory=dict)
+
+
+GOOD = {"rate": 1, "inner": {"size": 2}}
+
+
+def test_a_full_table() -> None:
+    found = from_table(
+        {
+            **GOOD,
+            "maybe": "x",
+            "many": [{"size": 1}, {"size": 2, "names": ["a"]}],
+            "flag": True,
+            "table": {"a": 1},
+        },
+        Outer,
+        where="here",
+    )
+    assert found == Outer(1.0, Inner(2), "x", (Inner(1), Inner(2, ("a",))), True, {"a": 1.0})
+    assert isinstance(found.rate, float)
+    assert from_table(to_table(found), Outer, where="there") == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rat": 1}, ("unknown key 'rat'", "did you mean 'rate'")),
+        ({"inner": {"size": 2, "nmes": []}}, ("here: inner", "unknown key 'nmes'", "did you mean 'names'")),
+        ({"zzzzzz": 1}, ("unknown key 'zzzzzz'",)),
+        ({"inner": {}}, ("here: inner", "missing key 'size'")),
+        ({"rate": "fast"}, ("here: rate", "'fast'", "float")),
+        ({"rate": True}, ("here: rate", "True", "float")),
+        ({"inner": {"size": 2.5}}, ("size", "2.5", "int")),
+        ({"inner": {"size": True}}, ("size", "True", "int")),
+        ({"inner": 3}, ("inner", "not a table")),
+        ({"many": {"size": 1}}, ("many", "not a list")),
+        ({"many": [1]}, ("many", "not a table")),
+        ({"maybe": 3}, ("maybe", "3", "str")),
+        ({"flag": 1}, ("flag", "bool")),
+        ({"table": 1}, ("table", "not a table")),
+        ({"inner": {"size": 1, "names": "abc"}}, ("names", "not a list")),
+    ],
+)
+def test_each_mistake_is_one_sentence(changes: dict[str, object], words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        from_table({**GOOD, **changes}, Outer, where="here")
+    message = str(caught.value)
+    assert message.startswith("here")
+    assert all(word in message for word in words), message
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ValueError, match=r"here: missing key 'inner'"):
+        from_table({"rate": 1}, Outer, where="here")
+
+
+def test_the_sentence_of_a_dataclass_gets_its_place() -> None:
+    with pytest.raises(ValueError, match=r"here: lr is -1"):
+        from_table({"lr": -1}, AdamW, where="here")
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Run(
+            name="a",
+            model="w16",
+            data="kjv",
+            unique_tokens=256,
+            epochs=1,
+            batch_size=4,
+            sequence_length=32,
+            optimizer=AdamW(lr=0.01),
+            distill=Distill(samples="s", fraction=0.5),
+        ),
+        Ensemble(name="e", runs=("a", "b"), average="logits", weights=(0.25, 0.75)),
+        Samples(name="s", source="e", tokens=10, max_length=5, temperature=0.5),
+    ],
+)
+def test_jobs_survive_a_round_trip(job: Run | Ensemble | Samples) -> None:
+    assert from_table(to_table(job), type(job), where="job") == job
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        (b"rate = \xff", "is not UTF-8 text"),
+        (b"rate = = 1", "is not valid TOML"),
+        (b"", "missing key 'rate'"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "x.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_toml(path, Outer)
+    assert str(path) in str(caught.value)
+
+
+def test_names_are_looked_up_here_first_then_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("scales", "demo", ".toml").is_absolute()
+    mine = tmp_path / "configs" / "scales" / "demo.toml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("")
+    assert find_config("scales", "demo", ".toml").resolve() == mine.resolve()
+    assert find_config("scales", str(mine), ".toml") == mine
+    with pytest.raises(ValueError, match=r"no 'dmo' \(did you mean 'demo'\?\)"):
+        find_config("scales", "dmo", ".toml")
+    with pytest.raises(ValueError, match=r"a/b.toml does not exist"):
+        find_config("scales", "a/b.toml", ".toml")
+
+
+def test_nearest_says_nothing_when_nothing_is_near() -> None:
+    assert nearest("zzz", ["abc"]) == ""
+    assert nearest("abd", ["abc"]) == " (did you mean 'abc'?)"
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sub" / "file"
+    write_atomic(path, "old")
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [item.name for item in path.parent.iterdir()] == ["file"]

@@ -1,0 +1,125 @@
+"""The shape of the repository: imports point one way, planning needs no torch, the README's map is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import triton_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = {"launch": 3, "recipes": 2, "epochal": 1, "triton_kernels": 0}
+"""A file may import its own layer and those below it."""
+
+LIGHT = (
+    "run", "records", "scaling", "report", "campaign", "scale", "tuner", "config", "model_size", "schedule", "stopping",
+    "cli", "executor", "worker", "display", "documents", "tokenizer",
+)  # fmt: skip
+"""Parts of epochal that import no torch at module level."""
+
+OPTIONAL = {"datasets", "deepspeed", "triton", "scipy", "matplotlib", "submitit", "lm_eval", "pyarrow", "zstandard"}
+HEAVY = ("torch", "transformers", "accelerate", "numpy", "scipy", "matplotlib", "datasets")
+
+
+def sources() -> list[tuple[str, Path]]:
+    folders = {"launch": ROOT / "launch", "recipes": ROOT / "recipes", "triton_kernels": ROOT / "triton_kernels"}
+    folders["epochal"] = ROOT / "src" / "epochal"
+    return [(layer, path) for layer, folder in folders.items() for path in sorted(folder.rglob("*.py"))]
+
+
+def imports(path: Path, *, module_level: bool = False) -> Iterator[str]:
+    """Yield the dotted names that a file imports; `if TYPE_CHECKING` blocks are left out."""
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and module_level:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        todo += ast.iter_child_nodes(node)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for layer, path in sources()
+        for name in imports(path)
+        if LAYERS.get(name.split(".")[0], -1) > LAYERS[layer]
+    ]
+    assert wrong == []
+
+
+def test_optimizers_know_no_data_model_or_record() -> None:
+    allowed = {"epochal.optim", "epochal.run"}
+    for path in (ROOT / "src" / "epochal" / "optim").glob("*.py"):
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "epochal":
+                assert ".".join(parts[:2]) in allowed, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("part", LIGHT)
+def test_light_parts_import_no_torch(part: str) -> None:
+    place = ROOT / "src" / "epochal" / part
+    for path in sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
+        found = {name.split(".")[0] for name in imports(path, module_level=True)}
+        assert not found & {"torch", "transformers", "accelerate"}, path
+
+
+def test_optional_packages_are_imported_where_they_are_used() -> None:
+    for layer, path in sources():
+        if layer in ("epochal", "recipes", "launch"):
+            found = {name.split(".")[0] for name in imports(path, module_level=True)}
+            assert not found & OPTIONAL, f"{path.relative_to(ROOT)} imports {found & OPTIONAL}"
+
+
+def test_triton_kernels_is_the_folder_of_this_repository() -> None:
+    assert Path(str(triton_kernels.__file__)).resolve().parent == ROOT / "triton_kernels"
+
+
+def loaded_after(code: str) -> set[str]:
+    """Run code in a fresh interpreter and return the top-level modules that are loaded at its end."""
+    script = f"import sys\ntry:\n{code}\nexcept SystemExit:\n    pass\nprint('loaded', *sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return {name.split(".")[0] for name in found.stdout.splitlines()[-1].split()}
+
+
+def test_help_and_plan_load_nothing_heavy() -> None:
+    for arguments in (["--help"], ["plan"]):
+        code = f"    sys.argv = ['epochal', *{arguments}]\n    from epochal.cli import main\n    main()"
+        loaded = loaded_after(code)
+        assert "epochal" in loaded
+        wanted = HEAVY if arguments == ["--help"] else ("torch", "transformers", "accelerate", "matplotlib")
+        assert not loaded & set(wanted), arguments
+
+
+def test_words_without_torch() -> None:
+    modules = ", ".join(f"epochal.{part}" for part in ("run", "records", "scaling", "report", "campaign", "scale"))
+    assert not loaded_after(f"    import {modules}") & {"torch", "transformers", "accelerate", "matplotlib"}
+
+
+def test_the_map_of_the_readme_matches_the_disk() -> None:
+    """Every path at the start of a line of the README's tree exists."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.DOTALL)
+    trees = [block for block in blocks if re.search(r"^recipes/", block, flags=re.MULTILINE)]
+    for line in (line for tree in trees for line in tree.splitlines()):
+        words = re.split(r"\s{2,}", line.strip())[0].split() if line and not line.startswith(" ") else []
+        for word in words:
+            if re.fullmatch(r"[\w./-]+", word) and ("/" in word or "." in word):
+                assert (ROOT / word).exists(), f"README.md names {word}, which does not exist"
+
+
+def test_no_file_names_an_absolute_path_of_a_machine() -> None:
+    for _, path in sources():
+        assert not re.search(r"[\"'](/home/|/root/|/work/|/Users/)", path.read_text(encoding="utf-8")), path

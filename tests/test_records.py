@@ -1,0 +1,213 @@
+"""Records: the only state of a campaign. Round trip, malformed files, mismatches, and what is left to do."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from epochal.records import Record, Records, Workspace, load_records, needed, split, write_record
+from epochal.run import AdamW, Distill, Ensemble, Job, Run, Samples, fingerprint
+
+WEIGHTS = Path("model/model.safetensors")
+
+
+def run_named(name: str, **changes: object) -> Run:
+    values = {"name": name, "model": "w16", "data": "kjv", "unique_tokens": 256, "epochs": 1, "batch_size": 4}
+    return Run(**{**values, "sequence_length": 32, "optimizer": AdamW(lr=0.01), **changes})  # type: ignore[arg-type]
+
+
+A, B = run_named("a"), run_named("b", init_seed=1)
+E = Ensemble(name="e", runs=("a", "b"), average="logits")
+S = Samples(name="s", source="e", tokens=64, max_length=32)
+STUDENT = run_named("student", distill=Distill(samples="s", fraction=0.5))
+CHAIN: list[Job] = [STUDENT, S, E, A, B]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace("x", tmp_path / "results", tmp_path / "work")
+
+
+def record_of(job: Job, **changes: object) -> Record:
+    results = {"tokens": 64} if isinstance(job, Samples) else {"loss": 1.5, "parameters": 3}
+    return replace(Record(job, fingerprint(job), "done", results), **changes)  # type: ignore[arg-type]
+
+
+def finish(workspace: Workspace, *jobs: Job) -> None:
+    """Leave the record and the output of each job, as a worker does."""
+    for job in jobs:
+        write_record(workspace, record_of(job))
+        output = workspace.output(job)
+        if output is not None:
+            output.mkdir(parents=True) if isinstance(job, Run) else output.parent.mkdir(parents=True)
+            if isinstance(job, Samples):
+                output.touch()
+
+
+def names(jobs: object) -> list[str]:
+    return [job.name for job in jobs]  # type: ignore[attr-defined]
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", CHAIN, ids=names(CHAIN))
+def test_round_trip(workspace: Workspace, job: Job) -> None:
+    record = record_of(job, inputs={"z": "0123"}, provenance={"host": "h", "hours": 0.1})
+    path = write_record(workspace, record)
+    assert path == workspace.records / f"{job.name}.json"
+    found = load_records(workspace)
+    assert found.problems == ()
+    assert list(found) == [record]
+    assert found.get(job) == record
+    assert [item.name for item in workspace.records.iterdir()] == [path.name]
+
+
+def test_a_diverged_run_has_an_infinite_loss(workspace: Workspace) -> None:
+    write_record(workspace, record_of(A, status="diverged", results={"loss": None}))
+    record = load_records(workspace).get(A)
+    assert record is not None
+    assert record.loss == math.inf
+
+
+def test_a_record_is_never_written_with_nan(workspace: Workspace) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_record(workspace, record_of(A, results={"loss": math.nan}))
+    assert not list(workspace.records.glob("*"))
+
+
+def test_no_folder_is_no_record(workspace: Workspace) -> None:
+    assert len(load_records(workspace)) == 0
+
+
+def change(table: dict[str, object], **values: object) -> str:
+    return json.dumps({**table, **values})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda table: b"",
+        lambda table: b"\xff\xfe",
+        lambda table: json.dumps(table)[:-5].encode(),
+        lambda table: b"[]",
+        lambda table: b"3",
+        lambda table: change(table, version=99).encode(),
+        lambda table: change(table, kind="Walk").encode(),
+        lambda table: change(table, kind=[]).encode(),
+        lambda table: change(table, status="half").encode(),
+        lambda table: change(table, job={}).encode(),
+        lambda table: change(table, job=None).encode(),
+        lambda table: change(table, job={**table["job"], "spin": 1}).encode(),
+        lambda table: change(table, job={**table["job"], "name": "other"}).encode(),
+        lambda table: change(table, results=[]).encode(),
+        lambda table: change(table, results=None).encode(),
+        lambda table: change(table, results={"loss": None}).encode(),
+        lambda table: change(table, results={"loss": "low"}).encode(),
+        lambda table: change(table, results={"loss": [1.0]}).encode(),
+        lambda table: change(table, inputs=["z"]).encode(),
+        lambda table: change(table, provenance=0).encode(),
+        lambda table: json.dumps({k: v for k, v in table.items() if k != "fingerprint"}).encode(),
+    ],
+)
+def test_a_malformed_record_is_named_and_left_out(workspace: Workspace, damage: object) -> None:
+    write_record(workspace, record_of(B))
+    path = write_record(workspace, record_of(A))
+    path.write_bytes(damage(json.loads(path.read_text())))  # type: ignore[operator]
+    found = load_records(workspace)
+    assert names(record.job for record in found) == ["b"]
+    assert len(found.problems) == 1
+    assert found.problems[0].startswith("a.json: ")
+
+
+# --- meaning ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mismatch_names_the_fields_and_the_way_out(workspace: Workspace) -> None:
+    path = write_record(workspace, record_of(A))
+    other = replace(A, epochs=2, optimizer=AdamW(lr=0.02))
+    with pytest.raises(ValueError) as caught:
+        load_records(workspace).get(other)
+    message = str(caught.value)
+    assert "'a'" in message
+    assert "epochs and optimizer" in message
+    assert "delete" in message
+    assert str(path) in message
+    assert "\n" not in message
+    with pytest.raises(ValueError, match="epochs"):
+        split([other], load_records(workspace))
+
+
+def test_a_mismatch_without_differing_fields_blames_the_files(workspace: Workspace) -> None:
+    write_record(workspace, record_of(A, fingerprint="0" * 16))
+    with pytest.raises(ValueError, match="a model or data file"):
+        load_records(workspace).get(A)
+
+
+def test_a_record_made_from_another_input_is_refused(workspace: Workspace) -> None:
+    finish(workspace, A)
+    write_record(workspace, record_of(E, inputs={"a": "another", "b": fingerprint(B)}))
+    with pytest.raises(ValueError, match=r"record 'e' was made from another 'a'"):
+        load_records(workspace).get(E)
+
+
+# --- what is left to do -------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_becomes_ready_step_by_step(workspace: Workspace) -> None:
+    for ready in (["a", "b"], ["e"], ["s"], ["student"], []):
+        records = load_records(workspace)
+        state = split(CHAIN, records)
+        assert sorted(names(state.ready)) == ready
+        assert names(needed(CHAIN, records)) == names(state.ready)
+        assert {*names(state.done), *names(state.ready), *state.waiting} == set(names(CHAIN))
+        finish(workspace, *state.ready)
+    assert sorted(names(state.done)) == sorted(names(CHAIN))
+
+
+def test_waiting_jobs_name_what_they_lack(workspace: Workspace) -> None:
+    finish(workspace, A)
+    waiting = split(CHAIN, load_records(workspace)).waiting
+    assert waiting["e"] == ("b",)
+    assert set(waiting["s"]) == {"e", "b"}
+    assert waiting["student"] == ("s",)
+
+
+def test_finished_work_needs_no_weights(workspace: Workspace) -> None:
+    """A clean clone holds committed records and no weights."""
+    for job in CHAIN:
+        write_record(workspace, record_of(job))
+    assert needed(CHAIN, load_records(workspace)) == []
+
+
+def test_missing_weights_are_made_again_only_for_unfinished_readers(workspace: Workspace) -> None:
+    for job in (A, B, E):
+        write_record(workspace, record_of(job))
+    state = split(CHAIN, load_records(workspace))
+    assert sorted(names(state.ready)) == ["a", "b"]
+    assert set(state.waiting) == {"s", "student"}
+    assert names(state.done) == ["e"]
+
+    finish(workspace, A, B)
+    assert names(needed(CHAIN, load_records(workspace))) == ["s"]
+
+
+def test_a_lost_file_of_samples_is_drawn_again_for_a_student(workspace: Workspace) -> None:
+    finish(workspace, A, B, E)
+    write_record(workspace, record_of(S))
+    assert names(needed(CHAIN, load_records(workspace))) == ["s"]
+
+
+def test_an_input_that_nobody_plans_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(ValueError, match=r"'e' reads 'a', which no recipe plans"):
+        split([E, B], load_records(workspace))
+
+
+def test_records_by_name(workspace: Workspace) -> None:
+    records = Records(workspace, [record_of(A)])
+    assert records.named("a") is not None
+    assert records.named("z") is None
+    assert records.get(B) is None
+    assert len(records) == 1

@@ -1,0 +1,189 @@
+"""Run, Ensemble and Samples: what they refuse, what they count, and what their fingerprints see."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from epochal.run import AdamW, Distill, Ensemble, Job, Run, Samples, fingerprint, inputs
+
+
+def a_run(**changes: object) -> Run:
+    values = {
+        "name": "a",
+        "model": "w16",
+        "data": "kjv",
+        "unique_tokens": 4096,
+        "epochs": 4,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "optimizer": AdamW(lr=0.01),
+    }
+    return Run(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", "a b"),
+        ("name", "../a"),
+        ("name", ".a"),
+        ("order", "shuffled"),
+        ("schedule", "linear"),
+        ("precision", "fp8"),
+        ("unique_tokens", 0),
+        ("unique_tokens", 4100),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("sequence_length", 1),
+        ("evaluations", 0),
+        ("warmup", 1.0),
+        ("warmup", -0.1),
+        ("warmup", float("nan")),
+    ],
+)
+def test_a_run_refuses_bad_values_in_one_sentence(field: str, value: object) -> None:
+    with pytest.raises(ValueError) as caught:
+        a_run(**{field: value})
+    message = str(caught.value)
+    assert field in message
+    assert repr(value) in message
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+def test_the_sentence_for_a_budget_that_the_batch_does_not_divide_names_budgets_that_fit() -> None:
+    with pytest.raises(ValueError, match=r"use 4096 or 4224"):
+        a_run(unique_tokens=4100)
+    assert a_run(unique_tokens=4224).steps_per_epoch == 33
+    with pytest.raises(ValueError, match=r"use 128 or 256"):
+        a_run(unique_tokens=100)
+
+
+@pytest.mark.parametrize("field", ["lr", "wd"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_adamw_refuses_negative_rates(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        AdamW(**{"lr": 0.1, field: value})
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0])
+def test_distill_refuses_a_share_that_leaves_no_text_of_one_kind(fraction: float) -> None:
+    with pytest.raises(ValueError, match="fraction"):
+        Distill(samples="s", fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"runs": ()},
+        {"runs": ("a", "a")},
+        {"average": "median"},
+        {"weights": (1.0,)},
+        {"weights": (0.7, 0.7)},
+        {"weights": (1.5, -0.5)},
+    ],
+)
+def test_an_ensemble_refuses_bad_values(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Ensemble(**{"name": "e", "runs": ("a", "b"), "average": "logits", **changes})  # type: ignore[arg-type]
+
+
+def test_an_ensemble_has_no_default_way_to_average() -> None:
+    with pytest.raises(TypeError, match="average"):
+        Ensemble(name="e", runs=("a",))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 0}, {"max_length": 1}, {"temperature": 0.0}])
+def test_samples_refuse_bad_values(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Samples(**{"name": "s", "source": "a", "tokens": 10, "max_length": 10, **changes})  # type: ignore[arg-type]
+
+
+def test_steps_and_window() -> None:
+    run = a_run(optimizer=AdamW(lr=0.01, wd=2.0))
+    assert (run.batch_tokens, run.steps_per_epoch, run.steps, run.tokens) == (128, 32, 128, 16384)
+    assert run.tau == pytest.approx(1 / (0.01 * 2.0 * 32))
+    assert a_run(optimizer=AdamW(lr=0.01, wd=0.0)).tau == float("inf")
+    student = a_run(distill=Distill(samples="s", fraction=0.75))
+    assert student.steps == 4 * run.steps
+
+
+def test_inputs() -> None:
+    assert inputs(a_run()) == ()
+    assert inputs(a_run(distill=Distill(samples="s", fraction=0.5))) == ("s",)
+    assert inputs(Ensemble(name="e", runs=("a", "b"), average="probs")) == ("a", "b")
+    assert inputs(Samples(name="s", source="e", tokens=5, max_length=5)) == ("e",)
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a_run().epochs = 3  # type: ignore[misc]
+
+
+# --- fingerprints -------------------------------------------------------------------------------------------------------
+
+
+def test_the_name_and_written_out_defaults_do_not_matter() -> None:
+    plain = fingerprint(a_run())
+    assert fingerprint(a_run(name="b")) == plain
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING
+    }
+    assert fingerprint(a_run(**defaults)) == plain
+    assert fingerprint(a_run(optimizer=AdamW(lr=0.01, wd=0.1, beta1=0.9))) == plain
+
+
+def test_every_field_matters() -> None:
+    others = {
+        "model": "w32",
+        "unique_tokens": 8192,
+        "epochs": 5,
+        "batch_size": 8,
+        "sequence_length": 64,
+        "optimizer": AdamW(lr=0.02),
+        "schedule": "wsd",
+        "warmup": 0.02,
+        "clip_norm": 2.0,
+        "order": "fixed",
+        "init_seed": 1,
+        "order_seed": 1,
+        "precision": "fp32",
+        "evaluations": 3,
+        "distill": Distill(samples="s", fraction=0.5),
+    }
+    assert {*others, "name", "data"} == {field.name for field in dataclasses.fields(Run)}
+    marks = {fingerprint(a_run()), *(fingerprint(a_run(**{field: value})) for field, value in others.items())}
+    marks.add(fingerprint(a_run(optimizer=AdamW(lr=0.01, wd=0.2))))
+    assert len(marks) == len(others) + 2
+
+
+def test_kinds_differ() -> None:
+    jobs: list[Job] = [a_run(), Ensemble(name="e", runs=("a",), average="logits")]
+    jobs += [Ensemble(name="e", runs=("a",), average="probs"), Samples(name="e", source="a", tokens=9, max_length=9)]
+    assert len({fingerprint(job) for job in jobs}) == len(jobs)
+
+
+def test_contents_of_model_and_data_files_matter_but_not_their_layout(tmp_path: Path) -> None:
+    model, data = tmp_path / "m.json", tmp_path / "d.toml"
+    model.write_text('{"a": 1, "b": 2}')
+    data.write_text("a = 1\n")
+    run = a_run(model=str(model), data=str(data))
+    mark = fingerprint(run)
+
+    model.write_text('{ "b": 2,\n "a": 1 }')
+    data.write_text("# a comment\na    = 1\n")
+    assert fingerprint(run) == mark
+
+    data.write_text("a = 12345\n")
+    changed = fingerprint(run)
+    assert changed != mark
+    model.write_text(json.dumps({"a": 1, "b": 333}))
+    assert fingerprint(run) not in (mark, changed)
+
+
+def test_an_unknown_model_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'ic-150'.*did you mean 'ic-150m'"):
+        fingerprint(a_run(model="ic-150"))
