@@ -13,8 +13,11 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Scale, member_point
-from epochal.scaling import PowerLaw, fit_power_law
+from epochal.scaling import PowerLaw, fit_joint, fit_power_law
 from recipes import heavy_weight_decay
+
+FEWEST_SIZES = 3
+"""A law in N of three constants through fewer sizes says nothing."""
 
 
 def plan(records: Records, scale: Scale) -> list[Job]:
@@ -83,6 +86,7 @@ def report(records: Records, scale: Scale) -> Section:
         ]
         done = [(model, ensemble, record) for model, ensemble, record in found if record is not None]
         claims += _claims(records, scale, tokens, done)
+        claims += _joint_claim(records, scale, tokens, done)
         if done:
             tables.append(_table(scale, tokens, done))
             figures.append(_figure(records, scale, tokens, done))
@@ -122,10 +126,36 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
                 interval=law.interval["E"] if law.interval else None,
                 seeds=len(ensemble.runs),
                 holds=None if law.interval is None else law.interval["E"][1] < single,
-                provisional=reasons if law.interval else (*reasons, "too few members for an interval"),
+                # Every K is measured on the same members, so its points are not independent.
+                provisional=(*reasons, "one set of members" if law.interval else "too few members for an interval"),
             )
         )
     return claims
+
+
+def _joint_claim(records: Records, scale: Scale, tokens: int, done: Found) -> list[Claim]:
+    """The double limit, K first and then N (spec section 7), where three sizes or more have ensembles."""
+    points = [
+        (record.results["parameters"] / len(ensemble.runs), int(k), sum(losses) / len(losses))
+        for _, ensemble, record in done
+        if ensemble.average == "logits"
+        for k, losses in record.results["curve"].items()
+    ]
+    if len({size for size, _, _ in points}) < FEWEST_SIZES:
+        return []
+    sizes, counts, losses = zip(*points, strict=True)
+    law = fit_joint(sizes, counts, losses, alpha_K=1.0)
+    reasons = heavy_weight_decay.missing(records, scale, tokens)
+    return [
+        Claim(
+            text=f"D = {tokens:,}: the double limit, K to infinity and then N to infinity (logits)",
+            value=f"{law.E:.4f} nats",
+            interval=law.interval["E"] if law.interval else None,
+            seeds=scale.ensemble.count,
+            holds=None,
+            provisional=reasons if law.interval else (*reasons, "too few points for an interval"),
+        )
+    ]
 
 
 def _table(scale: Scale, tokens: int, done: Found) -> Table:

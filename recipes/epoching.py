@@ -101,26 +101,34 @@ def _epochs_claim(records: Records, scale: Scale) -> tuple[Claim, ...]:
 
 
 def _size_claim(records: Records, scale: Scale, tokens: int) -> tuple[Claim, ...]:
-    """At the epochs of the largest size's heavy-decay start: say whether the largest model is still the best."""
-    epochs = scale.ladder[-1].epochs
-    losses = {}
-    for rung in scale.ladder:
-        run = scale.run(rung.model, tokens, Point(lr=rung.lr, epochs=epochs, wd=scale.standard_wd))
-        record = records.get(run)
-        if record is not None and math.isfinite(record.loss):
-            losses[rung.model] = record.loss
-    if len(losses) < 2 or scale.ladder[-1].model not in losses:
+    """Say whether the loss rises with size, at the most epochs that every size was run for."""
+    by_epochs = {epochs: _losses_at(records, scale, tokens, epochs) for epochs in scale.grid.epochs}
+    complete = [epochs for epochs, losses in by_epochs.items() if len(losses) == len(scale.ladder)]
+    if not complete or len(scale.ladder) < 2:
         return ()
-    best = min(losses, key=lambda model: losses[model])
-    largest = scale.ladder[-1].model
+    epochs = max(complete)
+    losses = by_epochs[epochs]
+    smallest, largest = scale.ladder[0].model, scale.ladder[-1].model
     return (
         Claim(
-            text=f"wd {scale.standard_wd:g}, {epochs} epochs: the largest model ({largest}) overfits past {best}",
-            value=f"{losses[largest] - losses[best]:+.4f} nats",
-            holds=best != largest,
+            text=f"wd {scale.standard_wd:g}, {epochs} epochs: the largest model ({largest}) overfits past the smallest "
+            f"({smallest})",
+            value=f"{losses[largest] - losses[smallest]:+.4f} nats",
+            holds=losses[largest] > losses[smallest],
             provisional=_few_seeds(1),
         ),
     )
+
+
+def _losses_at(records: Records, scale: Scale, tokens: int, epochs: int) -> dict[str, float]:
+    """Return the finite losses of all sizes at one number of epochs, each at the lr its search starts from."""
+    losses = {}
+    for rung in scale.ladder:
+        start = scale.standard_start(rung)
+        record = records.get(scale.run(rung.model, tokens, Point(lr=start.lr, epochs=epochs, wd=start.wd)))
+        if record is not None and math.isfinite(record.loss):
+            losses[rung.model] = record.loss
+    return losses
 
 
 def _few_seeds(seeds: int) -> tuple[str, ...]:

@@ -140,10 +140,10 @@ def _inverse_root(gram: Tensor, square: Tensor, p: Tensor, q: Tensor, steps: Ten
     # The first Q is P itself, and P^2 is made of the S^2 that the bound needed: no product.
     linear, quadratic, constant = beta * p + 2 * gamma * q * p, gamma * p * p, alpha + beta * q + gamma * q * q
     z = combine((linear, gram), (quadratic, square), diagonal=constant)
-    y = sym_mm(y, z) if steps.shape[1] > 1 else y
+    y = torch.bmm(y, z)
     for k in range(1, steps.shape[1]):
-        product = sym_mm(y, z)
-        t = sym_mm(product, product, product, steps[:, k].flip(1).contiguous())  # gamma Q Q + beta Q + alpha I
-        y = sym_mm(y, t) if k + 1 < steps.shape[1] else y
-        z = sym_mm(z, t)
+        product = torch.bmm(z, y)
+        t = sym_mm(product, product, product, steps[:, k].flip(1).contiguous())  # gamma Q Q^T + beta Q + alpha I
+        y = torch.bmm(y, t) if k + 1 < steps.shape[1] else y
+        z = torch.bmm(t, z)
     return z

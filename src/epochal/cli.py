@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from epochal.data import TokenStore
     from epochal.records import Record, Workspace
+    from epochal.scale import Scale
 
 app = typer.Typer(
     help="Pre-training recipes for finite text and unlimited compute.",
@@ -117,7 +119,7 @@ def run(
 
     setting = load_scale(scale)
     workspace = _workspace(setting.name, results, work)
-    open_store(setting.data, workspace)
+    _check_fit(setting, open_store(setting.data, workspace), micro_batch)
     records = load_records(workspace)
     _say_problems(records.problems)
     names = tuple(recipes or recipe_names())
@@ -164,7 +166,7 @@ def report(
     if not len(records):
         raise ValueError(f"{records.workspace.records} holds no records; run epochal run --scale {scale} first.")
     modules = [load_recipe(name) for name in recipes or recipe_names()]
-    order = {"epoching": 0, "heavy_weight_decay": 1, "ensembling": 2, "distillation": 3}
+    order = {"epoching": 0, "heavy_weight_decay": 1, "ensembling": 2, "distillation": 3, "data_efficiency": 4}
     modules.sort(key=lambda module: order.get(module.__name__.rpartition(".")[2], len(order)))
     sections = [module.report(records, setting) for module in modules]
     budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
@@ -309,6 +311,18 @@ def _workspace(scale: str, results: Path, work: Path) -> "Workspace":
     from epochal.records import Workspace
 
     return Workspace(scale, results, work)
+
+
+def _check_fit(setting: "Scale", store: "TokenStore", micro_batch: int | None) -> None:
+    """Refuse a campaign that its text or its batch cannot carry before any worker starts."""
+    from epochal.tuner import Point
+
+    for tokens in setting.unique_tokens:
+        point = Point(lr=setting.grid.lr[0], epochs=1, wd=0.0)
+        store.training_stream(setting.run(setting.ladder[0].model, tokens, point))
+    store.sequences("validation", setting.sequence_length)
+    if micro_batch is not None and setting.batch_size % micro_batch:
+        raise ValueError(f"micro-batch {micro_batch} does not divide batch_size {setting.batch_size}; use a divisor.")
 
 
 def _finished(name: str, scale: str, results: Path, work: Path) -> "tuple[Workspace, Record]":

@@ -60,6 +60,10 @@ def run_campaign(orders: Orders, *, jobs: int, progress: Any) -> int:
             progress(board, None)
     finally:
         _stop(workers)
+    while not events.empty():  # what workers said last
+        event = events.get()
+        _note(board, event)
+        progress(board, event)
     codes = [worker.returncode for worker in workers]
     if stop_reason() is not None or EXIT_STOPPED in codes:
         return EXIT_STOPPED
@@ -74,7 +78,7 @@ def _start(orders: Orders, number: int, log_folder: Path, events: "queue.Queue[d
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment["OMP_NUM_THREADS"] = str(orders.threads)
     with (log_folder / f"worker-{number}.log").open("w") as log:
-        worker = subprocess.Popen(
+        worker: Any = subprocess.Popen(
             [sys.executable, "-m", "epochal.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -85,7 +89,8 @@ def _start(orders: Orders, number: int, log_folder: Path, events: "queue.Queue[d
     assert worker.stdin is not None and worker.stdout is not None
     with worker.stdin as pipe:
         json.dump(asdict(orders), pipe)
-    threading.Thread(target=_listen_to, args=(worker.stdout, events), daemon=True).start()
+    worker.reader = threading.Thread(target=_listen_to, args=(worker.stdout, events), daemon=True)
+    worker.reader.start()
     return worker
 
 
@@ -131,3 +136,5 @@ def _stop(workers: list[Any]) -> None:
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
+    for worker in workers:
+        worker.reader.join(TICK_SECONDS)  # a process that outlives its worker may hold the pipe open

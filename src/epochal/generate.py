@@ -4,6 +4,7 @@ Unconditional, at a given temperature, in batches with a key-value cache. A text
 when the context is full, generation goes on from its second half, the way a sliding window reads.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from epochal.records import Record, Records, Workspace
 from epochal.run import Ensemble, Run, Samples, fingerprint
 from epochal.stopping import check_stop
 
-BATCH = 128
-"""Texts sampled side by side."""
+BATCH = 256
+"""Most texts sampled side by side; fewer where fewer of full length give the tokens that are wanted."""
 
 
 def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
@@ -64,7 +65,8 @@ def _draw_all(samples: Samples, members: list[Record], workspace: Workspace) -> 
         share = samples.tokens * (index + 1) // len(members) - samples.tokens * index // len(members)
         model = load_model(workspace, member.job.name)
         generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
-        texts = draw(model, samples, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
+        rows = min(BATCH, math.ceil(share / samples.max_length))
+        texts = draw(model, samples, rows, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
         drawn += _take(texts, share)
     return store, drawn
 
@@ -96,11 +98,11 @@ def load_model(workspace: Workspace, name: str) -> Any:
 
 
 def draw(
-    model: Any, samples: Samples, *, context: int, bos: int, eos: int, generator: torch.Generator
+    model: Any, samples: Samples, batch: int, *, context: int, bos: int, eos: int, generator: torch.Generator
 ) -> Iterator[Tokens]:
-    """Yield sampled texts without end, each a row of tokens from `bos` to `eos` or to `max_length`."""
+    """Yield sampled texts without end, `batch` at a time, each from `bos` to `eos` or to `max_length` tokens."""
     while True:
-        rows = torch.full((BATCH, 1), bos, dtype=torch.long)
+        rows = torch.full((batch, 1), bos, dtype=torch.long)
         while len(rows) and rows.shape[1] < samples.max_length:
             rows = _extend(model, rows, samples, context=context, generator=generator)
             ended = (rows == eos).any(dim=1) | (rows.shape[1] >= samples.max_length)

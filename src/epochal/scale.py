@@ -85,6 +85,15 @@ class Scale:
     epoching: str = ""
 
     def __post_init__(self) -> None:
+        for what, values in (
+            ("ladder", self.ladder),
+            ("unique_tokens", self.unique_tokens),
+            ("grid.lr", self.grid.lr),
+            ("grid.epochs", self.grid.epochs),
+            ("ensemble.models", self.ensemble.models),
+        ):
+            if not values:
+                raise ValueError(f"{what} is empty; give at least one.")
         models = [rung.model for rung in self.ladder]
         for model in (*self.ensemble.models, self.students.model, *([self.epoching] if self.epoching else [])):
             if model not in models:

@@ -48,7 +48,7 @@ class Orders:
     @property
     def workspace(self) -> Workspace:
         """The folders of the campaign."""
-        return Workspace(Path(self.scale).stem, Path(self.results), Path(self.work))
+        return Workspace(Path(self.scale).name.removesuffix(".toml"), Path(self.results), Path(self.work))
 
 
 def main() -> int:

@@ -230,8 +230,8 @@ def _noise(x: Array, residual: Array, weights: Array, parameters: int) -> tuple[
 
     Seeds of one size tell the seed noise; the scatter of sizes about the law also holds what seeds cannot show (tuning,
     model shape). Where the second is larger, the seeds are pseudo-replicates and only the sizes count. The F test
-    decides at 0.5, not at 0.05: few sizes hardly ever show a difference that is there, and wrong pooling makes intervals too
-    short (coverage 0.72 instead of 0.92 with four sizes and three seeds), wrong separation only makes them wider.
+    decides at 0.5, not at 0.05, because few sizes hardly ever show a difference that is there: wrong pooling makes
+    intervals too short (coverage 0.72 instead of 0.92 with four sizes and three seeds), wrong separation only wider.
     """
     from scipy.special import fdtrc
 

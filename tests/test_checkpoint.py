@@ -1,0 +1,148 @@
+"""Checkpoints come back bit for bit; a damaged one is named and the one before it used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from epochal.checkpoint import load_checkpoint, save_checkpoint
+from epochal.model import build_model
+from epochal.optim.build import build_adamw
+
+
+def made(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = build_model("w16", vocab_size=64, max_positions=32, seed=seed)
+    return model, build_adamw(model, lr=1e-2, wd=0.1, betas=(0.9, 0.95), eps=1e-8)
+
+
+def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    for number in numbers:
+        tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(number))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[int, dict[str, torch.Tensor]]]:
+    """Checkpoints of steps 2 and 4 of five, and the weights after 2, 4 and 5."""
+    model, optimizer = made(0)
+    after = {}
+    for start, stop in ((0, 2), (2, 4), (4, 5)):
+        steps(model, optimizer, range(start, stop))
+        after[stop] = weights(model)
+        if stop < 5:
+            save_checkpoint(tmp_path, stop, model, optimizer, {"curve": [[stop, 0.1]], "note": None})
+    return tmp_path, after
+
+
+def test_round_trip_and_continuation_are_bit_identical(
+    saved: tuple[Path, dict[int, dict[str, torch.Tensor]]],
+) -> None:
+    folder, after = saved
+    model, optimizer = made(1)
+    state = load_checkpoint(folder, model, optimizer, say=pytest.fail)
+    assert state == {"step": 4, "curve": [[4, 0.1]], "note": None}
+    assert_same(weights(model), after[4])
+    steps(model, optimizer, range(4, 5))
+    assert_same(weights(model), after[5])
+
+
+def test_without_checkpoints_nothing_is_loaded(tmp_path: Path) -> None:
+    model, optimizer = made(0)
+    before = weights(model)
+    assert load_checkpoint(tmp_path / "none", model, optimizer, say=pytest.fail) is None
+    assert_same(weights(model), before)
+
+
+def test_the_last_two_are_kept_and_nothing_beside(tmp_path: Path) -> None:
+    model, optimizer = made(0)
+    steps(model, optimizer, range(1))
+    for step in (5, 10, 15, 20, 20):
+        path = save_checkpoint(tmp_path, step, model, optimizer, {})
+    assert path.name == "step-00000020"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_newest_is_said_and_the_one_before_used(
+    saved: tuple[Path, dict[int, dict[str, torch.Tensor]]], name: str, damage: str
+) -> None:
+    folder, after = saved
+    path = folder / "step-00000004" / name
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.unlink()
+    said: list[str] = []
+    model, optimizer = made(1)
+    state = load_checkpoint(folder, model, optimizer, say=said.append)
+    assert state is not None and state["step"] == 2
+    assert len(said) == 1 and "step-00000004 is damaged (" in said[0] and "the one before it is used" in said[0]
+    assert_same(weights(model), after[2])
+
+
+def test_when_all_are_damaged_each_is_said(saved: tuple[Path, dict[int, dict[str, torch.Tensor]]]) -> None:
+    folder, _ = saved
+    for path in folder.glob("step-*/state.json"):
+        path.write_text("{}")
+    said: list[str] = []
+    model, optimizer = made(1)
+    before = weights(model)
+    assert load_checkpoint(folder, model, optimizer, say=said.append) is None
+    assert len(said) == 2
+    assert_same(weights(model), before)
+
+
+def test_a_failed_save_leaves_the_earlier_ones(
+    saved: tuple[Path, dict[int, dict[str, torch.Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    folder, after = saved
+    model, optimizer = made(1)
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(folder, 9, model, optimizer, {})
+    monkeypatch.undo()
+    assert sorted(item.name for item in folder.iterdir()) == ["step-00000002", "step-00000004"]
+    load_checkpoint(folder, model, optimizer, say=pytest.fail)
+    assert_same(weights(model), after[4])
+
+
+def test_only_safetensors_and_json_are_written(saved: tuple[Path, dict[int, dict[str, torch.Tensor]]]) -> None:
+    folder, _ = saved
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        head = path.read_bytes()[:9]
+        assert head[:1] in (b"{", b"[") or head[8:9] == b"{", f"{path.name} is neither JSON nor safetensors"
+
+
+def test_a_killed_save_is_not_taken_for_a_checkpoint(
+    saved: tuple[Path, dict[int, dict[str, torch.Tensor]]],
+) -> None:
+    folder, after = saved
+    shutil.copytree(folder / "step-00000004", folder / ".step-00000006.tmp")
+    (folder / ".step-00000006.tmp" / "manifest.json").unlink()
+    model, optimizer = made(1)
+    load_checkpoint(folder, model, optimizer, say=pytest.fail)
+    assert_same(weights(model), after[4])

@@ -1,0 +1,298 @@
+"""The command line: each mistake is one sentence and exit code 2 with nothing left behind, and it answers fast."""
+
+import gzip
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import DATA, Campaign, made_text
+
+from epochal.campaign import load_recipe
+from epochal.cli import main
+from epochal.records import Record, write_record
+from epochal.run import Run, fingerprint
+
+Refused = Callable[..., str]
+
+
+def epochal(*arguments: str) -> int:
+    """Run a command in this process; returns its exit code."""
+    before = sys.argv
+    sys.argv = ["epochal", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Run a command that must be refused, and return its sentence."""
+
+    def check(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        before = listing(tmp_path)
+        capsys.readouterr()
+        assert epochal(*arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        lines = err.strip().splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("epochal: ")
+        assert lines[0].endswith(".")
+        assert listing(tmp_path) == before
+        return lines[0]
+
+    return check
+
+
+# --- text ---------------------------------------------------------------------------------------------------------------
+
+
+def data_config(tmp_path: Path, name: str, content: bytes | None) -> list[str]:
+    """Write a text file and a data config that names it; returns the command that prepares it."""
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    (tmp_path / "mine.toml").write_text(DATA.format(corpus=path))
+    return ["data", str(tmp_path / "mine.toml"), "--work", str(tmp_path / "work")]
+
+
+def rows(*texts: str, column: str = "text") -> bytes:
+    return "".join(json.dumps({column: text}) + "\n" for text in texts).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", None, "matches no file"),
+        ("a.txt", b"", "has no documents"),
+        ("a.txt", b" \n\n", "has no documents"),
+        ("a.txt", b"one document", "split has no documents"),
+        ("a.txt", b"abc \xff\xfe", "is not UTF-8 text"),
+        ("a.jsonl", rows("x") + b'{"text": "\xff"}\n', "line 2: not UTF-8"),
+        ("a.jsonl", rows("x") + b"{text\n", "line 2: not JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
+        ("a.jsonl", rows("x", column="texts"), "did you mean 'texts'"),
+        ("a.jsonl", b'{"text": 3}\n', "not text"),
+        ("a.jsonl", b"", "has no documents"),
+        ("a.parquet", b"PAR", "parquet"),
+        ("a.jsonl.gz", gzip.compress(rows("x", column="body")), "has no column 'text'"),
+        ("a.docx", b"abc", "unknown ending"),
+    ],
+)
+def test_bad_text_is_refused(
+    refused: Refused, tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
+    assert words in refused(*data_config(tmp_path, name, content))
+
+
+def test_a_parquet_file_without_the_column_is_refused(refused: Refused, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    command = data_config(tmp_path, "a.parquet", None)
+    parquet.write_table(pyarrow.table({"body": ["a", "b"]}), tmp_path / "a.parquet")
+    assert "has no column 'text'" in refused(*command)
+
+
+def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
+    command = data_config(tmp_path, "a.txt", made_text().encode())
+    path = tmp_path / "mine.toml"
+    good = path.read_text()
+    for old, new, words in [
+        ("[split]", "[spilt]", "did you mean 'split'"),
+        ("train = 300", "train = 3", "train is 3"),
+        ("train = 300", "trian = 300", "did you mean 'train'"),
+        ("validation = 0.1", "validation = 2.0", "leave no training text"),
+        ("licence =", "license =", "did you mean 'licence'"),
+        ("train = 300", "train = 300 300", "not valid TOML"),
+    ]:
+        assert old in good
+        path.write_text(good.replace(old, new))
+        assert words in refused(*command)
+    assert "does not exist" in refused("data", str(tmp_path / "other.toml"))
+    assert "did you mean 'kjv'" in refused("data", "kjw")
+
+
+# --- scales and campaigns -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("warmup =", "warmpu =", "did you mean 'warmup'"),
+        ("batch_size = 4", "batch_size = 5", "use 1920 or 2080"),
+        ("batch_size = 4", 'batch_size = "4"', "not of type int"),
+        ("batch_size = 4", "", "missing key 'batch_size'"),
+        ('models = ["w16"]', 'models = ["w23"]', "is not on the ladder"),
+        ("wd = [0.1, 0.8]", "wd = [0.8]", "standard_wd 0.1"),
+        ("unique_tokens = [2048]", "unique_tokens = []", "unique_tokens is empty"),
+        ("epochs = [1, 2]", "epochs = []", "grid.epochs is empty"),
+        ("epochs = [1, 2]", "epochs = [2, 4]", "is not on its grid"),
+        ('precision = "fp32"', 'precision = "fp8"', "choose from fp32, bf16"),
+        ('model = "w16"', 'model = "w9"', "w9"),
+        ('"w16"', '"w17"', "w17"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_bad_scales_are_refused(refused: Refused, campaign: Campaign, command: str, old: str, new: str, words: str) -> None:
+    campaign.rewrite(old, new)
+    assert words in refused(command, "distillation", *campaign.options)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("unique_tokens = [2048]", "unique_tokens = [12800000]", "is above the"),
+        ("sequence_length = 32\nbatch_size = 4", "sequence_length = 2048\nbatch_size = 1", "is longer than the validation"),
+    ],
+)
+def test_a_scale_that_its_text_cannot_carry_is_refused(
+    refused: Refused, campaign: Campaign, old: str, new: str, words: str
+) -> None:
+    campaign.rewrite(old, new)
+    assert words in refused("run", "epoching", *campaign.options)
+
+
+def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campaign: Campaign, tmp_path: Path) -> None:
+    models = tmp_path / "configs" / "models"
+    models.mkdir(parents=True)
+    original = Path(__file__).resolve().parents[1] / "configs" / "models" / "w16.json"
+    (models / "odd.json").write_text(json.dumps({**json.loads(original.read_text()), "num_attention_heads": 3}))
+    campaign.rewrite('"w16"', '"odd"')
+    for command in ("plan", "run"):
+        assert "hidden_size 16 is not a multiple of num_attention_heads 3" in refused(
+            command, "epoching", *campaign.options
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--micro-batch", "3"], "does not divide"),
+        (["--time-limit", "soon"], "is no duration"),
+        (["--time-limit", "-3m"], "is no duration"),
+        (["--time-limit", "nan"], "is no duration"),
+        (["--checkpoint-every", "0"], "is no duration"),
+        (["--tracker", "mlflow"], "is unknown"),
+        (["--profile", "none-such"], "none-such"),
+    ],
+)
+def test_bad_options_of_run_are_refused(
+    refused: Refused, campaign: Campaign, options: list[str], words: str
+) -> None:
+    assert words in refused("run", "epoching", *campaign.options, *options)
+
+
+def test_unknown_names_are_refused(refused: Refused, campaign: Campaign) -> None:
+    assert "did you mean 'ensembling'" in refused("plan", "ensemblin", *campaign.options)
+    assert "did you mean 'demo'" in refused("plan", "--scale", "demos")
+    assert "holds no records" in refused("report", *campaign.options)
+    for command in (["eval", "x"], ["generate", "x"], ["export", "x", "y"]):
+        assert "has no record 'x'" in refused(*command, *campaign.options)
+    assert "plans no job 'x'" in refused("train", "x", *campaign.options)
+    assert "does not exist" in refused("train", "x/run.json", *campaign.options)
+
+
+def one_record(campaign: Campaign) -> Record:
+    job = load_recipe("epoching").plan(campaign.records, campaign.scale)[0]
+    return Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 5})
+
+
+def test_a_record_of_another_meaning_is_refused(refused: Refused, campaign: Campaign) -> None:
+    record = one_record(campaign)
+    assert isinstance(record.job, Run)
+    other = replace(record.job, clip_norm=7.0)
+    write_record(campaign.workspace, replace(record, job=other, fingerprint=fingerprint(other)))
+    for command in ("plan", "run", "report"):
+        sentence = refused(command, "epoching", *campaign.options)
+        assert "clip_norm" in sentence
+        assert "delete" in sentence
+
+
+def test_malformed_records_are_named_and_left_out(campaign: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_record(campaign.workspace, one_record(campaign))
+    path.with_name("half.json").write_text("{")
+    assert epochal("plan", "epoching", *campaign.options) == 0
+    out, err = capsys.readouterr()
+    assert "1 done" in out
+    assert err.splitlines()[0].startswith("left out: half.json: ")
+
+
+# --- token stores -------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_store_is_refused(refused: Refused, campaign: Campaign) -> None:
+    store = campaign.workspace.data / "tiny"
+    store.rename(store.with_name("elsewhere"))
+    assert "epochal data" in refused("run", "epoching", *campaign.options)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.lengths.npy", "meta.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_store_is_refused(refused: Refused, campaign: Campaign, name: str, damage: str) -> None:
+    path = campaign.workspace.data / "tiny" / name
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] + (b"\x00" + content[len(content) // 2 + 1 :]) * (damage == "flip"))
+    assert "tiny" in refused("run", "epoching", *campaign.options)
+
+
+# --- speed and the plain way --------------------------------------------------------------------------------------------
+
+
+def processor_seconds(*arguments: str) -> float:
+    """Best of 3: processor time of a fresh `epochal` process, which other work on the machine does not change much."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "epochal.cli", *arguments], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
+
+
+def test_help_answers_in_half_a_second() -> None:
+    assert processor_seconds("--help") < 0.5
+
+
+def test_plan_with_a_thousand_records_answers_in_a_second(campaign: Campaign) -> None:
+    record = one_record(campaign)
+    path = write_record(campaign.workspace, record)
+    table = json.loads(path.read_text())
+    for number in range(999):
+        table["job"]["name"] = f"other-{number}"
+        path.with_name(f"other-{number}.json").write_text(json.dumps(table))
+    assert len(campaign.records) == 1000
+    assert processor_seconds("plan", *campaign.options) < 1.0
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("data", "plan", "run", "report", "train", "eval", "generate", "export", "doctor"):
+        assert epochal(command, "--help") == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+def test_plan_lists_jobs_and_changes_nothing(campaign: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
+    before = listing(campaign.folder)
+    assert epochal("plan", "epoching", *campaign.options, "--jobs") == 0
+    out = capsys.readouterr().out
+    assert "0 done" in out
+    for job in load_recipe("epoching").plan(campaign.records, campaign.scale):
+        assert f"ready    {job.name}" in out
+    assert listing(campaign.folder) == before

@@ -1,0 +1,206 @@
+"""Recipes as pure functions of the records: whole campaigns with made-up losses, and reports at every stage."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from epochal.campaign import campaign_jobs, load_recipe, outlook, recipe_names
+from epochal.records import Record, Records, Workspace, load_records, needed, write_record
+from epochal.report import Section
+from epochal.run import Ensemble, Job, Run, Samples, fingerprint
+from epochal.scale import Scale, load_scale
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALES = sorted(path.stem for path in (ROOT / "configs" / "scales").glob("*.toml"))
+CHAIN = ("epoching", "heavy_weight_decay", "ensembling", "distillation")
+SIZES = {"w16": 4e4, "w32": 1e5, "w64": 3e5, "w128": 1.2e6}
+
+
+def made_up_loss(job: Run) -> float:
+    """Loss in nats that falls with size at the right decay and rises past it: a bowl around tau = 0.35 epochs."""
+    size = SIZES[job.model]
+    window = math.log(job.tau / 0.35) if math.isfinite(job.tau) else 4.0
+    epochs = math.log2(job.epochs / 16)
+    gain = 0.3 if job.distill else 0.0
+    return 4.0 + 30 * size**-0.4 + 0.02 * window**2 * size**0.1 + 0.03 * epochs**2 - gain + 0.001 * job.init_seed
+
+
+def made_up_record(job: Job, records: Records) -> Record:
+    match job:
+        case Run():
+            loss = made_up_loss(job)
+            results = {"loss": loss, "test_loss": loss + 0.01, "parameters": int(SIZES[job.model]), "steps": job.steps}
+        case Samples():
+            results = {"tokens": job.tokens, "texts": 5, "members": 1}
+        case Ensemble():
+            found = [records.named(name) for name in job.runs]
+            losses = [member.loss for member in found if member is not None]
+            assert len(losses) == len(job.runs)
+            mean, count = sum(losses) / len(losses), len(losses)
+            curve = {k: [mean - 0.3 * (1 - 1 / k)] * (1 if k == count else count) for k in range(1, count + 1)}
+            results = {
+                "loss": curve[count][0],
+                "curve": {str(k): values for k, values in curve.items()},
+                "members": count,
+                "parameters": count,
+            }
+    return Record(job, fingerprint(job), "done", results)
+
+
+def finish(workspace: Workspace, job: Job, records: Records) -> None:
+    """Leave what a worker leaves: a record and an output."""
+    write_record(workspace, made_up_record(job, records))
+    output = workspace.output(job)
+    if output is not None:
+        output.mkdir(parents=True) if isinstance(job, Run) else output.parent.mkdir(parents=True)
+        if isinstance(job, Samples):
+            output.touch()
+
+
+def simulate(workspace: Workspace, recipe: str, scale: Scale) -> Iterator[list[Job]]:
+    """Run the loop of the executor without training; yields what each turn did."""
+    plan = load_recipe(recipe).plan
+    for _ in range(200):
+        records = load_records(workspace)
+        ready = plan(records, scale)
+        if not ready:
+            return
+        for job in ready:
+            finish(workspace, job, records)
+        yield ready
+    raise AssertionError("the campaign does not end")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace("demo", tmp_path / "results", tmp_path / "work")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_says_what_it_claims(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.__doc__ is not None
+    assert "Claim: " in recipe.__doc__
+    assert "Command: epochal run " in recipe.__doc__
+    assert callable(recipe.plan)
+    assert callable(recipe.report)
+
+
+def test_an_unknown_recipe_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no recipe 'ensembles' \(did you mean 'ensembling'\?\)"):
+        load_recipe("ensembles")
+
+
+@pytest.mark.parametrize("recipe", CHAIN)
+def test_plan_is_pure(workspace: Workspace, recipe: str) -> None:
+    scale = load_scale("demo")
+    records = Records(workspace)
+    first, second = (load_recipe(recipe).plan(records, scale) for _ in range(2))
+    assert first == second
+    assert first
+    assert all(isinstance(job, Run) for job in first)
+    assert len({job.name for job in first}) == len(first)
+    assert not workspace.results.exists()
+    assert not workspace.work.exists()
+
+
+def test_a_whole_campaign_at_demo_scale(workspace: Workspace) -> None:
+    scale = load_scale("demo")
+    turns = list(simulate(workspace, "distillation", scale))
+    done = [job for turn in turns for job in turn]
+    assert len({job.name for job in done}) == len(done), "a job was asked for twice"
+    kinds = [{type(job) for job in turn} for turn in turns]
+    assert Ensemble not in kinds[0]
+    assert Samples not in kinds[0]
+    students = [job for job in turns[-1] if isinstance(job, Run)]
+    assert [job.distill is not None for job in students] == [True] * len(students)
+    assert len([job for job in done if isinstance(job, Ensemble)]) == 2 * len(scale.ensemble.models)
+
+    records = load_records(workspace)
+    assert len(records) == len(done)
+    view = outlook(CHAIN, records, scale)
+    assert view.today.jobs == 0
+    assert view.later.jobs == 0
+    assert len(view.split.done) == len(done)
+
+
+def test_members_train_twice_as_long_at_half_the_decay(workspace: Workspace) -> None:
+    scale = load_scale("demo")
+    list(simulate(workspace, "ensembling", scale))
+    records = load_records(workspace)
+    model, tokens = scale.ensemble.models[0], scale.unique_tokens[0]
+    best = load_recipe("heavy_weight_decay").best_records(records, scale, model, tokens)[0].job
+    members = load_recipe("ensembling").members(records, scale, model, tokens)
+    assert len(members) == scale.ensemble.count
+    for seed, member in enumerate(members):
+        assert (member.epochs, member.optimizer.wd) == (2 * best.epochs, best.optimizer.wd / 2)
+        assert member.optimizer.lr == best.optimizer.lr
+        assert (member.init_seed, member.order_seed) == (seed, seed)
+
+
+def test_reports_at_every_stage(workspace: Workspace) -> None:
+    scale = load_scale("demo")
+    recipes = [load_recipe(name) for name in CHAIN]
+    turns = 0
+    for _ in [None, *simulate(workspace, "distillation", scale)]:
+        sections = [recipe.report(load_records(workspace), scale) for recipe in recipes]
+        assert all(isinstance(section, Section) for section in sections)
+        figures = [figure.name for section in sections for figure in section.figures]
+        assert len(set(figures)) == len(figures)
+        turns += 1
+    assert turns > 4
+    for section in sections:
+        assert section.claims, section.title
+        assert section.tables
+        assert section.figures
+        for claim in section.claims:
+            assert claim.value
+            assert "one seed" in claim.provisional or claim.seeds > 1 or scale.seeds > 1, claim.text
+
+
+def test_a_report_of_half_a_turn_calls_claims_provisional(workspace: Workspace) -> None:
+    scale = load_scale("demo")
+    records = load_records(workspace)
+    jobs = load_recipe("heavy_weight_decay").plan(records, scale)
+    for job in jobs[::2]:
+        finish(workspace, job, records)
+    records = load_records(workspace)
+    for name in CHAIN:
+        section = load_recipe(name).report(records, scale)
+        assert all(claim.provisional for claim in section.claims), name
+
+
+def test_diverged_runs_are_no_obstacle(workspace: Workspace) -> None:
+    scale = load_scale("demo")
+    for job in load_recipe("epoching").plan(Records(workspace), scale):
+        write_record(workspace, Record(job, fingerprint(job), "diverged", {"loss": None, "parameters": 9}))
+    for name in CHAIN:
+        assert isinstance(load_recipe(name).report(load_records(workspace), scale), Section)
+
+
+def test_one_name_cannot_mean_two_things(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = load_scale("demo")
+    recipe = load_recipe("distillation")
+    other = [scale.run("w16", scale.unique_tokens[0], point) for point in ()]
+    first = load_recipe("epoching").jobs(Records(workspace), scale)[0]
+    assert isinstance(first, Run)
+    twin = Ensemble(name=first.name, runs=("a",), average="logits")
+    monkeypatch.setattr(recipe, "jobs", lambda *_: [*other, twin])
+    with pytest.raises(ValueError, match="means two things"):
+        campaign_jobs(["epoching", "distillation"], Records(workspace), scale)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_every_scale_loads_and_is_priced_in_a_second(name: str, tmp_path: Path) -> None:
+    scale = load_scale(name)
+    assert scale.name == name
+    records = Records(Workspace(name, tmp_path / "results", tmp_path / "work"))
+    started = time.process_time()
+    view = outlook(recipe_names(), records, scale)
+    assert time.process_time() - started < 1.0
+    assert view.today.flops > 0
+    assert view.later.jobs > 0
+    assert not needed([], records)
