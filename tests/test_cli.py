@@ -93,9 +93,7 @@ def rows(*texts: str, column: str = "text") -> bytes:
         ("a.docx", b"abc", "unknown ending"),
     ],
 )
-def test_bad_text_is_refused(
-    refused: Refused, tmp_path: Path, name: str, content: bytes | None, words: str
-) -> None:
+def test_bad_text_is_refused(refused: Refused, tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
     assert words in refused(*data_config(tmp_path, name, content))
 
 
@@ -148,7 +146,9 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "run"])
-def test_bad_scales_are_refused(refused: Refused, campaign: Campaign, command: str, old: str, new: str, words: str) -> None:
+def test_bad_scales_are_refused(
+    refused: Refused, campaign: Campaign, command: str, old: str, new: str, words: str
+) -> None:
     campaign.rewrite(old, new)
     assert words in refused(command, "distillation", *campaign.options)
 
@@ -157,7 +157,11 @@ def test_bad_scales_are_refused(refused: Refused, campaign: Campaign, command: s
     ("old", "new", "words"),
     [
         ("unique_tokens = [2048]", "unique_tokens = [12800000]", "is above the"),
-        ("sequence_length = 32\nbatch_size = 4", "sequence_length = 2048\nbatch_size = 1", "is longer than the validation"),
+        (
+            "sequence_length = 32\nbatch_size = 4",
+            "sequence_length = 2048\nbatch_size = 1",
+            "is longer than the validation",
+        ),
     ],
 )
 def test_a_scale_that_its_text_cannot_carry_is_refused(
@@ -191,9 +195,7 @@ def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campa
         (["--profile", "none-such"], "none-such"),
     ],
 )
-def test_bad_options_of_run_are_refused(
-    refused: Refused, campaign: Campaign, options: list[str], words: str
-) -> None:
+def test_bad_options_of_run_are_refused(refused: Refused, campaign: Campaign, options: list[str], words: str) -> None:
     assert words in refused("run", "epoching", *campaign.options, *options)
 
 
@@ -249,7 +251,9 @@ def test_a_damaged_store_is_refused(refused: Refused, campaign: Campaign, name: 
     if damage == "remove":
         path.unlink()
     else:
-        path.write_bytes(content[: len(content) // 2] + (b"\x00" + content[len(content) // 2 + 1 :]) * (damage == "flip"))
+        path.write_bytes(
+            content[: len(content) // 2] + (b"\x00" + content[len(content) // 2 + 1 :]) * (damage == "flip")
+        )
     assert "tiny" in refused("run", "epoching", *campaign.options)
 
 

@@ -125,9 +125,7 @@ def test_unreadable_files(tmp_path: Path, content: bytes | None, words: str) -> 
     assert str(path) in str(caught.value)
 
 
-def test_names_are_looked_up_here_first_then_in_the_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_looked_up_here_first_then_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_config("scales", "demo", ".toml").is_absolute()
     mine = tmp_path / "configs" / "scales" / "demo.toml"

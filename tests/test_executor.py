@@ -17,7 +17,7 @@ from conftest import Campaign, make_campaign
 from epochal.campaign import campaign_jobs
 from epochal.records import needed
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 Losses = dict[str, tuple[Any, ...]]
 
 
@@ -27,15 +27,21 @@ class Start:
     def __init__(self, campaign: Campaign, number: int, *arguments: str, recipe: str = "distillation") -> None:
         self.output = campaign.folder / f"output-{number}.txt"
         command = [sys.executable, "-m", "epochal.cli", "run", recipe, *campaign.options, "--tracker", "none"]
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                [*command, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                cwd=campaign.folder,
-            )
+        cores = os.sched_getaffinity(0)
+        # Each start gets one core, so its workers compute with one thread whatever the machine.
+        os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
+        try:
+            with self.output.open("w") as file:
+                self.process = subprocess.Popen(
+                    [*command, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    cwd=campaign.folder,
+                )
+        finally:
+            os.sched_setaffinity(0, cores)
 
     def wait(self) -> int:
         return self.process.wait(PATIENCE)

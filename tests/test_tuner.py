@@ -37,7 +37,9 @@ def noise(seed: int) -> Surface:
     return {point: source.choice((math.inf, source.random(), source.random())) for point in POINTS}
 
 
-def search(surface: Surface, start: Point, choose: Callable[[tuple[Point, ...]], list[Point]]) -> tuple[Descent, Surface]:
+def search(
+    surface: Surface, start: Point, choose: Callable[[tuple[Point, ...]], list[Point]]
+) -> tuple[Descent, Surface]:
     """Run a whole search, answering the wanted points that `choose` picks in each turn."""
     known: Surface = {}
     for _ in range(len(POINTS) + 1):

@@ -137,7 +137,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
                 raise ValueError(f"{path} needs the package zstandard; run pip install zstandard.") from None
             try:
                 reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield io.BufferedReader(reader)  # type: ignore[misc]
+                yield io.BufferedReader(reader)
             except zstandard.ZstdError as error:
                 raise ValueError(f"{path} is no whole zstandard file ({error}); get it again.") from None
         else:

@@ -112,7 +112,7 @@ def token_log_probs(
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         weight = head.to(dtype)
-        for x, y in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for x, y in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
             parts.append(-_softmax_loss(x.to(dtype) @ weight.t(), y, None, 0.0, 1.0, ignore_index, False))
     return torch.cat(parts)
 
@@ -198,7 +198,8 @@ def _softmax_loss(
 ) -> Tensor:
     """Return the losses of a chunk and write their gradient over its logits: kernel, or torch in row blocks."""
     if backend(z.device) == "triton":
-        return softmax_loss(z, y, soft, weight, temperature, ignore_index, gradient)
+        losses: Tensor = softmax_loss(z, y, soft, weight, temperature, ignore_index, gradient)
+        return losses
     parts = []
     for part in _row_blocks(z):
         p = None if soft is None else soft[part]

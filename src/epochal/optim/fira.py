@@ -83,7 +83,8 @@ def square_sums(matrix: Tensor, side: str) -> Tensor:
     # On a CPU vector_norm is ten times slower than a temporary over the first axis, and half of it over the last.
     if side == "left":
         return (matrix * matrix).sum(-2, keepdim=True)
-    return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True).square()
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
+    return norms.square()
 
 
 def adam_direction_(

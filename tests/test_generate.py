@@ -1,0 +1,162 @@
+"""Sampled text: the cached, batched sampler against a loop without a cache, and exact counts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from epochal import generate
+from epochal.data import TokenStore
+from epochal.generate import draw, sample, sample_texts
+from epochal.model import build_model
+from epochal.records import Record, Records, Workspace
+from epochal.run import Ensemble, Run, Samples, fingerprint
+
+VOCABULARY, BOS, EOS = 24, 0, 1
+
+
+def model(seed: int = 0, vocabulary: int = VOCABULARY, context: int = 256) -> Any:
+    """A random model with a sharper head, so that what it read matters to what it says."""
+    made = build_model(
+        "w16", vocab_size=vocabulary, max_positions=context, seed=seed, bos_token_id=BOS, eos_token_id=EOS
+    ).eval()
+    with torch.no_grad():
+        made.lm_head.weight.mul_(3.0)
+    return made
+
+
+def job(**changes: Any) -> Samples:
+    return Samples(**{"name": "s", "source": "a", "tokens": 500, "max_length": 40, **changes})
+
+
+@torch.no_grad()
+def without_cache(subject: Any, samples: Samples, context: int, seed: int, texts: int) -> list[list[int]]:
+    """The same texts from whole forward passes: finished rows leave at the end of each half context."""
+    generator = torch.Generator().manual_seed(seed)
+    half, found = context // 2, []
+    while len(found) < texts:
+        rows = [[BOS] for _ in range(generate.BATCH)]
+        while rows and len(rows[0]) < samples.max_length:
+            begin = max(0, len(rows[0]) - half)
+            count = min(context - (len(rows[0]) - begin), samples.max_length - len(rows[0]))
+            for _ in range(count):
+                window = torch.tensor([row[begin:] for row in rows])
+                logits = subject(input_ids=window, use_cache=False).logits[:, -1]
+                chosen = torch.multinomial(torch.softmax(logits / samples.temperature, -1), 1, generator=generator)
+                for row, token in zip(rows, chosen[:, 0].tolist(), strict=True):
+                    row.append(token)
+            done = [row for row in rows if EOS in row or len(row) >= samples.max_length]
+            found += [row[: row.index(EOS) + 1] if EOS in row else row for row in done]
+            rows = [row for row in rows if row not in done]
+    return found[:texts]
+
+
+@pytest.mark.parametrize(("context", "max_length"), [(64, 40), (16, 50), (10, 10)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_cache_draws_what_whole_passes_draw(
+    monkeypatch: pytest.MonkeyPatch, context: int, max_length: int, temperature: float
+) -> None:
+    monkeypatch.setattr(generate, "BATCH", 8)
+    samples, subject = job(max_length=max_length, temperature=temperature), model()
+    texts = draw(subject, samples, context=context, bos=BOS, eos=EOS, generator=torch.Generator().manual_seed(3))
+    found = [next(texts).tolist() for _ in range(20)]
+    assert found == without_cache(subject, samples, context, 3, 20)
+    assert max(map(len, found)) == max_length, "some text ran to its full length, beyond the context where it is short"
+
+
+def test_every_text_begins_and_ends_as_promised() -> None:
+    samples = job(max_length=30)
+    texts = draw(model(), samples, context=16, bos=BOS, eos=EOS, generator=torch.Generator().manual_seed(0))
+    lengths = set()
+    for _ in range(400):
+        text = next(texts).tolist()
+        assert text[0] == BOS and len(text) <= 30
+        assert EOS not in text[:-1]
+        assert text[-1] == EOS or len(text) == 30
+        lengths.add(len(text))
+    assert len(lengths) > 10
+
+
+def test_first_tokens_follow_the_models_distribution() -> None:
+    subject = model()
+    with torch.no_grad():
+        expected = torch.softmax(subject(input_ids=torch.tensor([[BOS]])).logits[0, -1], -1).double()
+    texts = draw(subject, job(max_length=2), context=16, bos=BOS, eos=EOS, generator=torch.Generator().manual_seed(0))
+    draws = 4000
+    counts = np.bincount([next(texts)[1] for _ in range(draws)], minlength=VOCABULARY)
+    spread = (expected * (1 - expected) / draws).sqrt()
+    assert (np.abs(counts / draws - expected.numpy()) < 5 * spread.numpy()).all()
+
+
+def finished(space: Workspace, store: TokenStore, run: Run, seed: int) -> Record:
+    made = model(seed, store.vocab_size, run.sequence_length)
+    made.save_pretrained(space.folder(run.name) / "model")
+    return Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 1})
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> tuple[Workspace, TokenStore, Records]:
+    """Two finished members and their ensemble."""
+    space, store, config = tiny.workspace(tmp_path)
+    members = [finished(space, store, tiny.run(config, name=name), seed) for seed, name in enumerate("ab")]
+    both = Ensemble(name="both", runs=("a", "b"), average="logits")
+    records = [*members, Record(both, fingerprint(both), "done", {"loss": 3.0})]
+    return space, store, Records(space, records)
+
+
+def test_token_counts_are_exact(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, store, records = campaign
+    for tokens in (1, 500, 1001):
+        record = sample(job(tokens=tokens), space, records)
+        written = np.load(space.folder("s") / "samples.npy")
+        assert written.dtype == np.dtype(store.meta["dtype"])
+        assert len(written) == tokens == record.results["tokens"]
+        assert written[0] == store.meta["bos"] and written.max() < store.vocab_size
+        assert record.results["texts"] == (written == store.meta["bos"]).sum() >= 1
+        assert record.inputs == {"a": records.named("a").fingerprint}  # type: ignore[union-attr]
+    assert [path.name for path in space.folder("s").iterdir()] == ["samples.npy"]
+
+
+def test_members_of_an_ensemble_speak_in_equal_parts(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, _, records = campaign
+    record = sample(job(tokens=601, source="both"), space, records)
+    both = np.load(space.folder("s") / "samples.npy")
+    sample(job(tokens=300), space, records)
+    alone = np.load(space.folder("s") / "samples.npy")
+    assert len(both) == 601 and record.results["members"] == 2
+    assert np.array_equal(both[:300], alone), "the first member's part is what it says alone"
+    assert set(record.inputs) == {"a", "b"}
+
+
+def test_the_same_seed_draws_the_same_and_another_another(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, _, records = campaign
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(drawn))
+        sample(job(seed=seed), space, records)
+        drawn.append(np.load(space.folder("s") / "samples.npy"))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_texts_are_strings_and_nothing_is_written(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, _, records = campaign
+    texts = sample_texts(job(tokens=100), space, records)
+    assert texts and all(isinstance(text, str) for text in texts)
+    assert not space.folder("s").exists()
+
+
+def test_sources_that_cannot_speak_are_refused(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, _, records = campaign
+    with pytest.raises(ValueError, match="'c' has no record; run it first"):
+        sample(job(source="c"), space, records)
+    text = Samples(name="t", source="a", tokens=1, max_length=2)
+    with_text = Records(space, [*records, Record(text, fingerprint(text), "done", {})])
+    with pytest.raises(ValueError, match="is sampled text, not a model"):
+        sample(job(source="t"), space, with_text)
+    (space.folder("a") / "model").rename(space.folder("a") / "gone")
+    with pytest.raises(ValueError, match="does not exist; run 'a' again"):
+        sample(job(), space, records)
