@@ -9,11 +9,17 @@ published way) comes from one run. Rows already in the CSV are skipped.
 clip: SPECTRA's soft clip at c = 10 of a float32 matrix, Gaussian or sign-like (the sign of a rank-8 matrix and noise,
 as the updates of sign methods and early Adam are), against the published ten steps in bfloat16. `error` is relative,
 in the Frobenius norm, against float64; `ceiling` is the largest singular value over c.
+
+fira: one matrix (rows x columns x rank, float32, singular values falling as 1/k), a step between two refreshes and one
+with a refresh, against the package `fira`; `error` is the share of the best possible energy that the basis misses.
+fira_stagger: steps of 56 matrices of a 60M model after the first; `ratio` is the slowest step over the median.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +28,7 @@ from measure import HERE, append, environment, known, seconds
 from torch import Tensor
 
 from epochal.optim import soft_spectral_clip
+from epochal.optim.fira import Fira
 
 CLIP = 10.0
 CLIP_METHODS = ("published", "newton_schulz", "exact", "minimax", "auto")
@@ -59,7 +66,7 @@ def true_clip(x: Tensor, c: float) -> Tensor:
 
 def clip(args: argparse.Namespace) -> None:
     """How long does SPECTRA's clip take, and how wrong is it?"""
-    for shape in args.shapes:
+    for shape in args.shapes or ["768x3072", "2048x5632"]:
         rows, columns = (int(part) for part in shape.split("x"))
         for kind in ("gaussian", "sign"):
             keys = {"question": "clip", "shape": shape, "input": kind, **environment(args.device)}
@@ -93,7 +100,84 @@ def clip(args: argparse.Namespace) -> None:
                 )
 
 
-QUESTIONS = {"clip": clip}
+def one_over_k(rows: int, columns: int) -> Tensor:
+    """A gradient-like matrix with singular values 1, 1/2, 1/3, ..."""
+    torch.manual_seed(0)
+    k = min(rows, columns)
+    left, right = (torch.linalg.qr(torch.randn(size, k)).Q for size in (rows, columns))
+    return 0.1 * (left / torch.arange(1, k + 1)) @ right.mT
+
+
+def fira_ways(gradient: Tensor, rank: int, gap: int) -> dict[str, torch.optim.Optimizer]:
+    """One optimizer for each way to refresh, and the package's, each with a matrix of its own."""
+    from fira import FiraAdamW
+
+    def groups() -> list[dict[str, object]]:
+        p = torch.nn.Parameter(torch.zeros_like(gradient))
+        p.grad = gradient
+        return [{"params": [p], "rank": rank, "update_proj_gap": gap, "alpha": 0.25, "proj_type": "std"}]
+
+    published = f"fira {importlib.metadata.version('fira')}"
+    ways: dict[str, torch.optim.Optimizer] = {published: FiraAdamW(groups(), no_deprecation_warning=True)}
+    return ways | {method: Fira(groups(), refresh=method) for method in ("svd", "gram", "subspace")}
+
+
+def missed_energy(gradient: Tensor, basis: Tensor) -> float:
+    """1 - the energy in the subspace over the most that a subspace of this rank can hold."""
+    wide, rank = gradient.double(), min(basis.shape)
+    low = basis.double().mT @ wide if len(basis) == len(wide) else wide @ basis.double().mT
+    return 1 - float(low.square().sum() / torch.linalg.svdvals(wide)[:rank].square().sum())
+
+
+def fira(args: argparse.Namespace) -> None:
+    """How long does a step of Fira take, between refreshes and with one?"""
+    for shape in args.shapes or ["512x512x128", "768x3072x256", "2048x5504x512"]:
+        rows, columns, rank = (int(part) for part in shape.split("x"))
+        for kind, gap in (("plain", 10**9), ("refresh", 1)):
+            keys = {"question": "fira", "shape": shape, "input": kind, **environment(args.device)}
+            if known(args.csv, keys):
+                print("already measured:", *keys.values())
+                continue
+            gradient = one_over_k(rows, columns).to(args.device)
+            ways = fira_ways(gradient, rank, gap)
+            for optimizer in ways.values():
+                optimizer.step()
+            best = dict.fromkeys(ways, float("inf"))
+            for _ in range(args.repeats * (10 if kind == "plain" else 1)):
+                for method, optimizer in ways.items():
+                    best[method] = min(best[method], seconds(optimizer.step, args.device, 1))
+            first = best[next(iter(ways))]
+            for method, optimizer in ways.items():
+                (state,) = optimizer.state.values()
+                error = f"{missed_energy(gradient, state['basis']):.2e}" if "basis" in state else ""
+                row = {"method": method, "seconds": f"{best[method]:.4g}", "ratio": f"{best[method] / first:.3f}"}
+                append(args.csv, {**keys, **row, "error": error, "ceiling": ""})
+
+
+def fira_stagger(args: argparse.Namespace) -> None:
+    """Is any step much slower than the others when the refreshes are spread?"""
+    gradients = {shape: one_over_k(*shape).to(args.device) for shape in ((512, 512), (1376, 512), (512, 1376))}
+    block = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]
+    for method in ("gram", "subspace"):
+        for stagger in (False, True):
+            name = "staggered" if stagger else "aligned"
+            keys = {"question": "fira_stagger", "shape": "8 blocks", "input": name, **environment(args.device)}
+            if known(args.csv, {**keys, "method": method}):
+                print("already measured:", *keys.values(), method)
+                continue
+            params = [torch.nn.Parameter(torch.zeros_like(gradients[shape])) for shape in block * 8]
+            for p, shape in zip(params, block * 8, strict=True):
+                p.grad = gradients[shape]
+            group = {"params": params, "rank": 128, "update_proj_gap": 56, "alpha": 0.25}
+            optimizer = Fira([group], refresh=method, stagger=stagger)
+            optimizer.step()  # everything needs a basis to begin with
+            times = [seconds(optimizer.step, args.device, 1) for _ in range(60)]
+            row = {"method": method, "seconds": f"{max(times):.4g}"}
+            row["ratio"] = f"{max(times) / statistics.median(times):.3f}"
+            append(args.csv, {**keys, **row, "error": "", "ceiling": ""})
+
+
+QUESTIONS = {"clip": clip, "fira": fira, "fira_stagger": fira_stagger}
 
 
 def main() -> None:
@@ -101,7 +185,7 @@ def main() -> None:
     parser.add_argument("--question", choices=sorted(QUESTIONS), help="one only; all without it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", nargs="+", default=["768x3072", "2048x5632"], help="rows x columns")
+    parser.add_argument("--shapes", nargs="+", help="rows x columns; fira: x rank")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the best of each method counts")
     parser.add_argument("--csv", type=Path, default=HERE / "optimizers.csv")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def naive_epoch(tokens: Tokens, starts: Tokens, length: int, order: str, seed: i
     """One epoch written down from its definition."""
     if order == "documents":
         bounds = [*starts.tolist(), len(tokens)]
-        documents = [tokens[begin:end].tolist() for begin, end in zip(bounds, bounds[1:], strict=False)]
+        documents = [tokens[begin:end].tolist() for begin, end in pairwise(bounds)]
         permutation = np.random.default_rng([seed, epoch]).permutation(len(documents))
         packed = [token for index in permutation for token in documents[index]]
         return [packed[begin : begin + length] for begin in range(0, len(packed) - length + 1, length)]
@@ -41,7 +42,7 @@ def test_epochs_equal_the_naive_reference(order: str, seed: int) -> None:
     for epoch in range(4):
         found = [ours.sequence(epoch * count + position).tolist() for position in range(count)]
         assert found == naive_epoch(TOKENS, STARTS, T, order, seed, epoch)
-        assert sorted(sum(found, [])) == TOKENS.tolist(), "every token once an epoch"
+        assert sorted(token for row in found for token in row) == TOKENS.tolist(), "every token once an epoch"
 
 
 def test_documents_stay_whole_and_are_packed_anew() -> None:

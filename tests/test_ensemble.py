@@ -22,7 +22,7 @@ def models(count: int, vocabulary: int = VOCABULARY) -> list[Any]:
     made = [build_model("w16", vocab_size=vocabulary, max_positions=T, seed=seed).eval() for seed in range(count)]
     for member in made:
         with torch.no_grad():
-            member.lm_head.weight.mul_(4.0)  # members that disagree
+            member.lm_head.weight.mul_(2.0)  # members that disagree
     return made
 
 

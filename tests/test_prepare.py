@@ -81,7 +81,7 @@ def test_a_stream_split_takes_the_first_whole_documents(tmp_path: Path) -> None:
 def test_reading_stops_once_there_are_enough_training_tokens(tmp_path: Path) -> None:
     config = tiny.write_text(tmp_path, tiny.documents(1500), top="train_tokens = 5000")
     store = prepare(str(config), tmp_path / "data")
-    assert 5000 <= store.meta["tokens"]["train"]
+    assert store.meta["tokens"]["train"] >= 5000
     assert sum(store.meta["documents"].values()) < 1500
 
 

@@ -10,9 +10,9 @@ from epochal.prepare import prepare
 from epochal.records import Workspace
 from epochal.run import AdamW, Run
 
-SPEAKERS = "king shepherd prophet daughter servant stranger".split()
-DEEDS = "saw heard feared followed blessed remembered".split()
-THINGS = "the river|a mountain|the city|his people|her vineyard|the stars".split("|")
+SPEAKERS = ["king", "shepherd", "prophet", "daughter", "servant", "stranger"]
+DEEDS = ["saw", "heard", "feared", "followed", "blessed", "remembered"]
+THINGS = ["the river", "a mountain", "the city", "his people", "her vineyard", "the stars"]
 
 
 def sentence(rng: random.Random) -> str:
@@ -38,7 +38,8 @@ def write_config(folder: Path, source: str, *, tokenizer: str = "train = 300", s
     path = folder / "tiny.toml"
     split = split or "validation = 0.1\ntest = 0.1"
     path.write_text(
-        f'licence = "made up"\n{top}\n[source]\n{source}\n[tokenizer]\n{tokenizer}\n[split]\n{split}\n', encoding="utf-8"
+        f'licence = "made up"\n{top}\n[source]\n{source}\n[tokenizer]\n{tokenizer}\n[split]\n{split}\n',
+        encoding="utf-8",
     )
     return path
 

@@ -6,16 +6,20 @@ choice is a value (`backend`) that the caller can put into a record, never a sil
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+triton: Any = None
+tl: Any = None
 try:
-    import triton
-    import triton.language as tl
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
 except ImportError:  # plain torch is then the only path
-    triton = None
-    tl = None
+    triton = tl = None
 
 HAS_TRITON: bool = triton is not None
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +39,6 @@ def use_kernel(device: torch.device | str) -> bool:
     return backend(device) != "torch"
 
 
-def jit(function):  # type: ignore[no-untyped-def]
+def jit(function: Callable[..., Any]) -> Any:
     """Decorate with ``triton.jit`` where Triton is there; elsewhere the kernel is never launched."""
     return triton.jit(function) if HAS_TRITON else function

@@ -11,6 +11,8 @@ Traffic: torch writes and reads a temporary (N, V); the kernel reads z twice (th
 vocabularies in use) and touches total once.
 """
 
+# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+
 from __future__ import annotations
 
 import torch
@@ -91,5 +93,5 @@ def softmax_add(total: Tensor, logits: Tensor, weight: float, temperature: float
 
 
 @softmax_add.register_fake
-def _(total, logits, weight, temperature, accumulate):  # type: ignore[no-untyped-def]
+def _(total, logits, weight, temperature, accumulate):
     return None

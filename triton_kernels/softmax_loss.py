@@ -13,6 +13,8 @@ p (N, V) float32. Sums are float32 whatever z is.
 Traffic: torch makes about eight passes over (N, V); the kernel reads z and p twice and writes z once.
 """
 
+# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+
 from __future__ import annotations
 
 import torch
@@ -148,8 +150,9 @@ def softmax_loss(
     _check(logits, targets, teacher)
     rows, vocabulary = logits.shape
     if not use_kernel(logits.device) or logits.dtype == torch.float64:
-        options = {"weight": weight, "temperature": temperature, "ignore_index": ignore_index}
-        loss, computed = softmax_loss_reference(logits, targets, teacher, **options)
+        loss, computed = softmax_loss_reference(
+            logits, targets, teacher, weight=weight, temperature=temperature, ignore_index=ignore_index
+        )
         if gradient:
             logits.copy_(computed)
         return loss
@@ -166,6 +169,6 @@ def softmax_loss(
 
 
 @softmax_loss.register_fake
-def _(logits, targets, teacher=None, weight=0.0, temperature=1.0, ignore_index=-100, gradient=True):  # type: ignore[no-untyped-def]
+def _(logits, targets, teacher=None, weight=0.0, temperature=1.0, ignore_index=-100, gradient=True):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty(logits.shape[0], dtype=dtype)

@@ -1,9 +1,9 @@
 """Loss against stored targets: a few probabilities per token, and what is left over as one bucket.
 
     L_i = sum_k p_ik (log p_ik - log q_i[id_ik]) + t_i (log t_i - log(1 - sum_k q_i[id_ik])),  q = softmax(z)
-    t_i = max(1 - sum_k p_ik, 0) with ``tail``, else 0 and no second term
+    t_i = max(1 - sum_k p_ik, 0) with ``tail``; 0 and no second term without, or where every token is stored
 
-    dL/dz_v = p_v-sums:  q_v M - p_iv on the stored ids;  q_v (M - t / q_tail) elsewhere;  M = sum_k p_ik + t_i
+    dL/dz_v = q_v M - p_iv on the stored ids,  q_v M - t_i q_v / q_tail elsewhere,  M = sum_k p_ik + t_i
 
 With ``tail`` this is the KL divergence of the top k and "any other token". Without, it takes importance-sampled targets
 (weights summing to one), which are unbiased (arXiv 2503.16870); an id may then occur more than once.
@@ -14,6 +14,8 @@ gradient 0. With ``tail`` the ids of a row are distinct.
 
 Traffic: z read twice and written once; torch also writes log q and its softmax. Stored targets are K / V of the dense.
 """
+
+# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
 
 from __future__ import annotations
 
@@ -34,14 +36,14 @@ def sparse_loss_reference(logits: Tensor, ids: Tensor, p: Tensor, *, tail: bool)
     loss = (torch.xlogy(p, p) - p * log_hot).sum(1)
     mass = p.sum(1)
     if tail:
-        t = (1.0 - mass).clamp(min=0.0) * kept.any(1)
         stored = torch.zeros_like(z).scatter_add_(1, ids, kept.to(z.dtype)) > 0
-        # summed over the tail itself: 1 - sum of the rest would cancel when the stored ids hold nearly everything
+        t = (1.0 - mass).clamp(min=0.0) * (kept.any(1) & ~stored.all(1))
+        # From the tail itself: 1 - sum of the rest would cancel when the stored ids hold nearly everything.
+        log_rest = z.masked_fill(stored, -torch.inf).log_softmax(1)
         log_tail = z.masked_fill(stored, -torch.inf).logsumexp(1) - z.logsumexp(1)
         loss = loss + torch.where(t > 0, torch.xlogy(t, t) - t * log_tail, 0.0)
-        mass = mass + t
-        ratio = torch.where(t > 0, t * (-log_tail).exp(), 0.0)
-        gradient = q * (mass[:, None] - ratio[:, None] * ~stored)
+        share = torch.where((t > 0)[:, None], t[:, None] * log_rest.exp(), 0.0)
+        gradient = q * (mass + t)[:, None] - share
     else:
         gradient = q * mass[:, None]
     return loss, gradient.scatter_add_(1, ids, -p)
@@ -61,47 +63,55 @@ def _sparse_loss_kernel(
     hot = tl.load(z_row + ids, mask=kept, other=0.0).to(tl.float32)
 
     top = tl.full([BLOCK], float("-inf"), tl.float32)
+    tail_top = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, V, BLOCK):
-        z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+        index = start + columns
+        z = tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32)
         top = tl.maximum(top, z)
+        if TAIL:
+            # K is small: comparing with each stored id costs less than a (V,) mask in memory.
+            for k in range(0, K):
+                z = tl.where(index == tl.load(id_nk + row * K + k), float("-inf"), z)
+            tail_top = tl.maximum(tail_top, z)
     m = tl.max(top, 0)
+    # The tail has a maximum of its own: next to the stored ids its sum may underflow.
+    tail_m = tl.max(tail_top, 0)
+    some_tail = tail_m > float("-inf")
+    tail_m = tl.where(some_tail, tail_m, 0.0)
     all_sums = tl.zeros([BLOCK], tl.float32)
     tail_sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         index = start + columns
-        e = tl.exp(tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32) - m)
-        all_sums += e
+        z = tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32)
+        all_sums += tl.exp(z - m)
         if TAIL:
-            # K is small: comparing with each stored id costs less than a (V,) mask in memory
-            stored = tl.zeros([BLOCK], tl.int32)
             for k in range(0, K):
-                stored += (index == tl.load(id_nk + row * K + k)).to(tl.int32)
-            tail_sums += tl.where(stored > 0, 0.0, e)
+                z = tl.where(index == tl.load(id_nk + row * K + k), float("-inf"), z)
+            tail_sums += tl.exp(z - tail_m)
     log_sum = tl.log(tl.sum(all_sums, 0))
     mass = tl.sum(p, 0)
     log_p = tl.log(tl.where(p == 0.0, 1.0, p))
     loss = tl.sum(tl.where(p == 0.0, 0.0, p * (log_p - (hot - m - log_sum))), 0)
-    ratio = 0.0
+    t = 0.0
+    log_tail = 0.0
     if TAIL:
         t = tl.maximum(1.0 - mass, 0.0)
-        t = tl.where(tl.max(kept.to(tl.int32), 0) > 0, t, 0.0)
-        safe = tl.where(t > 0.0, t, 1.0)
-        tail_sum = tl.where(t > 0.0, tl.sum(tail_sums, 0), 1.0)
-        loss += t * (tl.log(safe) - tl.log(tail_sum) + log_sum)
-        ratio = t * tl.exp(log_sum) / tail_sum
+        t = tl.where((tl.max(kept.to(tl.int32), 0) > 0) & some_tail, t, 0.0)
+        log_tail = tail_m + tl.log(tl.where(some_tail, tl.sum(tail_sums, 0), 1.0))
+        loss += tl.where(t > 0.0, t * (tl.log(tl.where(t > 0.0, t, 1.0)) - log_tail + m + log_sum), 0.0)
         mass += t
     tl.store(loss_n + row, loss)
     for start in range(0, V, BLOCK):
         index = start + columns
         inside = index < V
-        q = tl.exp(tl.load(z_row + index, mask=inside, other=float("-inf")).to(tl.float32) - m - log_sum)
-        given = tl.zeros([BLOCK], tl.float32)
-        stored = tl.zeros([BLOCK], tl.int32)
+        z = tl.load(z_row + index, mask=inside, other=float("-inf")).to(tl.float32)
+        gradient = tl.exp(z - m - log_sum) * mass
         for k in range(0, K):
             same = index == tl.load(id_nk + row * K + k)
-            given += tl.where(same, tl.load(p_nk + row * K + k), 0.0)
-            stored += same.to(tl.int32)
-        gradient = q * (mass - tl.where(stored > 0, 0.0, ratio)) - given
+            gradient -= tl.where(same, tl.load(p_nk + row * K + k), 0.0)
+            z = tl.where(same, float("-inf"), z)
+        if TAIL:
+            gradient -= tl.where(t > 0.0, t * tl.exp(z - log_tail), 0.0)
         tl.store(z_row + index, gradient, mask=inside)
 
 
@@ -138,6 +148,6 @@ def sparse_loss(logits: Tensor, ids: Tensor, p: Tensor, tail: bool) -> Tensor:
 
 
 @sparse_loss.register_fake
-def _(logits, ids, p, tail):  # type: ignore[no-untyped-def]
+def _(logits, ids, p, tail):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty(logits.shape[0], dtype=dtype)

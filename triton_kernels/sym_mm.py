@@ -2,7 +2,8 @@
 
     out = alpha A B^T + beta C + delta I
 
-for A B^T symmetric: B = A (a Gram matrix, "X X^T"), or A and B symmetric and commuting (polynomials in one matrix).
+for A B^T symmetric: B = A (a Gram matrix, "X X^T"), or A and B symmetric and commuting (polynomials in one matrix). In
+16 bits rounded factors commute only roughly; see spectral_clip.py for what that costs.
 
 Shapes: b batch, m rows, k inner. A, B (b, m, k), any strides; C and out (b, m, m); coefficients (b, 3) float32 hold
 (alpha, beta, delta) of each matrix and stay on the device, so that choosing them makes nobody wait.
@@ -11,6 +12,8 @@ The kernel does half the multiplications, and the epilogue saves the passes that
 Dispatch: small matrices leave half-empty waves of tiles, where cuBLAS wins (flash-muon: 0.90x at 1024, 1.19x at 2048 on
 an H800; fused-muon falls back at 1280). Not yet measured by us; `sym_mm_path` says what is taken.
 """
+
+# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
 
 from __future__ import annotations
 
@@ -115,7 +118,7 @@ def sym_mm(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients: Tensor |
 
 
 @sym_mm.register_fake
-def _(a, b, c=None, coefficients=None):  # type: ignore[no-untyped-def]
+def _(a, b, c=None, coefficients=None):
     return a.new_empty(a.shape[0], a.shape[1], a.shape[1])
 
 

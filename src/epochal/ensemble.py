@@ -120,7 +120,7 @@ def _logit_losses(
             mean = torch.zeros_like(logits[0])
             for member in subset:
                 mean.add_(logits[member], alpha=shares[member] if weights is not None else 1.0 / k)
-            losses.append(torch.nn.functional.cross_entropy(mean, targets, reduction="sum").double().cpu())
+            losses.append(torch.nn.functional.cross_entropy(mean, targets, reduction="none").double().sum().cpu())
         sums[k] = torch.stack(losses)
     return sums
 

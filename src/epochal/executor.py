@@ -103,9 +103,10 @@ def _one_gpu(number: int) -> dict[str, str]:
 
 
 def _listen_to(pipe: IO[str], events: "queue.Queue[dict[str, Any]]") -> None:
-    for line in pipe:
-        with contextlib.suppress(ValueError):
-            events.put(json.loads(line))
+    with pipe:
+        for line in pipe:
+            with contextlib.suppress(ValueError):
+                events.put(json.loads(line))
 
 
 def _note(board: Board, event: dict[str, Any]) -> None:

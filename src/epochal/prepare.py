@@ -4,6 +4,7 @@ The store keeps training documents in one shuffled order, chosen here and never 
 runs of a campaign share is the first D tokens of that order, so a smaller subset is part of every larger one.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -82,7 +83,21 @@ def prepare(name: str, data_folder: Path) -> TokenStore:
     if folder.exists():
         return TokenStore.open(folder, config_hash=config_hash(path))
     config = load_toml(path, DataConfig)
-    beside = data_folder / f".{path.stem}.tmp"
+    data_folder.mkdir(parents=True, exist_ok=True)
+    lock_path = data_folder / f".{path.stem}.lock"
+    with lock_path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second start waits here, then finds the store
+        try:
+            if not folder.exists():
+                _build_beside(config, folder, path)
+        finally:
+            lock_path.unlink(missing_ok=True)
+    return TokenStore.open(folder, config_hash=config_hash(path))
+
+
+def _build_beside(config: DataConfig, folder: Path, path: Path) -> None:
+    """Build the store beside its place and rename it; what a killed start left there goes."""
+    beside = folder.with_name(f".{path.stem}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -90,7 +105,6 @@ def prepare(name: str, data_folder: Path) -> TokenStore:
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return TokenStore.open(folder, config_hash=config_hash(path))
 
 
 def content_hash(text: str) -> int:
@@ -99,10 +113,12 @@ def content_hash(text: str) -> int:
 
 
 def _build(config: DataConfig, folder: Path, path: Path) -> None:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{path.stem}: reading", total=None)
         tokenizer = load_tokenizer(config.tokenizer, _training_texts(config))
         progress.update(task, description=f"{path.stem}: tokenizing")

@@ -102,6 +102,11 @@ class Records:
         """Return the record of this name, whatever it means."""
         return self._records.get(name)
 
+    def diverged(self, name: str) -> bool:
+        """Whether the job of this name ended without a model."""
+        record = self._records.get(name)
+        return record is not None and record.status == "diverged"
+
     def has_output(self, job: Job) -> bool:
         """Whether what other jobs read from this one is on this machine's disk."""
         output = self.workspace.output(job)
@@ -191,18 +196,21 @@ def split(jobs: Iterable[Job], records: Records) -> Split:
     """Sort jobs into done, ready and waiting.
 
     A finished job whose weights are not on this disk (a clean clone with committed records) becomes ready again
-    only when an unfinished job reads them.
+    only when an unfinished job reads them. A job that reads a diverged run waits for ever: there is nothing to read.
     """
     by_name = {job.name: job for job in jobs}
     unfinished = {name for name, job in by_name.items() if records.get(job) is None}
     stack = list(unfinished)
     while stack:
         for name in _reads(by_name[stack.pop()], by_name):
-            if name not in unfinished and not records.has_output(by_name[name]):
+            if name not in unfinished and not records.has_output(by_name[name]) and not records.diverged(name):
                 unfinished.add(name)
                 stack.append(name)
     lacking = {
-        name: tuple(source for source in _reads(by_name[name], by_name) if source in unfinished) for name in unfinished
+        name: tuple(
+            source for source in _reads(by_name[name], by_name) if source in unfinished or records.diverged(source)
+        )
+        for name in unfinished
     }
     return Split(
         done=tuple(job for name, job in by_name.items() if name not in unfinished),

@@ -101,9 +101,11 @@ def adam_direction_(
     return torch.div(mean, square.sqrt().add_(eps.clamp(min=1e-30))), squares
 
 
-def bias_correction(step: Tensor, hyper: Hyper) -> Tensor:
-    """Return sqrt(1 - beta2^t) / (1 - beta1^t) in float64 for t = step, shaped as `step`."""
+def bias_correction(step: Tensor, hyper: Hyper, wanted: bool) -> Tensor:
+    """Return sqrt(1 - beta2^t) / (1 - beta1^t), or ones, in float64 for t = step, shaped as `step`."""
     count = step.double()
+    if not wanted:
+        return torch.ones_like(count)
     return torch.sqrt(1 - hyper.beta2**count) / (1 - hyper.beta1**count)
 
 
@@ -148,7 +150,7 @@ def fira_factors_(
     direction, squares = adam_direction_(low, state, weights, hyper.eps)
     first = state["step"] == 0
     state["step"].add_(1 if finite is None else finite)
-    correction = bias_correction(state["step"], hyper) if form.correct_bias else torch.ones_like(state["step"])
+    correction = bias_correction(state["step"], hyper, form.correct_bias)
     if finite is not None:
         correction = torch.where(finite, correction, 0.0)  # 0/0 before the first step
     whole = per_item(hyper.lr * hyper.alpha * correction, low).to(dtype)
@@ -370,7 +372,7 @@ class Fira(MatrixOptimizer):
         new = {name: value.clone() for name, value in state.items()}
         step = new["step"].add_(1)
         direction, _ = adam_direction_(gradients, new, (hyper.mean_weight, hyper.square_weight), hyper.eps)
-        factor = bias_correction(step, hyper) if group["correct_bias"] else torch.ones_like(step)
+        factor = bias_correction(step, hyper, group["correct_bias"])
         # The published code decays the updated weight, (1 - lr wd)(W - lr U); the base class decays only W.
         factor = factor * (1 - hyper.lr * hyper.weight_decay)
         return direction.mul_(per_item(factor, direction)), new

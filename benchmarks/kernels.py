@@ -1,0 +1,164 @@
+"""How fast is each kernel, in GB/s or TFLOP/s and against torch, torch.compile and the published optimizer's clip?
+
+    python benchmarks/kernels.py --device cuda                     into kernels_gpu.csv, row by row
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny --csv /tmp/try.csv     runs to its end; the times mean nothing
+
+Bytes and multiplications are those the operation needs, not those a method makes, so rates compare across methods.
+Rows already in the CSV are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import HERE, append, environment, known, seconds
+from torch import Tensor
+
+from epochal.optim import soft_spectral_clip
+from epochal.optim.spectral_clip import schedule
+from triton_kernels.backend import backend
+from triton_kernels.fira_step import fira_step, fira_step_reference
+from triton_kernels.softmax_add import softmax_add
+from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
+from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
+from triton_kernels.spectral_clip import spectral_clip_step_
+from triton_kernels.sym_mm import sym_mm, sym_mm_path
+
+# (shape, method -> function, bytes moved at least, floating-point operations at least)
+Case = tuple[str, dict[str, Callable[[], object]], float, float]
+
+COMPILED = torch.compile(softmax_loss_reference)
+FIRA = {"eps": 1e-6, "alpha": 0.25, "gamma": 1.01, "weight_decay": 0.1}
+
+
+def softmax_cases(device: str, tiny: bool) -> list[Case]:
+    cases: list[Case] = []
+    for rows, vocabulary in [(4, 60)] if tiny else [(4096, 50304), (4096, 128256)]:
+        z = torch.randn(rows, vocabulary, device=device)
+        y = torch.randint(vocabulary, (rows,), device=device)
+        p = torch.randn_like(z).softmax(1)
+        top, ids = p.topk(min(64, vocabulary), 1)
+        shape, size = f"{rows}x{vocabulary}", float(rows * vocabulary * 4)
+        methods: dict[str, Callable[[], object]] = {
+            "kernel": lambda z=z, y=y, p=p: softmax_loss(z, y, p, 0.5),
+            "torch": lambda z=z, y=y, p=p: softmax_loss_reference(z, y, p, weight=0.5),
+        }
+        if device == "cuda":
+            methods["torch.compile"] = lambda z=z, y=y, p=p: COMPILED(z, y, p, weight=0.5)
+        cases.append((f"softmax_loss {shape}", methods, 3 * size, 0.0))
+        add: dict[str, Callable[[], object]] = {
+            "kernel": lambda z=z, p=p: softmax_add(p, z, 0.5, 2.0, True),
+            "torch": lambda z=z, p=p: p.add_((z / 2.0).softmax(1), alpha=0.5),
+        }
+        cases.append((f"softmax_add {shape}", add, 3 * size, 0.0))
+        sparse: dict[str, Callable[[], object]] = {
+            "kernel": lambda z=z, ids=ids, top=top: sparse_loss(z, ids, top, True),
+            "torch": lambda z=z, ids=ids, top=top: sparse_loss_reference(z, ids, top, tail=True),
+        }
+        cases.append((f"sparse_loss {shape} k{top.shape[1]}", sparse, 2 * size, 0.0))
+    return cases
+
+
+def symmetric_cases(device: str, tiny: bool) -> list[Case]:
+    cases: list[Case] = []
+    shapes = [(2, 20, 30)] if tiny else [(b, m, m) for m in (768, 1024, 1600, 2048, 4096) for b in (1, 8)]
+    for batch, m, k in shapes:
+        x = torch.randn(batch, m, k, device=device, dtype=torch.float16)
+        name = f"sym_mm {batch}x{m}x{k} ({sym_mm_path(m, x.dtype, device)})"
+        methods: dict[str, Callable[[], object]] = {
+            "kernel": lambda x=x: sym_mm(x, x),
+            "torch": lambda x=x: torch.bmm(x, x.mT),
+        }
+        cases.append((name, methods, 0.0, float(batch * m * (m + 1) * k)))
+    return cases
+
+
+def clip_cases(device: str, tiny: bool) -> list[Case]:
+    """All matrices of equal shape in one stack against one call per matrix of the published ten steps."""
+    rows = [schedule(level, None) for level in range(1, 11)]
+    longest = max(map(len, rows))
+    table = torch.tensor([row + ((1.0, 0.0, 0.0),) * (longest - len(row)) for row in rows], device=device)
+    cases: list[Case] = []
+    for layers, m, n in [(2, 20, 40)] if tiny else [(48, 768, 768), (24, 1600, 1600), (24, 2048, 2048)]:
+        x = torch.randn(layers, m, n, device=device)
+        w, half = torch.randn_like(x), (x / n**0.5).half()
+        c = torch.full((layers,), 10.0 / n**0.5, device=device)
+
+        def update(w: Tensor, x: Tensor, method: str) -> None:
+            for k in range(len(x)):
+                w[k].mul_(0.99).sub_(soft_spectral_clip(x[k], 10.0, method=method), alpha=0.01)
+
+        methods: dict[str, Callable[[], object]] = {
+            "kernel": lambda w=w, half=half, c=c, n=n: spectral_clip_step_(
+                w, half, c, table, rate=0.01 * n**0.5, decay=0.01
+            ),
+            "torch minimax": lambda w=w, x=x, update=update: update(w, x, "minimax"),
+            "published steps": lambda w=w, x=x, update=update: update(w, x, "newton_schulz"),
+        }
+        published = float(layers * (4 * m * m * n + 60 * m**3))
+        cases.append((f"spectral_clip {layers}x{m}x{n}", methods, 0.0, published))
+    return cases
+
+
+def fira_cases(device: str, tiny: bool) -> list[Case]:
+    cases: list[Case] = []
+    for batch, a, b, r in [(2, 12, 20, 4)] if tiny else [(48, 768, 768, 192), (24, 768, 3072, 192)]:
+        w, g = (torch.randn(batch, a, b, device=device) for _ in range(2))
+        basis = torch.linalg.qr(torch.randn(batch, a, r, device=device))[0].contiguous()
+        state = [torch.zeros(batch, r, b, device=device) for _ in range(2)]
+        state += [torch.zeros(batch, device=device) for _ in range(2)]
+        lr = torch.tensor(1e-3, device=device)
+        adam = torch.optim.AdamW([torch.nn.Parameter(w.clone())], fused=True)
+        adam.param_groups[0]["params"][0].grad = g
+
+        def reference(w: Tensor, g: Tensor, basis: Tensor, state: list[Tensor], lr: Tensor) -> object:
+            return fira_step_reference(w, g, basis, *state, lr=lr, betas=(0.9, 0.999), **FIRA)
+
+        arguments = (w, g, basis, state, lr)
+        compiled = torch.compile(reference)
+        methods: dict[str, Callable[[], object]] = {
+            "kernel": lambda w=w, g=g, basis=basis, state=state, lr=lr: fira_step(
+                w, g, basis, *state, lr, 0.9, 0.999, **FIRA
+            ),
+            "torch": lambda arguments=arguments, reference=reference: reference(*arguments),
+            "fused AdamW": adam.step,
+        }
+        if device == "cuda":
+            methods["torch.compile"] = lambda arguments=arguments, compiled=compiled: compiled(*arguments)
+        moved = float(4 * batch * (4 * a * b + 9 * r * b))
+        cases.append((f"fira_step {batch}x{a}x{b} r{r}", methods, moved, float(4 * batch * a * b * r)))
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tiny", action="store_true", help="shapes for a trial under the interpreter")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--csv", type=Path, default=HERE / "kernels_gpu.csv")
+    args = parser.parse_args()
+    path = args.csv if args.csv.is_absolute() else HERE / args.csv
+    for make in (softmax_cases, symmetric_cases, clip_cases, fira_cases):
+        for name, methods, moved, operations in make(args.device, args.tiny):
+            reference: float | None = None
+            # torch first: the ratio of every row is against it
+            for method in sorted(methods, key=lambda m: m not in ("torch", "published steps")):
+                keys = {"case": name, "method": method, **environment(args.device)}
+                if known(path, keys):
+                    print("already measured:", name, method)
+                    continue
+                methods[method]()  # compiles
+                best = seconds(methods[method], args.device, 1 if args.tiny else args.repeats)
+                reference = best if method in ("torch", "published steps") else reference
+                row: dict[str, object] = {**keys, "path": backend(args.device), "milliseconds": f"{best * 1e3:.5g}"}
+                row["gb_per_s"] = f"{moved / best / 1e9:.4g}" if moved and best else ""
+                row["tflop_per_s"] = f"{operations / best / 1e12:.4g}" if operations and best else ""
+                row["ratio_to_reference"] = f"{best / reference:.4g}" if reference else ""
+                append(path, row)
+
+
+if __name__ == "__main__":
+    main()
