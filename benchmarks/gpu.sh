@@ -15,7 +15,9 @@ bounded() {  # bounded <command...>: stop at the deadline, which is no failure: 
     local left=$((deadline - SECONDS))
     if ((left < 10)); then echo "out of time before: $*"; exit 75; fi
     local code=0
-    timeout --signal=TERM "$left" "$@" || code=$?
+    timeout --signal=TERM "$left" "$@" &
+    trap 'kill "$!"; exit 75' TERM INT  # a job cut short must not go on measuring beside its successor
+    wait "$!" || code=$?
     if ((code == 124)); then echo "out of time in: $*"; exit 75; fi
     return "$code"
 }

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import DATA, Campaign, made_text
+from campaigns import DATA, Campaign, made_text
 
 from epochal.campaign import load_recipe
 from epochal.cli import main

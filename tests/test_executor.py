@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Campaign, make_campaign
+from campaigns import Campaign, make_campaign
 
 from epochal.campaign import campaign_jobs
 from epochal.records import needed
@@ -140,7 +140,7 @@ def test_a_finished_campaign_has_nothing_to_do_and_sigterm_stops_one_in_flight(
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75, first.text
     assert time.monotonic() - asked < 10
-    assert not first.alive()
+    until(lambda: not first.alive(), "the killed processes to be gone")
     assert "run the same command again" in first.text
     before = results_of(campaign)
     assert len(before) < len(undisturbed)
@@ -162,7 +162,7 @@ def test_killed_at_a_random_moment_it_continues(
     first = start("--checkpoint-every", "0.01s")
     until(has_records(campaign, moment), f"{moment} records")
     first.kill()
-    assert not first.alive()
+    until(lambda: not first.alive(), "the killed processes to be gone")
 
     # The next one loses its parent only: the worker notices and stops by itself.
     second = start("--checkpoint-every", "0.01s")
@@ -198,4 +198,4 @@ def test_a_time_limit_stops_with_75(campaign: Campaign, start: Callable[..., Sta
     first = start("--time-limit", "0.3s", recipe="epoching")
     assert first.wait() == 75, first.text
     assert "run the same command again" in first.text
-    assert not first.alive()
+    until(lambda: not first.alive(), "the killed processes to be gone")

@@ -43,6 +43,7 @@ SPECTRA = {
 }
 # This repository's own ladders; design.md calibrated w64 (0.44M) and w128 (1.48M).
 LADDERS = {
+    "w16": (73_040, 7_504),
     "w32": (160_928, 29_856),
     "w64": (440_768, 178_624),
     "w96": (794_784, 401_568),

@@ -17,7 +17,8 @@ Source: the published code's variant (Fira 1.0.2) with the limiter that a zero n
 notes for the form without a residual.
 """
 
-# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+# The arguments of kernels are Triton's own pointers and numbers.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

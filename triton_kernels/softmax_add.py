@@ -11,7 +11,8 @@ Traffic: torch writes and reads a temporary (N, V); the kernel reads z twice (th
 vocabularies in use) and touches total once.
 """
 
-# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+# The arguments of kernels are Triton's own pointers and numbers.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ p (N, V) float32. Sums are float32 whatever z is.
 Traffic: torch makes about eight passes over (N, V); the kernel reads z and p twice and writes z once.
 """
 
-# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+# The arguments of kernels are Triton's own pointers and numbers.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

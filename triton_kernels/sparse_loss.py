@@ -15,7 +15,8 @@ gradient 0. With ``tail`` the ids of a row are distinct.
 Traffic: z read twice and written once; torch also writes log q and its softmax. Stored targets are K / V of the dense.
 """
 
-# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+# The arguments of kernels are Triton's own pointers and numbers.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

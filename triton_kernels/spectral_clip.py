@@ -15,7 +15,8 @@ m x m x n, where the published code runs 30 whole square ones.
 The update reads X, W and writes W; unfused, H_c(X) is written and read once more.
 """
 
-# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+# The arguments of kernels are Triton's own pointers and numbers.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ Dispatch: small matrices leave half-empty waves of tiles, where cuBLAS wins (fla
 an H800; fused-muon falls back at 1280). Not yet measured by us; `sym_mm_path` says what is taken.
 """
 
-# mypy: disable-error-code="no-untyped-def" -- the kernels' arguments are pointers and numbers of Triton's own
+# The arguments of kernels are Triton's own pointers and numbers.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

@@ -52,18 +52,19 @@ def compute_basis(grad: Tensor, rank: int, side: str, *, method: str, previous: 
         raise ValueError(f"refresh={method!r} is not a way to find a basis; use one of {', '.join(METHODS)}.")
     rank = min(rank, *grad.shape)
     matrix = grad.to(state_dtype(grad.dtype))
-    # Squares of tiny or huge entries leave the range of a float; directions do not depend on the scale.
-    largest = matrix.abs().amax()
-    matrix = matrix / largest.clamp(min=torch.finfo(matrix.dtype).tiny)
     matrix = matrix if side == "left" else matrix.mT
     old = None if previous is None else previous.to(matrix.dtype)
     old = old if old is None or side == "left" else old.mT
+    # Squares of tiny or huge entries leave the range of a float; directions do not depend on the scale.
+    low, high = torch.aminmax(grad)
+    largest = torch.maximum(-low, high).to(matrix.dtype)
+    scale = largest.clamp(min=torch.finfo(matrix.dtype).tiny)
     if method == "svd":
-        new = _svd_vectors(matrix, rank)
+        new = _svd_vectors(matrix / scale, rank)
     elif method == "gram" or old is None:
-        new = _gram_vectors(matrix, rank)
+        new = _gram_vectors(matrix / scale, rank)
     else:
-        new = _iterate(matrix, old)
+        new = _iterate(matrix, scale, old)
     new = new * _signs(new, old)
     if old is not None:
         new = torch.where(largest > 0, new, old)
@@ -81,19 +82,20 @@ def _svd_vectors(matrix: Tensor, rank: int) -> Tensor:
 
 def _gram_vectors(matrix: Tensor, rank: int) -> Tensor:
     """Return the leading left singular vectors (m, r) of a (m, n) matrix."""
+    # Squaring halves the digits of small singular values; where float64 costs little it gives them back.
+    small = min(matrix.shape) <= FLOAT64_ROWS
+    wide = matrix.double() if small else matrix
     if matrix.shape[0] <= matrix.shape[1]:
-        return _leading(matrix, rank)
+        return _leading(wide, rank).to(matrix.dtype)
     # The smaller Gram matrix has the right vectors. G V is orthogonal up to rounding; QR makes it so where it is small.
-    return _orthonormal(matrix @ _leading(matrix.mT, rank))
+    return _orthonormal(wide @ _leading(wide.mT, rank)).to(matrix.dtype)
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors of matrix matrix^T, as columns, the largest eigenvalue first."""
-    # Squaring halves the digits of small singular values; where float64 costs little it gives them back.
-    wide = matrix.double() if matrix.shape[0] <= FLOAT64_ROWS else matrix
     # "U" takes a seventh off LAPACK's time; eigenvalues come ascending.
-    vectors: Tensor = torch.linalg.eigh(wide @ wide.mT, UPLO="U").eigenvectors
-    return vectors[:, -rank:].flip(1).to(matrix.dtype)
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.mT, UPLO="U").eigenvectors
+    return vectors[:, -rank:].flip(1)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
@@ -101,11 +103,11 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return basis
 
 
-def _iterate(matrix: Tensor, old: Tensor) -> Tensor:
+def _iterate(matrix: Tensor, scale: Tensor, old: Tensor) -> Tensor:
     """Return one warm-started power iteration (m, r) with a Rayleigh-Ritz rotation, so that vectors come in order."""
-    start = _orthonormal(matrix @ (matrix.mT @ old))
-    inside = start.mT @ matrix
-    return start @ _leading(inside, old.shape[1])
+    # The factors with r columns are scaled, the matrix is not copied for it.
+    start = _orthonormal(matrix @ ((matrix.mT @ old) / scale) / scale)
+    return start @ _leading((start.mT @ matrix) / scale, old.shape[1])
 
 
 def _signs(new: Tensor, old: Tensor | None) -> Tensor:
