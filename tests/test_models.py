@@ -17,7 +17,7 @@ from epochal.model_size import (
     read_config,
 )
 
-# specs/infinite_compute.md, section 2: total and non-embedding, exact.
+# docs/infinite_compute.md, section 2: total and non-embedding, exact.
 INFINITE_COMPUTE = {
     "ic-150m": (154_147_328, 22_813_184),
     "ic-300m": (299_649_792, 102_648_576),
@@ -26,7 +26,7 @@ INFINITE_COMPUTE = {
     "ic-1.5b": (1_540_732_416, 1_146_729_984),
     "ic-3.2b": (3_243_444_224, 2_718_107_648),
 }
-# specs/fira.md, section 1.4: projected / all, in millions.
+# docs/fira.md, section 1.4: projected / all, in millions.
 FIRA = {
     "fira-60m": (25.3, 58.1),
     "fira-130m": (84.9, 134.1),
@@ -34,7 +34,7 @@ FIRA = {
     "fira-1b": (1207.9, 1339.1),
     "fira-7b": (6476.0, 6738.4),
 }
-# specs/spectra.md, section 2.2: total and non-embedding, in millions.
+# docs/spectra.md, section 2.2: total and non-embedding, in millions.
 SPECTRA = {
     "spectra-160m": (162.2, 85.0),
     "spectra-780m": (779.0, 650.2),

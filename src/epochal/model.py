@@ -130,11 +130,11 @@ def weight_rule(
     initialisation    rule
     ================  ===========================================================================================
     infinite-compute  linear maps and head: 1/sqrt(fan_in), embedding: 1/h, all cut at +-3 sigma and not rescaled
-                      (so the realised deviation is 0.98658 of it); no depth scaling (`specs/infinite_compute.md`,
+                      (so the realised deviation is 0.98658 of it); no depth scaling (`docs/infinite_compute.md`,
                       section 2). A wide model's embedding variance 1/h^2 is below the norm's eps: so it was run.
     normal            N(0, initializer_range) everywhere: transformers' own, and what Fira's configs ask for
     gpt2              the same, but projections into the residual stream by 1/sqrt(2 L): GPT-2, and SPECTRA
-                      (`specs/spectra.md`, section 2.2)
+                      (`docs/spectra.md`, section 2.2)
     ================  ===========================================================================================
 
     Norm weights are 1 in all of them.

@@ -128,7 +128,7 @@ def parameter_counts(config: Mapping[str, Any] | str | Path, *, vocab_size: int 
 
     With V the vocabulary, h the width, L the layers, q = heads x head_dim, k = kv heads x head_dim and f the inner size
     of the MLP, the matrices outside the vocabulary are L(2hq + 2hk + 3hf) and the norms (2L + 1)h. The embedding and
-    the head are V h each, or V h together when they are tied (`specs/infinite_compute.md`, section 2).
+    the head are V h each, or V h together when they are tied (`docs/infinite_compute.md`, section 2).
 
     `config` holds the keys of a model file, or is a name or path for `read_config`; `vocab_size` is the V to count
     with, if not that of the config.

@@ -152,7 +152,7 @@ def test_state_is_plain_tensors_of_the_stated_size(name: str) -> None:
 @every
 def test_bfloat16_weights_keep_float32_state_and_move(name: str) -> None:
     params = parameters(torch.bfloat16)
-    optimizer = OPTIMIZERS[name](params, lr=0.05)
+    optimizer = OPTIMIZERS[name](params, lr=0.5)
     train(optimizer, params, 0, 3)
     for p, p0 in zip(params, parameters(torch.bfloat16), strict=True):
         assert p.dtype == torch.bfloat16 and not torch.equal(p, p0)

@@ -51,7 +51,7 @@ def ademamix_update(
     slow_weight = per_item(1 - slow_decay(step, beta1, beta3, beta3_warmup), gradient).to(gradient.dtype)
     slow = torch.lerp(state["exp_avg_slow"], gradient, slow_weight)
     square = torch.addcmul(state["exp_avg_sq"] * beta2, gradient, gradient, value=1 - beta2)
-    ramp = torch.clamp(step / alpha_warmup, max=1.0) if alpha_warmup else torch.ones_like(step)
+    ramp = torch.clamp(step.double() / alpha_warmup, max=1.0) if alpha_warmup else torch.ones_like(step)
     # One division serves both averages: bias_corrected divides by 1 - b1^t, which the slow one must not see.
     debias = -torch.expm1(step.double() * math.log(beta1)) if beta1 else torch.ones_like(step, dtype=torch.float64)
     mixed = fast + per_item(alpha * ramp * debias, gradient).to(gradient.dtype) * slow
