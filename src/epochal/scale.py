@@ -1,6 +1,7 @@
 """A scale: one TOML file that says on which data, sizes and grids the recipes run; and the Runs it stands for."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from epochal.config import find_config, load_toml
 from epochal.run import AdamW, Distill, Run
@@ -110,7 +111,7 @@ class Scale:
     def run(self, model: str, unique_tokens: int, point: Point, *, seed: int = 0) -> Run:
         """Return the Run of one size, budget and point; `seed` draws the weights and orders the data."""
         return Run(
-            name=f"{model}-{_short(unique_tokens)}-lr{point.lr:g}-ep{point.epochs}-wd{point.wd:g}-s{seed}",
+            name=f"{Path(model).stem}-{_short(unique_tokens)}-lr{point.lr:g}-ep{point.epochs}-wd{point.wd:g}-s{seed}",
             model=model,
             data=self.data,
             unique_tokens=unique_tokens,

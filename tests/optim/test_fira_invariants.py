@@ -170,6 +170,16 @@ def test_the_direction_is_bounded():  # invariant 12
         assert largest <= 7.28
 
 
+@pytest.mark.parametrize("variant", ["code", "paper", "galore"])
+def test_zero_gradients_without_eps_move_nothing(variant):
+    p, v = start((6, 9)), start((5,))
+    optimizer = Fira([{"params": [p], "rank": 3, "alpha": 0.25}, {"params": [v]}], eps=0.0, variant=variant)
+    for _ in range(3):
+        p.grad, v.grad = torch.zeros(6, 9), torch.zeros(5)
+        optimizer.step()
+    assert torch.equal(p, start((6, 9))) and torch.equal(v, start((5,)))
+
+
 # --- limiter -------------------------------------------------------------------------------------------------------
 
 

@@ -87,6 +87,11 @@ def square_sums(matrix: Tensor, side: str) -> Tensor:
     return norms.square()
 
 
+def all_finite(energy: Tensor) -> Tensor:
+    """Return (B,) booleans for `square_sums` of B matrices: false for a NaN, an infinity, or squares that overflow."""
+    return energy.flatten(1).sum(1) < torch.inf
+
+
 def adam_direction_(
     gradient: Tensor, state: State, weights: tuple[Tensor, Tensor], eps: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -253,6 +258,8 @@ class Fira(MatrixOptimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if "rank" in group:
+            logger.info("Fira projects %d matrices to rank %d", len(self.param_groups[-1]["params"]), group["rank"])
         self._forget_clock()
 
     def _forget_clock(self) -> None:
@@ -320,7 +327,7 @@ class Fira(MatrixOptimizer):
         assert p.grad is not None
         state = self.state[p]
         side = projected_side(p.shape, group["proj_type"])
-        if not bool(torch.isfinite(square_sums(p.grad.to(state_dtype(p.dtype)), side)).all()):
+        if not bool(all_finite(square_sums(p.grad.to(state_dtype(p.dtype)).unsqueeze(0), side))):
             del self._clock[p]  # the step will be skipped, and this refresh is due again at the next
             return
         old = state["basis"]
@@ -351,7 +358,7 @@ class Fira(MatrixOptimizer):
         state = {name: stack([one[name] for one in states]) for name in states[0]}
         form = _form(parameters[0], group)
         energy = square_sums(gradients, form.side)
-        finite = energy.flatten(1).sum(1) < torch.inf  # false for NaN, too
+        finite = all_finite(energy)
         self.skipped += (~finite).sum().to(self.skipped.device)
         # Looking is free on a CPU and a sync elsewhere; without a look the step masks what may not be finite.
         clean = finite.device.type == "cpu" and bool(finite.all())
@@ -485,5 +492,4 @@ def fira_param_groups(
     taken = {id(p) for p in chosen}
     others = [p for _, p in named if id(p) not in taken]
     keys = {"rank": rank, "update_proj_gap": update_proj_gap, "alpha": alpha, "proj_type": proj_type}
-    logger.info("Fira projects %d matrices (%s); %d other tensors get Adam", len(chosen), matched, len(others))
     return [{"params": others}, {"params": chosen, "matched": matched, **keys}]

@@ -272,7 +272,7 @@ def schedule(level: int, iterations: int | None) -> tuple[tuple[float, float, fl
         low, high = 1 - error, 1 + error
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _padded_schedules(iterations: int | None) -> Tensor:
     """Stack the schedules of all levels (LEVELS, K, 3); a step (1, 0, 0) does nothing."""
     rows = [schedule(level, iterations) for level in range(1, LEVELS + 1)]
