@@ -1,8 +1,8 @@
 """Do nominal 90% intervals of a law's constants cover the truth in 90% of cases?
 
 Draws synthetic laws `E + A / x**alpha` with constants and noise like those of real records, fits each with every
-interval construction, and counts. Run: `python benchmarks/laws.py` (some ten minutes on one core), `--laws 5` for a
-glance. The default, 40 laws in each of 15 combinations of sizes and seeds, is 600 laws for every kind of noise.
+interval construction, and counts. Run: `python benchmarks/laws.py` (some ten minutes on one core), `--laws 5 --out FILE` for
+a glance; an interrupted run goes on where it stopped. The default, 40 laws in each of 15 combinations of sizes and seeds, is 600 laws for every kind of noise.
 
 Noise, each with its reason: `constant` 0.001 to 0.01 nats (seeds of one size); `excess` 1% of the excess over the
 limit; `sizes` 0.004 nats per size that all its seeds share (tuning on a grid, model shape) and 0.002 per seed. Every
@@ -105,30 +105,47 @@ def study_joint(laws: int, sizes: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+def load(path: Path) -> list[dict[str, object]]:
+    """The finished rows of an earlier, interrupted run; pooled rows are made anew."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return [dict(row) for row in csv.DictReader(file) if row["sizes"] != "all"]
+
+
+def save(path: Path, rows: list[dict[str, object]]) -> None:
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--laws", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="rows that are already there are kept: delete to start anew"
+    )
     arguments = parser.parse_args()
     where = {
         "machine": platform.machine(), "numpy": np.__version__, "scipy": scipy.__version__,
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    rows = []
-    for noise in NOISES:
-        for sizes in SIZES:
-            for seeds in SEEDS:
-                rows.append(study(arguments.laws, sizes, seeds, noise) | where)
-                print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-    rows += [pooled(rows, noise) | where for noise in NOISES]
-    for sizes in (4, 5, 6):
-        rows.append(study_joint(2 * arguments.laws, sizes) | where)
-        print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = load(arguments.out)
+    done = {tuple(str(row[key]) for key in ("form", "sizes", "seeds", "noise")) for row in rows}
+    jobs = [("power", m, s, noise) for noise in NOISES for m in SIZES for s in SEEDS]
+    jobs += [("nested K then N", m, 1, "constant") for m in (4, 5, 6)]
+    for form, sizes, seeds, noise in jobs:
+        if (form, str(sizes), str(seeds), noise) in done:
+            continue
+        power = form == "power"
+        row = study(arguments.laws, sizes, seeds, noise) if power else study_joint(arguments.laws, sizes)
+        rows.append(row | where)
+        print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+        save(arguments.out, rows)
+    single = [row for row in rows if row["form"] == "power"]
+    save(arguments.out, rows + [pooled(single, noise) | where for noise in NOISES])
 
 
 if __name__ == "__main__":
