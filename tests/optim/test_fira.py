@@ -11,7 +11,7 @@ import torch
 from fira_oracle import difference, drive, movement, spread_gradients, start
 
 import epochal.optim.fira as fira_module
-from epochal.optim.fira import Fira, Form, Hyper, fira_param_groups, fira_step_
+from epochal.optim.fira import Fira, Form, fira_param_groups, fira_step_, make_hyper
 
 STEPS, GAP, RANK = 30, 10, 8
 SHAPES = [(48, 32), (32, 48), (32, 32), (24,)]
@@ -396,9 +396,9 @@ def problem(side, batch=2, dtype=torch.float32, m=6, n=10, r=3, seed=0):
     return noise(batch, m, n), noise(batch, m, n), state
 
 
-def hyper(lr=1e-2, alpha=0.25, dtype=torch.float32):
-    exact = [torch.tensor(v, dtype=torch.float64) for v in (lr, alpha, 0.9, 0.999, 0.1)]
-    return Hyper(*exact, *(torch.tensor(v, dtype=dtype) for v in (0.1, 0.001, 1e-6, 1.01)))
+def hyper(lr=1e-2, alpha=0.25):
+    group = {"lr": lr, "alpha": alpha, "betas": (0.9, 0.999), "eps": 1e-6, "gamma": 1.01, "weight_decay": 0.1}
+    return make_hyper(group, torch.zeros(()))
 
 
 @pytest.mark.parametrize("variant", ["code", "paper", "galore"])
@@ -461,6 +461,22 @@ def test_masks_change_nothing_where_all_is_finite_and_everything_stays_where_not
     for name, value in masked[2].items():
         assert torch.equal(value[1], before[1][name][1]), name
         torch.testing.assert_close(value[0], plain[2][name][0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_new_learning_rate_is_seen_at_once(tensor):
+    gradients = spread_gradients((8, 12), 2)
+    p, q = start((8, 12)), start((8, 12))
+    optimizer = Fira(group(p, rank=4), lr=torch.tensor(1e-2) if tensor else 1e-2)
+    drive(optimizer, p, gradients[:1])
+    if tensor:
+        optimizer.param_groups[0]["lr"].fill_(0.0)
+    else:
+        optimizer.param_groups[0]["lr"] = 0.0
+    after = p.detach().clone()
+    assert difference(drive(optimizer, p, gradients[1:]), [after]) == 0
+    assert difference(drive(Fira(group(q, rank=4), lr=1e-2), q, gradients[:1]), [after]) <= 1e-8
+    assert optimizer.state[p]["step"] == 2
 
 
 def test_closure_may_call_backward():

@@ -47,21 +47,24 @@ logger = logging.getLogger(__name__)
 
 
 class Hyper(NamedTuple):
-    """Hyper-parameters as 0-d tensors, so that a new value recompiles nothing.
+    """What the hyper-parameters come to, as 0-d tensors, so that a new value recompiles nothing.
 
-    Those that meet matrices have the state's dtype, the others float64. The moments' weights are 1 - beta, taken from
-    the Python number: 1 - 0.999 in float32 is off by 5e-5.
+    `lr`, `low_lr` = lr alpha and the betas are float64; the others meet matrices and have the state's dtype: the
+    moments' weights 1 - beta (from the Python numbers: 1 - 0.999 in float32 is off by 5e-5), `removed` = alpha
+    (2 - alpha), `decay` = 1 - lr wd, and `eps`, never 0, so that a zero gradient has a direction.
     """
 
     lr: Tensor
-    alpha: Tensor
+    low_lr: Tensor
     beta1: Tensor
     beta2: Tensor
-    weight_decay: Tensor
     mean_weight: Tensor
     square_weight: Tensor
     eps: Tensor
+    alpha: Tensor
+    removed: Tensor
     gamma: Tensor
+    decay: Tensor
 
 
 class Form(NamedTuple):
@@ -97,13 +100,13 @@ def adam_direction_(
 ) -> tuple[Tensor, Tensor]:
     """Update exp_avg, exp_avg_sq in place; return N = M / (sqrt(V) + eps) and the squared gradient.
 
-    No bias correction in N; it is 0 where both moments are 0, even for eps = 0.
+    No bias correction in N.
     """
     squares = gradient * gradient
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     mean.lerp_(gradient, weights[0])
     square.lerp_(squares, weights[1])
-    return torch.div(mean, square.sqrt().add_(eps.clamp(min=1e-30))), squares
+    return torch.div(mean, square.sqrt().add_(eps)), squares
 
 
 def bias_correction(step: Tensor, hyper: Hyper, wanted: bool) -> Tensor:
@@ -158,7 +161,7 @@ def fira_factors_(
     correction = bias_correction(state["step"], hyper, form.correct_bias)
     if finite is not None:
         correction = torch.where(finite, correction, 0.0)  # 0/0 before the first step
-    whole = per_item(hyper.lr * hyper.alpha * correction, low).to(dtype)
+    whole = per_item(hyper.low_lr * correction, low).to(dtype)
     if form.variant == "galore":
         return direction.mul_(whole), energy
 
@@ -166,14 +169,14 @@ def fira_factors_(
     scale = residual_scale(direction, inside, form)
     if form.variant == "paper":
         scale = scale * per_item(correction, low).to(dtype)
-        rest, outer = energy - inside, (hyper.lr * hyper.alpha).expand_as(correction)
+        rest, outer = energy - inside, hyper.low_lr.expand_as(correction)
     else:
-        rest, outer = energy - (hyper.alpha * (2 - hyper.alpha)).to(dtype) * inside, hyper.lr * correction
+        rest, outer = energy - hyper.removed * inside, hyper.lr * correction
     norm = (scale.square() * rest.clamp_(min=0)).sum((-2, -1)).sqrt()
     divisor, kept = limit(norm, state["limiter"], first, hyper.gamma, form.limiter)
     state["limiter"].copy_(kept if finite is None else torch.where(finite, kept, state["limiter"]))
     factor = scale * per_item(outer / divisor, scale).to(dtype)
-    share = factor if form.variant == "paper" else factor * hyper.alpha.to(dtype)
+    share = factor if form.variant == "paper" else factor * hyper.alpha
     return direction.mul_(whole).addcmul_(low, share, value=-1), factor
 
 
@@ -203,8 +206,7 @@ def fira_step_(
     if form.variant != "galore":
         weight.addcmul_(gradient, factor, value=-1)
     if form.decays:
-        decay = (1 - hyper.lr * hyper.weight_decay).to(weight.dtype)
-        weight.mul_(decay if finite is None else per_item(torch.where(finite, decay, 1.0), weight))
+        weight.mul_(hyper.decay if finite is None else per_item(torch.where(finite, hyper.decay, 1.0), weight))
 
 
 # --- the class -----------------------------------------------------------------------------------------------------
@@ -265,6 +267,7 @@ class Fira(MatrixOptimizer):
     def _forget_clock(self) -> None:
         # An upper bound of each matrix' completed steps, known without asking the device; see `_due`.
         self._clock: dict[Tensor, int] = {}
+        self._last_hyper: tuple[tuple[Any, ...], Hyper] | None = None
         matrices = [p for group in self.param_groups if "rank" in group for p in group["params"]]
         self._place = {p: (index, len(matrices)) for index, p in enumerate(matrices)}
 
@@ -362,7 +365,7 @@ class Fira(MatrixOptimizer):
         self.skipped += (~finite).sum().to(self.skipped.device)
         # Looking is free on a CPU and a sync elsewhere; without a look the step masks what may not be finite.
         clean = finite.device.type == "cpu" and bool(finite.all())
-        hyper = _hyper(group, weights)
+        hyper = self._hyper(group, weights)
         fira_step_(weights, gradients, state, hyper, form, energy=energy, finite=None if clean else finite)
         if group["stochastic_rounding"] and kept == torch.bfloat16:
             weights = round_stochastically(weights)
@@ -373,16 +376,25 @@ class Fira(MatrixOptimizer):
                 if name != "basis":
                     torch._foreach_copy_([one[name] for one in states], list(value.unbind(0)))
 
+    def _hyper(self, group: Group, like: Tensor) -> Hyper:
+        # The same for all matrices of a group in a step; eleven fills are much for a small one.
+        names = ("lr", "betas", "eps", "weight_decay", "gamma")
+        key = (*(group[name] for name in names), group.get("alpha"), like.device, like.dtype)
+        if isinstance(group["lr"], Tensor):  # its value may change in place
+            return make_hyper(group, like)
+        if self._last_hyper is None or self._last_hyper[0] != key:
+            self._last_hyper = (key, make_hyper(group, like))
+        return self._last_hyper[1]
+
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
         """Return Adam's (U, new state) of a bucket that is not projected."""
-        hyper = _hyper(group, gradients)
+        hyper = self._hyper(group, gradients)
         new = {name: value.clone() for name, value in state.items()}
         step = new["step"].add_(1)
         direction, _ = adam_direction_(gradients, new, (hyper.mean_weight, hyper.square_weight), hyper.eps)
         factor = bias_correction(step, hyper, group["correct_bias"])
         # The published code decays the updated weight, (1 - lr wd)(W - lr U); the base class decays only W.
-        factor = factor * (1 - hyper.lr * hyper.weight_decay)
-        return direction.mul_(per_item(factor, direction)), new
+        return direction.mul_(per_item(factor, direction) * hyper.decay), new
 
 
 def _split(bucket: list[Tensor]) -> list[list[Tensor]]:
@@ -396,11 +408,13 @@ def _form(p: Tensor, group: Group) -> Form:
     return Form(side, group["variant"], group["scaling"], limiter, group["correct_bias"], group["weight_decay"] != 0)
 
 
-def _hyper(group: Group, like: Tensor) -> Hyper:
-    beta1, beta2 = group["betas"]
+def make_hyper(group: Group, like: Tensor) -> Hyper:
+    """Return a group's numbers beside `like`, in its dtype where they meet matrices."""
+    lr, alpha, (beta1, beta2) = group["lr"], group.get("alpha", 1.0), group["betas"]
     gamma = 1.0 if group["gamma"] is None else group["gamma"]
-    exact = (group["lr"], group.get("alpha", 1.0), beta1, beta2, group["weight_decay"])
-    broad = (1 - beta1, 1 - beta2, group["eps"], gamma)
+    exact = (lr, lr * alpha, beta1, beta2)
+    decay = 1 - lr * group["weight_decay"]
+    broad = (1 - beta1, 1 - beta2, max(group["eps"], 1e-30), alpha, alpha * (2 - alpha), gamma, decay)
     scalars = [_scalar(value, like.device, torch.float64) for value in exact]
     return Hyper(*scalars, *(_scalar(value, like.device, like.dtype) for value in broad))
 
