@@ -1,9 +1,9 @@
 """Do nominal 90% intervals of a law's constants cover the truth in 90% of cases?
 
 Draws synthetic laws `E + A / x**alpha` with constants and noise like those of real records, fits each with every
-interval construction, and counts. Run: `python benchmarks/laws.py` (some ten minutes on one core), `--laws 5 --out FILE` for
-a glance; an interrupted run goes on where it stopped. The default, 40 laws in each of 15 combinations of sizes and
-seeds, is 600 laws for every kind of noise.
+interval construction, and counts. Run: `python benchmarks/laws.py` (some fifteen minutes on one core; an interrupted
+run goes on where it stopped), `--laws 5 --out FILE` for a glance. The default, 40 laws in each of 15 combinations of
+sizes and seeds, is 600 laws for every kind of noise.
 
 Noise, each with its reason: `constant` 0.001 to 0.01 nats (seeds of one size); `excess` 1% of the excess over the
 limit; `sizes` 0.004 nats per size that all its seeds share (tuning on a grid, model shape) and 0.002 per seed. Every

@@ -3,20 +3,21 @@
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from epochal.campaign import campaign_jobs, load_recipe, outlook, recipe_names
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
-from epochal.report import Section
+from epochal.report import Section, write_report
 from epochal.run import Ensemble, Job, Run, Samples, fingerprint
 from epochal.scale import Scale, load_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted(path.stem for path in (ROOT / "configs" / "scales").glob("*.toml"))
 CHAIN = ("epoching", "heavy_weight_decay", "ensembling", "distillation")
-SIZES = {"w16": 4e4, "w32": 1e5, "w64": 3e5, "w128": 1.2e6}
+SIZES = {"w16": 4e4, "w32": 1e5, "w64": 3e5, "w96": 6e5, "w128": 1.2e6}
 
 
 def made_up_loss(job: Run) -> float:
@@ -25,6 +26,7 @@ def made_up_loss(job: Run) -> float:
     window = math.log(job.tau / 0.35) if math.isfinite(job.tau) else 4.0
     epochs = math.log2(job.epochs / 16)
     gain = 0.3 if job.distill else 0.0
+    gain -= 20 * job.unique_tokens**-0.4  # more text is better
     return 4.0 + 30 * size**-0.4 + 0.02 * window**2 * size**0.1 + 0.03 * epochs**2 - gain + 0.001 * job.init_seed
 
 
@@ -40,12 +42,15 @@ def made_up_record(job: Job, records: Records) -> Record:
             losses = [member.loss for member in found if member is not None]
             assert len(losses) == len(job.runs)
             mean, count = sum(losses) / len(losses), len(losses)
-            curve = {k: [mean - 0.3 * (1 - 1 / k)] * (1 if k == count else count) for k in range(1, count + 1)}
+            curve = {
+                k: [mean - 0.3 * (1 - 1 / k) + 0.003 * math.sin(7 * k + len(job.name))] * (1 if k == count else count)
+                for k in range(1, count + 1)
+            }
             results = {
                 "loss": curve[count][0],
                 "curve": {str(k): values for k, values in curve.items()},
                 "members": count,
-                "parameters": count,
+                "parameters": sum(int(member.results["parameters"]) for member in found if member is not None),
             }
     return Record(job, fingerprint(job), "done", results)
 
@@ -204,3 +209,20 @@ def test_every_scale_loads_and_is_priced_in_a_second(name: str, tmp_path: Path) 
     assert view.today.flops > 0
     assert view.later.jobs > 0
     assert not needed([], records)
+
+
+def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path: Path) -> None:
+    """With four budgets and four ensembled sizes there are data-efficiency multiples and a double limit."""
+    scale = replace(load_scale("micro"), seeds=1)
+    for _ in simulate(workspace, "data_efficiency", scale):
+        pass
+    records = load_records(workspace)
+    sections = {name: load_recipe(name).report(records, scale) for name in ("ensembling", "data_efficiency")}
+    assert any("double limit" in claim.text for claim in sections["ensembling"].claims)
+    multiples = [claim for claim in sections["data_efficiency"].claims if claim.value.endswith("x")]
+    assert len(multiples) == 3  # tuned decay, ensemble, student
+    write_report(list(sections.values()), tmp_path / "report", title="made up")
+    assert {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")} >= {
+        "data-efficiency",
+        "loss-against-data",
+    }

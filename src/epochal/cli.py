@@ -212,9 +212,11 @@ def train(
         record = execute(job, orders)
     except Stopped as stop:
         print(f"epochal: {stop}; run again to continue.", file=sys.stderr)
-        raise typer.Exit(EXIT_STOPPED) from None
-    if record is not None:
-        print(f"{write_record(orders.workspace, record)}: {record.status}, loss {record.loss:.4f}")
+        _leave(EXIT_STOPPED)
+    else:
+        if record is not None:
+            print(f"{write_record(orders.workspace, record)}: {record.status}, loss {record.loss:.4f}")
+        _leave(0)
 
 
 @app.command(name="eval")
@@ -305,6 +307,22 @@ def doctor() -> None:
     from epochal.doctor import examine
 
     raise typer.Exit(examine())
+
+
+def _leave(code: int) -> None:
+    """End this process; one of several at once, without tearing anything down.
+
+    The destructor of a gloo group joins threads that may wait for the interpreter this thread holds: it can hang.
+    """
+    import os
+
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 def _workspace(scale: str, results: Path, work: Path) -> "Workspace":

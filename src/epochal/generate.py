@@ -88,7 +88,9 @@ def member_records(source: str, records: Records) -> list[Record]:
 def load_model(workspace: Workspace, name: str) -> Any:
     """Load the finished model of a run in evaluation mode; raises ValueError when its folder is missing."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = workspace.folder(name) / "model"
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; run {name!r} again to make its weights.")

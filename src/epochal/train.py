@@ -136,14 +136,14 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             _save(run, workspace, accelerator, model, optimizer, progress)
             saved = time.monotonic()
         if reason and progress.step < run.steps:
-            accelerator.end_training()
+            _end(accelerator)
             raise Stopped(f"{run.name} at step {progress.step} of {run.steps}: {reason}")
 
     # --- record ----------------------------------------------------------------------------------------------------
     hours = (time.monotonic() - started) / 3600
     test = store.sequences("test", run.sequence_length) if store.meta["tokens"]["test"] >= run.sequence_length else None
     test_loss = evaluate(model, test, accelerator) if test is not None and not progress.diverged else None
-    accelerator.end_training()
+    _end(accelerator)
     if not accelerator.is_main_process:
         return None
     if not progress.diverged:
@@ -357,6 +357,13 @@ def _save(
     state = progress.state(accelerator)
     if accelerator.is_main_process:
         save_checkpoint(workspace.folder(run.name) / "checkpoints", progress.step, model, optimizer, state)
+    accelerator.wait_for_everyone()
+
+
+def _end(accelerator: Accelerator) -> None:
+    """Close the trackers and wait for all. The process group stays: a worker may train another run in it."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
 
 

@@ -150,7 +150,7 @@ def compare(dtype: torch.dtype, steps: int, tolerance: float, **o: Any) -> None:
         ours.step()
         published.step([g.float().double() for g in gradients], now)
     moved = max(float((w - s).abs().max()) for w, s in zip(published.w, start, strict=True))
-    worst = max(float((p.double() - w).abs().max()) for p, w in zip(params, published.w, strict=True))
+    worst = max(float((p.detach().double() - w).abs().max()) for p, w in zip(params, published.w, strict=True))
     print(f"{o} {dtype}: {worst / moved:.1e} of {tolerance}")
     assert worst <= tolerance * moved
 
@@ -298,7 +298,7 @@ def test_17_a_large_threshold_leaves_the_base(dtype: torch.dtype) -> None:
     """Wide and square: the same trajectory; tall: the update times alpha (no decay, so movements are proportional)."""
     shapes = ((5, 9), (7, 7), (12, 3))
     start = [normal(i, *s) for i, s in enumerate(shapes)]
-    ours = [torch.nn.Parameter(w.to(dtype)) for w in start]
+    ours = [torch.nn.Parameter(w.to(dtype, copy=True)) for w in start]
     theirs = [torch.nn.Parameter(w.clone()) for w in start]
     spectra = Spectra(ours, 1e-2, clip=1e6, weight_decay=0.0)
     adam = torch.optim.AdamW(theirs, 1e-2, betas=(0.9, 0.95), weight_decay=0.0)
