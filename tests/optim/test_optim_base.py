@@ -210,7 +210,7 @@ def test_closure_and_a_plain_loop_learns(name: str) -> None:
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(40)]
+    losses = [float(optimizer.step(closure).detach()) for _ in range(40)]
     assert losses[-1] < 0.95 * losses[0]
 
 

@@ -2,7 +2,8 @@
 
 Section 7 of the companion notes to "Pre-training under infinite compute": fit a K law per N, take the limits, fit an
 N law through them. The interval carries both levels: the outer profile interval (scatter between sizes), widened to the
-spread of the outer limit when every inner limit is drawn from its own confidence distribution.
+spread of the outer limit when every inner limit is drawn from its own confidence distribution. That is on the safe
+side: it covered in 97% to 100% of synthetic grids, the outer interval alone in 82% to 90% (`benchmarks/laws.csv`).
 """
 
 from collections.abc import Mapping
