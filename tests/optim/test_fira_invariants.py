@@ -378,6 +378,15 @@ def test_methods_agree_vector_by_vector():
                 assert (basis - exact).abs().max() <= 1e-5  # the signs of the previous basis, too
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e30])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scale_of_a_gradient_does_not_matter(method, scale):  # its squares are outside float32
+    g = spread_gradients((140, 150), 1, scale=1.0)[0]
+    previous = compute_basis(g, 6, "left", method="svd")
+    basis = compute_basis((g.double() * scale).float(), 6, "left", method=method, previous=previous)
+    assert (basis - previous).abs().max() <= 1e-5
+
+
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="qr"):
         compute_basis(torch.ones(3, 4), 2, "left", method="qr")

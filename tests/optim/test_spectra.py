@@ -203,6 +203,16 @@ def test_upstream_vector_rule_jumps_and_ours_does_not() -> None:
         assert (abs(moved[0] - moved[1]) > 0.2) is jump
 
 
+@pytest.mark.parametrize("base", ["signum", "sgdm"])
+def test_upstream_momentum_starts_at_the_decayed_weights(base: str) -> None:
+    p = torch.nn.Parameter(normal(0, 4, 6))
+    start = p.detach().clone()
+    optimizer = Spectra([p], 0.5, base=base, compat="upstream", weight_decay=0.4, momentum=0.9)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.allclose(optimizer.state[p]["momentum_buffer"], 0.9 * (1 - 0.2) * start)
+
+
 # --- thresholds -------------------------------------------------------------------------------------------------------
 
 

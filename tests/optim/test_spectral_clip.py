@@ -86,6 +86,22 @@ def test_minimax_within_one_percent_and_below_the_threshold(rows: int, columns: 
         assert norm2(out) <= 10.0 * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("method", ["exact", "auto"])
+@pytest.mark.parametrize("decades", [4, 5, 6, 7, 9, 12, 18])
+def test_exact_and_auto_change_arithmetic_in_time(method: str, decades: int) -> None:
+    """Up to the conditions where every cheaper arithmetic has lost the small singular values."""
+    s = 10.0 * torch.logspace(decades / 2, decades / 2 - 4, 24, dtype=F64)
+    for dtype in (F64, F32):
+        x = with_spectrum(decades, 24, 40, s).to(dtype)
+        assert rel(soft_spectral_clip(x, 10.0, method=method), truth(x, 10.0)) <= (1e-2 if method == "auto" else 2e-5)
+        assert norm2(soft_spectral_clip(x, 10.0, method=method)) <= 10.0 * (1 + 1e-4)
+    # In float64 each direction by itself, the ones far below c and 1e-9 of the largest too.
+    s = torch.tensor([1e5, 1e2, 1.0, 1e-2, 1e-4], dtype=F64)
+    left, _, right = torch.linalg.svd(normal(decades, 5, 9), full_matrices=False)
+    got = (left.mT @ soft_spectral_clip((left * s) @ right, 0.1, method="exact") @ right.mT).diagonal()
+    assert torch.allclose(got, s / torch.sqrt(1 + (s / 0.1) ** 2), rtol=1e-6, atol=1e-10)
+
+
 @few
 @given(side, side, seeds, st.floats(0.02, 4))
 def test_13_minimax_moves_no_singular_value_by_more_than_designed(

@@ -272,12 +272,8 @@ class Fira(MatrixOptimizer):
         self._place = {p: (index, len(matrices)) for index, p in enumerate(matrices)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch calls this when a state is loaded, copied or unpickled: each may change the counts.
         super().__setstate__(state)
-        self._forget_clock()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load plain tensors (`torch.load(..., weights_only=True)`), each in the dtype it was saved in."""
-        super().load_state_dict(state_dict)
         self._forget_clock()
 
     def init_state(self, parameter: Tensor, group: Group) -> State:

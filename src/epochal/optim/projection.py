@@ -50,7 +50,6 @@ def compute_basis(grad: Tensor, rank: int, side: str, *, method: str, previous: 
     """
     if method not in METHODS:
         raise ValueError(f"refresh={method!r} is not a way to find a basis; use one of {', '.join(METHODS)}.")
-    rank = min(rank, *grad.shape)
     matrix = grad.to(state_dtype(grad.dtype))
     matrix = matrix if side == "left" else matrix.mT
     old = None if previous is None else previous.to(matrix.dtype)

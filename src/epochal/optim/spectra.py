@@ -170,17 +170,8 @@ class Spectra(MatrixOptimizer):
         compat: str | None = None,
         **hyper: Any,
     ) -> None:
-        if base not in BASES:
-            raise ValueError(f"base={base!r} is not offered; use one of {', '.join(BASES)}.")
-        if compat not in (None, "upstream"):
-            raise ValueError(f"compat={compat!r} names no published code; use 'upstream' or leave it out.")
-        self.rule, self.compat, self.grad_clip = BASES[base], compat, grad_clip
+        self.rule, self.compat, self.grad_clip = _checked_rule(base, compat, hyper), compat, grad_clip
         self.selected: dict[Tensor, bool] = {}
-        unknown = sorted(set(hyper) - set(self.rule.defaults))
-        if unknown:
-            raise ValueError(
-                f"base={base!r} has no hyper-parameter {unknown[0]!r}; it has {', '.join(self.rule.defaults)}."
-            )
         if compat == "upstream" and method == "auto":
             method = "newton_schulz"
         if compat == "upstream" and base_lr is None:
@@ -303,6 +294,19 @@ class Spectra(MatrixOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         mine = {name: getattr(self, name) for name in ("rule", "compat", "grad_clip", "selected")}
         return {**super().__getstate__(), **mine}
+
+
+def _checked_rule(base: str, compat: str | None, hyper: Group) -> Rule:
+    """Return the base by its name; raise ValueError for a name or a hyper-parameter that does not exist."""
+    if base not in BASES:
+        raise ValueError(f"base={base!r} is not offered; use one of {', '.join(BASES)}.")
+    if compat not in (None, "upstream"):
+        raise ValueError(f"compat={compat!r} names no published code; use 'upstream' or leave it out.")
+    known = BASES[base].defaults
+    for name in hyper:
+        if name not in known:
+            raise ValueError(f"base={base!r} has no hyper-parameter {name!r}; it has {', '.join(known)}.")
+    return BASES[base]
 
 
 def _select(group: Group) -> list[bool]:
