@@ -281,6 +281,13 @@ def _padded_schedules(iterations: int | None) -> Tensor:
     return torch.tensor([row + (idle,) * (longest - len(row)) for row in rows], dtype=torch.float64)
 
 
+def _minimax_bound(x: Tensor, gram: Tensor, square: Tensor) -> Tensor:
+    """Bound ||X X^T||_2; for a square X without row sums, which are others for X^T X and would tell X from its transpose."""
+    if x.shape[-2] == x.shape[-1]:
+        return _frobenius(square).sqrt().clamp(min=1e-30)
+    return gram_bound(gram, square)
+
+
 def _minimax(x: Tensor, c: Tensor, *, iterations: int | None, dtype: torch.dtype | None) -> Tensor:
     """Choose arithmetic and step count of each matrix from its bound, then iterate."""
     compiling = torch.compiler.is_compiling()
@@ -290,7 +297,7 @@ def _minimax(x: Tensor, c: Tensor, *, iterations: int | None, dtype: torch.dtype
     gram = y @ y.mT
     square = gram @ gram
     # The bound was computed with rounding, in products that were rounded; a little more is still a bound.
-    bound = gram_bound(gram, square) * (1 + 8 * torch.finfo(y.dtype).eps)
+    bound = _minimax_bound(y, gram, square) * (1 + 8 * torch.finfo(y.dtype).eps)
     level = torch.ceil(torch.log2(1 + bound / (c * c))).clamp(1, LEVELS).long()
     if compiling:
         coefficients = _padded_schedules(iterations).to(x.device)[level - 1]
