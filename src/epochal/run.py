@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from epochal.config import find_config, to_table
+from epochal.model_size import model_path
 
 ORDERS = ("documents", "sequences", "fixed")
 SCHEDULES = ("cosine", "wsd")
@@ -207,7 +208,7 @@ def fingerprint(job: Job) -> str:
     meaning = {"kind": type(job).__name__, **_non_defaults(job)}
     meaning.pop("name")
     if isinstance(job, Run):
-        meaning["model"] = config_hash(find_config("models", job.model, ".json"))
+        meaning["model"] = config_hash(model_path(job.model))
         meaning["data"] = config_hash(find_config("data", job.data, ".toml"))
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 

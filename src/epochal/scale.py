@@ -55,11 +55,10 @@ class Students:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What `plan` prices with: training FLOP/s that one device really reaches, devices per job, its name."""
+    """What `plan` prices with: a device by name, and the training FLOP/s that it really reaches."""
 
     device: str
     flops: float
-    devices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,16 +216,21 @@ class Progress:
     def mean_loss(self, accelerator: Accelerator) -> float:
         """Return the mean training loss since the last call, over all processes."""
         if self._count:
-            total = accelerator.reduce(self._sum, "mean") if accelerator.num_processes > 1 else self._sum
-            self.train_loss = float(total) / self._count
+            self.train_loss = self._total(accelerator) / self._count
             self._sum, self._count = 0.0, 0
         assert self.train_loss is not None
         return self.train_loss
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:
         """Return what `Progress(**state)` needs to go on as if nothing had happened; the step is the checkpoint's."""
-        total = accelerator.reduce(self._sum, "mean") if self._count and accelerator.num_processes > 1 else self._sum
-        return {"curve": self.curve, "train_loss": self.train_loss, "_sum": float(total), "_count": self._count}
+        total = self._total(accelerator)
+        return {"curve": self.curve, "train_loss": self.train_loss, "_sum": total, "_count": self._count}
+
+    def _total(self, accelerator: Accelerator) -> float:
+        """Return the sum of the losses since the last log, the mean over processes."""
+        if self._count and accelerator.num_processes > 1:
+            return float(accelerator.reduce(self._sum, "mean"))
+        return float(self._sum)
 
     def results(self) -> dict[str, Any]:
         """Return the results of a record: nats per token, steps; None where the run diverged."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compiling import CountGraphs
 from torch import Tensor
 
 from epochal.optim import AdEMAMix, Lion, Mars, Muon, Signum, Spectra
@@ -263,14 +264,7 @@ def test_update_functions_compile_whole_and_once(name: str) -> None:
     optimizer = OPTIMIZERS[name](params)
     fill(params, 0)
     optimizer.step()
-    graphs = 0
-
-    def backend(graph, inputs):
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
-    torch._dynamo.reset()
+    backend = CountGraphs()
     group = optimizer.param_groups[0]
     compiled = torch.compile(lambda p, g, s: optimizer.update(p, g, s, group), fullgraph=True, backend=backend)
     for step in range(1, 4):
@@ -281,4 +275,4 @@ def test_update_functions_compile_whole_and_once(name: str) -> None:
         assert torch.allclose(got, want, atol=1e-5)
         assert all(torch.allclose(got_state[key], want_state[key]) for key in want_state)
         train(optimizer, params, step, step + 1)
-    assert graphs == 1
+    assert backend.graphs == 1

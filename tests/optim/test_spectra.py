@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import CountGraphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -495,14 +496,7 @@ def test_selecting_nothing_is_refused() -> None:
 def test_update_compiles_whole_and_once() -> None:
     params = [torch.nn.Parameter(normal(i, 6, 9, dtype=F32)) for i in range(2)]
     optimizer = Spectra(params, torch.tensor(1e-2), clip=0.7, warmup_steps=3, method="minimax")
-    graphs = 0
-
-    def backend(graph, inputs):
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
-    torch._dynamo.reset()
+    backend = CountGraphs()
     group = optimizer.param_groups[0]
     compiled = torch.compile(lambda p, g, s: optimizer.update(p, g, s, group), fullgraph=True, backend=backend)
     for step in range(5):
@@ -515,4 +509,4 @@ def test_update_compiles_whole_and_once() -> None:
         want = optimizer.update(weights, grads, state, group)[0]
         got = compiled(weights, grads, state)[0]
         assert float((got - want).norm() / want.norm()) <= 1e-2
-    assert graphs == 1
+    assert backend.graphs == 1
