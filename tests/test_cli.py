@@ -300,3 +300,10 @@ def test_plan_lists_jobs_and_changes_nothing(campaign: Campaign, capsys: pytest.
     for job in load_recipe("epoching").plan(campaign.records, campaign.scale):
         assert f"ready    {job.name}" in out
     assert listing(campaign.folder) == before
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert epochal(*data_config(tmp_path, "a.txt", made_text().encode())[:2], "--work", str(tmp_path / "file")) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and str(tmp_path / "file") in err

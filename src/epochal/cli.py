@@ -38,6 +38,12 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(f"epochal: the package {error.name!r} is missing; run pip install {error.name}.", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"epochal: {where}{error.strerror or error}; make room or check the path, then run again.", file=sys.stderr
+        )
+        sys.exit(1)
 
 
 @app.command()

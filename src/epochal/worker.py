@@ -65,6 +65,9 @@ def main() -> int:
     except ValueError as error:
         say({"event": "error", "message": str(error)})
         return 2
+    except OSError as error:  # a disk so full that not even a failure can be written
+        say({"event": "error", "message": f"{error}; make room, then run again."})
+        return 1
 
 
 def work(orders: Orders, say: Any) -> int:
