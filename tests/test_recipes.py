@@ -221,6 +221,10 @@ def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path
     assert any("double limit" in claim.text for claim in sections["ensembling"].claims)
     multiples = [claim for claim in sections["data_efficiency"].claims if claim.value.endswith("x")]
     assert len(multiples) == 3  # tuned decay, ensemble, student
+    law = load_recipe("data_efficiency").standard_law(records, scale)
+    tokens = scale.unique_tokens[0]
+    tuned = load_recipe("heavy_weight_decay").best_single(records, scale, tokens)[0]
+    assert multiples[0].value == f"{(law.A / (tuned - law.E)) ** (1 / law.alpha) / tokens:.2f}x"
     write_report(list(sections.values()), tmp_path / "report", title="made up")
     assert {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")} >= {
         "data-efficiency",

@@ -211,3 +211,12 @@ def test_records_by_name(workspace: Workspace) -> None:
     assert records.named("z") is None
     assert records.get(B) is None
     assert len(records) == 1
+
+
+def test_a_job_that_reads_a_diverged_run_waits_and_nothing_runs_again(workspace: Workspace) -> None:
+    finish(workspace, B)
+    write_record(workspace, record_of(A, status="diverged", results={"loss": None}))
+    state = split(CHAIN, load_records(workspace))
+    assert state.ready == ()
+    assert state.waiting["e"] == ("a",)
+    assert set(names(state.done)) == {"a", "b"}

@@ -187,3 +187,11 @@ def test_contents_of_model_and_data_files_matter_but_not_their_layout(tmp_path: 
 def test_an_unknown_model_is_named_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'ic-150'.*did you mean 'ic-150m'"):
         fingerprint(a_run(model="ic-150"))
+
+
+def test_a_new_field_at_its_default_changes_no_fingerprint() -> None:
+    """A field that the project adds later must leave old records valid, and count once it is set."""
+    later = dataclasses.make_dataclass("Run", [("twist", int, 0)], bases=(Run,), frozen=True, kw_only=True)
+    values = {field.name: getattr(a_run(), field.name) for field in dataclasses.fields(Run)}
+    assert fingerprint(later(**values)) == fingerprint(a_run())
+    assert fingerprint(later(**values, twist=1)) != fingerprint(a_run())
