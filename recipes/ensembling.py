@@ -112,6 +112,7 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
         Claim(
             text=f"D = {tokens:,}: {len(best.job.runs)} members ({best.job.average}) beat the best single model ({model})",
             value=f"{single - best.loss:.4f} nats ({single:.4f} to {best.loss:.4f})",
+            paper="0.25 nats with 8 members of 300M (3.57 to 3.32), section 6",
             seeds=len(best.job.runs),
             holds=best.loss < single,
             provisional=reasons,

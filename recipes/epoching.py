@@ -94,6 +94,7 @@ def _epochs_claim(records: Records, scale: Scale) -> tuple[Claim, ...]:
             text=f"{scale.epoching}, wd {scale.standard_wd:g}: more epochs than {epochs} raise the loss again "
             f"({last} epochs against {epochs})",
             value=f"{high - low:+.4f} nats",
+            paper="falls, then rises (figure only), section 4",
             holds=high > low,
             provisional=(*missing, *_few_seeds(1)),
         ),
@@ -114,6 +115,7 @@ def _size_claim(records: Records, scale: Scale, tokens: int) -> tuple[Claim, ...
             text=f"wd {scale.standard_wd:g}, {epochs} epochs: the largest model ({largest}) overfits past the smallest "
             f"({smallest})",
             value=f"{losses[largest] - losses[smallest]:+.4f} nats",
+            paper="1.4B above 600M by 0.0146 nats, section 4",
             holds=losses[largest] > losses[smallest],
             provisional=_few_seeds(1),
         ),

@@ -124,6 +124,7 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
         Claim(
             text=f"D = {tokens:,}: the best tuned single model ({model}) beats the best standard one",
             value=f"{base - single:.4f} nats ({base:.4f} to {single:.4f})",
+            paper="0.29 nats at 200M tokens (3.75 to 3.46), sections 4 and 5",
             seeds=seeds,
             holds=single < base,
             provisional=open_ends,
@@ -131,6 +132,7 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
         Claim(
             text=f"D = {tokens:,}: the best decay of {model} against the usual {scale.standard_wd:g}",
             value=f"{point.wd / scale.standard_wd:.0f} times",
+            paper="32 times (3.2 against 0.1), section 5",
             seeds=seeds,
             holds=point.wd > scale.standard_wd,
             provisional=open_ends,
@@ -138,6 +140,7 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
         Claim(
             text=f"D = {tokens:,}: tuned loss falls monotonically with N over {len(losses)} sizes",
             value=" > ".join(f"{loss:.4f}" for loss in losses) if falls else ", ".join(f"{x:.4f}" for x in losses),
+            paper="monotone over four sizes, section 5",
             seeds=seeds,
             holds=falls if all(math.isfinite(loss) for loss in losses) else None,
             provisional=open_ends,
@@ -148,8 +151,9 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
         reasons = open_ends if law.interval else (*open_ends, "too few points for an interval")
         claims.append(
             Claim(
-                text=f"D = {tokens:,}: the limit N to infinity of tuned single models",
+                text=f"D = {tokens:,}: the limit N to infinity of tuned single models lies under the best standard loss",
                 value=f"{law.E:.4f} nats (alpha {law.alpha:.2f})",
+                paper="3.43 at 200M tokens, alpha 1.02 (best standard 3.75), section 5",
                 interval=interval,
                 seeds=seeds,
                 holds=None if interval is None else interval[1] < base,

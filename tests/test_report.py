@@ -6,12 +6,14 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from epochal import report_figures
+from epochal.claims import read_claims
 from epochal.report import (
     Claim,
     Figure,
@@ -46,9 +48,10 @@ def bars(axes):
 
 def sections():
     claims = (
-        Claim(text=NASTY, value="0.27 nats", interval=(0.2512, 0.289), seeds=3, holds=True),
+        Claim(text=NASTY, value="0.27 nats", interval=(0.2512, 0.289), seeds=3, holds=True, paper="0.3 nats"),
         Claim(text="second", value="", holds=None, provisional=("one seed", "neighbour wd=3.2 missing")),
         Claim(text="third", value="1,200 runs", holds=False),
+        Claim(text="fourth", value="", untestable="needs three sizes"),
     )
     table = Table(
         title="Loss",
@@ -109,7 +112,7 @@ def page(folder):
 
 def test_all_files_are_there_and_nothing_else(folder):
     figures = [f"figures/{name}.{suffix}" for name in ("efficiency", "epochs") for suffix in ("png", "svg")]
-    assert sorted(files(folder)) == [*figures, "report.html", "report.md"]
+    assert sorted(files(folder)) == ["claims.json", *figures, "report.html", "report.md"]
     assert (folder / "figures/epochs.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -174,12 +177,32 @@ def test_user_settings_do_not_show_through(folder, tmp_path):
 def test_markdown(folder):
     text = (folder / "report.md").read_text()
     assert text.index("## All claims") < text.index("## First")
-    assert "3 claims: 1 holds, 1 does not hold, 1 is not yet known; 1 provisional." in text
-    assert "| 0.27 nats | 0.25 to 0.29 | 3 | holds |" in text
-    assert "not yet known; *provisional*: one seed; neighbour wd=3.2 missing |" in text
+    assert "4 claims: 1 reproduced, 1 does not hold, 1 not testable at this scale, 1 open; 1 provisional." in text
+    assert "| 0.3 nats | 0.27 nats | 0.25 to 0.29 | 3 | reproduced |" in text
+    assert "| open; *provisional*: one seed; neighbour wd=3.2 missing |" in text
+    assert "| not testable at this scale: needs three sizes |" in text
     assert "| w64 | 1,200,000 | 0.1 | 4.0500 |" in text
     assert "(figures/epochs.svg)" in text and "see `wd_x`" in text
     assert "<script" not in text and r"a\|b \*c\* \[d\](e)" in text
+
+
+def test_claims_are_left_for_other_tables(tmp_path):
+    command = "epochal run epoching --scale demo"
+    section = replace(sections()[0], figures=(), command=command)
+    write_report([section], tmp_path, title="any: thing", scale="demo")
+    rows = read_claims(tmp_path / "claims.json")
+    assert [row.verdict for row in rows] == ["reproduced", "open", "does not hold", "not testable at this scale"]
+    assert rows[0].text == NASTY and rows[0].interval == (0.2512, 0.289) and rows[0].paper == "0.3 nats"
+    assert {(row.scale, row.section, row.command) for row in rows} == {("demo", "First", command)}
+    assert f"Records made by `{command}`." in (tmp_path / "report.md").read_text()
+    (tmp_path / "claims.json").write_text('[{"text": 3}]')
+    with pytest.raises(ValueError, match="claim 1"):
+        read_claims(tmp_path / "claims.json")
+
+
+def test_a_claim_is_judged_or_untestable():
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        Claim(text="t", value="", holds=True, untestable="why")
 
 
 def test_no_claims_and_no_figures_need_no_matplotlib(tmp_path, monkeypatch):
@@ -286,8 +309,9 @@ def test_summary_in_the_terminal():
     from rich.console import Console
 
     rows = summary_table(sections())
-    assert rows[0] == (NASTY, "0.27 nats", "0.25 to 0.29", "3", "holds")
-    assert rows[1][2:] == ("–", "1", "not yet known (provisional: one seed; neighbour wd=3.2 missing)")
+    assert rows[0] == (NASTY, "0.3 nats", "0.27 nats", "0.25 to 0.29", "3", "reproduced")
+    assert rows[1][3:] == ("–", "1", "open (provisional: one seed; neighbour wd=3.2 missing)")
+    assert rows[3][-1] == "not testable at this scale (needs three sizes)"
     console = Console(file=io.StringIO(), width=200)
     print_summary(sections(), console)
     assert "[d](e)" in console.file.getvalue() and "1 provisional." in console.file.getvalue()

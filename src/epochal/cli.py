@@ -158,7 +158,9 @@ def report(
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
 ) -> None:
-    """Turn records into report.md, report.html and figures; needs no torch."""
+    """Turn records into report.md, report.html, claims.json and figures; needs no torch."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from epochal.campaign import load_recipe, recipe_names
@@ -173,14 +175,19 @@ def report(
         raise ValueError(f"{records.workspace.records} holds no records; run epochal run --scale {scale} first.")
     modules = [load_recipe(name) for name in recipes or recipe_names()]
     order = {"epoching": 0, "heavy_weight_decay": 1, "ensembling": 2, "distillation": 3, "data_efficiency": 4}
-    modules.sort(key=lambda module: order.get(module.__name__.rpartition(".")[2], len(order)))
-    sections = [module.report(records, setting) for module in modules]
+    modules.sort(key=lambda module: order.get(_stem(module), len(order)))
+    sections = [
+        replace(module.report(records, setting), command=f"epochal run {_stem(module)} --scale {scale}")
+        for module in modules
+    ]
     budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
     summary = [
         f"Data: {setting.data}; unique training tokens D: {budgets}; sequences of {setting.sequence_length} tokens.",
         f"{len(records)} records. Losses are nats per token on the validation split; intervals are 90%.",
     ]
-    path = write_report(sections, results / setting.name, title=f"epochal: {setting.name}", summary=summary)
+    path = write_report(
+        sections, results / setting.name, title=f"epochal: {setting.name}", summary=summary, scale=setting.name
+    )
     print_summary(sections, Console())
     print(f"report: {path}")
 
@@ -329,6 +336,10 @@ def _leave(code: int) -> None:
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _stem(module: Any) -> str:
+    return str(module.__name__).rpartition(".")[2]
 
 
 def _workspace(scale: str, results: Path, work: Path) -> "Workspace":

@@ -12,32 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from epochal.claims import CLAIM_COLUMNS, Claim, placed, render_claims, tally, verdict, verdict_line
 from epochal.config import write_atomic
 from epochal.report_figures import Drawing, draw_bars, draw_law, draw_series, figure_style, render, require_matplotlib
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-CLAIM_COLUMNS = ("Claim", "Number", "90% interval", "Seeds", "Verdict")
 DASH = "–"
 Cell = str | float | int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One sentence that the records support or not.
-
-    `value` is the measured number with its unit ("0.27 nats"), `interval` its 90% interval or None, `seeds` the number
-    of independent seeds behind it, `holds` None while it cannot be judged. `provisional` names what is missing
-    (neighbours, seeds, points), empty when nothing is.
-    """
-
-    text: str
-    value: str
-    interval: tuple[float, float] | None = None
-    seeds: int = 1
-    holds: bool | None = None
-    provisional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What one recipe reports; `question` is the sentence the recipe answers."""
+    """What one recipe reports; `question` is the sentence the recipe answers, `command` makes its records."""
 
     title: str
     question: str
@@ -68,6 +51,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     notes: tuple[str, ...] = ()
+    command: str = ""
 
 
 # --- numbers and words ------------------------------------------------------------------------------------------------
@@ -125,38 +109,20 @@ def format_interval(claim: Claim) -> str:
     return f"{low} to {high}"
 
 
-def verdict(claim: Claim) -> str:
-    """Say in words whether a claim holds."""
-    return {True: "holds", False: "does not hold", None: "not yet known"}[claim.holds]
-
-
-def tally(sections: Sequence[Section]) -> str:
-    """One line over all claims: how many hold, how many do not, how many are provisional."""
-    claims = [claim for section in sections for claim in section.claims]
-    if not claims:
-        return "No claims yet: no records that could carry one."
-    counts = [sum(claim.holds is judged for claim in claims) for judged in (True, False, None)]
-    one, many = ("holds", "does not hold", "is not yet known"), ("hold", "do not hold", "are not yet known")
-    parts = [f"{n} {(one if n == 1 else many)[i]}" for i, n in enumerate(counts) if n]
-    provisional = sum(bool(claim.provisional) for claim in claims)
-    end = f"; {provisional} provisional" if provisional else ""
-    return f"{len(claims)} claim{'s' * (len(claims) > 1)}: {', '.join(parts)}{end}."
-
-
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def summary_table(sections: Sequence[Section]) -> list[tuple[str, str, str, str, str]]:
-    """Rows (claim, number, interval, seeds, verdict) of every claim, as text."""
+def all_claims(sections: Sequence[Section]) -> list[Claim]:
+    """Return the claims of all sections in order."""
+    return [claim for section in sections for claim in section.claims]
+
+
+def summary_table(sections: Sequence[Section]) -> list[tuple[str, ...]]:
+    """Rows of CLAIM_COLUMNS for every claim, as text."""
     return [
-        (claim.text, claim.value, format_interval(claim), str(claim.seeds), _verdict_line(claim))
-        for section in sections
-        for claim in section.claims
+        (claim.text, claim.paper or DASH, claim.value, format_interval(claim), str(claim.seeds), verdict_line(claim))
+        for claim in all_claims(sections)
     ]
-
-
-def _verdict_line(claim: Claim) -> str:
-    return verdict(claim) + (f" (provisional: {'; '.join(claim.provisional)})" if claim.provisional else "")
 
 
 def print_summary(sections: Sequence[Section], console: "Console") -> None:
@@ -168,14 +134,14 @@ def print_summary(sections: Sequence[Section], console: "Console") -> None:
     table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
     for column in CLAIM_COLUMNS:
         table.add_column(column, justify="right" if column == "Seeds" else "left", overflow="fold")
-    claims = [claim for section in sections for claim in section.claims]
+    claims = all_claims(sections)
     colors = {True: "green", False: "red", None: "yellow"}
     for claim, row in zip(claims, summary_table(sections), strict=True):
         # Text, because brackets in a claim are no markup
         table.add_row(*(Text(cell) for cell in row[:-1]), Text(row[-1], style=colors[claim.holds]))
     if claims:
         console.print(table)
-    console.print(Text(tally(sections)))
+    console.print(Text(tally(claims)))
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -183,14 +149,14 @@ def print_summary(sections: Sequence[Section], console: "Console") -> None:
 
 def render_markdown(sections: Sequence[Section], *, title: str, summary: Sequence[str] = ()) -> str:
     """Render report.md: all claims first, then a section per recipe, figures as relative links."""
-    lines = [f"# {_md(title)}", *(_md(line) for line in summary), "## All claims", tally(sections)]
-    rows = [
-        (claim.text, claim.value, format_interval(claim), str(claim.seeds), verdict(claim) + _md_provisional(claim))
-        for section in sections
-        for claim in section.claims
-    ]
-    if rows:
-        lines.append(_md_table(CLAIM_COLUMNS, [[*map(_md, row[:-1]), row[-1]] for row in rows], right={3}))
+    lines = [f"# {_md(title)}", *(_md(line) for line in summary), "## All claims", tally(all_claims(sections))]
+    claims = all_claims(sections)
+    if claims:
+        rows = [
+            [*map(_md, row[:-1]), verdict(claim) + _md_reasons(claim)]
+            for claim, row in zip(claims, summary_table(sections), strict=True)
+        ]
+        lines.append(_md_table(CLAIM_COLUMNS, rows, right={4}))
     for section in sections:
         lines += _md_section(section)
     return "\n\n".join(lines) + "\n"
@@ -207,11 +173,18 @@ def _md_section(section: Section) -> list[str]:
         # a bracket inside the alternative text would end it
         alt = re.sub(r"[\[\]]", "", caption)
         lines += [f"![{alt}](figures/{figure.name}.svg)", caption]
-    notes = "\n".join(f"- {_md(note)}" for note in section.notes)
+    notes = "\n".join(f"- {_md(note)}" for note in (*section.notes, *made_by(section)))
     return [*lines, notes] if notes else lines
 
 
-def _md_provisional(claim: Claim) -> str:
+def made_by(section: Section) -> tuple[str, ...]:
+    """Return a note on the command that makes a section's records, if it is known."""
+    return (f"Records made by `{section.command}`.",) if section.command else ()
+
+
+def _md_reasons(claim: Claim) -> str:
+    if claim.untestable:
+        return f": {_md(claim.untestable)}"
     return f"; *provisional*: {_md('; '.join(claim.provisional))}" if claim.provisional else ""
 
 
@@ -245,8 +218,12 @@ def _checked(table: Table) -> tuple[tuple[Cell, ...], ...]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_report(sections: Sequence[Section], folder: Path, *, title: str, summary: Sequence[str] = ()) -> Path:
-    """Write report.md, report.html and figures/<name>.svg and .png under `folder`; returns the path of report.html.
+def write_report(
+    sections: Sequence[Section], folder: Path, *, title: str, summary: Sequence[str] = (), scale: str = ""
+) -> Path:
+    """Write report.md, report.html, claims.json and figures/<name>.svg and .png under `folder`.
+
+    Returns the path of report.html. `scale` names the campaign in claims.json; the title does where it is empty.
 
     Everything is rendered before the first file is touched, so a failing figure leaves an older report as it was.
     The bytes depend on the arguments and the version of matplotlib alone.
@@ -256,9 +233,15 @@ def write_report(sections: Sequence[Section], folder: Path, *, title: str, summa
     drawings = _draw_all(sections)
     markdown = render_markdown(sections, title=title, summary=summary)
     page = render_html(sections, drawings, title=title, summary=summary)
+    claims = render_claims(
+        placed(claim, scale=scale or title, section=section.title, command=section.command)
+        for section in sections
+        for claim in section.claims
+    )
     for name, drawing in drawings.items():
         write_atomic(folder / "figures" / f"{name}.svg", drawing.svg)
         write_atomic(folder / "figures" / f"{name}.png", drawing.png)
+    write_atomic(folder / "claims.json", claims)
     write_atomic(folder / "report.md", markdown)
     write_atomic(folder / "report.html", page)
     return folder / "report.html"

@@ -9,18 +9,18 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from epochal.claims import CLAIM_COLUMNS, Claim, tally, verdict
 from epochal.report import (
-    CLAIM_COLUMNS,
-    Claim,
+    DASH,
     Figure,
     Section,
     Table,
+    all_claims,
     format_column,
     format_interval,
     format_number,
+    made_by,
     numeric_columns,
-    tally,
-    verdict,
 )
 from epochal.report_figures import GRID, INK, PALETTE, PAPER, Drawing, Point
 
@@ -87,10 +87,12 @@ th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
 th button:hover::after { opacity: 1; }
 .claims td:first-child { min-width: 15rem; }
 .claims td { padding-block: .6rem; }
-.claims td:nth-child(2) { font-weight: 600; }
-.claims td:nth-child(2), .claims td:nth-child(3) { white-space: nowrap; }
+.claims td:nth-child(3) { font-weight: 600; min-width: 6rem; }
+.claims td:nth-child(2) { color: var(--soft); min-width: 5rem; }
+.claims td:nth-child(4) { white-space: nowrap; }
 .verdict { font-weight: 600; white-space: nowrap; }
 .holds { color: var(--good); } .fails { color: var(--bad); } .open { color: var(--open); }
+.away { color: var(--soft); }
 .provisional { display: block; color: var(--soft); font-size: .93em; min-width: 9rem; }
 .provisional em { color: var(--ink); }
 figure { margin: 1.75rem 0 2.25rem; }
@@ -225,8 +227,8 @@ script-src 'unsafe-inline'; img-src data:">
 <main>
 <section id="claims">
 <h2>All claims</h2>
-<p class="soft">{_text(tally(sections))}</p>
-{_claims([claim for section in sections for claim in section.claims])}
+<p class="soft">{_text(tally(all_claims(sections)))}</p>
+{_claims(all_claims(sections))}
 </section>
 {body}
 </main>
@@ -261,8 +263,8 @@ def _section(index: int, section: Section, drawings: Mapping[str, Drawing]) -> s
     parts = [f'<h2 id="h{index}">{_text(section.title)}</h2>', f'<p class="question">{_text(section.question)}</p>']
     parts += [_table(table) for table in section.tables]
     parts += [_figure(figure, drawings[figure.name]) for figure in section.figures]
-    if section.notes:
-        notes = "\n".join(f"<li>{_text(note)}</li>" for note in section.notes)
+    if section.notes or section.command:
+        notes = "\n".join(f"<li>{_text(note)}</li>" for note in (*section.notes, *made_by(section)))
         parts.append(f'<ul class="notes">\n{notes}\n</ul>')
     return f'<section id="s{index}" aria-labelledby="h{index}">\n' + "\n".join(parts) + "\n</section>"
 
@@ -322,7 +324,7 @@ def _claims(claims: Sequence[Claim]) -> str:
         return ""
     body = "\n".join(_claim(claim) for claim in claims)
     return f"""<div class="scroll"><table class="claims">
-{_heads(CLAIM_COLUMNS, {3})}
+{_heads(CLAIM_COLUMNS, {4})}
 <tbody>
 {body}
 </tbody></table></div>"""
@@ -330,18 +332,22 @@ def _claims(claims: Sequence[Claim]) -> str:
 
 def _claim(claim: Claim) -> str:
     kind, sign = {True: ("holds", "✓"), False: ("fails", "✗"), None: ("open", "?")}[claim.holds]
+    if claim.untestable:
+        kind, sign = "away", "–"
     judged = f'<span class="verdict {kind}"><span aria-hidden="true">{sign}</span> {verdict(claim)}</span>'
-    if claim.provisional:
+    if claim.untestable:
+        judged += f' <span class="provisional">{_text(claim.untestable)}</span>'
+    elif claim.provisional:
         judged += f' <span class="provisional"><em>provisional</em>: {_text("; ".join(claim.provisional))}</span>'
     number = re.search(r"-?\d[\d,]*\.?\d*(?:e-?\d+)?", claim.value)
     low = claim.interval[0] if claim.interval else None
-    order = {True: 0, False: 1, None: 2}[claim.holds]
     cells = (
         ("", "", _text(claim.text)),
-        ("", f' data-value="{number[0].replace(",", "")}"' if number else ' data-value=""', _text(claim.value)),
+        ("", "", _text(claim.paper or DASH)),
+        ("", f' data-value="{number[0].replace(",", "") if number else ""}"', _text(claim.value)),
         ("", _key(low), _text(format_interval(claim))),
         (' class="num"', _key(claim.seeds), format_number(claim.seeds)),
-        ("", _key(order), f"<div>{judged}</div>"),
+        ("", f' data-value="{verdict(claim)}"', f"<div>{judged}</div>"),
     )
     tds = (
         f'<td data-label="{label}"{attributes}{sort}>{shown}</td>'
