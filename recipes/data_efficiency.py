@@ -31,7 +31,7 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
 
 def standard_law(records: Records, scale: Scale) -> PowerLaw | None:
     """Fit E + A / D**alpha to the best standard losses (D in tokens); None with fewer than three budgets."""
-    pairs = [(tokens, epoching.best_standard(records, scale, tokens)[0]) for tokens in sorted(scale.unique_tokens)]
+    pairs = [(tokens, epoching.best_standard(records, scale, tokens)[0]) for tokens in scale.budgets]
     pairs = [(tokens, loss) for tokens, loss in pairs if math.isfinite(loss)]
     if len(pairs) < FEWEST_BUDGETS:
         return None
@@ -106,9 +106,17 @@ def _law_figure(records: Records, scale: Scale, law: PowerLaw) -> Figure:
     budgets = sorted(scale.unique_tokens)
 
     def draw(axes: Any) -> None:
-        points = [epoching.best_standard(records, scale, tokens)[0] for tokens in budgets]
-        line = draw_series(axes, budgets, points, label="standard", join=False)
-        draw_law(axes, law, budgets[0], 8 * budgets[-1], label="E + A / D^alpha", color=line.get_color(), limit=False)
+        points = [epoching.best_standard(records, scale, tokens)[0] for tokens in scale.budgets]
+        line = draw_series(axes, scale.budgets, points, label="standard", join=False)
+        draw_law(
+            axes,
+            law,
+            scale.budgets[0],
+            8 * scale.budgets[-1],
+            label="E + A / D^alpha",
+            color=line.get_color(),
+            limit=False,
+        )
         draw_series(
             axes,
             budgets,

@@ -22,10 +22,10 @@ def plan(records: Records, scale: Scale) -> list[Job]:
 def jobs(records: Records, scale: Scale) -> list[Job]:
     """Every job that can be named today: the searches so far, and one sweep of epochs at the standard decay."""
     found: list[Job] = []
-    for tokens in scale.unique_tokens:
-        for rung in scale.ladder:
-            search = standard(records, scale, rung.model, tokens)
-            found += [scale.run(rung.model, tokens, point) for point in search.visited]
+    for tokens in scale.budgets:
+        for model in scale.standard_models(tokens):
+            search = standard(records, scale, model, tokens)
+            found += [scale.run(model, tokens, point) for point in search.visited]
     return found + list(sweep(scale))
 
 
@@ -52,13 +52,13 @@ def sweep(scale: Scale) -> list[Run]:
 def best_standard(records: Records, scale: Scale, tokens: int) -> tuple[float, Run | None, tuple[str, ...]]:
     """Return the best standard loss over all sizes, its Run, and what is missing for calling it an optimum."""
     best, run, missing = math.inf, None, list[str]()
-    for rung in scale.ladder:
-        search = standard(records, scale, rung.model, tokens)
+    for model in scale.standard_models(tokens):
+        search = standard(records, scale, model, tokens)
         if not search.certified:
-            missing.append(f"neighbours of {rung.model} at wd {scale.standard_wd:g}")
+            missing.append(f"neighbours of {model} at wd {scale.standard_wd:g}")
         if search.best is None:
             continue
-        candidate = scale.run(rung.model, tokens, search.best)
+        candidate = scale.run(model, tokens, search.best)
         record = records.get(candidate)
         if record is not None and record.loss < best:
             best, run = record.loss, candidate
@@ -72,7 +72,7 @@ def report(records: Records, scale: Scale) -> Section:
         title="Epoching",
         question=f"How far do repeated text and bigger models go at a weight decay of {scale.standard_wd:g}?",
         claims=(*_epochs_claim(records, scale), *_size_claim(records, scale, tokens)),
-        tables=tuple(_table(records, scale, budget) for budget in scale.unique_tokens),
+        tables=tuple(_table(records, scale, budget) for budget in scale.budgets),
         figures=_figures(records, scale),
     )
 
@@ -139,16 +139,16 @@ def _few_seeds(seeds: int) -> tuple[str, ...]:
 
 def _table(records: Records, scale: Scale, tokens: int) -> Table:
     rows: list[tuple[str | float | int | None, ...]] = []
-    for rung in scale.ladder:
-        search = standard(records, scale, rung.model, tokens)
+    for model in scale.standard_models(tokens):
+        search = standard(records, scale, model, tokens)
         point = search.best
-        record = records.get(scale.run(rung.model, tokens, point)) if point else None
+        record = records.get(scale.run(model, tokens, point)) if point else None
         if point is None or record is None:
-            rows.append((rung.model, None, None, None, None, "no result yet"))
+            rows.append((model, None, None, None, None, "no result yet"))
             continue
         state = "all neighbours run" if search.certified else f"{len(search.wanted)} neighbours missing"
         edge = f"; {', '.join(search.edges)} at the end of the grid" if search.edges else ""
-        rows.append((rung.model, record.results["parameters"], point.lr, point.epochs, record.loss, f"{state}{edge}"))
+        rows.append((model, record.results["parameters"], point.lr, point.epochs, record.loss, f"{state}{edge}"))
     return Table(
         title=f"Best standard runs, D = {tokens:,} tokens, wd {scale.standard_wd:g}",
         columns=("model", "N", "lr", "epochs", "loss", "search"),

@@ -137,3 +137,16 @@ def test_missing_files_packages_and_contradicting_sources(tmp_path: Path) -> Non
     for keys in ({}, {"files": ("a",), "hub": "b"}, {"package": "a"}):
         with pytest.raises(ValueError):
             Source(**keys)  # type: ignore[arg-type]
+
+
+def test_a_data_set_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` opens a folder like a hub name, so the path is the real one; streaming keeps the order."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(5)))
+    assert list(read_documents(Source(hub=str(folder), text="body"))) == [f"text {i}" for i in range(5)]
+    with pytest.raises(ValueError, match="no column 'bodi'"):
+        list(read_documents(Source(hub=str(folder), text="bodi")))
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(read_documents(Source(hub=str(folder / "missing"), text="body")))

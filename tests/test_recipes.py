@@ -230,3 +230,21 @@ def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path
         "data-efficiency",
         "loss-against-data",
     }
+
+
+def test_law_budgets_give_the_standard_law_its_points(workspace: Workspace) -> None:
+    """At a law budget only the standard recipe runs, with the sizes named for it; the law is fitted through all."""
+    base = load_scale("demo")
+    scale = replace(base, law_tokens=(12288, 49152), law_models=("w32",))
+    for _ in simulate(workspace, "data_efficiency", scale):
+        pass
+    records = load_records(workspace)
+    elsewhere = [r.job for r in records if isinstance(r.job, Run) and r.job.unique_tokens not in scale.unique_tokens]
+    assert {run.unique_tokens for run in elsewhere} == {12288, 49152}
+    assert {(run.model, run.optimizer.wd) for run in elsewhere} == {("w32", scale.standard_wd)}
+    law = load_recipe("data_efficiency").standard_law(records, scale)
+    assert sorted(law.x) == [12288, 24576, 49152]
+    with pytest.raises(ValueError, match="go together"):
+        replace(base, law_tokens=(12288,))
+    with pytest.raises(ValueError, match="not on the ladder"):
+        replace(base, law_tokens=(12288,), law_models=("w7",))

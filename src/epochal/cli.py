@@ -352,7 +352,7 @@ def _check_fit(setting: "Scale", store: "TokenStore", micro_batch: int | None) -
     """Refuse a campaign that its text or its batch cannot carry before any worker starts."""
     from epochal.tuner import Point
 
-    for tokens in setting.unique_tokens:
+    for tokens in setting.budgets:
         point = Point(lr=setting.grid.lr[0], epochs=1, wd=0.0)
         store.training_stream(setting.run(setting.ladder[0].model, tokens, point))
     store.sequences("validation", setting.sequence_length)

@@ -63,7 +63,11 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """One campaign. `unique_tokens` lists the budgets D; recipes that need one budget use the first."""
+    """One campaign. `unique_tokens` lists the budgets D; recipes that need one budget use the first.
+
+    At the budgets `law_tokens` only the standard recipe runs, with the sizes `law_models`: further points for its data
+    law, at a fraction of the cost of a whole budget.
+    """
 
     name: str = ""
     data: str
@@ -83,6 +87,8 @@ class Scale:
     standard_wd: float = 0.1
     seeds: int = 1
     epoching: str = ""
+    law_tokens: tuple[int, ...] = ()
+    law_models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, values in (
@@ -95,13 +101,25 @@ class Scale:
             if not values:
                 raise ValueError(f"{what} is empty; give at least one.")
         models = [rung.model for rung in self.ladder]
-        for model in (*self.ensemble.models, self.students.model, *([self.epoching] if self.epoching else [])):
+        named = (*self.ensemble.models, self.students.model, *self.law_models)
+        for model in (*named, *([self.epoching] if self.epoching else [])):
             if model not in models:
                 raise ValueError(f"model {model!r} is not on the ladder {models}; use one of those or add it.")
         if self.standard_wd not in self.grid.wd:
             raise ValueError(f"standard_wd {self.standard_wd} is not in grid.wd; add it there.")
-        for tokens in self.unique_tokens:
+        if bool(self.law_tokens) != bool(self.law_models):
+            raise ValueError("law_tokens and law_models go together; give both or neither.")
+        for tokens in self.budgets:
             self.run(models[0], tokens, Point(lr=self.grid.lr[0], epochs=1, wd=0.0))
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Every budget D at which the standard recipe runs, ascending."""
+        return tuple(sorted({*self.unique_tokens, *self.law_tokens}))
+
+    def standard_models(self, tokens: int) -> tuple[str, ...]:
+        """The sizes of the standard recipe at one budget."""
+        return tuple(rung.model for rung in self.ladder) if tokens in self.unique_tokens else self.law_models
 
     def rung(self, model: str) -> Rung:
         """Return the rung of a model."""
