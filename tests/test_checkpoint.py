@@ -9,12 +9,29 @@ import torch
 
 from epochal.checkpoint import load_checkpoint, save_checkpoint
 from epochal.model import build_model
-from epochal.optim.build import build_adamw
+from epochal.optim.build import build_optimizer
+from epochal.run import AdamW, AdEMAMix, Fira, Lion, Mars, Muon, Optimizer, Signum, Spectra
+
+PLAIN = AdamW(lr=1e-2)
+OTHERS = [
+    Signum(lr=1e-3),
+    AdEMAMix(lr=1e-2),
+    Mars(lr=1e-2),
+    Lion(lr=1e-3),
+    Muon(lr=1e-2),
+    Fira(lr=1e-2, gap=3),
+    Fira(lr=1e-2, gap=2, refresh="subspace", rotate_states=True, stagger=True),
+    Fira(lr=1e-2, gap=3, variant="galore"),
+    Spectra(base=AdamW(lr=1e-2), clip=1.0),
+    Spectra(base=Signum(lr=1e-2), clip=1.0, apply_to="all", clip_decay="sqrt", pre_clip=0.1),
+    Spectra(base=AdEMAMix(lr=1e-2), clip=1.0, apply_to=("attn", "mlp")),
+    Spectra(base=Mars(lr=1e-2), clip=1.0),
+]
 
 
-def made(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def made(seed: int, choice: Optimizer = PLAIN) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     model = build_model("w16", vocab_size=64, max_positions=32, seed=seed)
-    return model, build_adamw(model, lr=1e-2, wd=0.1, betas=(0.9, 0.95), eps=1e-8)
+    return model, build_optimizer(model, choice, steps=5, warmup_steps=2)
 
 
 def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
@@ -58,6 +75,23 @@ def test_round_trip_and_continuation_are_bit_identical(
     assert_same(weights(model), after[4])
     steps(model, optimizer, range(4, 5))
     assert_same(weights(model), after[5])
+
+
+@pytest.mark.parametrize("choice", OTHERS, ids=lambda item: type(item).__name__)
+def test_every_optimizer_goes_on_bit_identically(tmp_path: Path, choice: Optimizer) -> None:
+    model, optimizer = made(0, choice)
+    for step in range(5):
+        steps(model, optimizer, range(step, step + 1))
+        save_checkpoint(tmp_path / str(step + 1), step + 1, model, optimizer, {})
+    for step in (1, 2, 3, 4):  # before, at and after a refresh of the subspaces
+        again, resumed = made(1, choice)
+        load_checkpoint(tmp_path / str(step), again, resumed, say=pytest.fail)
+        steps(again, resumed, range(step, 5))
+        assert_same(weights(again), weights(model))
+        states = [optimizer.state_dict()["state"], resumed.state_dict()["state"]]
+        assert states[0].keys() == states[1].keys()
+        for index, state in states[0].items():
+            assert_same(state, states[1][index])
 
 
 def test_without_checkpoints_nothing_is_loaded(tmp_path: Path) -> None:

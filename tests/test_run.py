@@ -6,7 +6,39 @@ from pathlib import Path
 
 import pytest
 
-from epochal.run import AdamW, Distill, Ensemble, Job, Run, Samples, fingerprint, inputs
+from epochal.config import from_table, to_table
+from epochal.run import (
+    AdamW,
+    AdEMAMix,
+    DecayGroup,
+    Distill,
+    Ensemble,
+    Fira,
+    Job,
+    Lion,
+    Mars,
+    Muon,
+    Run,
+    Samples,
+    Signum,
+    Spectra,
+    fingerprint,
+    inputs,
+)
+
+OPTIMIZERS = [
+    AdamW(lr=0.01),
+    Signum(lr=0.01),
+    AdEMAMix(lr=0.01),
+    Mars(lr=0.01),
+    Lion(lr=0.01),
+    Muon(lr=0.01),
+    Fira(lr=0.01),
+    Fira(lr=0.01, variant="galore", rank=4, patterns=("q_proj",)),
+    Spectra(base=AdamW(lr=0.01)),
+    Spectra(base=Signum(lr=0.01)),
+    Spectra(base=Mars(lr=0.01), apply_to=("attn", "mlp"), pre_clip=0.1),
+]
 
 
 def a_run(**changes: object) -> Run:
@@ -32,6 +64,7 @@ def a_run(**changes: object) -> Run:
         ("name", ".a"),
         ("order", "shuffled"),
         ("schedule", "linear"),
+        ("wd_schedule", "cosine"),
         ("precision", "fp8"),
         ("unique_tokens", 0),
         ("unique_tokens", 4100),
@@ -67,6 +100,49 @@ def test_the_sentence_for_a_budget_that_the_batch_does_not_divide_names_budgets_
 def test_adamw_refuses_negative_rates(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         AdamW(**{"lr": 0.1, field: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "word"),
+    [
+        (Signum, {"momentum": 1.0}, "momentum is 1.0"),
+        (AdEMAMix, {"beta3": -0.1}, "beta3 is -0.1"),
+        (AdEMAMix, {"warmup": 1.5}, "warmup is 1.5"),
+        (Fira, {"variant": "apollo"}, "variant is 'apollo'"),
+        (Fira, {"refresh": "qr"}, "refresh is 'qr'"),
+        (Fira, {"rank": 0}, "rank is 0"),
+        (Fira, {"gap": 0}, "gap is 0"),
+        (Muon, {"wd": -1.0}, "wd is -1.0"),
+    ],
+)
+def test_an_optimizer_refuses_what_no_step_could_follow(kind: type, changes: dict[str, object], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        kind(lr=0.01, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"clip": 0.0}, {"pre_clip": -1.0}, {"operator": "firm"}, {"clip_decay": "step"}, {"apply_to": "1d"}]
+)
+def test_spectra_refuses_bad_values(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Spectra(base=AdamW(lr=0.01), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda item: type(item).__name__)
+def test_every_optimizer_survives_the_record_and_has_a_fingerprint_of_its_own(optimizer: AdamW) -> None:
+    run = a_run(optimizer=optimizer, decay=(DecayGroup(pattern="head", scale=0.5),))
+    table = json.loads(json.dumps(to_table(run)))
+    assert table["optimizer"]["kind"] == type(optimizer).__name__
+    assert from_table(table, Run, where="job") == run
+    others = {fingerprint(a_run(optimizer=other)) for other in OPTIMIZERS if other != optimizer}
+    assert len(others) == len(OPTIMIZERS) - 1
+    assert fingerprint(a_run(optimizer=optimizer)) not in others
+
+
+def test_spectra_has_the_rates_of_its_base() -> None:
+    run = a_run(optimizer=Spectra(base=Signum(lr=0.01, wd=2.0)))
+    assert (run.optimizer.lr, run.optimizer.wd) == (0.01, 2.0)
+    assert run.tau == a_run(optimizer=AdamW(lr=0.01, wd=2.0)).tau
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0])
@@ -153,6 +229,8 @@ def test_every_field_matters() -> None:
         "precision": "fp32",
         "evaluations": 3,
         "distill": Distill(samples="s", fraction=0.5),
+        "wd_schedule": "antiphase",
+        "decay": (DecayGroup(pattern="head", scale=0.5),),
     }
     assert {*others, "name", "data"} == {field.name for field in dataclasses.fields(Run)}
     marks = {fingerprint(a_run()), *(fingerprint(a_run(**{field: value})) for field, value in others.items())}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from epochal.schedule import multiplier
+from epochal.schedule import decay_multiplier, multiplier
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
@@ -40,3 +40,18 @@ def test_without_warmup_the_first_step_is_the_peak() -> None:
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="choose from cosine, wsd"):
         multiplier(5, 10, kind="linear", warmup=0.0)
+
+
+def test_decay_in_antiphase_rises_as_the_rate_falls_and_averages_to_one_over_a_cosine() -> None:
+    rates = [multiplier(step, 1000, kind="cosine", warmup=0.0) for step in range(1001)]
+    values = [decay_multiplier(rate, kind="antiphase") for rate in rates]
+    assert (values[0], values[-1]) == (0.5, 1.5)
+    assert values == sorted(values)
+    assert sum(values) / len(values) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_decay_in_proportion_and_constant() -> None:
+    assert [decay_multiplier(rate, kind="proportional") for rate in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+    assert [decay_multiplier(rate, kind="constant") for rate in (0.0, 0.25, 1.0)] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="'cosine'"):
+        decay_multiplier(0.5, kind="cosine")

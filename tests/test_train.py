@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from epochal.data import Batches, TokenStore
 from epochal.model import build_model
 from epochal.records import Record, Workspace, load_records, write_record
-from epochal.run import Run
+from epochal.run import AdamW, Fira, Muon, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
 from epochal.train import LOG_STEPS, Pace, train
 
@@ -155,6 +155,51 @@ def test_resume_at_any_step_is_bit_identical(made: Made, monkeypatch: pytest.Mon
     assert metrics(space, "cut") == metrics(space, "whole")
     one, other = weights(space, "whole"), weights(space, "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [Fira(lr=1e-2, gap=20), Spectra(base=AdamW(lr=1e-2), clip=1.0), Muon(lr=1e-2)],
+    ids=["fira", "spectra", "muon"],
+)
+def test_another_optimizer_learns_resumes_and_is_described_in_the_record(
+    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, choice: Optimizer
+) -> None:
+    space, _, config = made
+    runs = [tiny.run(config, name=name, optimizer=choice, wd_schedule="antiphase") for name in ("whole", "cut")]
+    with caplog.at_level(logging.INFO):
+        whole = trained(runs[0], space)
+    matrices = 16 if isinstance(choice, Spectra) else 14
+    assert f"whole: {type(choice).__name__} treats {matrices} matrices" in caplog.text
+    assert whole.provenance["matrices"] == matrices
+    assert whole.provenance["state_bytes"] > 0 and 0 < whole.provenance["optimizer_share"] < 1
+    assert whole.results["spectral_norms"].keys() >= {"q_proj", "lm_head"}
+    assert whole.results["curve"][-1][1] < whole.results["curve"][0][1]
+    stops = iter([None] * 20 + ["told to"])
+    with monkeypatch.context() as patch:
+        patch.setattr("epochal.train.stop_reason", lambda: next(stops))
+        with pytest.raises(Stopped, match="at step 21 of 48"):
+            train(runs[1], space)
+    assert trained(runs[1], space).results == whole.results
+
+
+def test_decay_in_antiphase_is_applied_step_by_step(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, _, config = made
+    seen: list[tuple[float, ...]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any) -> Any:
+        seen.append(tuple(group["weight_decay"] for group in self.param_groups))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run = tiny.run(config, epochs=1, wd=0.4, wd_schedule="antiphase")
+    trained(run, space)
+    rise = round(0.1 * run.steps)
+    for number, (decayed, kept) in enumerate(seen):
+        rate = number / rise if number < rise else 0.5 + 0.5 * math.cos(math.pi * (number - rise) / (run.steps - rise))
+        assert decayed == pytest.approx(0.4 * (1.5 - rate)) and kept == 0.0
+    assert len(seen) == run.steps
 
 
 def test_checkpoints_on_the_way_change_nothing(made: Made) -> None:

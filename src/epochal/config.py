@@ -102,13 +102,16 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
-    """Convert to the first choice that fits; tables of several dataclasses are told apart by their `kind`."""
+    """Convert to the first choice that fits; tables of several dataclasses are told apart by their `kind`.
+
+    Without a `kind` the first is meant: a value keeps its meaning when its type gets siblings.
+    """
     if value is None and type(None) in choices:
         return None
     choices = tuple(choice for choice in choices if choice is not type(None))
     if isinstance(value, Mapping) and len(choices) > 1:
         kinds: dict[str, Any] = {choice.__name__: choice for choice in choices if isinstance(choice, type)}
-        kind = value.get("kind", "")
+        kind = value.get("kind", next(iter(kinds)))
         if kind not in kinds:
             raise ValueError(
                 f"{where}: kind {kind!r} is unknown{nearest(kind, kinds)}; choose from {', '.join(kinds)}."

@@ -14,36 +14,47 @@ from typing import Any
 
 from epochal.config import find_config, to_table
 from epochal.model_size import model_path
+from epochal.optimizer_config import (
+    AdamW,
+    AdEMAMix,
+    DecayGroup,
+    Fira,
+    Lion,
+    Mars,
+    Muon,
+    Optimizer,
+    Signum,
+    Spectra,
+    at_least,
+    choose,
+)
+
+__all__ = [
+    "AdEMAMix",
+    "AdamW",
+    "DecayGroup",
+    "Distill",
+    "Ensemble",
+    "Fira",
+    "Job",
+    "Lion",
+    "Mars",
+    "Muon",
+    "Optimizer",
+    "Run",
+    "Samples",
+    "Signum",
+    "Spectra",
+    "config_hash",
+    "fingerprint",
+    "inputs",
+]
 
 ORDERS = ("documents", "sequences", "fixed")
 SCHEDULES = ("cosine", "wsd")
+WD_SCHEDULES = ("constant", "antiphase", "proportional")
 PRECISIONS = ("fp32", "bf16")
 AVERAGES = ("logits", "probs")
-
-
-def _choose(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field} is {value!r}; choose from {', '.join(choices)}.")
-
-
-def _at_least(field: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ValueError(f"{field} is {value}; give at least {low}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Decoupled AdamW: per step a decayed weight shrinks by lr(t) * wd (PyTorch's convention, spec section 3)."""
-
-    lr: float
-    wd: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        _at_least("lr", self.lr, 0.0)
-        _at_least("wd", self.wd, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,8 @@ class Run:
     """Everything that determines one model's weights.
 
     `unique_tokens` is D, `batch_size` counts sequences of `sequence_length` tokens in one optimizer step over all
-    processes, `warmup` is a share of all steps.
+    processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.schedule`),
+    `decay` changes for some parameters how much of it they get.
     """
 
     name: str
@@ -76,7 +88,7 @@ class Run:
     epochs: int
     batch_size: int
     sequence_length: int
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: str = "cosine"
     warmup: float = 0.01
     clip_norm: float = 1.0
@@ -86,15 +98,18 @@ class Run:
     precision: str = "bf16"
     evaluations: int = 20
     distill: Distill | None = None
+    wd_schedule: str = "constant"
+    decay: tuple[DecayGroup, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        _choose("order", self.order, ORDERS)
-        _choose("schedule", self.schedule, SCHEDULES)
-        _choose("precision", self.precision, PRECISIONS)
+        choose("order", self.order, ORDERS)
+        choose("schedule", self.schedule, SCHEDULES)
+        choose("wd_schedule", self.wd_schedule, WD_SCHEDULES)
+        choose("precision", self.precision, PRECISIONS)
         for field in ("unique_tokens", "epochs", "batch_size", "evaluations"):
-            _at_least(field, getattr(self, field), 1)
-        _at_least("sequence_length", self.sequence_length, 2)
+            at_least(field, getattr(self, field), 1)
+        at_least("sequence_length", self.sequence_length, 2)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; give a share of the steps from 0 to below 1.")
         if self.unique_tokens % self.batch_tokens:
@@ -146,7 +161,7 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        _choose("average", self.average, AVERAGES)
+        choose("average", self.average, AVERAGES)
         if not self.runs or len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs is {self.runs}; name each member once, at least one.")
         if self.weights is not None and (
@@ -174,8 +189,8 @@ class Samples:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        _at_least("tokens", self.tokens, 1)
-        _at_least("max_length", self.max_length, 2)
+        at_least("tokens", self.tokens, 1)
+        at_least("max_length", self.max_length, 2)
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
 

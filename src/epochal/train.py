@@ -23,11 +23,12 @@ from epochal.checkpoint import load_checkpoint, save_checkpoint
 from epochal.data import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.model import build_model, parameter_counts
-from epochal.optim.build import build_adamw
+from epochal.optim.build import build_optimizer, matrices_treated, spectral_norms, state_bytes
 from epochal.provenance import provenance, utilisation
 from epochal.records import Record, Workspace, load_records
 from epochal.run import Run, fingerprint
-from epochal.schedule import multiplier
+from epochal.schedule import decay_multiplier, multiplier
+from epochal.step_clock import StepClock
 from epochal.stopping import Stopped, stop_reason
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,8 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         bos_token_id=store.meta["bos"],
         eos_token_id=store.meta["eos"],
     )
-    spec = run.optimizer
-    optimizer = build_adamw(model, lr=spec.lr, wd=spec.wd, betas=(spec.beta1, spec.beta2), eps=spec.eps)
+    rise = round(run.warmup * run.steps)
+    optimizer = build_optimizer(model, run.optimizer, steps=run.steps, warmup_steps=rise, decay=run.decay)
     objective, optimizer = accelerator.prepare(Objective(model), optimizer)
     model = accelerator.unwrap_model(objective).model
     progress = _resume(run, workspace, accelerator, model, optimizer)
@@ -102,18 +103,25 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
     # --- steps -----------------------------------------------------------------------------------------------------
     evaluate_at = {round(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)}
     started, start_step, saved = time.monotonic(), progress.step, time.monotonic()
+    clock, matrices = StepClock(accelerator.device), 0
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
         factor = multiplier(step, run.steps, kind=run.schedule, warmup=run.warmup)
+        wd = run.optimizer.wd * decay_multiplier(factor, kind=run.wd_schedule)
         for group in optimizer.param_groups:
             group["lr"] = run.optimizer.lr * factor
-        loss, norm = _step(run, accelerator, objective, optimizer, batches(step)[rows], pace.micro_batch)
+            group["weight_decay"] = wd * group["decay_scale"]
+        loss, norm = _step(run, accelerator, objective, optimizer, batches(step)[rows], pace.micro_batch, clock)
         progress.add(loss)
         progress.step = step + 1
+        if step == start_step:
+            matrices = matrices_treated(optimizer)
+            log.info("%s: %s treats %d matrices as such", run.name, type(run.optimizer).__name__, matrices)
 
         if progress.step % LOG_STEPS == 0 or progress.step == run.steps:
             train_loss = progress.mean_loss(accelerator)
             progress.diverged = not math.isfinite(train_loss)
+            clock.read()
             speed = (progress.step - start_step) * run.batch_tokens / (time.monotonic() - started)
             _log(
                 accelerator,
@@ -161,6 +169,7 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             "parameters": counts.total,
             "non_embedding": counts.non_embedding,
             "tokens": progress.step * run.batch_tokens,
+            "spectral_norms": None if progress.diverged else spectral_norms(model),
         },
         inputs=marks,
         provenance={
@@ -168,6 +177,9 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             "world_size": accelerator.num_processes,
             "profile": pace.profile,
             "loss_backend": backend(accelerator.device),
+            "matrices": matrices,
+            "state_bytes": state_bytes(optimizer),
+            "optimizer_share": clock.share,
             "resumed_at": start_step or None,
             "hours": round(hours, 5),
             "tokens_per_second": round(speed, 1),
@@ -293,12 +305,19 @@ def _batches(run: Run, store: TokenStore, workspace: Workspace) -> tuple[Batches
 
 
 def _step(
-    run: Run, accelerator: Accelerator, objective: Any, optimizer: Any, rows: Tokens, micro_batch: int | None
+    run: Run,
+    accelerator: Accelerator,
+    objective: Any,
+    optimizer: Any,
+    rows: Tokens,
+    micro_batch: int | None,
+    clock: StepClock,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this process's rows; returns (loss, gradient norm before clipping).
 
     The loss is this process's sum over the mean number of targets per process: its mean over processes is the loss.
     """
+    clock.mark()
     tokens = torch.from_numpy(rows).to(accelerator.device)
     parts = torch.split(tokens, micro_batch or len(tokens))
     targets = len(tokens) * (run.sequence_length - 1)
@@ -313,7 +332,9 @@ def _step(
             accelerator.backward(part_loss)
         loss += part_loss.detach()
     norm = accelerator.clip_grad_norm_(objective.parameters(), run.clip_norm)
+    clock.mark()
     optimizer.step()
+    clock.mark()
     optimizer.zero_grad()
     return loss, norm
 

@@ -197,6 +197,7 @@ class Spectra(MatrixOptimizer):
             "weight_decay": weight_decay,
         }
         super().__init__(params, {**self.rule.defaults, **hyper, **options})
+        _check_patterns(self.param_groups)
         if self.selected and not any(self.selected.values()):
             raise ValueError(
                 f"apply_to={apply_to!r} selects none of {len(self.selected)} parameters; use 'all' or other patterns, "
@@ -324,16 +325,24 @@ def _select(group: Group) -> list[bool]:
             f"apply_to={list(apply_to)} needs names to search; give the parameters as (name, parameter) pairs, such as "
             "model.named_parameters()."
         )
-    for pattern in apply_to:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(
-                f"apply_to pattern {pattern!r} matches none of {len(names)} names such as {names[0]!r}; correct it or "
-                "leave it out."
-            )
     return [
         p.ndim >= 1 and any(re.search(pattern, name) for pattern in apply_to)
         for p, name in zip(params, names, strict=True)
     ]
+
+
+def _check_patterns(groups: list[Group]) -> None:
+    """Raise ValueError for a pattern that matches no name in any of the groups that have it."""
+    names: dict[str, list[str]] = {}
+    for group in groups:
+        for pattern in group["apply_to"] if not isinstance(group["apply_to"], str) else ():
+            names.setdefault(pattern, []).extend(group["param_names"])
+    for pattern, known in names.items():
+        if not any(re.search(pattern, name) for name in known):
+            raise ValueError(
+                f"apply_to pattern {pattern!r} matches none of {len(known)} names such as {known[0]!r}; correct it or "
+                "leave it out."
+            )
 
 
 def _check_group(group: Group) -> None:

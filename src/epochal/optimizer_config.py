@@ -1,0 +1,196 @@
+"""The optimizer of a Run, as data: frozen values, told apart by `kind` in TOML and records; no torch.
+
+`lr` is the peak learning rate, `wd` the decoupled weight decay: per step a decayed weight shrinks by lr(t) * wd(t).
+Defaults are those of the published scripts (docs/fira.md section 1.5, docs/spectra.md sections 1.10 and 2.3). What
+each class does with a matrix, `epochal.optim` says; `epochal.optim.build` makes one of the other.
+"""
+
+from dataclasses import dataclass
+
+FIRA_VARIANTS = ("code", "paper", "galore")
+FIRA_REFRESHES = ("svd", "gram", "subspace")
+CLIP_DECAYS = ("constant", "linear", "sqrt", "cosine", "square", "exp")
+OPERATORS = ("soft", "hard", "normalize")
+
+
+def choose(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{field} is {value!r}; choose from {', '.join(choices)}.")
+
+
+def at_least(field: str, value: float, low: float) -> None:
+    """Raise ValueError unless `value` is a number of at least `low`."""
+    if not value >= low:
+        raise ValueError(f"{field} is {value}; give at least {low}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoupled:
+    """What all optimizers have: the peak learning rate, and a weight decay decoupled from the gradient."""
+
+    lr: float
+    wd: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least("lr", self.lr, 0.0)
+        at_least("wd", self.wd, 0.0)
+        for name in ("beta1", "beta2", "beta3", "momentum"):
+            value = getattr(self, name, 0.0)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; give a number from 0 to below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Decoupled):
+    """Decoupled AdamW: per step a decayed weight shrinks by lr(t) * wd (PyTorch's convention, spec section 3)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signum(Decoupled):
+    """The sign of a Nesterov momentum."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdEMAMix(Decoupled):
+    """Adam with a second, slow average; `warmup`: share of all steps over which alpha and beta3 rise to their values."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    beta3: float = 0.999
+    alpha: float = 8.0
+    warmup: float = 1.0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}; give a share of the steps from 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mars(Decoupled):
+    """MARS-AdamW: variance-reduced gradients of matrices; vectors take AdamW (0.8, 0.999) at a third of `lr`."""
+
+    beta1: float = 0.95
+    beta2: float = 0.99
+    gamma: float = 0.025
+    vector_lr_scale: float = 1 / 3
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Decoupled):
+    """The sign of an interpolated momentum."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Decoupled):
+    """Orthogonalised momentum for the matrices of the blocks, AdamW at the same lr for embedding, head and vectors.
+
+    A matrix' update is scaled by 0.2 sqrt(max(rows, columns)), so that one learning rate suits both.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fira(Decoupled):
+    """Fira for the matrices whose name contains one of `patterns`, Adam for the rest; variant "galore" is GaLore.
+
+    `rank` None: a quarter of the model's width, `alpha` None: 0.25 below 1e9 parameters and 0.0625 from there, the
+    published choices per size. `gap`: steps between two refreshes. `gamma`: growth allowed to the residual a step.
+    """
+
+    wd: float = 0.0
+    rank: int | None = None
+    gap: int = 200
+    alpha: float | None = None
+    variant: str = "code"
+    gamma: float | None = 1.01
+    refresh: str = "gram"
+    rotate_states: bool = False
+    stagger: bool = False
+    patterns: tuple[str, ...] = ("attn", "mlp")
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("variant", self.variant, FIRA_VARIANTS)
+        choose("refresh", self.refresh, FIRA_REFRESHES)
+        at_least("gap", self.gap, 1)
+        at_least("rank", 1 if self.rank is None else self.rank, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra:
+    """A base optimizer whose update has its singular values clipped at `clip`; lr and wd are the base's.
+
+    `apply_to`: "2d" (every matrix, embedding and head too), "all" (vectors by their norm), or regular expressions
+    searched in parameter names. The threshold follows the Run's warm-up, and decays by `clip_decay` over the last
+    `clip_decay_fraction` of the steps. `pre_clip`: threshold on the gradients' singular values, not recommended beside
+    `clip` (the paper's README). `operator`: "soft", "hard" or "normalize".
+    """
+
+    base: AdamW | Signum | AdEMAMix | Mars | Lion
+    clip: float = 10.0
+    apply_to: str | tuple[str, ...] = "2d"
+    operator: str = "soft"
+    clip_decay: str = "constant"
+    clip_decay_fraction: float = 0.2
+    pre_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        choose("operator", self.operator, OPERATORS)
+        choose("clip_decay", self.clip_decay, CLIP_DECAYS)
+        for name in ("clip", "pre_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; give a threshold above 0.")
+        if isinstance(self.apply_to, str):
+            choose("apply_to", self.apply_to, ("2d", "all"))
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of the base."""
+        return self.base.lr
+
+    @property
+    def wd(self) -> float:
+        """Weight decay of the base."""
+        return self.base.wd
+
+
+Optimizer = AdamW | Signum | AdEMAMix | Mars | Lion | Muon | Fira | Spectra
+"""AdamW stands first: a table without a `kind` means it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecayGroup:
+    """Parameters with `pattern` in their name decay by `scale` times the run's wd instead of by the usual mask.
+
+    `pattern` is a regular expression, searched for; the first group that matches a name wins.
+    """
+
+    pattern: str
+    scale: float
+
+    def __post_init__(self) -> None:
+        at_least("scale", self.scale, 0.0)
