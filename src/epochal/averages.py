@@ -81,7 +81,8 @@ def logit_losses(
             spools = [_spool(load, part, Path(folder) / str(k)) for k, load in enumerate(members)]
             targets = torch.stack([spool.target_logits for spool in spools]).double()
             totals += _normalisers(spools, shares) - (shares.double() @ targets).sum(1)
-    return totals / (len(sequences) * (sequences.shape[1] - 1))
+    losses: torch.Tensor = totals / (len(sequences) * (sequences.shape[1] - 1))
+    return losses
 
 
 @dataclass(frozen=True)
