@@ -24,7 +24,8 @@ bench: .venv/test
 	$(BIN)/python benchmarks/losses.py
 
 report: .venv/demo
-	$(BIN)/epochal report --scale demo
+	$(BIN)/epochal report --scale micro
+	$(BIN)/python -m epochal.results_table micro
 
 clean:
 	rm -rf .venv work recipes/results/demo

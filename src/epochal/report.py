@@ -165,9 +165,7 @@ def render_markdown(sections: Sequence[Section], *, title: str, summary: Sequenc
 def _md_section(section: Section) -> list[str]:
     lines = [f"## {_md(section.title)}", f"*{_md(section.question)}*"]
     for table in section.tables:
-        columns = [format_column(name, [row[i] for row in _checked(table)]) for i, name in enumerate(table.columns)]
-        rows = [[_md(cell) for cell in row] for row in zip(*columns, strict=True)]
-        lines += [f"**{_md(table.title)}**", _md_table(table.columns, rows, right=numeric_columns(table))]
+        lines += [f"**{_md(table.title)}**", markdown_table(table)]
     for figure in section.figures:
         caption = _md(figure.caption)
         # a bracket inside the alternative text would end it
@@ -175,6 +173,13 @@ def _md_section(section: Section) -> list[str]:
         lines += [f"![{alt}](figures/{figure.name}.svg)", caption]
     notes = "\n".join(f"- {_md(note)}" for note in (*section.notes, *made_by(section)))
     return [*lines, notes] if notes else lines
+
+
+def markdown_table(table: Table) -> str:
+    """Render a table without its title; numbers stand to the right."""
+    columns = [format_column(name, [row[i] for row in _checked(table)]) for i, name in enumerate(table.columns)]
+    rows = [[_md(cell) for cell in row] for row in zip(*columns, strict=True)]
+    return _md_table(table.columns, rows, right=numeric_columns(table))
 
 
 def made_by(section: Section) -> tuple[str, ...]:

@@ -1,0 +1,88 @@
+"""The committed results as two generated texts: recipes/results/README.md, and the results part of README.md.
+
+`python -m epochal.results_table SCALE ...` reads the claims.json that `epochal report --scale SCALE` left, and the records
+beside it. Nothing in either text is typed by hand, so a number there is a number in a record.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from epochal.campaign import load_recipe
+from epochal.claims import CLAIM_COLUMNS, ClaimRow, read_claims, tally, verdict_line
+from epochal.config import REPOSITORY, write_atomic
+from epochal.records import Workspace, load_records
+from epochal.report import Table, format_interval, markdown_table
+from epochal.scale import load_scale
+
+RESULTS = Path("recipes/results")
+BEGIN, END = "<!-- results: written by make report -->", "<!-- end of results -->"
+FIGURES = ("loss-against-epochs", "loss-against-size-{tokens}", "loss-against-members-{tokens}")
+
+
+def main(scales: Sequence[str]) -> None:
+    """Write both texts for the scales named; raises ValueError when one has no report."""
+    if not scales:
+        raise ValueError("name at least one scale that has a report, e.g. python -m epochal.results_table micro.")
+    rows = {scale: read_claims(RESULTS / scale / "claims.json") for scale in scales}
+    readme = REPOSITORY / "README.md"
+    text = spliced(readme.read_text(encoding="utf-8"), headline(scales[0]))
+    write_atomic(RESULTS / "README.md", claims_page(rows))
+    write_atomic(readme, text)
+
+
+def claims_page(rows: dict[str, list[ClaimRow]]) -> str:
+    """Render every claim of every scale: the paper's number, ours, its interval and seeds, the verdict, the command."""
+    lines = [
+        "# Claims, and what the records say",
+        "",
+        "Written by `make report` from the records of each scale; intervals are 90%, losses nats per token on validation text.",
+    ]
+    for scale, found in rows.items():
+        lines += ["", f"## {scale}", "", f"{tally(found)} Report: [{scale}/report.md]({scale}/report.md)."]
+        for section in dict.fromkeys(row.section for row in found):
+            chosen = [row for row in found if row.section == section]
+            lines += ["", f"### {section}", "", markdown_table(_claims_table(chosen))]
+    return "\n".join(lines) + "\n"
+
+
+def _claims_table(rows: list[ClaimRow]) -> Table:
+    cells = [
+        (row.text, row.paper or None, row.value, format_interval(row), row.seeds, verdict_line(row), f"`{row.command}`")
+        for row in rows
+    ]
+    return Table(title="", columns=(*CLAIM_COLUMNS, "Command"), rows=tuple(cells))
+
+
+def headline(scale_name: str) -> str:
+    """Render the whole chain of one scale as a table with three figures, for the README."""
+    scale = load_scale(scale_name)
+    records = load_records(Workspace(scale_name, RESULTS, Path("work")))
+    tables: tuple[Table, ...] = load_recipe("distillation").report(records, scale).tables
+    if not tables:
+        raise ValueError(
+            f"{records.workspace.records} does not hold the whole chain yet; run epochal run --scale {scale_name}."
+        )
+    chain, folder = tables[0], RESULTS / scale_name / "figures"
+    names = [name.format(tokens=scale.unique_tokens[0]) for name in FIGURES]
+    figures = [f"![{name}]({folder / name}.svg)" for name in names if (folder / f"{name}.svg").exists()]
+    parts = [
+        f"{chain.title}, scale `{scale_name}` (nats per token; {len(records)} records):",
+        markdown_table(chain),
+        "\n".join(figures),
+        f"Every claim with its verdict: [{RESULTS}/README.md]({RESULTS}/README.md).",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def spliced(readme: str, results: str) -> str:
+    """Return the README with the text between its two marks replaced; raises ValueError when a mark is missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}; put them where the results belong.")
+    return f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
