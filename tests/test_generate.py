@@ -153,7 +153,7 @@ def test_sources_that_cannot_speak_are_refused(campaign: tuple[Workspace, TokenS
         sample(job(source="c"), space, records)
     text = Samples(name="t", source="a", tokens=1, max_length=2)
     with_text = Records(space, [*records, Record(text, fingerprint(text), "done", {})])
-    with pytest.raises(ValueError, match="is sampled text, not a model"):
+    with pytest.raises(ValueError, match="is Samples, not a model"):
         sample(job(source="t"), space, with_text)
     (space.folder("a") / "model").rename(space.folder("a") / "gone")
     with pytest.raises(ValueError, match="does not exist; run 'a' again"):

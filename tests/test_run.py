@@ -22,6 +22,8 @@ from epochal.run import (
     Samples,
     Signum,
     Spectra,
+    Targets,
+    Teach,
     fingerprint,
     inputs,
 )
@@ -75,6 +77,15 @@ def a_run(**changes: object) -> Run:
         ("warmup", 1.0),
         ("warmup", -0.1),
         ("warmup", float("nan")),
+        ("weights", "mean"),
+        ("weights_window", 0.0),
+        ("weights_window", 1.5),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("mask_inputs", 1.0),
+        ("holdout_tokens", 100),
+        ("holdout_tokens", 4096),
+        ("holdout_tokens", -128),
     ],
 )
 def test_a_run_refuses_bad_values_in_one_sentence(field: str, value: object) -> None:
@@ -152,6 +163,32 @@ def test_distill_refuses_a_share_that_leaves_no_text_of_one_kind(fraction: float
 
 
 @pytest.mark.parametrize(
+    "changes", [{"weight": 0.0}, {"weight": 1.1}, {"temperature": 0.0}, {"temperature": float("inf")}, {"mode": "live"}]
+)
+def test_teach_refuses_bad_values(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Teach(**{"source": "e", **changes})  # type: ignore[arg-type]
+
+
+def test_cached_targets_need_an_order_that_keeps_the_cut() -> None:
+    cached = Teach(source="t", mode="cached")
+    with pytest.raises(ValueError, match=r'packs the text anew.*use order "sequences" or "fixed"'):
+        a_run(teach=cached)
+    assert a_run(teach=cached, order="fixed").teach == a_run(teach=cached, order="sequences").teach
+    with pytest.raises(ValueError, match="'s', for which there are no cached targets"):
+        a_run(teach=cached, order="fixed", distill=Distill(samples="s", fraction=0.5))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"top_k": 0}, {"temperature": 0.0}, {"sequence_length": 1}, {"unique_tokens": 31}, {"name": "a/b"}]
+)
+def test_targets_refuse_bad_values(changes: dict[str, object]) -> None:
+    values = {"name": "t", "source": "e", "unique_tokens": 64, "sequence_length": 32, **changes}
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Targets(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"runs": ()},
@@ -185,6 +222,8 @@ def test_steps_and_window() -> None:
     assert a_run(optimizer=AdamW(lr=0.01, wd=0.0)).tau == float("inf")
     student = a_run(distill=Distill(samples="s", fraction=0.75))
     assert student.steps == 4 * run.steps
+    held = a_run(holdout_tokens=1024)
+    assert (held.steps_per_epoch, held.steps, held.tokens) == (24, 96, 96 * 128)
 
 
 def test_inputs() -> None:
@@ -192,6 +231,9 @@ def test_inputs() -> None:
     assert inputs(a_run(distill=Distill(samples="s", fraction=0.5))) == ("s",)
     assert inputs(Ensemble(name="e", runs=("a", "b"), average="probs")) == ("a", "b")
     assert inputs(Samples(name="s", source="e", tokens=5, max_length=5)) == ("e",)
+    assert inputs(Targets(name="t", source="e", unique_tokens=64, sequence_length=32)) == ("e",)
+    reader = a_run(start="b", distill=Distill(samples="s", fraction=0.5), teach=Teach(source="e"))
+    assert inputs(reader) == ("b", "s", "e")
 
 
 def test_values_are_frozen() -> None:
@@ -231,6 +273,13 @@ def test_every_field_matters() -> None:
         "distill": Distill(samples="s", fraction=0.5),
         "wd_schedule": "antiphase",
         "decay": (DecayGroup(pattern="head", scale=0.5),),
+        "teach": Teach(source="e"),
+        "start": "b",
+        "holdout_tokens": 128,
+        "weights": "ema",
+        "weights_window": 0.2,
+        "dropout": 0.1,
+        "mask_inputs": 0.5,
     }
     assert {*others, "name", "data"} == {field.name for field in dataclasses.fields(Run)}
     marks = {fingerprint(a_run()), *(fingerprint(a_run(**{field: value})) for field, value in others.items())}

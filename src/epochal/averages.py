@@ -17,8 +17,8 @@ import torch
 
 from epochal.data import Tokens
 from epochal.loss import token_log_probs
+from epochal.model import next_token
 from epochal.stopping import check_stop
-from epochal.train import next_token
 
 Loader = Callable[[], Any]
 """Loads one member, ready to evaluate; called when it is its turn, and let go before the next."""

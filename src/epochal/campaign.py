@@ -14,7 +14,7 @@ from typing import Any
 from epochal.config import REPOSITORY, nearest
 from epochal.model_size import parameter_counts
 from epochal.records import Record, Records, Split, Workspace, split
-from epochal.run import Ensemble, Job, Run, Samples
+from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import Scale
 
 BYTES_PER_WEIGHT = 4
@@ -99,6 +99,8 @@ def price(jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None) -> P
                 disk += BYTES_PER_WEIGHT * parameter_counts(job.model, vocab_size=vocab_size).total
             case Samples():
                 disk += 4 * job.tokens
+            case Targets():
+                disk += job.bytes(vocab_size)
             case Ensemble():
                 pass
     return Price(jobs=count, flops=flops, hours=flops / scale.hardware.flops / 3600, disk=disk)

@@ -1,7 +1,7 @@
 """Checkpoints of one run: safetensors and JSON, written beside and renamed, with a manifest of hashes.
 
-checkpoints/step-00000123/{model.safetensors, optimizer.safetensors, state.json, manifest.json}. The last two are kept;
-a damaged one is skipped, said, and the one before it used.
+checkpoints/step-00000123/{model.safetensors, optimizer.safetensors, state.json, manifest.json}, and average.safetensors
+where a run averages its weights. The last two are kept; a damaged one is skipped, said, and the one before it used.
 """
 
 import json
@@ -20,11 +20,16 @@ KEEP = 2
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    average: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of a step and drop all but the last two; returns its folder.
 
-    `state` is plain JSON: what the loop needs besides tensors.
+    `state` is plain JSON: what the loop needs besides tensors. `average` holds averaged weights by name, or nothing.
     """
     path = folder / f"step-{step:08d}"
     beside = folder / f".step-{step:08d}.tmp"
@@ -35,6 +40,8 @@ def save_checkpoint(
             {name: tensor.contiguous() for name, tensor in _unshared(model).items()}, beside / "model.safetensors"
         )
         save_file(_optimizer_tensors(optimizer), beside / "optimizer.safetensors")
+        if average:
+            save_file(average, beside / "average.safetensors")
         (beside / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         manifest = {item.name: file_hash(item) for item in sorted(beside.iterdir())}
         (beside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -48,9 +55,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, say: Callable[[str], None]
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, torch.Tensor] | None = None,
+    *,
+    say: Callable[[str], None],
 ) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint into model and optimizer; returns its state, or None when there is none.
+    """Load the newest sound checkpoint into model, optimizer and average; returns its state, or None without one.
 
     Every damaged one is named through `say`.
     """
@@ -61,6 +73,9 @@ def load_checkpoint(
             continue
         _load_model(model, load_file(path / "model.safetensors"))
         _load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+        if average:
+            for name, tensor in load_file(path / "average.safetensors").items():
+                average[name].copy_(tensor)
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return state
     return None

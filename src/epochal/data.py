@@ -105,10 +105,16 @@ class TokenStore:
                 f"unique_tokens {run.unique_tokens} is above the {available} training tokens of {self.folder.name}; "
                 f"use at most {available // run.batch_tokens * run.batch_tokens}."
             )
+        trained = run.unique_tokens - run.holdout_tokens
         ends = np.cumsum(self.lengths("train"))
-        count = int(np.searchsorted(ends, run.unique_tokens)) + 1
+        count = int(np.searchsorted(ends, trained)) + 1
         starts = np.concatenate([[0], ends[: count - 1]])
-        return Stream(self.tokens("train")[: run.unique_tokens], starts, run.sequence_length, run.order, run.order_seed)
+        return Stream(self.tokens("train")[:trained], starts, run.sequence_length, run.order, run.order_seed)
+
+    def holdout(self, run: Run) -> Tokens:
+        """Return the part of a run's budget that it does not train on, the last of its tokens, (count, T) int64."""
+        tokens = self.tokens("train")[run.unique_tokens - run.holdout_tokens : run.unique_tokens]
+        return tokens.reshape(-1, run.sequence_length).astype(np.int64)
 
 
 def open_store(data: str, workspace: Workspace) -> TokenStore:
@@ -155,12 +161,17 @@ class Stream:
 
     def sequence(self, index: int) -> Tokens:
         """Return sequence number `index` of the endless stream, (T,)."""
-        epoch, position = divmod(index, self.sequences_per_epoch)
-        order, ends = self._permutation(epoch)
         if self.order != "documents":
-            begin = int(order[position]) * self.sequence_length
+            begin = self.place(index) * self.sequence_length
             return self.tokens[begin : begin + self.sequence_length]
-        return self._gather(position * self.sequence_length, order, ends)
+        epoch, position = divmod(index, self.sequences_per_epoch)
+        return self._gather(position * self.sequence_length, *self._permutation(epoch))
+
+    def place(self, index: int) -> int:
+        """Return which sequence of the text comes as number `index`, in the orders that keep the cut."""
+        assert self.order != "documents"
+        epoch, position = divmod(index, self.sequences_per_epoch)
+        return int(self._permutation(epoch)[0][position])
 
     def _gather(self, begin: int, order: Tokens, ends: Tokens) -> Tokens:
         """Cut T tokens at `begin` out of the documents laid end to end in `order`."""

@@ -15,7 +15,7 @@ import torch
 from epochal.data import Tokens, TokenStore, open_store
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace
-from epochal.run import Ensemble, Run, Samples, fingerprint
+from epochal.run import Ensemble, Run, Samples, Targets, fingerprint
 from epochal.stopping import check_stop
 
 BATCH = 256
@@ -81,8 +81,8 @@ def member_records(source: str, records: Records) -> list[Record]:
             return [record]
         case Ensemble():
             return [found for name in record.job.runs for found in member_records(name, records)]
-        case Samples():
-            raise ValueError(f"{source!r} is sampled text, not a model; name a run or an ensemble.")
+        case Samples() | Targets():
+            raise ValueError(f"{source!r} is {type(record.job).__name__}, not a model; name a run or an ensemble.")
 
 
 def load_model(workspace: Workspace, name: str) -> Any:

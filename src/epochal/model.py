@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,8 @@ from epochal.model_size import INITIALISATIONS, ParameterCounts, check_initialis
 if TYPE_CHECKING:  # transformers takes seconds to import, so only the functions that need it do so
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from epochal.run import Run
+
 __all__ = [
     "INITIALISATIONS",
     "ParameterCounts",
@@ -28,7 +30,9 @@ __all__ = [
     "draw_weights",
     "empty_model",
     "load_config",
+    "next_token",
     "parameter_counts",
+    "start_from",
     "weight_rule",
 ]
 
@@ -119,6 +123,42 @@ def draw_weights(model: LlamaForCausalLM, *, seed: int) -> None:
     with torch.device("cpu"):
         model.model.rotary_emb = LlamaRotaryEmbedding(config)
     assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+
+
+def start_from(model: LlamaForCausalLM, folder: Path, run: Run) -> None:
+    """Put the weights of a finished model's folder into a model of the same shape, in place.
+
+    Raises ValueError when the folder is missing or holds another architecture.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"Run {run.name!r} starts from {run.start!r}, but {path} does not exist; run that again.")
+    found = {name: tensor for name, tensor in load_file(path).items() if name in dict(model.named_parameters())}
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    for name in shapes.keys() | found.keys():
+        theirs = tuple(found[name].shape) if name in found else "none"
+        if theirs != shapes.get(name):
+            raise ValueError(
+                f"Run {run.name!r} ({run.model}) cannot start from {run.start!r}: {name} is {shapes.get(name)} here and "
+                f"{theirs} there; start from a run of the same model."
+            )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(found[name])
+
+
+def next_token(
+    model: Any, tokens: torch.Tensor, embeddings: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (hidden (n, d), targets (n,)) for the T - 1 predictions in each of (b, T) sequences.
+
+    The model reads `embeddings` (b, T, d) in place of the tokens' own, if given.
+    """
+    inputs = {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
 
 
 def weight_rule(

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from epochal.config import from_table, to_table, write_atomic
-from epochal.run import Ensemble, Job, Run, Samples, fingerprint, inputs
+from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint, inputs
 
 VERSION = 1
-KINDS: dict[str, type[Job]] = {"Run": Run, "Ensemble": Ensemble, "Samples": Samples}
+KINDS: dict[str, type[Job]] = {"Run": Run, "Ensemble": Ensemble, "Samples": Samples, "Targets": Targets}
 STATUSES = ("done", "diverged")
 
 
@@ -61,12 +61,14 @@ class Workspace:
         return self.work / self.scale / name
 
     def output(self, job: Job) -> Path | None:
-        """Return what other jobs read from this one: a model folder, a token file, or nothing for an Ensemble."""
+        """Return what other jobs read from this one: a folder, a token file, or nothing for an Ensemble."""
         match job:
             case Run():
                 return self.folder(job.name) / "model"
             case Samples():
                 return self.folder(job.name) / "samples.npy"
+            case Targets():
+                return self.folder(job.name) / "targets"
             case Ensemble():
                 return None
 
@@ -150,7 +152,7 @@ def _read(path: Path) -> Record:
     record = Record(
         job, str(table["fingerprint"]), table["status"], table["results"], table["inputs"], table["provenance"]
     )
-    if record.status == "done" and not isinstance(job, Samples) and not math.isfinite(record.loss):
+    if record.status == "done" and not isinstance(job, Samples | Targets) and not math.isfinite(record.loss):
         raise ValueError("is done but has no finite loss")
     return record
 
@@ -225,15 +227,33 @@ def needed(jobs: Iterable[Job], records: Records) -> list[Job]:
 
 
 def _reads(job: Job, by_name: dict[str, Job]) -> tuple[str, ...]:
-    """Names of all jobs whose outputs or records a job reads; text sampled from an ensemble reads its members."""
+    """Names of all jobs whose outputs or records a job reads; what reads an ensemble reads its members."""
     names = inputs(job)
-    if isinstance(job, Samples):
-        source = by_name.get(job.source)
+    for name in inputs(job):
+        source = by_name.get(name)
         names += inputs(source) if isinstance(source, Ensemble) else ()
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise ValueError(f"job {job.name!r} reads {unknown[0]!r}, which no recipe plans; plan it beside.")
     return names
+
+
+def input_marks(job: Job, records: Records) -> dict[str, str]:
+    """Return the fingerprints of the finished jobs that a job reads, the members of ensembles among them.
+
+    Raises ValueError for one without a record, or without weights because it diverged.
+    """
+    marks = {}
+    for name in inputs(job):
+        record = records.named(name)
+        if record is None:
+            raise ValueError(f"{job.name!r} reads {name!r}, which has no record; run it first.")
+        if record.status == "diverged":
+            raise ValueError(f"{job.name!r} reads {name!r}, which diverged and left no weights; name another.")
+        marks[name] = record.fingerprint
+        if isinstance(record.job, Ensemble):
+            marks |= input_marks(record.job, records)
+    return marks
 
 
 def file_hash(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The vocabulary of recipes: Run, Ensemble, Samples. Frozen values, complete, checked without torch.
+"""The vocabulary of recipes: Run, Ensemble, Samples, Targets. Frozen values, complete, checked without torch.
 
 Everything that determines weights (or tokens drawn from weights) is a field here. How fast and where is a profile;
 what came out is a record. Jobs name their inputs; a name stands for one meaning, guarded by `fingerprint`.
@@ -55,6 +55,9 @@ SCHEDULES = ("cosine", "wsd")
 WD_SCHEDULES = ("constant", "antiphase", "proportional")
 PRECISIONS = ("fp32", "bf16")
 AVERAGES = ("logits", "probs")
+WEIGHTS = ("last", "ema", "swa")
+MODES = ("online", "cached")
+DRAWS = ("members", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +76,38 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Teach:
+    """Learn from soft targets too: (1 - weight) CE + weight T^2 KL(teacher at T || student at T).
+
+    mode "online": `source` is a Run or an Ensemble, whose models read every batch beside the student. "cached": it is
+    the Targets computed once over the training text; that needs an order that keeps the cut of the sequences.
+    """
+
+    source: str
+    weight: float = 0.5
+    temperature: float = 1.0
+    mode: str = "online"
+
+    def __post_init__(self) -> None:
+        choose("mode", self.mode, MODES)
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"weight is {self.weight}; give a share above 0 and at most 1.")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that determines one model's weights.
 
     `unique_tokens` is D, `batch_size` counts sequences of `sequence_length` tokens in one optimizer step over all
     processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.schedule`),
     `decay` changes for some parameters how much of it they get.
+    `holdout_tokens` of D are bought but not trained on: on them the weights
+    of an ensemble's members can be learned. `start` names the Run whose final weights this one begins with (else they
+    are drawn from `init_seed`). `weights`: the "last" ones, or their average over the run: "ema" forgets by a factor e
+    in `weights_window` of the run, "swa" is the mean over its last `weights_window`. `dropout` and `mask_inputs`:
+    see `epochal.noise`.
     """
 
     name: str
@@ -100,6 +129,13 @@ class Run:
     distill: Distill | None = None
     wd_schedule: str = "constant"
     decay: tuple[DecayGroup, ...] = ()
+    teach: Teach | None = None
+    start: str | None = None
+    holdout_tokens: int = 0
+    weights: str = "last"
+    weights_window: float = 0.1
+    dropout: float = 0.0
+    mask_inputs: float = 0.0
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -118,6 +154,35 @@ class Run:
                 f"unique_tokens {self.unique_tokens} is no multiple of the batch of {self.batch_size} x "
                 f"{self.sequence_length} tokens; use {low} or {low + self.batch_tokens}."
             )
+        self._check_regularizers()
+        self._check_teacher()
+
+    def _check_regularizers(self) -> None:
+        choose("weights", self.weights, WEIGHTS)
+        if not 0 < self.weights_window <= 1:
+            raise ValueError(f"weights_window is {self.weights_window}; give a share of the steps above 0, at most 1.")
+        for field in ("dropout", "mask_inputs"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; give a share from 0 to below 1.")
+        if self.holdout_tokens % self.batch_tokens or not 0 <= self.holdout_tokens < self.unique_tokens:
+            raise ValueError(
+                f"holdout_tokens is {self.holdout_tokens}; give a multiple of the batch of {self.batch_tokens} tokens "
+                f"below unique_tokens {self.unique_tokens}."
+            )
+
+    def _check_teacher(self) -> None:
+        if self.teach is None or self.teach.mode == "online":
+            return
+        if self.order == "documents":
+            raise ValueError(
+                'order is "documents", which packs the text anew in each epoch, but cached targets belong to fixed '
+                'sequences; use order "sequences" or "fixed", or teach with mode "online".'
+            )
+        if self.distill is not None:
+            raise ValueError(
+                f"distill mixes in {self.distill.samples!r}, for which there are no cached targets; "
+                'teach with mode "online" or leave out distill.'
+            )
 
     @property
     def batch_tokens(self) -> int:
@@ -126,8 +191,8 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that show the real tokens once."""
-        return self.unique_tokens // self.batch_tokens
+        """Steps that show the real tokens once, those held out apart."""
+        return (self.unique_tokens - self.holdout_tokens) // self.batch_tokens
 
     @property
     def steps(self) -> int:
@@ -174,10 +239,11 @@ class Ensemble:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Tokens drawn from a Run, or from the members of an Ensemble one by one in equal parts (spec section 9).
+    """Tokens drawn from a Run, or from an Ensemble (spec section 9).
 
-    Unconditional: each text begins with the tokenizer's start token and ends at its end token or at
-    `max_length` tokens.
+    draw "members": from the members one by one in equal parts, as the paper did; "average": every token from the
+    averaged distribution. Unconditional: each text begins with the tokenizer's start token and ends at its end token or
+    at `max_length` tokens.
     """
 
     name: str
@@ -186,16 +252,48 @@ class Samples:
     max_length: int
     seed: int = 0
     temperature: float = 1.0
+    draw: str = "members"
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         at_least("tokens", self.tokens, 1)
         at_least("max_length", self.max_length, 2)
+        choose("draw", self.draw, DRAWS)
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
 
 
-Job = Run | Ensemble | Samples
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Soft next-token targets of a Run or an Ensemble over the training text, for students that read a cache.
+
+    The first `unique_tokens` training tokens, cut into sequences of `sequence_length`. Of each position the `top_k` most
+    probable tokens at `temperature` are kept; members are averaged before.
+    """
+
+    name: str
+    source: str
+    unique_tokens: int
+    sequence_length: int
+    top_k: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        at_least("top_k", self.top_k, 1)
+        at_least("sequence_length", self.sequence_length, 2)
+        at_least("unique_tokens", self.unique_tokens, self.sequence_length)
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
+
+    def bytes(self, vocab_size: int | None) -> int:
+        """Return the disk that they need at most: an id and a float16 for each kept token, nothing won by compression."""
+        sequences, width = self.unique_tokens // self.sequence_length, 2 if (vocab_size or 2**32) <= 2**16 else 4
+        block = (self.sequence_length - 1) * min(self.top_k, vocab_size or self.top_k) * (width + 2)
+        return sequences * (block + block // 1000 + 100)  # and the index
+
+
+Job = Run | Ensemble | Samples | Targets
 
 
 def _check_name(name: str) -> None:
@@ -208,10 +306,11 @@ def inputs(job: Job) -> tuple[str, ...]:
     """Return the names of the jobs whose outputs this one reads directly."""
     match job:
         case Run():
-            return (job.distill.samples,) if job.distill else ()
+            names = (job.start, job.distill and job.distill.samples, job.teach and job.teach.source)
+            return tuple(name for name in names if name)
         case Ensemble():
             return job.runs
-        case Samples():
+        case Samples() | Targets():
             return (job.source,)
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ from accelerate.state import AcceleratorState
 from epochal.checkpoint import load_checkpoint, save_checkpoint
 from epochal.data import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.loss import backend, cross_entropy, token_log_probs
-from epochal.model import build_model, parameter_counts
+from epochal.model import build_model, next_token, parameter_counts, start_from
+from epochal.noise import MASKED_WEIGHT, Noise
 from epochal.optim.build import build_optimizer, matrices_treated, spectral_norms, state_bytes
 from epochal.provenance import provenance, utilisation
-from epochal.records import Record, Workspace, load_records
+from epochal.records import Record, Workspace, input_marks, load_records
 from epochal.run import Run, fingerprint
 from epochal.schedule import decay_multiplier, multiplier
 from epochal.step_clock import StepClock
 from epochal.stopping import Stopped, stop_reason
+from epochal.teacher import Teacher, load_teacher
+from epochal.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +57,24 @@ class Pace:
 class Objective(torch.nn.Module):
     """A causal language model that returns its loss, so that logits are never whole and DDP sees one forward."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, noise: Noise, teacher: Teacher | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.noise, self.teacher = model, noise, teacher
 
-    def forward(self, tokens: torch.Tensor, normaliser: float) -> torch.Tensor:
-        """Return the summed next-token cross-entropy of (b, T) tokens divided by `normaliser`: a float32 scalar."""
+    def forward(self, tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
+        """Return the summed loss of (b, T) tokens, the run's rows from `first_row`, over `normaliser`: float32 scalar."""
+        rows, head = range(first_row, first_row + len(tokens)), self.model.lm_head.weight
+        self.noise.begin(rows)
         hidden, targets = next_token(self.model, tokens)
-        return cross_entropy(hidden, self.model.lm_head.weight, targets, normaliser=normaliser)
-
-
-def next_token(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (hidden (n, d), targets (n,)) for the T - 1 predictions in each of (b, T) sequences."""
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    return hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        if self.teacher is None:
+            loss = cross_entropy(hidden, head, targets, normaliser=normaliser)
+        else:
+            loss = self.teacher.loss(hidden, head, targets, tokens, rows, normaliser)
+        if self.noise.masking:
+            self.noise.begin(rows, "masked")
+            hidden, targets = next_token(self.model, tokens, self.noise.hide(self.model.model.embed_tokens(tokens)))
+            loss = loss + MASKED_WEIGHT * cross_entropy(hidden, head, targets, normaliser=normaliser)
+        return loss
 
 
 def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
@@ -81,8 +89,9 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
     rows = _rows_of_this_process(run, accelerator, pace)
 
     # --- data ------------------------------------------------------------------------------------------------------
-    store = open_store(run.data, workspace)
-    batches, marks = _batches(run, store, workspace)
+    store, records = open_store(run.data, workspace), load_records(workspace)
+    marks = input_marks(run, records)
+    batches = _batches(run, store, workspace)
     validation = store.sequences("validation", run.sequence_length)
 
     # --- model and optimizer ---------------------------------------------------------------------------------------
@@ -94,11 +103,17 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         bos_token_id=store.meta["bos"],
         eos_token_id=store.meta["eos"],
     )
+    if run.start is not None:
+        start_from(model, workspace.folder(run.start) / "model", run)
+    average = None if run.weights == "last" else WeightAverage(run, model)
+    teacher = load_teacher(run, batches, store, workspace, records)
+    noise = Noise(seed=run.order_seed, dropout=run.dropout, mask_inputs=run.mask_inputs)
+    noise.attach(model)
     rise = round(run.warmup * run.steps)
     optimizer = build_optimizer(model, run.optimizer, steps=run.steps, warmup_steps=rise, decay=run.decay)
-    objective, optimizer = accelerator.prepare(Objective(model), optimizer)
+    objective, optimizer = accelerator.prepare(Objective(model, noise, teacher), optimizer)
     model = accelerator.unwrap_model(objective).model
-    progress = _resume(run, workspace, accelerator, model, optimizer)
+    progress = _resume(run, workspace, accelerator, model, optimizer, average)
 
     # --- steps -----------------------------------------------------------------------------------------------------
     evaluate_at = {round(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)}
@@ -111,12 +126,15 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         for group in optimizer.param_groups:
             group["lr"] = run.optimizer.lr * factor
             group["weight_decay"] = wd * group["decay_scale"]
-        loss, norm = _step(run, accelerator, objective, optimizer, batches(step)[rows], pace.micro_batch, clock)
+        batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
+        loss, norm = _step(run, accelerator, objective, optimizer, batch, first_row, pace.micro_batch, clock)
         progress.add(loss)
         progress.step = step + 1
         if step == start_step:
             matrices = matrices_treated(optimizer)
             log.info("%s: %s treats %d matrices as such", run.name, type(run.optimizer).__name__, matrices)
+        if average is not None:
+            average.update(model, progress.step)
 
         if progress.step % LOG_STEPS == 0 or progress.step == run.steps:
             train_loss = progress.mean_loss(accelerator)
@@ -134,14 +152,15 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
                 tokens_per_second=round(speed, 1),
             )
         if progress.step in evaluate_at and not progress.diverged:
-            loss_now = evaluate(model, validation, accelerator)
+            with average.in_place(model) if average else nullcontext():
+                loss_now = evaluate(model, validation, accelerator)
             progress.diverged = not math.isfinite(loss_now)
             progress.curve.append([progress.step, loss_now])
             _log(accelerator, workspace, run, progress.step, validation_loss=loss_now)
 
         reason = _agreed_stop(accelerator, progress.step)
         if progress.step < run.steps and (reason or time.monotonic() - saved > pace.checkpoint_seconds):
-            _save(run, workspace, accelerator, model, optimizer, progress)
+            _save(run, workspace, accelerator, model, optimizer, average, progress)
             saved = time.monotonic()
         if reason and progress.step < run.steps:
             _end(accelerator)
@@ -149,6 +168,8 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
 
     # --- record ----------------------------------------------------------------------------------------------------
     hours = (time.monotonic() - started) / 3600
+    if average is not None:
+        average.swap(model)
     test = store.sequences("test", run.sequence_length) if store.meta["tokens"]["test"] >= run.sequence_length else None
     test_loss = evaluate(model, test, accelerator) if test is not None and not progress.diverged else None
     _end(accelerator)
@@ -288,20 +309,14 @@ def _rows_of_this_process(run: Run, accelerator: Accelerator, pace: Pace) -> sli
     return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
-def _batches(run: Run, store: TokenStore, workspace: Workspace) -> tuple[Batches, dict[str, str]]:
-    """Return the batch function of a Run and the fingerprints of what it reads."""
+def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
+    """Return the batch function of a Run."""
     real = store.training_stream(run)
     if run.distill is None:
-        return Batches(real, None, 0.0, run.batch_size), {}
-    path = workspace.folder(run.distill.samples) / "samples.npy"
-    record = load_records(workspace).named(run.distill.samples)
-    if record is None or not path.is_file():
-        raise ValueError(
-            f"Run {run.name!r} learns from {run.distill.samples!r}, which has not been sampled; run it first."
-        )
-    tokens = np.load(path, mmap_mode="r")
+        return Batches(real, None, 0.0, run.batch_size)
+    tokens = np.load(workspace.folder(run.distill.samples) / "samples.npy", mmap_mode="r")
     sampled = sampled_stream(tokens, int(store.meta["bos"]), run)
-    return Batches(real, sampled, run.distill.fraction, run.batch_size), {run.distill.samples: record.fingerprint}
+    return Batches(real, sampled, run.distill.fraction, run.batch_size)
 
 
 def _step(
@@ -310,6 +325,7 @@ def _step(
     objective: Any,
     optimizer: Any,
     rows: Tokens,
+    first_row: int,
     micro_batch: int | None,
     clock: StepClock,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,12 +341,13 @@ def _step(
     for number, part in enumerate(parts, start=1):
         if number < len(parts):
             with accelerator.no_sync(objective):
-                part_loss = objective(part, targets)
+                part_loss = objective(part, first_row, targets)
                 accelerator.backward(part_loss)
         else:
-            part_loss = objective(part, targets)
+            part_loss = objective(part, first_row, targets)
             accelerator.backward(part_loss)
         loss += part_loss.detach()
+        first_row += len(part)
     norm = accelerator.clip_grad_norm_(objective.parameters(), run.clip_norm)
     clock.mark()
     optimizer.step()
@@ -355,10 +372,17 @@ def _agreed_stop(accelerator: Accelerator, step: int) -> str | None:
     return (reason or "another process was asked to stop") if float(asked) else None
 
 
-def _resume(run: Run, workspace: Workspace, accelerator: Accelerator, model: Any, optimizer: Any) -> Progress:
+def _resume(
+    run: Run,
+    workspace: Workspace,
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    average: WeightAverage | None,
+) -> Progress:
     """Return the progress of the newest sound checkpoint, or a fresh start; cuts metrics.jsonl to it."""
     folder = workspace.folder(run.name)
-    state = load_checkpoint(folder / "checkpoints", model, optimizer, say=log.warning)
+    state = load_checkpoint(folder / "checkpoints", model, optimizer, _tensors(average), say=log.warning)
     progress = Progress(0, []) if state is None else Progress(**state)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -378,12 +402,22 @@ def _step_of(line: str) -> float:
 
 
 def _save(
-    run: Run, workspace: Workspace, accelerator: Accelerator, model: Any, optimizer: Any, progress: Progress
+    run: Run,
+    workspace: Workspace,
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    average: WeightAverage | None,
+    progress: Progress,
 ) -> None:
-    state = progress.state(accelerator)
+    state, folder = progress.state(accelerator), workspace.folder(run.name) / "checkpoints"
     if accelerator.is_main_process:
-        save_checkpoint(workspace.folder(run.name) / "checkpoints", progress.step, model, optimizer, state)
+        save_checkpoint(folder, progress.step, model, optimizer, state, _tensors(average))
     accelerator.wait_for_everyone()
+
+
+def _tensors(average: WeightAverage | None) -> dict[str, torch.Tensor] | None:
+    return None if average is None else average.tensors
 
 
 def _end(accelerator: Accelerator) -> None:

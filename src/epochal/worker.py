@@ -21,7 +21,7 @@ from typing import Any
 from epochal.campaign import campaign_jobs, flops_of
 from epochal.config import from_table, to_table, write_atomic
 from epochal.records import Record, Workspace, load_records, needed, write_record
-from epochal.run import Ensemble, Job, Run, Samples
+from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import load_scale
 from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_reason
 
@@ -170,6 +170,10 @@ def execute(job: Job, orders: Orders) -> Record | None:
             from epochal.generate import sample
 
             return sample(job, workspace, load_records(workspace))
+        case Targets():
+            from epochal.targets import compute_targets
+
+            return compute_targets(job, workspace, load_records(workspace))
 
 
 def _launch(run: Run, orders: Orders) -> None:

@@ -1,0 +1,59 @@
+"""The average of the weights that a run passes through, instead of its last ones: EMA and SWA.
+
+EMA as in Polyak averaging with forgetting, corrected for its start as Adam's moments are; SWA: arXiv 1803.05407, here over
+every step of the end of the run. Both are `average += rate (weights - average)` with a rate that depends on the step.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from epochal.run import Run
+
+
+class WeightAverage:
+    """The running average of a model's weights: `tensors` by parameter name, in float32, one more copy of the model."""
+
+    def __init__(self, run: Run, model: torch.nn.Module) -> None:
+        self.run = run
+        self.tensors = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int) -> None:
+        """Take in the weights after `step` steps (1 after the first)."""
+        rate = mixing_rate(self.run, step)
+        for name, weight in model.named_parameters():
+            self.tensors[name].lerp_(weight, rate)
+
+    @contextmanager
+    def in_place(self, model: torch.nn.Module) -> Iterator[None]:
+        """Put the average into the model for the time of a block."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
+
+    @torch.no_grad()
+    def swap(self, model: torch.nn.Module) -> None:
+        """Exchange the model's weights and the average."""
+        for name, weight in model.named_parameters():
+            last = weight.detach().clone()
+            weight.copy_(self.tensors[name])
+            self.tensors[name].copy_(last)
+
+
+def mixing_rate(run: Run, step: int) -> float:
+    """Return the share of the newest weights in the average after `step` steps.
+
+    "ema": the average is sum of d^(step - s) w_s over s <= step, divided by the sum of its weights, where
+    d = exp(-1 / (weights_window * steps)). "swa": the plain mean over the last weights_window of the steps; before them
+    the rate is 1, so the average is the newest weights.
+    """
+    window = run.weights_window * run.steps
+    if run.weights == "swa":
+        return 1.0 / max(1, step - (run.steps - max(1, round(window))))
+    decay = math.exp(-1.0 / window)
+    return (1.0 - decay) / (1.0 - decay**step)
