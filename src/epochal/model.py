@@ -21,6 +21,7 @@ from epochal.model_size import INITIALISATIONS, ParameterCounts, check_initialis
 if TYPE_CHECKING:  # transformers takes seconds to import, so only the functions that need it do so
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from epochal.records import Workspace
     from epochal.run import Run
 
 __all__ = [
@@ -125,14 +126,16 @@ def draw_weights(model: LlamaForCausalLM, *, seed: int) -> None:
     assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
-def start_from(model: LlamaForCausalLM, folder: Path, run: Run) -> None:
-    """Put the weights of a finished model's folder into a model of the same shape, in place.
+def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace) -> None:
+    """Put the final weights of the Run that this one starts from, if any, into a model of the same shape, in place.
 
-    Raises ValueError when the folder is missing or holds another architecture.
+    Raises ValueError when its folder is missing or holds another architecture.
     """
+    if run.start is None:
+        return
     from safetensors.torch import load_file
 
-    path = folder / "model.safetensors"
+    path = workspace.folder(run.start) / "model" / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"Run {run.name!r} starts from {run.start!r}, but {path} does not exist; run that again.")
     found = {name: tensor for name, tensor in load_file(path).items() if name in dict(model.named_parameters())}

@@ -10,7 +10,6 @@ import logging
 import math
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +102,8 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         bos_token_id=store.meta["bos"],
         eos_token_id=store.meta["eos"],
     )
-    if run.start is not None:
-        start_from(model, workspace.folder(run.start) / "model", run)
-    average = None if run.weights == "last" else WeightAverage(run, model)
+    start_from(run, model, workspace)
+    average = WeightAverage(run, model)
     teacher = load_teacher(run, batches, store, workspace, records)
     noise = Noise(seed=run.order_seed, dropout=run.dropout, mask_inputs=run.mask_inputs)
     noise.attach(model)
@@ -133,8 +131,7 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         if step == start_step:
             matrices = matrices_treated(optimizer)
             log.info("%s: %s treats %d matrices as such", run.name, type(run.optimizer).__name__, matrices)
-        if average is not None:
-            average.update(model, progress.step)
+        average.update(model, progress.step)
 
         if progress.step % LOG_STEPS == 0 or progress.step == run.steps:
             train_loss = progress.mean_loss(accelerator)
@@ -152,7 +149,7 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
                 tokens_per_second=round(speed, 1),
             )
         if progress.step in evaluate_at and not progress.diverged:
-            with average.in_place(model) if average else nullcontext():
+            with average.in_place(model):
                 loss_now = evaluate(model, validation, accelerator)
             progress.diverged = not math.isfinite(loss_now)
             progress.curve.append([progress.step, loss_now])
@@ -168,8 +165,7 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
 
     # --- record ----------------------------------------------------------------------------------------------------
     hours = (time.monotonic() - started) / 3600
-    if average is not None:
-        average.swap(model)
+    average.swap(model)
     test = store.sequences("test", run.sequence_length) if store.meta["tokens"]["test"] >= run.sequence_length else None
     test_loss = evaluate(model, test, accelerator) if test is not None and not progress.diverged else None
     _end(accelerator)
@@ -378,11 +374,11 @@ def _resume(
     accelerator: Accelerator,
     model: Any,
     optimizer: Any,
-    average: WeightAverage | None,
+    average: WeightAverage,
 ) -> Progress:
     """Return the progress of the newest sound checkpoint, or a fresh start; cuts metrics.jsonl to it."""
     folder = workspace.folder(run.name)
-    state = load_checkpoint(folder / "checkpoints", model, optimizer, _tensors(average), say=log.warning)
+    state = load_checkpoint(folder / "checkpoints", model, optimizer, average.tensors, say=log.warning)
     progress = Progress(0, []) if state is None else Progress(**state)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -407,17 +403,13 @@ def _save(
     accelerator: Accelerator,
     model: Any,
     optimizer: Any,
-    average: WeightAverage | None,
+    average: WeightAverage,
     progress: Progress,
 ) -> None:
     state, folder = progress.state(accelerator), workspace.folder(run.name) / "checkpoints"
     if accelerator.is_main_process:
-        save_checkpoint(folder, progress.step, model, optimizer, state, _tensors(average))
+        save_checkpoint(folder, progress.step, model, optimizer, state, average.tensors)
     accelerator.wait_for_everyone()
-
-
-def _tensors(average: WeightAverage | None) -> dict[str, torch.Tensor] | None:
-    return None if average is None else average.tensors
 
 
 def _end(accelerator: Accelerator) -> None:

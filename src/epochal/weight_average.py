@@ -14,18 +14,22 @@ from epochal.run import Run
 
 
 class WeightAverage:
-    """The running average of a model's weights: `tensors` by parameter name, in float32, one more copy of the model."""
+    """The running average of a model's weights: `tensors` by parameter name, one more copy of the model.
+
+    Of a run that keeps its last weights there are none, and nothing here does anything.
+    """
 
     def __init__(self, run: Run, model: torch.nn.Module) -> None:
         self.run = run
-        self.tensors = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        averaged = model.named_parameters() if run.weights != "last" else ()
+        self.tensors = {name: weight.detach().clone() for name, weight in averaged}
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
         """Take in the weights after `step` steps (1 after the first)."""
-        rate = mixing_rate(self.run, step)
-        for name, weight in model.named_parameters():
-            self.tensors[name].lerp_(weight, rate)
+        rate = mixing_rate(self.run, step) if self.tensors else 0.0
+        for name, average in self.tensors.items():
+            average.lerp_(model.get_parameter(name), rate)
 
     @contextmanager
     def in_place(self, model: torch.nn.Module) -> Iterator[None]:
@@ -39,10 +43,11 @@ class WeightAverage:
     @torch.no_grad()
     def swap(self, model: torch.nn.Module) -> None:
         """Exchange the model's weights and the average."""
-        for name, weight in model.named_parameters():
+        for name, average in self.tensors.items():
+            weight = model.get_parameter(name)
             last = weight.detach().clone()
-            weight.copy_(self.tensors[name])
-            self.tensors[name].copy_(last)
+            weight.copy_(average)
+            average.copy_(last)
 
 
 def mixing_rate(run: Run, step: int) -> float:
