@@ -165,6 +165,18 @@ def test_a_document_in_two_splits_is_found_when_a_store_is_opened(tmp_path: Path
         TokenStore.open(folder)
 
 
+def test_two_data_sets_can_share_a_tokenizer(tmp_path: Path) -> None:
+    second = tiny.write_text(tmp_path / "b", tiny.documents(60, seed=1), tokenizer='store = "tiny"')
+    second = second.rename(second.with_name("second.toml"))
+    with pytest.raises(ValueError, match="'tiny' does not exist yet; run epochal data tiny first"):
+        prepare(str(second), tmp_path / "data")
+    first = prepare(str(tiny.write_text(tmp_path / "a", tiny.documents(60))), tmp_path / "data")
+    other = prepare(str(second), tmp_path / "data")
+    files = [store.tokenizer_folder / "tokenizer.json" for store in (first, other)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert other.meta["tokens"]["train"] > 0
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_prepare_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

@@ -124,7 +124,7 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{path.stem}: reading", total=None)
-        tokenizer = load_tokenizer(config.tokenizer, _training_texts(config))
+        tokenizer = load_tokenizer(config.tokenizer, _training_texts(config), folder.parent)
         progress.update(task, description=f"{path.stem}: tokenizing")
         writers = {split: _Writer(folder, split, _dtype(tokenizer)) for split in SPLITS}
         counts = _tokenize(config, tokenizer, writers, lambda n: progress.advance(task, n))

@@ -12,7 +12,8 @@ class TokenizerConfig:
     """Where a tokenizer comes from.
 
     Exactly one of `path` (folder, tokenizer.json or hub name), `package` with `vocabulary` and `merges` (GPT-2 style
-    files inside an installed package), and `train`, the vocabulary size of a byte-level BPE to train.
+    files inside an installed package), `store`, the name of another data set whose tokenizer is used (a model can then
+    go on from one text to the other), and `train`, the vocabulary size of a byte-level BPE to train.
 
     `specials` are added to the vocabulary if they are missing; the first opens every sampled text.
     """
@@ -23,12 +24,13 @@ class TokenizerConfig:
     install: str | None = None
     vocabulary: str | None = None
     merges: str | None = None
+    store: str | None = None
     train: int | None = None
     specials: tuple[str, ...] = ("<|bos|>", "<|eos|>")
 
     def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.path, self.package, self.train)) != 1:
-            raise ValueError("a tokenizer needs exactly one of path, package and train; write one of them.")
+        if sum(value is not None for value in (self.path, self.package, self.store, self.train)) != 1:
+            raise ValueError("a tokenizer needs exactly one of path, package, store and train; write one of them.")
         if self.train is not None and self.train < 256 + len(self.specials):
             raise ValueError(
                 f"train is {self.train}, less than the 256 bytes and {len(self.specials)} special tokens; "
@@ -38,15 +40,17 @@ class TokenizerConfig:
             raise ValueError("specials is empty; name at least the token that opens a document.")
 
 
-def load_tokenizer(config: TokenizerConfig, training_texts: Iterator[str]) -> Any:
+def load_tokenizer(config: TokenizerConfig, training_texts: Iterator[str], stores: Path) -> Any:
     """Return a `tokenizers.Tokenizer`; `training_texts` is read only when one is trained.
 
-    Raises ValueError when a package or path is missing.
+    `stores` is the folder of all token stores. Raises ValueError when a package, a path or a store is missing.
     """
     if config.train is not None:
         tokenizer = _train(config.train, config.specials, training_texts)
     elif config.package is not None:
         tokenizer = _from_package(config)
+    elif config.store is not None:
+        tokenizer = _from_store(stores / config.store)
     else:
         tokenizer = _from_path(config)
     tokenizer.add_special_tokens([token for token in config.specials if tokenizer.token_to_id(token) is None])
@@ -87,6 +91,15 @@ def _from_package(config: TokenizerConfig) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _from_store(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer" / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"the tokenizer of {folder.name!r} does not exist yet; run epochal data {folder.name} first.")
+    return Tokenizer.from_file(str(path))
 
 
 def _from_path(config: TokenizerConfig) -> Any:
