@@ -55,8 +55,8 @@ def softmax_cases(device: str, tiny: bool) -> list[Case]:
         }
         cases.append((f"softmax_add {shape}", add, 3 * size, 0.0))
         sparse: dict[str, Callable[[], object]] = {
-            "kernel": lambda z=z, ids=ids, top=top: sparse_loss(z, ids, top, True),
-            "torch": lambda z=z, ids=ids, top=top: sparse_loss_reference(z, ids, top, tail=True),
+            "kernel": lambda z=z, y=y, ids=ids, top=top: sparse_loss(z, y, ids, top, 0.5),
+            "torch": lambda z=z, y=y, ids=ids, top=top: sparse_loss_reference(z, y, ids, top, weight=0.5),
         }
         cases.append((f"sparse_loss {shape} k{top.shape[1]}", sparse, 2 * size, 0.0))
     return cases

@@ -1,18 +1,21 @@
-"""Loss against stored targets: a few probabilities per token, and what is left over as one bucket.
+"""Loss against stored targets: a few probabilities per token, what is left over as one bucket, and the hard label.
 
-    L_i = sum_k p_ik (log p_ik - log q_i[id_ik]) + t_i (log t_i - log(1 - sum_k q_i[id_ik])),  q = softmax(z)
-    t_i = max(1 - sum_k p_ik, 0) with ``tail``; 0 and no second term without, or where every token is stored
+    soft_i = sum_k p_ik (log p_ik - log q_i[id_ik]) + t_i (log t_i - log q_i[rest]),    q = softmax(z)
+    t_i    = max(1 - sum_k p_ik, 0), and 0 where no token is left over;  q_i[rest] = sum of q_i over what is not stored
+    loss_i = (1 - w) (-log q_i[y_i]) + w soft_i
 
-    dL/dz_v = q_v M - p_iv on the stored ids,  q_v M - t_i q_v / q_tail elsewhere,  M = sum_k p_ik + t_i
+    dsoft/dz_v = q_v M - p_iv  on the stored ids,   q_v M - t_i q_v / q_i[rest]  elsewhere,   M = sum_k p_ik + t_i
 
-With ``tail`` this is the KL divergence of the top k and "any other token". Without, it takes importance-sampled targets
-(weights summing to one), which are unbiased (arXiv 2503.16870); an id may then occur more than once.
+soft is the KL divergence of the distributions over "the stored k, or any other token". Importance-sampled targets
+(arXiv 2503.16870) are the same formula: their weights sum to one, so t = 0. A place that is not needed holds any other id
+with p = 0.
 
-Shapes: N rows (tokens), V vocabulary, K stored. z (N, V) float16, bfloat16, float32 (float64 in torch only);
-ids (N, K) int64, p (N, K) float32. An id below 0 is an empty place, with p taken as 0; a row without any has loss 0 and
-gradient 0. With ``tail`` the ids of a row are distinct.
+Shapes: N rows (tokens), V vocabulary, K stored. z (N, V) float16, bfloat16, float32 (float64 in torch only); y (N,)
+int64; ids (N, K) int64, distinct in a row; p (N, K) any float. A row with ``y = ignore_index`` has loss and gradient 0.
 
-Traffic: z read twice and written once; torch also writes log q and its softmax. Stored targets are K / V of the dense.
+The stored logits are set aside and replaced by -inf, so that every pass sees only the rest: its sum then cannot cancel
+("1 - sum of the stored" does, where they hold nearly everything), and no pass compares positions with K ids.
+Traffic: z read twice and written once, as in softmax_loss.py; the targets are K / V of a dense teacher.
 """
 
 # The arguments of kernels are Triton's own pointers and numbers.
@@ -24,131 +27,156 @@ import torch
 from torch import Tensor
 
 from triton_kernels.backend import jit, tl, triton, use_kernel
+from triton_kernels.online import online, online_end
 
 
-def sparse_loss_reference(logits: Tensor, ids: Tensor, p: Tensor, *, tail: bool) -> tuple[Tensor, Tensor]:
+def sparse_loss_reference(
+    logits: Tensor, targets: Tensor, ids: Tensor, p: Tensor, *, weight: float, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
     """Return (loss (N,), gradient (N, V)) in float32, or float64 if the logits are: the definition."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    kept = ids >= 0
-    p, ids = p.to(z.dtype).where(kept, 0.0), ids.where(kept, 0)
-    log_q = z.log_softmax(1)
-    q = log_q.exp()
-    log_hot = log_q.gather(1, ids)
-    loss = (torch.xlogy(p, p) - p * log_hot).sum(1)
-    mass = p.sum(1)
-    if tail:
-        stored = torch.zeros_like(z).scatter_add_(1, ids, kept.to(z.dtype)) > 0
-        t = (1.0 - mass).clamp(min=0.0) * (kept.any(1) & ~stored.all(1))
-        # From the tail itself: 1 - sum of the rest would cancel when the stored ids hold nearly everything.
-        log_rest = z.masked_fill(stored, -torch.inf).log_softmax(1)
-        log_tail = z.masked_fill(stored, -torch.inf).logsumexp(1) - z.logsumexp(1)
-        loss = loss + torch.where(t > 0, torch.xlogy(t, t) - t * log_tail, 0.0)
-        share = torch.where((t > 0)[:, None], t[:, None] * log_rest.exp(), 0.0)
-        gradient = q * (mass + t)[:, None] - share
-    else:
-        gradient = q * mass[:, None]
-    return loss, gradient.scatter_add_(1, ids, -p)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    p = p.to(z.dtype)
+    kept = (targets != ignore_index).unsqueeze(1)
+    y = targets.unsqueeze(1).where(kept, 0)
+    z_y, hot = z.gather(1, y), z.gather(1, ids)
+    z.scatter_(1, ids, -torch.inf)
+    top = z.amax(1, keepdim=True)  # of the rest, which beside the stored ones may be nothing in float32
+    highest = torch.cat([hot, top], 1).amax(1, keepdim=True)
+    top = top.where(top != -torch.inf, highest)
+    rest = z.sub_(top).exp_()
+    total = rest.sum(1, keepdim=True)
+    # From here on logits are relative to the highest: differences of large numbers would cost digits.
+    z_y, hot, log_rest = z_y - highest, hot - highest, top - highest + total.log()
+    log_sum = torch.cat([hot, log_rest], 1).logsumexp(1, keepdim=True)
+
+    mass = p.sum(1, keepdim=True)
+    t = (1.0 - mass).clamp(min=0.0).masked_fill(total == 0, 0.0)
+    soft = torch.xlogy(p, p) - (p * (hot - log_sum)).where(p != 0, 0.0)
+    soft_rest = torch.xlogy(t, t) - (t * (log_rest - log_sum)).where(t != 0, 0.0)
+    loss = (1.0 - weight) * (log_sum - z_y) + weight * (soft.sum(1, keepdim=True) + soft_rest)
+
+    scale = (1.0 - weight) + weight * (mass + t)
+    factor = scale * (top - highest - log_sum).exp() - weight * t / total.where(total != 0, 1.0)
+    gradient = rest.mul_(factor)
+    gradient.scatter_(1, ids, scale * (hot - log_sum).exp() - weight * p)
+    gradient.scatter_add_(1, y, torch.full_like(z_y, weight - 1.0))
+    return loss.masked_fill(~kept, 0.0).squeeze(1), gradient.masked_fill_(~kept, 0.0)
 
 
 @jit
 def _sparse_loss_kernel(
-    z_nv, id_nk, p_nk, loss_n, z_stride, V, K, TAIL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    z_nv, y_n, id_nk, p_nk, hot_nk, loss_n, z_stride, V, K, weight, ignore_index,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 in ordinary use
     z_row = z_nv + row * z_stride
     columns = tl.arange(0, BLOCK)
-    place = tl.arange(0, BLOCK_K)
-    ids = tl.load(id_nk + row * K + place, mask=place < K, other=-1)
-    kept = ids >= 0
-    p = tl.where(kept, tl.load(p_nk + row * K + place, mask=place < K, other=0.0), 0.0)
-    hot = tl.load(z_row + ids, mask=kept, other=0.0).to(tl.float32)
-
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    tail_top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, V, BLOCK):
-        index = start + columns
-        z = tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(top, z)
-        if TAIL:
-            # K is small: comparing with each stored id costs less than a (V,) mask in memory.
-            for k in range(0, K):
-                z = tl.where(index == tl.load(id_nk + row * K + k), float("-inf"), z)
-            tail_top = tl.maximum(tail_top, z)
-    m = tl.max(top, 0)
-    # The tail has a maximum of its own: next to the stored ids its sum may underflow.
-    tail_m = tl.max(tail_top, 0)
-    some_tail = tail_m > float("-inf")
-    tail_m = tl.where(some_tail, tail_m, 0.0)
-    all_sums = tl.zeros([BLOCK], tl.float32)
-    tail_sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        index = start + columns
-        z = tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32)
-        all_sums += tl.exp(z - m)
-        if TAIL:
-            for k in range(0, K):
-                z = tl.where(index == tl.load(id_nk + row * K + k), float("-inf"), z)
-            tail_sums += tl.exp(z - tail_m)
-    log_sum = tl.log(tl.sum(all_sums, 0))
-    mass = tl.sum(p, 0)
-    log_p = tl.log(tl.where(p == 0.0, 1.0, p))
-    loss = tl.sum(tl.where(p == 0.0, 0.0, p * (log_p - (hot - m - log_sum))), 0)
-    t = 0.0
-    log_tail = 0.0
-    if TAIL:
-        t = tl.maximum(1.0 - mass, 0.0)
-        t = tl.where((tl.max(kept.to(tl.int32), 0) > 0) & some_tail, t, 0.0)
-        log_tail = tail_m + tl.log(tl.where(some_tail, tl.sum(tail_sums, 0), 1.0))
-        loss += tl.where(t > 0.0, t * (tl.log(tl.where(t > 0.0, t, 1.0)) - log_tail + m + log_sum), 0.0)
-        mass += t
-    tl.store(loss_n + row, loss)
-    for start in range(0, V, BLOCK):
-        index = start + columns
-        inside = index < V
-        z = tl.load(z_row + index, mask=inside, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp(z - m - log_sum) * mass
-        for k in range(0, K):
-            same = index == tl.load(id_nk + row * K + k)
-            gradient -= tl.where(same, tl.load(p_nk + row * K + k), 0.0)
-            z = tl.where(same, float("-inf"), z)
-        if TAIL:
-            gradient -= tl.where(t > 0.0, t * tl.exp(z - log_tail), 0.0)
-        tl.store(z_row + index, gradient, mask=inside)
+    y = tl.load(y_n + row)
+    if y == ignore_index:
+        tl.store(loss_n + row, 0.0)
+        for start in range(0, V, BLOCK):
+            tl.store(z_row + start + columns, tl.zeros([BLOCK], tl.float32), mask=start + columns < V)
+    else:
+        # An index outside the vocabulary gives NaN: loud, and without a host synchronisation.
+        z_y = tl.load(z_row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
+        hot_m = tl.full([BLOCK_K], float("-inf"), tl.float32)
+        hot_s = tl.zeros([BLOCK_K], tl.float32)
+        masses = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            ids = tl.load(id_nk + row * K + place, mask=place < K, other=0)
+            masses += tl.load(p_nk + row * K + place, mask=place < K, other=0.0).to(tl.float32)
+            known = (place < K) & (ids >= 0) & (ids < V)
+            hot = tl.load(z_row + ids, mask=known, other=float("nan")).to(tl.float32)
+            hot = tl.where(place < K, hot, float("-inf"))
+            tl.store(hot_nk + row * K + place, hot, mask=place < K)
+            tl.debug_barrier()  # all have read before one writes
+            tl.store(z_row + ids, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=known)
+            hot_m, hot_s = online(hot_m, hot_s, hot)
+        tl.debug_barrier()  # all have written before one reads
+        rest_m = tl.full([BLOCK], float("-inf"), tl.float32)
+        rest_s = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+            rest_m, rest_s = online(rest_m, rest_s, z)
+        # The rest has a top of its own: beside the stored ones its sum may be nothing in float32.
+        highest = tl.maximum(tl.max(hot_m, 0), tl.max(rest_m, 0))
+        top, total = online_end(rest_m, rest_s)
+        empty = total == 0.0
+        top = tl.where(empty, highest, top)
+        log_rest = top - highest + tl.log(total)  # -inf where nothing is left over
+        log_sum = tl.log(tl.sum(hot_s * tl.exp(hot_m - highest), 0) + tl.exp(log_rest))
+        mass = tl.sum(masses, 0)
+        t = tl.where(empty | (mass > 1.0), 0.0, 1.0 - mass)  # not maximum(): that may drop a NaN
+        scale = (1.0 - weight) + weight * (mass + t)
+        factor = scale * tl.exp(top - highest - log_sum) - weight * t / tl.where(empty, 1.0, total)
+        for start in range(0, V, BLOCK):
+            index = start + columns
+            z = tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(z - top) * factor - tl.where(index == y, 1.0 - weight, 0.0)
+            tl.store(z_row + index, gradient, mask=index < V)
+        tl.debug_barrier()  # the stored places are written last
+        soft = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            ids = tl.load(id_nk + row * K + place, mask=place < K, other=-1)
+            p = tl.load(p_nk + row * K + place, mask=place < K, other=0.0).to(tl.float32)
+            log_q = tl.load(hot_nk + row * K + place, mask=place < K, other=float("-inf")) - highest - log_sum
+            soft += tl.where(p == 0.0, 0.0, p * (tl.log(tl.where(p == 0.0, 1.0, p)) - log_q))
+            gradient = scale * tl.exp(log_q) - weight * p - tl.where(ids == y, 1.0 - weight, 0.0)
+            tl.store(z_row + ids, gradient, mask=(place < K) & (ids >= 0) & (ids < V))
+        soft_rest = tl.where(t == 0.0, 0.0, t * (tl.log(tl.where(t == 0.0, 1.0, t)) - (log_rest - log_sum)))
+        loss = (1.0 - weight) * (log_sum - (z_y - highest)) + weight * (tl.sum(soft, 0) + soft_rest)
+        tl.store(loss_n + row, loss)
 
 
 @torch.library.custom_op("epochal_kernels::sparse_loss", mutates_args=("logits",))
-def sparse_loss(logits: Tensor, ids: Tensor, p: Tensor, tail: bool) -> Tensor:
+def sparse_loss(
+    logits: Tensor, targets: Tensor, ids: Tensor, p: Tensor, weight: float, ignore_index: int = -100
+) -> Tensor:
     """Return the loss of each row, (N,), and overwrite ``logits`` (N, V) with its gradient.
 
-    Arguments as in the file's docstring. Raises ValueError for shapes, index types or strides that do not fit.
+    Arguments as in the file's docstring. Raises ValueError for shapes, index types or strides that do not fit. On the
+    kernel path an id or a target outside the vocabulary makes the row's loss NaN.
     """
-    if logits.ndim != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
-        raise ValueError(
-            f"sparse_loss: logits of shape {tuple(logits.shape)} and strides {logits.stride()} are written in place "
-            "row by row; pass an (N, V) tensor whose rows are contiguous."
-        )
-    if ids.ndim != 2 or ids.shape[0] != logits.shape[0] or p.shape != ids.shape or ids.dtype != torch.int64:
-        raise ValueError(
-            f"sparse_loss: ids {tuple(ids.shape)} {ids.dtype} and p {tuple(p.shape)} do not fit logits "
-            f"{tuple(logits.shape)}; pass int64 indices and probabilities of shape ({logits.shape[0]}, K)."
-        )
+    _check(logits, targets, ids, p)
     if not use_kernel(logits.device) or logits.dtype == torch.float64:
-        loss, gradient = sparse_loss_reference(logits, ids, p, tail=tail)
+        loss, gradient = sparse_loss_reference(logits, targets, ids, p, weight=weight, ignore_index=ignore_index)
         logits.copy_(gradient)
         return loss
     rows, vocabulary = logits.shape
     loss = logits.new_zeros(rows, dtype=torch.float32)
     if rows and vocabulary:
         stored = ids.shape[1]
+        hot = logits.new_empty(rows, stored, dtype=torch.float32)
         _sparse_loss_kernel[(rows,)](
-            logits, ids.contiguous(), p.float().contiguous(), loss, logits.stride(0), vocabulary, stored,
-            TAIL=tail, BLOCK=min(triton.next_power_of_2(vocabulary), 4096),
-            BLOCK_K=triton.next_power_of_2(max(stored, 1)), num_warps=8,
+            logits, targets.contiguous(), ids.contiguous(), p.contiguous(), hot, loss,
+            logits.stride(0), vocabulary, stored, float(weight), ignore_index,
+            BLOCK=min(triton.next_power_of_2(vocabulary), 4096),
+            BLOCK_K=min(triton.next_power_of_2(max(stored, 1)), 1024), num_warps=8,
         )  # fmt: skip
     return loss
 
 
 @sparse_loss.register_fake
-def _(logits, ids, p, tail):
+def _(logits, targets, ids, p, weight, ignore_index=-100):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty(logits.shape[0], dtype=dtype)
+
+
+def _check(logits: Tensor, targets: Tensor, ids: Tensor, p: Tensor) -> None:
+    if logits.ndim != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
+        raise ValueError(
+            f"sparse_loss: logits of shape {tuple(logits.shape)} and strides {logits.stride()} are written in place "
+            "row by row; pass an (N, V) tensor whose rows are contiguous."
+        )
+    if targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"sparse_loss: targets {tuple(targets.shape)} {targets.dtype} do not match logits "
+            f"{tuple(logits.shape)}; pass int64 indices of shape ({logits.shape[0]},)."
+        )
+    if ids.ndim != 2 or ids.shape[0] != logits.shape[0] or p.shape != ids.shape or ids.dtype != torch.int64:
+        raise ValueError(
+            f"sparse_loss: ids {tuple(ids.shape)} {ids.dtype} and p {tuple(p.shape)} do not fit logits "
+            f"{tuple(logits.shape)}; pass int64 indices and probabilities of shape ({logits.shape[0]}, K)."
+        )

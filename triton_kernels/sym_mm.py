@@ -77,10 +77,11 @@ def _sym_mm_kernel(
             total += tl.where(rows[:, None] == columns[None, :], tl.load(w_b3 + batch * 3 + 2), 0.0)
         out = out_bmm + batch * o_sb
         value = total.to(out_bmm.dtype.element_ty)
-        tl.store(out + rows[:, None].to(tl.int64) * o_sm + columns[None, :], value, mask=inside)
-        # Off the diagonal the mirror is another tile; on it the two coincide and are written once.
-        mirror = inside & (tile_n < tile_m)
-        tl.store(out + columns[None, :].to(tl.int64) * o_sm + rows[:, None], value, mask=mirror)
+        # Two entries that mirror each other are one number, in the tiles on the diagonal too.
+        lower = inside & (rows[:, None] >= columns[None, :])
+        upper = inside & (rows[:, None] > columns[None, :])
+        tl.store(out + rows[:, None].to(tl.int64) * o_sm + columns[None, :], value, mask=lower)
+        tl.store(out + columns[None, :].to(tl.int64) * o_sm + rows[:, None], value, mask=upper)
 
 
 def sym_mm_path(rows: int, dtype: torch.dtype, device: torch.device | str) -> str:
@@ -96,7 +97,7 @@ def sym_mm(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients: Tensor |
     """Return alpha A B^T + beta C + delta I, (b, m, m) in the dtype of ``a``; without coefficients A B^T.
 
     The caller promises that A B^T and C are symmetric: only one triangle is looked at. On the kernel path the result
-    is symmetric bit by bit outside the diagonal tiles. Raises ValueError for shapes or dtypes that do not fit, or for
+    is symmetric bit by bit. Raises ValueError for shapes or dtypes that do not fit, or for
     a C without coefficients.
     """
     _check(a, b, c, coefficients)

@@ -13,7 +13,7 @@ one teacher at most; the mixture over K teachers in one buffer is new here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from triton_kernels import backend as kernels
 from triton_kernels.softmax_add import softmax_add_
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
+from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
 
 Teacher = tuple[Tensor, Tensor]
 """(hidden (N, d_k), head (V, d_k)) of one teacher."""
@@ -88,13 +89,44 @@ def distillation_loss(
     weights = _check_teachers(hidden, head, teachers, teacher_weights)
     if average not in ("logits", "probs"):
         raise ValueError(f"average={average!r} is not known; use 'logits' or 'probs', which differ.")
-    if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"weight={weight} is no mix of hard and soft targets; use a number from 0 to 1.")
+    _check_weight(weight)
     if not (temperature > 0.0 and math.isfinite(temperature)):
         raise ValueError(f"temperature={temperature} cannot divide logits; use a positive number.")
     if weight == 0.0:
         teachers, weights = (), []
     total = _call(hidden, head, targets, teachers, weights, average, weight, temperature, ignore_index, chunk_tokens)
+    return _normalise(total, targets, ignore_index, normaliser)
+
+
+def cached_distillation_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    *,
+    weight: float,
+    ignore_index: int = -100,
+    normaliser: float | Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Return (1 - weight) CE + weight KL(teacher || student) from stored teacher probabilities: a float32 scalar.
+
+    hidden (N, d), head (V, d), targets (N,) int64; ids (N, k), any integer type and distinct in a row, name the tokens
+    whose teacher probability is stored in probs (N, k), any float type, at temperature 1. What they leave of 1 is the
+    teacher's mass on "any other token", compared with the student's mass there, so a student is not taught to put
+    nothing outside the stored tokens. With k = V this is `distillation_loss`; k = 0 stores nothing and teaches nothing.
+    ``normaliser`` as in `cross_entropy`. The stored targets receive no gradient.
+    Raises ValueError for values, shapes, dtypes, targets or ids that do not fit.
+    """
+    _check_student(hidden, head, targets, ignore_index)
+    _check_stored(hidden, head, ids, probs)
+    _check_weight(weight)
+    need = _needed(hidden, head)
+    rows, dtype = _rows(hidden, head, chunk_tokens), _product_dtype(hidden)
+    total: Tensor = _linear_sparse_loss(
+        hidden, head, targets, ids.detach(), probs.detach(), float(weight), ignore_index, dtype, rows, *need
+    )[0]
     return _normalise(total, targets, ignore_index, normaliser)
 
 
@@ -108,7 +140,7 @@ def token_log_probs(
     """
     _check_student(hidden, head, targets, ignore_index)
     dtype = _product_dtype(hidden)
-    rows = chunk_tokens or _chunk_tokens(hidden, head)
+    rows = _rows(hidden, head, chunk_tokens)
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         weight = head.to(dtype)
@@ -137,35 +169,80 @@ def _linear_loss(
     hidden_gradient: bool,
     head_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (sum of losses, its gradient for hidden (N, d), for head (V, d)); a gradient not asked for is empty.
+    """Return (sum of losses, its gradient for hidden (N, d), for head (V, d)); a gradient not asked for is empty."""
+    wide = torch.promote_types(dtype, torch.float32)
+    rows, vocabulary = min(chunk_tokens, max(hidden.shape[0], 1)), head.shape[0]
+    mixture = hidden.new_empty(rows if teacher_heads else 0, vocabulary, dtype=wide)
+    need = hidden_gradient or head_gradient
 
-    Nothing is divided by the number of tokens here: in float16 the gradient of a mean would underflow.
+    def teach(part: slice, scratch: Tensor) -> None:
+        soft = mixture[: len(scratch)]
+        for k, (x, w) in enumerate(zip(teacher_hidden, teacher_heads, strict=True)):
+            _add_teacher(soft, scratch, x[part], w, teacher_weights[k], average, temperature, first=k == 0)
+        if teacher_heads and average == "logits":
+            _softmax_add(soft, soft, 1.0, temperature, accumulate=False)
+
+    def losses(part: slice, z: Tensor) -> Tensor:
+        soft = mixture[: len(z)] if teacher_heads else None
+        return _softmax_loss(z, targets[part], soft, weight, temperature, ignore_index, need)
+
+    return _over_chunks(hidden, head, dtype, rows, (hidden_gradient, head_gradient), teach, losses)
+
+
+@torch.library.custom_op("epochal::linear_sparse_loss", mutates_args=())
+def _linear_sparse_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    weight: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+    chunk_tokens: int,
+    hidden_gradient: bool,
+    head_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_linear_loss`, against stored targets ids (N, k) and probs (N, k)."""
+    rows = min(chunk_tokens, max(hidden.shape[0], 1))
+
+    def losses(part: slice, z: Tensor) -> Tensor:
+        return _sparse_loss(z, targets[part], ids[part].long(), probs[part], weight, ignore_index)
+
+    return _over_chunks(hidden, head, dtype, rows, (hidden_gradient, head_gradient), lambda part, scratch: None, losses)
+
+
+def _over_chunks(
+    hidden: Tensor,
+    head: Tensor,
+    dtype: torch.dtype,
+    rows: int,
+    need: tuple[bool, bool],
+    teach: Callable[[slice, Tensor], None],
+    losses: Callable[[slice, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum `losses(part, z)`, which writes the gradient over the student's logits z (C, V), over chunks of ``rows``.
+
+    `teach(part, scratch)` comes before each and may use the logits' buffer. Nothing is divided by the number of tokens
+    here: in float16 the gradient of a mean would underflow.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    tokens, vocabulary = hidden.shape[0], head.shape[0]
     total = hidden.new_zeros((), dtype=wide)
-    d_hidden = hidden.new_empty(hidden.shape if hidden_gradient else (0,))
-    d_head = torch.zeros_like(head, dtype=wide) if head_gradient else head.new_empty((0,), dtype=wide)
-    rows = min(chunk_tokens, max(tokens, 1))
-    logits = hidden.new_empty(rows, vocabulary, dtype=dtype)
-    mixture = hidden.new_empty(rows if teacher_heads else 0, vocabulary, dtype=wide)
+    d_hidden = hidden.new_empty(hidden.shape if need[0] else (0,))
+    d_head = torch.zeros_like(head, dtype=wide) if need[1] else head.new_empty((0,), dtype=wide)
+    logits = hidden.new_empty(rows, head.shape[0], dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):  # the casts below are the ones wanted
         student_head = head.to(dtype)
-        for start in range(0, tokens, rows):
-            part = slice(start, min(start + rows, tokens))
-            z, soft = logits[: part.stop - start], mixture[: part.stop - start]
-            for k, (x, w) in enumerate(zip(teacher_hidden, teacher_heads, strict=True)):
-                _add_teacher(soft, z, x[part], w, teacher_weights[k], average, temperature, first=k == 0)
-            if teacher_heads and average == "logits":
-                _softmax_add(soft, soft, 1.0, temperature, accumulate=False)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, min(start + rows, len(hidden)))
+            z = logits[: part.stop - start]
+            teach(part, z)
             x = hidden[part].to(dtype)
             torch.mm(x, student_head.t(), out=z)
-            soft_or_none = soft if teacher_heads else None
-            need = hidden_gradient or head_gradient
-            total += _softmax_loss(z, targets[part], soft_or_none, weight, temperature, ignore_index, need).sum()
-            if hidden_gradient:
+            total += losses(part, z).sum()
+            if need[0]:
                 d_hidden[part] = z @ student_head
-            if head_gradient:
+            if need[1]:
                 _add_product(d_head, z.t(), x)
     return total, d_hidden, d_head.to(head.dtype)
 
@@ -212,6 +289,21 @@ def _softmax_loss(
     return torch.cat(parts)
 
 
+def _sparse_loss(z: Tensor, y: Tensor, ids: Tensor, p: Tensor, weight: float, ignore_index: int) -> Tensor:
+    """Return the losses of a chunk against stored targets and write their gradient over its logits."""
+    if backend(z.device) == "triton":
+        losses: Tensor = sparse_loss(z, y, ids, p, weight, ignore_index)
+        return losses
+    parts = []
+    for part in _row_blocks(z):
+        loss, d_z = sparse_loss_reference(
+            z[part], y[part], ids[part], p[part], weight=weight, ignore_index=ignore_index
+        )
+        parts.append(loss)
+        z[part] = d_z
+    return torch.cat(parts)
+
+
 def _softmax_add(soft: Tensor, z: Tensor, share: float, temperature: float, *, accumulate: bool) -> None:
     """Put or add share softmax(z / temperature) into ``soft``: kernel, or torch in row blocks."""
     if backend(z.device) == "triton":
@@ -232,6 +324,7 @@ def _row_blocks(z: Tensor) -> list[slice]:
 
 
 @_linear_loss.register_fake
+@_linear_sparse_loss.register_fake
 def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, hidden_gradient, head_gradient = rest[-4], rest[-2], rest[-1]
     total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
@@ -241,25 +334,27 @@ def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2])
-    ctx.teachers = len(inputs[3])
+    # What a gradient must look like: a list of tensors wants a list, anything else None.
+    ctx.nothing = [[None] * len(value) if _holds_tensors(value) else None for value in inputs[2:]]
     ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Tensor) for item in value)
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     hidden, head, d_hidden, d_head = ctx.saved_tensors
-    nothing: list[None] = [None] * ctx.teachers
     need_hidden, need_head = ctx.needs_input_grad[:2]
     return (
         _scale(d_hidden, gradient, hidden, head) if need_hidden else None,
         _scale(d_head, gradient, hidden, head) if need_head else None,
-        None,
-        nothing,
-        nothing,
-        *[None] * 9,
+        *ctx.nothing,
     )
 
 
 _linear_loss.register_autograd(_backward, setup_context=_save)
+_linear_sparse_loss.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("epochal::scale_loss_gradient", mutates_args=())
@@ -298,9 +393,6 @@ def _call(
     ignore_index: int,
     chunk_tokens: int | None,
 ) -> Tensor:
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} is no number of rows; use a positive one or leave it out.")
-    grad = torch.is_grad_enabled()
     total: Tensor = _linear_loss(
         hidden,
         head,
@@ -313,11 +405,16 @@ def _call(
         float(temperature),
         ignore_index,
         _product_dtype(hidden),
-        chunk_tokens or _chunk_tokens(hidden, head),
-        grad and hidden.requires_grad,
-        grad and head.requires_grad,
+        _rows(hidden, head, chunk_tokens),
+        *_needed(hidden, head),
     )[0]
     return total
+
+
+def _needed(hidden: Tensor, head: Tensor) -> tuple[bool, bool]:
+    """Say for which of the two a gradient is wanted."""
+    grad = torch.is_grad_enabled()
+    return grad and hidden.requires_grad, grad and head.requires_grad
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -325,9 +422,14 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _chunk_tokens(hidden: Tensor, head: Tensor) -> int:
-    rows = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // max(head.shape[0], 1)
-    return max(64, rows // 64 * 64)
+def _rows(hidden: Tensor, head: Tensor, chunk_tokens: int | None) -> int:
+    """Return the rows of a chunk: as asked for, or what the device likes."""
+    if chunk_tokens is None:
+        fitting = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // max(head.shape[0], 1)
+        return max(64, fitting // 64 * 64)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} is no number of rows; use a positive one or leave it out.")
+    return chunk_tokens
 
 
 def _normalise(total: Tensor, targets: Tensor, ignore_index: int, normaliser: float | Tensor | None) -> Tensor:
@@ -350,14 +452,45 @@ def _check_student(hidden: Tensor, head: Tensor, targets: Tensor, ignore_index: 
         raise ValueError(
             f"hidden is {hidden.dtype} but head is {head.dtype}; cast one of them or run under torch.autocast."
         )
-    # A look at the values would make a GPU wait, so there the kernel answers a wrong index with NaN instead.
-    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
-        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= head.shape[0]))]
-        if wrong.numel():
-            raise ValueError(
-                f"target {int(wrong[0])} is outside the vocabulary of {head.shape[0]} rows of the head; "
-                f"use indices below it, or {ignore_index} for positions that do not count."
-            )
+    wrong = _outside(targets, head, ignore_index)
+    if wrong is not None:
+        raise ValueError(
+            f"target {wrong} is outside the vocabulary of {head.shape[0]} rows of the head; "
+            f"use indices below it, or {ignore_index} for positions that do not count."
+        )
+
+
+def _outside(indices: Tensor, head: Tensor, ignore_index: int | None = None) -> int | None:
+    """Return the first index that is no row of the head, on a CPU.
+
+    A look at the values would make a GPU wait, so there the kernel answers a wrong index with NaN instead.
+    """
+    if indices.device.type != "cpu" or not indices.numel() or torch.compiler.is_compiling():
+        return None
+    wrong = (indices < 0) | (indices >= head.shape[0])
+    found = indices[wrong if ignore_index is None else wrong & (indices != ignore_index)]
+    return int(found[0]) if found.numel() else None
+
+
+def _check_weight(weight: float) -> None:
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"weight={weight} is no mix of hard and soft targets; use a number from 0 to 1.")
+
+
+def _check_stored(hidden: Tensor, head: Tensor, ids: Tensor, probs: Tensor) -> None:
+    if ids.ndim != 2 or len(ids) != len(hidden) or ids.shape[1] > len(head) or probs.shape != ids.shape:
+        raise ValueError(
+            f"ids {tuple(ids.shape)} and probs {tuple(probs.shape)} do not fit {len(hidden)} tokens and a vocabulary of "
+            f"{len(head)}; pass two tensors of shape ({len(hidden)}, k), k at most the vocabulary."
+        )
+    if ids.is_floating_point() or not probs.is_floating_point():
+        raise ValueError(f"ids are {ids.dtype} and probs {probs.dtype}; pass integers and floating-point numbers.")
+    wrong = _outside(ids, head)
+    if wrong is not None:
+        raise ValueError(
+            f"stored id {wrong} is outside the vocabulary of {len(head)} rows of the head; the targets belong to "
+            "another tokenizer or their file is damaged."
+        )
 
 
 def _check_teachers(
