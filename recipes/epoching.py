@@ -160,12 +160,13 @@ def _figures(records: Records, scale: Scale) -> tuple[Figure, ...]:
     by_model: dict[str, dict[int, float]] = {}
     for record in records:
         run = record.job
-        if isinstance(run, Run) and run.optimizer.wd == scale.standard_wd and run.distill is None:
-            rung = next((rung for rung in scale.ladder if rung.model == run.model), None)
-            start = scale.standard_start(rung) if rung else None
-            same = start and run.optimizer.lr == start.lr and run.unique_tokens == scale.unique_tokens[0]
-            if same and run.init_seed == 0 and math.isfinite(record.loss):
-                by_model.setdefault(run.model, {})[run.epochs] = record.loss
+        rung = next((rung for rung in scale.ladder if isinstance(run, Run) and rung.model == run.model), None)
+        if rung is None or not isinstance(run, Run) or not math.isfinite(record.loss):
+            continue
+        start = scale.standard_start(rung)
+        point = Point(lr=start.lr, epochs=run.epochs, wd=start.wd)
+        if run == scale.run(run.model, scale.unique_tokens[0], point):
+            by_model.setdefault(run.model, {})[run.epochs] = record.loss
     if not by_model:
         return ()
 
