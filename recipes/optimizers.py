@@ -37,7 +37,7 @@ class Entry:
 
 ENTRIES = (
     Entry("AdamW", 1.0, lambda lr, wd, c: AdamW(lr=lr, wd=wd)),
-    Entry("Signum", 0.3, lambda lr, wd, c: Signum(lr=lr, wd=wd)),
+    Entry("Signum", 0.25, lambda lr, wd, c: Signum(lr=lr, wd=wd)),
     Entry("AdEMAMix", 1.0, lambda lr, wd, c: AdEMAMix(lr=lr, wd=wd)),
     Entry("MARS", 1.0, lambda lr, wd, c: Mars(lr=lr, wd=wd)),
     Entry("Muon", 1.0, lambda lr, wd, c: Muon(lr=lr, wd=wd)),
