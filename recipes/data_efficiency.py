@@ -13,6 +13,7 @@ from epochal.report import Claim, Figure, Section, Table, draw_bars, draw_law, d
 from epochal.run import Job
 from epochal.scale import Scale
 from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law
+from epochal.search import Search
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
 FEWEST_BUDGETS = 3
@@ -27,6 +28,11 @@ def plan(records: Records, scale: Scale) -> list[Job]:
 def jobs(records: Records, scale: Scale) -> list[Job]:
     """Every job that can be named today: this recipe only reads what the others run, at every budget."""
     return distillation.jobs(records, scale)
+
+
+def searches(records: Records, scale: Scale) -> list[Search]:
+    """Return the searches that this recipe waits for: what `epochal plan` shows."""
+    return distillation.searches(records, scale)
 
 
 def standard_law(records: Records, scale: Scale) -> PowerLaw | None:

@@ -13,6 +13,7 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_bars
 from epochal.run import Job, Run, Samples
 from epochal.scale import Scale
+from epochal.search import Search
 from recipes import ensembling, epoching, heavy_weight_decay
 
 TEACHERS = ("ensemble", "self")
@@ -29,6 +30,11 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
     for teacher in TEACHERS:
         found += student(records, scale, teacher)
     return found
+
+
+def searches(records: Records, scale: Scale) -> list[Search]:
+    """Return the searches that this recipe waits for: what `epochal plan` shows."""
+    return ensembling.searches(records, scale)
 
 
 def student(records: Records, scale: Scale, teacher: str) -> list[Job]:

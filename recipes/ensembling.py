@@ -14,6 +14,7 @@ from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Scale, member_point
 from epochal.scaling import PowerLaw, fit_joint, fit_power_law
+from epochal.search import Search, ensemble_search
 from recipes import heavy_weight_decay
 
 FEWEST_SIZES = 3
@@ -28,6 +29,7 @@ def plan(records: Records, scale: Scale) -> list[Job]:
 def jobs(records: Records, scale: Scale) -> list[Job]:
     """Every job that can be named today: the searches, then members and ensembles of each size with a certificate."""
     found = heavy_weight_decay.jobs(records, scale)
+    found += [job for here in _member_searches(records, scale) for job in here.jobs]
     for tokens in scale.unique_tokens:
         for model in scale.ensemble.models:
             found += members(records, scale, model, tokens)
@@ -37,11 +39,40 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
 
 def members(records: Records, scale: Scale, model: str, tokens: int) -> list[Run]:
     """Return the members of one size: none before its search has a certificate."""
-    search = heavy_weight_decay.tuned(records, scale, model, tokens)
-    if not search.certified or search.best is None:
+    single = heavy_weight_decay.tuned(records, scale, model, tokens)
+    if not single.certified or single.best is None:
         return []
-    point = member_point(search.best)
+    point = member_point(single.best)
+    if scale.ensemble.search_members:
+        here = search(records, scale, model, tokens).descent
+        if not here.certified or here.best is None:
+            return []
+        point = here.best
     return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.ensemble.count)]
+
+
+def search(records: Records, scale: Scale, model: str, tokens: int) -> Search:
+    """Return the search of epochs and decay for the limit of infinitely many members; it starts at the rule's point."""
+    single = heavy_weight_decay.tuned(records, scale, model, tokens)
+    start = member_point(single.best) if single.certified and single.best else None
+    # the rule may lead past the ends of the grid of single models
+    grid = {
+        field: tuple(sorted({*values, *((start.get(field),) if start else ())}))
+        for field, values in (("wd", scale.grid.wd), ("epochs", scale.grid.epochs))
+    }
+    return ensemble_search(records, scale, model, tokens, start, grid, scale.ensemble.search_members)
+
+
+def searches(records: Records, scale: Scale) -> list[Search]:
+    """Return every search of this recipe, those of single models first: what `epochal plan` shows."""
+    return heavy_weight_decay.searches(records, scale) + _member_searches(records, scale)
+
+
+def _member_searches(records: Records, scale: Scale) -> list[Search]:
+    """Return the searches for members: none where they follow the rule."""
+    if not scale.ensemble.search_members:
+        return []
+    return [search(records, scale, model, tokens) for tokens in scale.unique_tokens for model in scale.ensemble.models]
 
 
 def ensembles(records: Records, scale: Scale, model: str, tokens: int) -> list[Ensemble]:

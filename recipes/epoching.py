@@ -11,7 +11,8 @@ from epochal.records import Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_series
 from epochal.run import Job, Run
 from epochal.scale import Scale
-from epochal.tuner import Descent, Point, descend
+from epochal.search import Search, seed_noise, single_search
+from epochal.tuner import Descent, Point
 
 
 def plan(records: Records, scale: Scale) -> list[Job]:
@@ -21,23 +22,30 @@ def plan(records: Records, scale: Scale) -> list[Job]:
 
 def jobs(records: Records, scale: Scale) -> list[Job]:
     """Every job that can be named today: the searches so far, and one sweep of epochs at the standard decay."""
-    found: list[Job] = []
-    for tokens in scale.budgets:
-        for model in scale.standard_models(tokens):
-            search = standard(records, scale, model, tokens)
-            found += [scale.run(model, tokens, point) for point in search.visited]
-    return found + list(sweep(scale))
+    return [*(job for search in searches(records, scale) for job in search.jobs), *sweep(scale)]
 
 
 def standard(records: Records, scale: Scale, model: str, tokens: int) -> Descent:
+    """Return where the search of lr and epochs at the standard decay stands for one size and budget."""
+    return search(records, scale, model, tokens).descent
+
+
+def search(records: Records, scale: Scale, model: str, tokens: int) -> Search:
     """Return the search of lr and epochs at the standard decay for one size and budget."""
+    start = scale.standard_start(scale.rung(model))
+    if start is None:
+        below = standard(records, scale, scale.smaller(model), tokens)
+        start = below.best if below.certified else None
+    what = f"{model} at wd {scale.standard_wd:g}, D = {tokens:,}"
     grid = {"lr": scale.grid.lr, "epochs": scale.grid.epochs}
+    return single_search(records, scale, model, tokens, start, grid, what)
 
-    def loss_of(point: Point) -> float | None:
-        record = records.get(scale.run(model, tokens, point))
-        return None if record is None else record.loss
 
-    return descend(loss_of, scale.standard_start(scale.rung(model)), grid)
+def searches(records: Records, scale: Scale) -> list[Search]:
+    """Return every search of this recipe: what `epochal plan` shows."""
+    return [
+        search(records, scale, model, tokens) for tokens in scale.budgets for model in scale.standard_models(tokens)
+    ]
 
 
 def sweep(scale: Scale) -> list[Run]:
@@ -45,6 +53,7 @@ def sweep(scale: Scale) -> list[Run]:
     if not scale.epoching:
         return []
     start = scale.standard_start(scale.rung(scale.epoching))
+    assert start is not None, "Scale refuses an epoching size without a start"
     points = [Point(lr=start.lr, epochs=epochs, wd=start.wd) for epochs in scale.grid.epochs]
     return [scale.run(scale.epoching, scale.unique_tokens[0], point) for point in points]
 
@@ -53,12 +62,12 @@ def best_standard(records: Records, scale: Scale, tokens: int) -> tuple[float, R
     """Return the best standard loss over all sizes, its Run, and what is missing for calling it an optimum."""
     best, run, missing = math.inf, None, list[str]()
     for model in scale.standard_models(tokens):
-        search = standard(records, scale, model, tokens)
-        if not search.certified:
+        here = standard(records, scale, model, tokens)
+        if not here.certified:
             missing.append(f"neighbours of {model} at wd {scale.standard_wd:g}")
-        if search.best is None:
+        if here.best is None:
             continue
-        candidate = scale.run(model, tokens, search.best)
+        candidate = scale.run(model, tokens, here.best)
         record = records.get(candidate)
         if record is not None and record.loss < best:
             best, run = record.loss, candidate
@@ -127,6 +136,8 @@ def _losses_at(records: Records, scale: Scale, tokens: int, epochs: int) -> dict
     losses = {}
     for rung in scale.ladder:
         start = scale.standard_start(rung)
+        if start is None:
+            continue
         record = records.get(scale.run(rung.model, tokens, Point(lr=start.lr, epochs=epochs, wd=start.wd)))
         if record is not None and math.isfinite(record.loss):
             losses[rung.model] = record.loss
@@ -140,15 +151,13 @@ def _few_seeds(seeds: int) -> tuple[str, ...]:
 def _table(records: Records, scale: Scale, tokens: int) -> Table:
     rows: list[tuple[str | float | int | None, ...]] = []
     for model in scale.standard_models(tokens):
-        search = standard(records, scale, model, tokens)
-        point = search.best
+        here = search(records, scale, model, tokens)
+        point, certificate = here.descent.best, here.certificate(seed_noise(records, model, tokens))
         record = records.get(scale.run(model, tokens, point)) if point else None
         if point is None or record is None:
             rows.append((model, None, None, None, None, "no result yet"))
             continue
-        state = "all neighbours run" if search.certified else f"{len(search.wanted)} neighbours missing"
-        edge = f"; {', '.join(search.edges)} at the end of the grid" if search.edges else ""
-        rows.append((model, record.results["parameters"], point.lr, point.epochs, record.loss, f"{state}{edge}"))
+        rows.append((model, record.results["parameters"], point.lr, point.epochs, record.loss, str(certificate)))
     return Table(
         title=f"Best standard runs, D = {tokens:,} tokens, wd {scale.standard_wd:g}",
         columns=("model", "N", "lr", "epochs", "loss", "search"),
@@ -157,22 +166,14 @@ def _table(records: Records, scale: Scale, tokens: int) -> Table:
 
 
 def _figures(records: Records, scale: Scale) -> tuple[Figure, ...]:
-    by_model: dict[str, dict[int, float]] = {}
-    for record in records:
-        run = record.job
-        rung = next((rung for rung in scale.ladder if isinstance(run, Run) and rung.model == run.model), None)
-        if rung is None or not isinstance(run, Run) or not math.isfinite(record.loss):
-            continue
-        start = scale.standard_start(rung)
-        point = Point(lr=start.lr, epochs=run.epochs, wd=start.wd)
-        if run == scale.run(run.model, scale.unique_tokens[0], point):
-            by_model.setdefault(run.model, {})[run.epochs] = record.loss
-    if not by_model:
+    tokens = scale.unique_tokens[0]
+    by_epochs = {epochs: _losses_at(records, scale, tokens, epochs) for epochs in scale.grid.epochs}
+    if not any(by_epochs.values()):
         return ()
 
     def draw(axes: object) -> None:
         for rung in scale.ladder:
-            curve = sorted(by_model.get(rung.model, {}).items())
+            curve = [(epochs, losses[rung.model]) for epochs, losses in by_epochs.items() if rung.model in losses]
             if curve:
                 draw_series(axes, [e for e, _ in curve], [loss for _, loss in curve], label=rung.model)
         axes.set_xscale("log", base=2)  # type: ignore[attr-defined]
@@ -180,5 +181,5 @@ def _figures(records: Records, scale: Scale) -> tuple[Figure, ...]:
         axes.set_ylabel("validation loss (nats per token)")  # type: ignore[attr-defined]
         axes.legend()  # type: ignore[attr-defined]
 
-    caption = f"Loss against epochs at wd {scale.standard_wd:g}, D = {scale.unique_tokens[0]:,} tokens."
+    caption = f"Loss against epochs at wd {scale.standard_wd:g}, D = {tokens:,} tokens."
     return (Figure(name="loss-against-epochs", caption=caption, draw=draw),)

@@ -14,7 +14,8 @@ from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
 from epochal.run import Job
 from epochal.scale import Scale
 from epochal.scaling import PowerLaw, fit_power_law
-from epochal.tuner import Descent, Point, descend
+from epochal.search import EarlyStop, Search, early_stops, seed_noise, single_search
+from epochal.tuner import Descent
 from recipes import epoching
 
 
@@ -28,22 +29,33 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
     found: list[Job] = epoching.jobs(records, scale)
     for tokens in scale.unique_tokens:
         for rung in scale.ladder:
-            search = tuned(records, scale, rung.model, tokens)
-            found += [scale.run(rung.model, tokens, point) for point in search.visited]
-            if search.certified and search.best is not None:
-                found += [scale.run(rung.model, tokens, search.best, seed=seed) for seed in range(1, scale.seeds)]
+            here = search(records, scale, rung.model, tokens)
+            found += here.jobs
+            if here.descent.certified and here.descent.best is not None:
+                found += [scale.run(rung.model, tokens, here.descent.best, seed=seed) for seed in range(1, scale.seeds)]
     return found
 
 
 def tuned(records: Records, scale: Scale, model: str, tokens: int) -> Descent:
-    """Return the joint search of lr, epochs and decay for one size and budget."""
-    grid = {"lr": scale.grid.lr, "epochs": scale.grid.epochs, "wd": scale.grid.wd}
+    """Return where the joint search of lr, epochs and decay stands for one size and budget."""
+    return search(records, scale, model, tokens).descent
 
-    def loss_of(point: Point) -> float | None:
-        record = records.get(scale.run(model, tokens, point))
-        return None if record is None else record.loss
 
-    return descend(loss_of, scale.regularized_start(scale.rung(model), tokens), grid)
+def search(records: Records, scale: Scale, model: str, tokens: int) -> Search:
+    """Return the joint search of lr, epochs, decay and what else the grid names, for one size and budget."""
+    start = scale.regularized_start(scale.rung(model), tokens)
+    if start is None:
+        below = tuned(records, scale, scale.smaller(model), tokens)
+        start = below.best if below.certified else None
+    # decay matters most, then epochs (spec section 12)
+    grid = scale.grid.values("wd", "epochs", "lr")
+    return single_search(records, scale, model, tokens, start, grid, f"{model} tuned, D = {tokens:,}")
+
+
+def searches(records: Records, scale: Scale) -> list[Search]:
+    """Return every search of this recipe, those it is compared with first: what `epochal plan` shows."""
+    own = [search(records, scale, rung.model, tokens) for tokens in scale.unique_tokens for rung in scale.ladder]
+    return epoching.searches(records, scale) + own
 
 
 def best_records(records: Records, scale: Scale, model: str, tokens: int) -> list[Record]:
@@ -95,6 +107,12 @@ def report(records: Records, scale: Scale) -> Section:
         figures += _figures(records, scale, tokens, law)
         if law is not None and law.note:
             notes.append(f"Law in N at D = {tokens:,}: {law.note}")
+    stops = early_stops(records, searches(records, scale))
+    if stops:
+        tables.append(_early_table(stops))
+        notes.append(
+            "Runs are stopped early only when they diverge: a comparison before the end of the schedule misleads."
+        )
     return Section(
         title="Heavy weight decay",
         question="With lr, epochs and weight decay tuned together, does loss fall with size again, and to which limit?",
@@ -166,14 +184,12 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
 def _table(records: Records, scale: Scale, tokens: int) -> Table:
     rows: list[tuple[Any, ...]] = []
     for rung in scale.ladder:
-        search = tuned(records, scale, rung.model, tokens)
-        found = best_records(records, scale, rung.model, tokens)
-        if search.best is None or not found:
+        here = search(records, scale, rung.model, tokens)
+        found, point = best_records(records, scale, rung.model, tokens), here.descent.best
+        if point is None or not found:
             rows.append((rung.model, None, None, None, None, None, None, 0, "no result yet"))
             continue
-        point, run = search.best, scale.run(rung.model, tokens, search.best)
-        state = "all neighbours run" if search.certified else f"{len(search.wanted)} neighbours missing"
-        edge = f"; {', '.join(search.edges)} at the end of the grid" if search.edges else ""
+        run = scale.run(rung.model, tokens, point)
         size = found[0].results["parameters"]
         rows.append(
             (
@@ -185,13 +201,21 @@ def _table(records: Records, scale: Scale, tokens: int) -> Table:
                 round(run.tau, 3),
                 _mean(found),
                 len(found),
-                state + edge,
+                str(here.certificate(seed_noise(records, rung.model, tokens))),
             )
         )
     return Table(
         title=f"Tuned single models, D = {tokens:,} tokens (tau: averaging window in epochs)",
         columns=("model", "N", "lr", "epochs", "wd", "tau", "loss", "seeds", "search"),
         rows=tuple(rows),
+    )
+
+
+def _early_table(stops: list[EarlyStop]) -> Table:
+    return Table(
+        title="If only the leader of each star had been kept at a share of its steps",
+        columns=("share of steps", "stars", "same winner", "worst loss (nats)"),
+        rows=tuple((stop.share, stop.stars, stop.same, stop.worst) for stop in stops),
     )
 
 

@@ -130,6 +130,10 @@ def change(table: dict[str, object], **values: object) -> str:
         lambda table: change(table, results={"loss": [1.0]}).encode(),
         lambda table: change(table, inputs=["z"]).encode(),
         lambda table: change(table, provenance=0).encode(),
+        lambda table: change(table, results={"loss": True}).encode(),
+        lambda table: change(table, results={"loss": 1.0, "test_loss": math.nan}).encode(),
+        lambda table: change(table, results={"loss": 1.0, "parameters": "many"}).encode(),
+        lambda table: change(table, fingerprint=None).encode(),
         lambda table: json.dumps({k: v for k, v in table.items() if k != "fingerprint"}).encode(),
     ],
 )
@@ -141,6 +145,41 @@ def test_a_malformed_record_is_named_and_left_out(workspace: Workspace, damage: 
     assert names(record.job for record in found) == ["b"]
     assert len(found.problems) == 1
     assert found.problems[0].startswith("a.json: ")
+
+
+def test_each_malformed_record_is_named_with_its_reason(workspace: Workspace) -> None:
+    table = json.loads(write_record(workspace, record_of(A)).read_text())
+    curve = {**json.loads(write_record(workspace, record_of(E)).read_text()), "results": {"loss": 1, "curve": {"1": 3}}}
+    texts = {
+        "copy": json.dumps(table),
+        "e": json.dumps(curve),
+        "gap": json.dumps({key: value for key, value in table.items() if key not in ("inputs", "results")}),
+        "nan": json.dumps({**table, "provenance": {"hours": math.nan}}),
+        "old": json.dumps({**table, "version": 0}),
+        "words": json.dumps({**table, "job": {**table["job"], "epochs": "many"}}),
+    }
+    for name, text in texts.items():
+        (workspace.records / f"{name}.json").write_text(text)
+    found = load_records(workspace)
+    assert [record.job for record in found] == [A]
+    assert found.problems == (
+        "copy.json: names the job 'a', whose record is a.json",
+        "e.json: has a curve that is no table of losses by number of members",
+        "gap.json: misses results and inputs",
+        "nan.json: holds NaN, which is no number",
+        "old.json: has version 0, not 1",
+        "words.json: job: epochs is 'many', not of type int; correct the value.",
+    )
+
+
+def test_runs_that_differ_in_their_seeds_are_grouped(workspace: Workspace) -> None:
+    losses = {"s0": (0, 1, 1.0), "s1": (1, 1, 1.2), "s2": (2, 2, math.inf), "other": (1, 2, 7.0)}
+    jobs = {
+        name: run_named(name, init_seed=seed, order_seed=seed, epochs=2 if name == "other" else 1)
+        for name, (seed, _, _) in losses.items()
+    }
+    records = Records(workspace, [record_of(job, results={"loss": losses[name][2]}) for name, job in jobs.items()])
+    assert records.seed_groups == [(jobs["s0"], [1.0, 1.2, math.inf])]
 
 
 # --- meaning ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from epochal.model_size import parameter_counts
 from epochal.records import Record, Records, Split, Workspace, split
 from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import Scale
+from epochal.search import Search, seed_noise
 
 BYTES_PER_WEIGHT = 4
 """Model folders hold float32 weights."""
@@ -107,12 +108,25 @@ def price(jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None) -> P
 
 
 @dataclass(frozen=True)
+class SearchState:
+    """Where one search stands in words, what its next round costs, and a bound on what that can gain (nats, or None)."""
+
+    what: str
+    state: str
+    begun: bool
+    certified: bool
+    next_round: Price
+    gain: float | None
+
+
+@dataclass(frozen=True)
 class Outlook:
     """The state of a campaign: jobs by state today, and what is still to come if every search ends where it stands."""
 
     split: Split
     today: Price
     later: Price
+    searches: tuple[SearchState, ...]
 
 
 def outlook(recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None) -> Outlook:
@@ -125,7 +139,31 @@ def outlook(recipes: Sequence[str], records: Records, scale: Scale, vocab_size: 
     future = campaign_jobs(recipes, hypothetical, scale)
     known = {job.name for job in jobs}
     later = [job for job in future if job.name not in known and records.named(job.name) is None]
-    return Outlook(state, price(unfinished, scale, vocab_size), price(later, scale, vocab_size))
+    searches = search_states(recipes, records, scale, vocab_size)
+    return Outlook(state, price(unfinished, scale, vocab_size), price(later, scale, vocab_size), searches)
+
+
+def search_states(
+    recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None
+) -> tuple[SearchState, ...]:
+    """Return the state of every search of the recipes, each once; a recipe without searches has none."""
+    modules = [module for module in map(load_recipe, recipes) if hasattr(module, "searches")]
+    found = {search.what: search for module in modules for search in module.searches(records, scale)}
+    return tuple(_state(search, records, scale, vocab_size) for search in found.values())
+
+
+def _state(search: Search, records: Records, scale: Scale, vocab_size: int | None) -> SearchState:
+    certificate = search.certificate(seed_noise(records, search.model, search.tokens))
+    waiting = "no result yet" if search.descent.visited else "waits for the search it starts from"
+    unfinished = [job for job in search.wanted_jobs if records.get(job) is None]
+    return SearchState(
+        what=search.what,
+        state=str(certificate) if certificate else waiting,
+        begun=search.descent.best is not None,
+        certified=search.descent.certified,
+        next_round=price(unfinished, scale, vocab_size),
+        gain=search.gain,
+    )
 
 
 def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:

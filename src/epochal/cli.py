@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from epochal.campaign import Price, SearchState
     from epochal.data import TokenStore
     from epochal.records import Record, Workspace
-    from epochal.scale import Scale
+    from epochal.scale import Hardware, Scale
 
 app = typer.Typer(
     help="Pre-training recipes for finite text and unlimited compute.",
@@ -64,6 +67,9 @@ def plan(
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
     jobs: Annotated[bool, typer.Option("--jobs", help="List every job by name.")] = False,
+    searches: Annotated[
+        bool, typer.Option("--searches", help="List every search, also those finished or not begun.")
+    ] = False,
 ) -> None:
     """Show what is done, ready and waiting, with cost and disk; changes nothing."""
     from epochal.campaign import outlook, recipe_names, store_vocab_size
@@ -75,13 +81,13 @@ def plan(
     records = load_records(workspace)
     _say_problems(records.problems)
     view = outlook(recipes or recipe_names(), records, setting, store_vocab_size(workspace, setting))
-    state, device = view.split, setting.hardware.device
+    state, hardware = view.split, setting.hardware
     print(f"{setting.name}: {len(state.done)} done, {len(state.ready)} ready, {len(state.waiting)} waiting")
     for what, cost in (("known today", view.today), ("to come, if every search ends where it stands", view.later)):
-        print(
-            f"  {what}: {cost.jobs} jobs, {cost.flops:.2e} FLOPs, about {cost.hours:,.2f} hours of {device}, "
-            f"{cost.disk / 1e9:,.2f} GB of models"
-        )
+        price = f"{cost.flops:.2e} FLOPs, about {_hours(cost, hardware)}"
+        print(f"  {what}: {cost.jobs} jobs, {price}, {cost.disk / 1e9:,.2f} GB of models")
+    for line in _search_lines(view.searches, hardware, every=searches):
+        print(line)
     if jobs:
         for job in state.ready:
             print(f"  ready    {job.name}")
@@ -336,6 +342,29 @@ def _leave(code: int) -> None:
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _hours(cost: "Price", hardware: "Hardware") -> str:
+    """Return hours of the scale's hardware; device-hours too where it is several devices."""
+    each = f" ({cost.hours * hardware.devices:,.1f} device-hours)" if hardware.devices > 1 else ""
+    shown = f"{cost.hours:,.2f} hours" if cost.hours >= 0.05 else f"{60 * cost.hours:.1f} minutes"
+    return f"{shown} of {hardware.device}{each}"
+
+
+def _search_lines(searches: "Sequence[SearchState]", hardware: "Hardware", *, every: bool) -> list[str]:
+    """Say where each search under way stands, what its next round costs and what it can gain."""
+    if not searches:
+        return []
+    finished, fresh = sum(search.certified for search in searches), sum(not search.begun for search in searches)
+    hint = "" if every or not finished + fresh else " (--searches lists all)"
+    lines = [f"  searches: {finished} of {len(searches)} with a certificate, {fresh} not begun{hint}"]
+    shown = [search for search in searches if every or (search.begun and not search.certified)]
+    width = max((len(search.what) for search in shown), default=0)
+    for search in shown:
+        cost, gain = search.next_round, "" if search.gain is None else f", to gain {search.gain:.4f} nats at most"
+        round_ = f"; next {cost.jobs} jobs, {_hours(cost, hardware)}{gain}" if cost.jobs else ""
+        lines.append(f"    {search.what:{width}}  {search.state}{round_}")
+    return lines
 
 
 def _stem(module: Any) -> str:

@@ -5,6 +5,7 @@ Also the one rule for names: `kjv` means `configs/data/kjv.toml`; anything with 
 
 import dataclasses
 import difflib
+import functools
 import os
 import tomllib
 import types
@@ -57,28 +58,34 @@ def load_toml(path: Path, cls: type[T]) -> T:
 
 def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
     """Build the dataclass `cls` from a plain table, recursively; `where` starts every error sentence."""
-    assert dataclasses.is_dataclass(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints, required = _shape(typing.cast(Any, cls))
     for key in table:
-        if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, fields)}; remove or correct it.")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{where}: missing key {missing[0]!r}; add it.")
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, hints)}; remove or correct it.")
+    for key in required:
+        if key not in table:
+            raise ValueError(f"{where}: missing key {key!r}; add it.")
     values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
     try:
-        return typing.cast(T, cls(**values))
+        return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
+@functools.cache
+def _shape(cls: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the type hints of a dataclass's fields and the names of those without a default: once a class."""
+    assert dataclasses.is_dataclass(cls)
+    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
+    absent = dataclasses.MISSING
+    required = tuple(field.name for field in fields if field.default is absent and field.default_factory is absent)
+    return {field.name: hints[field.name] for field in fields}, required
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Check `value` against a type hint; tables become dataclasses, lists become tuples, integers may be floats."""
+    if type(value) is hint:  # nearly every field of nearly every record
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, where)
@@ -128,7 +135,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 def to_table(value: Any) -> Any:
     """Turn a dataclass into plain JSON types; a nested dataclass that has siblings carries its `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
+        hints, _ = _shape(type(value))
         table = {}
         for field in dataclasses.fields(value):
             item = to_table(getattr(value, field.name))

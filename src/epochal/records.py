@@ -4,6 +4,7 @@ A record says what ran (`job`, `fingerprint`), what came out (`status`, `results
 fingerprint) and where, with what and how fast (`provenance`). Heavy outputs lie in the work folder and can be made again.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,8 @@ from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint, input
 VERSION = 1
 KINDS: dict[str, type[Job]] = {"Run": Run, "Ensemble": Ensemble, "Samples": Samples, "Targets": Targets}
 STATUSES = ("done", "diverged")
+FIELDS = ("job", "fingerprint", "results", "inputs", "provenance")
+SEED_FIELDS = ("name", "init_seed", "order_seed")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Records:
         self.workspace = workspace
         self._records = {record.job.name: record for record in records}
         self.problems = tuple(problems)
+        self._checked: dict[str, Job] = {}
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records.values())
@@ -93,11 +97,12 @@ class Records:
         Raises ValueError when a record of the same name was made by a job of another meaning.
         """
         record = self._records.get(job.name)
-        if record is None:
-            return None
+        if record is None or self._checked.get(job.name) == job:
+            return record
         if record.fingerprint != fingerprint(job):
             raise ValueError(_mismatch(self.workspace, job, record))
         self._check_inputs(record)
+        self._checked[job.name] = job
         return record
 
     def named(self, name: str) -> Record | None:
@@ -113,6 +118,17 @@ class Records:
         """Whether what other jobs read from this one is on this machine's disk."""
         output = self.workspace.output(job)
         return output is None or output.exists()
+
+    @functools.cached_property
+    def seed_groups(self) -> list[tuple[Run, list[float]]]:
+        """Runs that differ in nothing but their seeds: one of each group, and the losses of all (inf for diverged)."""
+        groups: dict[tuple[object, ...], list[Record]] = {}
+        for record in self:
+            if isinstance(record.job, Run):
+                key = tuple(value for field, value in vars(record.job).items() if field not in SEED_FIELDS)
+                groups.setdefault(key, []).append(record)
+        several = [group for group in groups.values() if len(group) > 1]
+        return [(group[0].job, [record.loss for record in group]) for group in several if isinstance(group[0].job, Run)]
 
     def _check_inputs(self, record: Record) -> None:
         for name, mark in record.inputs.items():
@@ -136,25 +152,51 @@ def load_records(workspace: Workspace) -> Records:
 
 
 def _read(path: Path) -> Record:
-    table = json.loads(path.read_text(encoding="utf-8"))
+    table = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     if not isinstance(table, dict):
         raise ValueError("is no record (a JSON object is expected)")
     if table.get("version") != VERSION:
         raise ValueError(f"has version {table.get('version')!r}, not {VERSION}")
     if table.get("kind") not in KINDS or table.get("status") not in STATUSES:
         raise ValueError(f"has kind {table.get('kind')!r} and status {table.get('status')!r}, which are unknown")
+    missing = [key for key in FIELDS if key not in table]
+    if missing:
+        raise ValueError(f"misses {' and '.join(missing)}")
     job = from_table(table["job"], KINDS[table["kind"]], where="job")
     if job.name != path.stem:
-        raise ValueError(f"names the job {job.name!r}")
+        raise ValueError(f"names the job {job.name!r}, whose record is {job.name}.json")
     for key in ("results", "inputs", "provenance"):
         if not isinstance(table[key], dict):
             raise ValueError(f"holds no table of {key}")
-    record = Record(
-        job, str(table["fingerprint"]), table["status"], table["results"], table["inputs"], table["provenance"]
-    )
-    if record.status == "done" and not isinstance(job, Samples | Targets) and not math.isfinite(record.loss):
-        raise ValueError("is done but has no finite loss")
+    if not isinstance(table["fingerprint"], str):
+        raise ValueError(f"has the fingerprint {table['fingerprint']!r}, which is no text")
+    record = Record(job, table["fingerprint"], table["status"], table["results"], table["inputs"], table["provenance"])
+    if record.status == "done" and not isinstance(job, Samples | Targets):
+        _check_results(record)
     return record
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"holds {constant}, which is no number")
+
+
+def _check_results(record: Record) -> None:
+    """Refuse results that a report could not read: no finite loss, or an ensemble's curve that is no table of losses."""
+    for key in ("loss", "test_loss", "parameters"):
+        value = record.results.get(key)
+        if value is not None and not _is_number(value):
+            raise ValueError(f"has the {key} {value!r}, which is no number")
+    if not math.isfinite(record.loss):
+        raise ValueError("is done but has no finite loss")
+    curve = record.results.get("curve")
+    if isinstance(record.job, Ensemble) and curve is not None:
+        sound = isinstance(curve, dict) and all(isinstance(losses, list) and losses for losses in curve.values())
+        if not sound or not all(k.isdecimal() and all(map(_is_number, losses)) for k, losses in curve.items()):
+            raise ValueError("has a curve that is no table of losses by number of members")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_record(workspace: Workspace, record: Record) -> Path:

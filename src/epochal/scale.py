@@ -1,23 +1,28 @@
 """A scale: one TOML file that says on which data, sizes and grids the recipes run; and the Runs it stands for."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
-from epochal.config import find_config, load_toml
+from epochal.config import find_config, load_toml, nearest
 from epochal.run import AdamW, Distill, Run
 from epochal.tuner import Point, decay_for_window
+
+SEARCHES = ("together", "in turn", "optuna")
+"""How the tuner asks for runs: whole stars, one neighbour at a time, or through Optuna first (`tuner.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
     """One model of the ladder, and where its searches start.
 
-    Without `wd` the search starts from the decay whose averaging window is `Scale.tau` epochs.
+    Without `wd` the search starts from the decay whose averaging window is `Scale.tau` epochs. Without `lr` and `epochs`
+    it waits for the optimum of the next smaller size and starts there.
     """
 
     model: str
-    lr: float
-    epochs: int
+    lr: float | None = None
+    epochs: int | None = None
     wd: float | None = None
     standard_lr: float | None = None
     standard_epochs: int | None = None
@@ -25,19 +30,43 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The values that searches may take."""
+    """The values that searches may take.
+
+    `more` tunes further fields of a Run or of its optimizer, by name (`dropout = [0.0, 0.1]`); the first is the start.
+    """
 
     lr: tuple[float, ...]
     epochs: tuple[int, ...]
     wd: tuple[float, ...]
+    more: dict[str, tuple[int | float, ...]] = field(default_factory=dict)
+
+    def values(self, *fields: str) -> dict[str, tuple[int | float, ...]]:
+        """Return the grid of the named fields in their order, and of all further ones."""
+        return {field: getattr(self, field) for field in fields} | self.more
+
+    @property
+    def first(self) -> tuple[tuple[str, int | float], ...]:
+        """Where further fields start."""
+        return tuple((field, values[0]) for field, values in self.more.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """Which sizes get ensembles and how many members."""
+    """Which sizes get ensembles and how many members.
+
+    With `search_members` (2 or more) epochs and decay of members are tuned for the limit of infinitely many, fitted from
+    so many a point; 0 takes the rule of twice the epochs and half the decay.
+    """
 
     models: tuple[str, ...]
     count: int
+    search_members: int = 0
+
+    def __post_init__(self) -> None:
+        if self.search_members and not 2 <= self.search_members <= self.count:
+            raise ValueError(
+                f"search_members is {self.search_members}; give 2 to count ({self.count}), or 0 for the rule."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,35 +83,12 @@ class Students:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One way to feed the compared optimizers: how much text, how often, and the decays that AdamW is tried with."""
-
-    name: str
-    tokens: int
-    epochs: int
-    wd: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The comparison of optimizers on one size: AdamW's learning rates, seeds at the optimum, SPECTRA's threshold.
-
-    The paper's threshold of 10 is for widths from 768; the norm of a random update goes with the root of the width.
-    """
-
-    model: str
-    lr: tuple[float, ...]
-    settings: tuple[Setting, ...]
-    seeds: int = 3
-    clip: float = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What `plan` prices with: a device by name, and the training FLOP/s that it really reaches."""
+    """What `plan` prices with: hardware by name, the training FLOP/s that all of it reaches, and how many devices it is."""
 
     device: str
     flops: float
+    devices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +119,8 @@ class Scale:
     epoching: str = ""
     law_tokens: tuple[int, ...] = ()
     law_models: tuple[str, ...] = ()
-    optimizers: Comparison | None = None
+    search: str = "together"
+    trials: int = 16
 
     def __post_init__(self) -> None:
         for what, values in (
@@ -125,6 +132,12 @@ class Scale:
         ):
             if not values:
                 raise ValueError(f"{what} is empty; give at least one.")
+        if self.search not in SEARCHES:
+            raise ValueError(f"search is {self.search!r}; choose from {', '.join(SEARCHES)}.")
+        if self.ladder[0].lr is None or self.ladder[0].epochs is None:
+            raise ValueError(
+                f"the smallest size {self.ladder[0].model!r} needs lr and epochs: its search starts there."
+            )
         models = [rung.model for rung in self.ladder]
         named = (*self.ensemble.models, self.students.model, *self.law_models)
         for model in (*named, *([self.epoching] if self.epoching else [])):
@@ -132,12 +145,13 @@ class Scale:
                 raise ValueError(f"model {model!r} is not on the ladder {models}; use one of those or add it.")
         if self.standard_wd not in self.grid.wd:
             raise ValueError(f"standard_wd {self.standard_wd} is not in grid.wd; add it there.")
+        for model in (*self.law_models, *([self.epoching] if self.epoching else [])):
+            if self.standard_start(self.rung(model)) is None:
+                raise ValueError(f"model {model!r} is in law_models or epoching, so it needs lr and epochs of its own.")
         if bool(self.law_tokens) != bool(self.law_models):
             raise ValueError("law_tokens and law_models go together; give both or neither.")
         for tokens in self.budgets:
             self.run(models[0], tokens, Point(lr=self.grid.lr[0], epochs=1, wd=0.0))
-        for setting in self.optimizers.settings if self.optimizers else ():
-            self.run(models[0], setting.tokens, Point(lr=self.grid.lr[0], epochs=setting.epochs, wd=0.0))
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -154,8 +168,9 @@ class Scale:
 
     def run(self, model: str, unique_tokens: int, point: Point, *, seed: int = 0) -> Run:
         """Return the Run of one size, budget and point; `seed` draws the weights and orders the data."""
-        return Run(
-            name=f"{Path(model).stem}-{_short(unique_tokens)}-lr{point.lr:g}-ep{point.epochs}-wd{point.wd:g}-s{seed}",
+        stem = f"{Path(model).stem}-{_short(unique_tokens)}-lr{point.lr:g}-ep{point.epochs}-wd{point.wd:g}"
+        run = Run(
+            name=f"{stem}-s{seed}",
             model=model,
             data=self.data,
             unique_tokens=unique_tokens,
@@ -170,6 +185,12 @@ class Scale:
             precision=self.precision,
             evaluations=self.evaluations,
         )
+        for name, value in point.more:
+            changed = _with_field(run, name, value)
+            if changed != run:  # a default is not named: the run is the same as without the field
+                stem = f"{stem}-{name}{value:g}"
+                run = replace(changed, name=f"{stem}-s{seed}")
+        return run
 
     def student(self, model: str, unique_tokens: int, samples: str, *, name: str) -> Run:
         """Return the Run of a student that learns from real text and the named Samples."""
@@ -177,15 +198,25 @@ class Scale:
         run = self.run(model, unique_tokens, Point(lr=settings.lr, epochs=settings.epochs, wd=settings.wd))
         return replace(run, name=name, distill=Distill(samples=samples, fraction=settings.fraction))
 
-    def regularized_start(self, rung: Rung, unique_tokens: int) -> Point:
-        """Where the joint search of lr, epochs and wd starts for one size."""
+    def smaller(self, model: str) -> str:
+        """Return the model one rung below; raises ValueError for the smallest."""
+        models = [rung.model for rung in self.ladder]
+        if model == models[0]:
+            raise ValueError(f"there is no size below {model!r}; give it lr and epochs.")
+        return models[models.index(model) - 1]
+
+    def regularized_start(self, rung: Rung, unique_tokens: int) -> Point | None:
+        """Where the joint search of lr, epochs and wd starts for one size; None: at the optimum of the next smaller."""
+        if rung.lr is None or rung.epochs is None:
+            return None
         steps = unique_tokens // (self.batch_size * self.sequence_length)
         wd = rung.wd or decay_for_window(self.tau, lr=rung.lr, steps_per_epoch=steps, grid=self.grid.wd)
-        return Point(lr=rung.lr, epochs=rung.epochs, wd=wd)
+        return Point(lr=rung.lr, epochs=rung.epochs, wd=wd, more=self.grid.first)
 
-    def standard_start(self, rung: Rung) -> Point:
-        """Where the search of lr and epochs at the standard decay starts for one size."""
-        return Point(lr=rung.standard_lr or rung.lr, epochs=rung.standard_epochs or rung.epochs, wd=self.standard_wd)
+    def standard_start(self, rung: Rung) -> Point | None:
+        """Where the search of lr and epochs at the standard decay starts for one size; None: at the next smaller's."""
+        lr, epochs = rung.standard_lr or rung.lr, rung.standard_epochs or rung.epochs
+        return None if lr is None or epochs is None else Point(lr=lr, epochs=epochs, wd=self.standard_wd)
 
 
 def load_scale(name: str) -> Scale:
@@ -196,7 +227,18 @@ def load_scale(name: str) -> Scale:
 
 def member_point(point: Point) -> Point:
     """Return the rule for ensemble members: the same lr, twice the epochs, half the decay (spec section 6)."""
-    return Point(lr=point.lr, epochs=2 * point.epochs, wd=point.wd / 2)
+    return replace(point, epochs=2 * point.epochs, wd=point.wd / 2)
+
+
+def _with_field(run: Run, name: str, value: int | float) -> Run:
+    """Return a Run with another value of one field of its own or of its optimizer."""
+    own, inner = ([item.name for item in fields(table)] for table in (run, run.optimizer))
+    change: dict[str, Any] = {name: value}
+    if name in own:
+        return replace(run, **change)
+    if name in inner:
+        return replace(run, optimizer=replace(run.optimizer, **change))
+    raise ValueError(f"grid.more tunes {name!r}, which no Run has{nearest(name, [*own, *inner])}; correct the name.")
 
 
 def _short(tokens: int) -> str:

@@ -1,24 +1,47 @@
 """Coordinate descent on a grid, as a pure function of the results so far.
 
-A round asks for the centre and all its one-step neighbours; only when every one of them is known does the centre move to
-the best. So the points that get asked for do not depend on which finished first, on interruptions or on the number of
-workers. The search ends with a certificate: every neighbour was run and none is better (spec section 5).
+Together (the default): a round asks for the centre and all its one-step neighbours, and only when every one of them is
+known does the centre move to the best: fewest rounds, for many workers. In turn: one neighbour at a time, moving at
+once: fewest runs, for few workers. Either way the points that get asked for do not depend on which finished first, on
+interruptions or on the number of workers, and the search ends with a certificate: every neighbour was run and none is
+better (spec section 5).
+
+Noise moves nothing here: which point is best is decided at equal seeds, and the spread over seeds says afterwards how
+sure that is (`Certificate`). A threshold would make the jobs of a campaign depend on how many seeds have run so far.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-FIELDS = ("lr", "epochs", "wd")
+Value = float | int
+Grid = Mapping[str, tuple[Value, ...]]
 
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One setting of what is tuned."""
+    """One setting of what is tuned; `more` holds further fields of a Run or of its optimizer, by name."""
 
     lr: float
     epochs: int
     wd: float
+    more: tuple[tuple[str, Value], ...] = ()
+
+    def get(self, field: str) -> Value:
+        """Return the value of one field."""
+        return dict(self.more)[field] if field in dict(self.more) else getattr(self, field)
+
+    def at(self, field: str, value: Value) -> "Point":
+        """Return this point with another value of one field."""
+        more = dict(self.more)
+        if field in more:
+            return replace(self, more=tuple((more | {field: value}).items()))
+        change: dict[str, Any] = {field: value}
+        return replace(self, **change)
+
+
+LossOf = Callable[[Point], float | None]
 
 
 @dataclass(frozen=True)
@@ -40,53 +63,225 @@ class Descent:
         return self.best is not None and not self.wanted
 
 
-def descend(loss_of: Callable[[Point], float | None], start: Point, grid: Mapping[str, tuple[float, ...]]) -> Descent:
+NOT_STARTED = Descent(None, (), (), ())
+"""A search that waits for the optimum of the next smaller size."""
+
+
+def descend(loss_of: LossOf, start: Point, grid: Grid, way: str = "together") -> Descent:
     """Follow the descent as far as results are known.
 
     `loss_of` returns the loss of a point (inf for a diverged one) or None. `grid` names the values of each field that
     is tuned, in order; other fields stay at `start`. Raises ValueError when `start` is not on the grid.
     """
     for field, values in grid.items():
-        if getattr(start, field) not in values:
-            raise ValueError(
-                f"start {field} {getattr(start, field)} is not on its grid {list(values)}; use a grid value."
-            )
-    centre, visited = start, dict.fromkeys((start,))
+        if start.get(field) not in values:
+            raise ValueError(f"start {field} {start.get(field)} is not on its grid {list(values)}; use a grid value.")
+    walk = _in_turn if way == "in turn" else _together
+    centre, wanted, visited = walk(loss_of, start, grid)
+    known = {point: loss for point in visited if (loss := loss_of(point)) is not None}
+    best = min(known, key=lambda point: (known[point], point), default=None)
+    if wanted:
+        return Descent(best, wanted, visited, ())
+    return Descent(centre, (), visited, _edges(centre, grid))
+
+
+Walk = tuple[Point, tuple[Point, ...], tuple[Point, ...]]  # where it stands, what it lacks, all it asked for
+
+
+def _together(loss_of: LossOf, centre: Point, grid: Grid) -> Walk:
+    """Ask for whole stars; move to the best of a star."""
+    visited = dict.fromkeys((centre,))
     while True:
         star = (centre, *neighbours(centre, grid))
         visited.update(dict.fromkeys(star))
         losses = {point: loss_of(point) for point in star}
-        wanted = tuple(point for point, loss in losses.items() if loss is None)
-        known = {point: loss for point in visited if (loss := loss_of(point)) is not None}
-        best = min(known, key=lambda point: (known[point], point)) if known else None
-        if wanted:
-            return Descent(best, wanted, tuple(visited), ())
-        leader = min(star, key=lambda point: (losses[point], point != centre, point))
+        known = {point: loss for point, loss in losses.items() if loss is not None}
+        if len(known) < len(star):
+            return centre, tuple(point for point in star if point not in known), tuple(visited)
+        leader = min(star, key=lambda point: (known[point], point != centre, point))
         if leader == centre or not math.isfinite(known[leader]):
-            return Descent(centre, (), tuple(visited), _edges(centre, grid))
+            return centre, (), tuple(visited)
         centre = leader
 
 
-def neighbours(point: Point, grid: Mapping[str, tuple[float, ...]]) -> list[Point]:
+def _in_turn(loss_of: LossOf, centre: Point, grid: Grid) -> Walk:
+    """Ask for one neighbour at a time and move to it as soon as it is better.
+
+    Fields that were never looked at come first, then on in the direction of the last move, then fields that were
+    settled at an earlier centre: those seldom change, and their questions belong to the certificate anyway.
+    """
+    asked: dict[Point, float] = {}
+    settled, ahead, question = set[str](), ("", 0), ("", 0, centre)
+    while True:
+        field, side, point = question
+        loss = loss_of(point)
+        if loss is None:
+            return centre, (point,), (*asked, point)
+        asked[point] = loss
+        if loss < asked[centre]:
+            centre, ahead = point, (field, side)
+            settled.add(field)
+        questions = [
+            (name, way, other)
+            for name, values in grid.items()
+            for way, other in zip((1, -1), reversed(_pair(centre, name, values)), strict=True)
+            if other is not None and other not in asked
+        ]
+        open_fields = {name for name, _, _ in questions}
+        settled |= set(grid) - open_fields
+        if not questions:
+            return centre, (), tuple(asked)
+        question = min(questions, key=lambda q: (q[0] in settled and q[:2] != ahead, q[0] in settled))
+
+
+def neighbours(point: Point, grid: Grid) -> list[Point]:
     """Return the one-step neighbours of a point: one grid step up and down in each tuned field."""
-    found = []
-    for field, values in grid.items():
-        index = values.index(getattr(point, field))
-        for other in (index - 1, index + 1):
-            if 0 <= other < len(values):
-                changes = {name: getattr(point, name) for name in FIELDS} | {field: values[other]}
-                found.append(Point(lr=changes["lr"], epochs=int(changes["epochs"]), wd=changes["wd"]))
-    return found
+    return [other for field in grid for other in _pair(point, field, grid[field]) if other is not None]
 
 
-def _edges(point: Point, grid: Mapping[str, tuple[float, ...]]) -> tuple[str, ...]:
+def _pair(point: Point, field: str, values: tuple[Value, ...]) -> tuple[Point | None, Point | None]:
+    """Return the neighbours one step down and up in one field; None past an end of the grid."""
+    index = values.index(point.get(field))
+    down = point.at(field, values[index - 1]) if index else None
+    return down, point.at(field, values[index + 1]) if index + 1 < len(values) else None
+
+
+def _edges(point: Point, grid: Grid) -> tuple[str, ...]:
     """Fields at an end of a grid of several values: the optimum may lie beyond."""
-    return tuple(
-        field for field, values in grid.items() if len(values) > 1 and getattr(point, field) in (values[0], values[-1])
-    )
+    return tuple(field for field, values in grid.items() if len(values) > 1 and None in _pair(point, field, values))
 
 
 def decay_for_window(tau: float, *, lr: float, steps_per_epoch: int, grid: tuple[float, ...]) -> float:
     """Return the grid's weight decay whose averaging window 1 / (lr wd steps_per_epoch) is nearest to tau epochs."""
     ideal = 1.0 / (tau * lr * steps_per_epoch)
     return min(grid, key=lambda wd: abs(math.log(wd / ideal)) if wd > 0 else math.inf)
+
+
+# --- how sure, and what the next round can gain -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviation of the loss between seeds, pooled over settings with several seeds, and its degrees of freedom."""
+
+    sd: float
+    freedom: int
+
+
+def pooled_noise(groups: Iterable[Iterable[float]]) -> Noise | None:
+    """Pool the variance within groups of equal runs with different seeds; None where no group has two finite losses."""
+    squares, freedom = 0.0, 0
+    for group in groups:
+        losses = [loss for loss in group if math.isfinite(loss)]
+        mean = sum(losses) / len(losses) if losses else 0.0
+        squares += sum((loss - mean) ** 2 for loss in losses)
+        freedom += max(0, len(losses) - 1)
+    return Noise(math.sqrt(squares / freedom), freedom) if freedom else None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a search can say for its best point.
+
+    `missing` are neighbours without a result; `margins` how much worse each known one is (nats, equal seeds); `noise`
+    the spread between seeds, None before any point has two; `edges` fields whose grid ends here.
+    """
+
+    best: Point
+    missing: tuple[Point, ...]
+    margins: dict[Point, float]
+    noise: Noise | None
+    edges: tuple[str, ...]
+
+    @property
+    def ties(self) -> tuple[Point, ...]:
+        """Neighbours that the noise does not tell from the best point: a difference has sqrt(2) of its spread, twice."""
+        limit = 2 * math.sqrt(2) * self.noise.sd if self.noise else 0.0
+        return tuple(point for point, margin in self.margins.items() if margin < limit)
+
+    def __str__(self) -> str:
+        """One phrase for a table."""
+        edge = f"; {', '.join(self.edges)} at the end of the grid" if self.edges else ""
+        if self.missing:
+            return f"not run yet: {', '.join(_difference(point, self.best) for point in self.missing)}"
+        if self.noise is None:
+            return f"all neighbours run, none better (noise unknown: one seed){edge}"
+        within = f"{len(self.ties)} of {len(self.margins)} within noise" if self.ties else "none within noise"
+        return f"all neighbours run, none better ({within}){edge}"
+
+
+def certify(loss_of: LossOf, descent: Descent, grid: Grid, noise: Noise | None = None) -> Certificate | None:
+    """Return what is known about the neighbours of the best point; None before the first result."""
+    best = descent.best
+    loss = loss_of(best) if best is not None else None
+    if best is None or loss is None:
+        return None
+    found = {point: loss_of(point) for point in neighbours(best, grid)}
+    missing = tuple(point for point, other in found.items() if other is None)
+    # inf - inf: a search in which everything diverged
+    margins = {p: other - loss if other > loss else 0.0 for p, other in found.items() if other is not None}
+    return Certificate(best, missing, margins, noise, _edges(best, grid))
+
+
+def _difference(point: Point, centre: Point) -> str:
+    """Name what a neighbour changes: wd 3.2."""
+    fields = ("lr", "epochs", "wd", *dict(centre.more))
+    return ", ".join(f"{field} {point.get(field):g}" for field in fields if point.get(field) != centre.get(field))
+
+
+def possible_gain(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None:
+    """Bound what moving to a missing neighbour can gain (nats); None where nothing bounds it.
+
+    In steps of the grid, which are equal in the logarithm, a convex loss falls on one side at most as fast as it rises
+    on the other. A field of which neither neighbour has run has no bound. The fields add up for a separable loss.
+    """
+    best = descent.best
+    loss = loss_of(best) if best is not None else None
+    if best is None or loss is None or not math.isfinite(loss):
+        return None
+    total = 0.0
+    for field, values in grid.items():
+        down, up = _pair(best, field, values)
+        sides = [loss_of(point) for point in (down, up) if point is not None]
+        known = [other for other in sides if other is not None]
+        if len(known) < len(sides):
+            if not known or not math.isfinite(known[0]):
+                return None
+            total += max(0.0, known[0] - loss)
+    return total
+
+
+def between_points(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None:
+    """Return how far the quadratic through a whole star falls below its centre: what a finer grid could gain (nats).
+
+    Fields at an end of the grid or with a diverged neighbour are left out; None without a finite centre.
+    """
+    best = descent.best
+    loss = loss_of(best) if best is not None else None
+    if best is None or loss is None or not math.isfinite(loss):
+        return None
+    total = 0.0
+    for field, values in grid.items():
+        sides = [loss_of(point) if point is not None else None for point in _pair(best, field, values)]
+        low, high = (math.inf if side is None else side for side in sides)
+        slope, curvature = (high - low) / 2, high + low - 2 * loss
+        if math.isfinite(curvature) and curvature > 0:
+            total += slope**2 / (2 * curvature)
+    return total
+
+
+# --- what is minimised ---------------------------------------------------------------------------------------------------
+
+
+def members_limit(curve: Mapping[int, float]) -> float:
+    """Return E of the least-squares law E + A / K through losses by number of members (spec section 6, exponent 1).
+
+    Raises ValueError for fewer than two K.
+    """
+    if len(curve) < 2:
+        raise ValueError(f"the limit of {len(curve)} numbers of members is undefined; give losses for two or more.")
+    inverse = [1 / k for k in curve]
+    x, y = sum(inverse) / len(inverse), sum(curve.values()) / len(curve)
+    spread = sum((value - x) ** 2 for value in inverse)
+    slope = sum((value - x) * (loss - y) for value, loss in zip(inverse, curve.values(), strict=True)) / spread
+    return y - slope * x
