@@ -12,7 +12,7 @@ from epochal.campaign import campaign_jobs, load_recipe, outlook, recipe_names
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
 from epochal.report import Section, write_report
 from epochal.run import Ensemble, Job, Run, Samples, fingerprint
-from epochal.scale import Scale, load_scale
+from epochal.scale import Comparison, Scale, Setting, load_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted(path.stem for path in (ROOT / "configs" / "scales").glob("*.toml"))
@@ -248,3 +248,84 @@ def test_law_budgets_give_the_standard_law_its_points(workspace: Workspace) -> N
         replace(base, law_tokens=(12288,))
     with pytest.raises(ValueError, match="not on the ladder"):
         replace(base, law_tokens=(12288,), law_models=("w7",))
+
+
+# --- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def comparing(seeds: int = 3) -> Scale:
+    settings = (
+        Setting(name="once", tokens=49152, epochs=1, wd=(0.1,)),
+        Setting(name="repeated", tokens=24576, epochs=16, wd=(0.8, 3.2)),
+    )
+    comparison = Comparison(model="w32", lr=(0.003, 0.01, 0.03), settings=settings, seeds=seeds, clip=3.0)
+    return replace(load_scale("demo"), optimizers=comparison)
+
+
+def test_every_optimizer_is_tuned_alike_and_gets_its_seeds_at_the_optimum(workspace: Workspace) -> None:
+    scale, recipe = comparing(), load_recipe("optimizers")
+    turns = list(simulate(workspace, "optimizers", scale))
+    assert [len(turn) for turn in turns] == [11 * (3 + 6), 2 * 11 * 2]
+    for setting in scale.optimizers.settings if scale.optimizers else ():
+        products = []
+        for entry in recipe.ENTRIES:
+            runs = [recipe.run_at(scale, setting, entry, point) for point in recipe.grid(scale, setting, entry)]
+            products.append([pytest.approx(run.optimizer.lr * run.optimizer.wd) for run in runs])
+            assert len({run.optimizer.lr for run in runs}) == 3
+            assert {(run.unique_tokens, run.epochs) for run in runs} == {(setting.tokens, setting.epochs)}
+            best = min(runs, key=made_up_loss)
+            found = recipe.best_records(load_records(workspace), scale, setting, entry)
+            assert sorted(found) == [0, 1, 2]
+            assert all(record.job.optimizer == best.optimizer for record in found.values())
+        assert all(row == [item.expected for item in products[0]] for row in products)
+    # AdamW's runs are those of the other recipes: a record serves both.
+    assert recipe.run_at(scale, setting, recipe.ENTRIES[0], recipe.grid(scale, setting, recipe.ENTRIES[0])[0]) in [
+        scale.run("w32", 24576, point) for point in recipe.grid(scale, setting, recipe.ENTRIES[0])
+    ]
+
+
+def test_optimizers_report_paired_differences_with_intervals(workspace: Workspace, tmp_path: Path) -> None:
+    scale, recipe = comparing(), load_recipe("optimizers")
+    for _ in simulate(workspace, "optimizers", scale):
+        pass
+    # SPECTRA-AdamW better by 0.03, 0.02 and 0.04 than AdamW in the first setting; the truth is then known.
+    setting = scale.optimizers.settings[0] if scale.optimizers else None
+    records = load_records(workspace)
+    entries = {entry.name: entry for entry in recipe.ENTRIES}
+    base = recipe.best_records(records, scale, setting, entries["AdamW"])
+    clipped = recipe.best_records(records, scale, setting, entries["SPECTRA-AdamW"])
+    for seed, gain in enumerate((0.03, 0.02, 0.04)):
+        results = {
+            **clipped[seed].results,
+            "loss": base[seed].loss - gain,
+            "spectral_norms": {"q_proj": 2.0, "lm_head": 9.0},
+        }
+        provenance = {"state_bytes": 8 * results["parameters"], "optimizer_share": 0.25}
+        write_record(workspace, replace(clipped[seed], results=results, provenance=provenance))
+    section = recipe.report(load_records(workspace), scale)
+    claims = {claim.text: claim for claim in section.claims}
+    claim = claims["one pass over 49,152 tokens: SPECTRA-AdamW has a lower loss than AdamW"]
+    assert (claim.value, claim.holds, claim.seeds) == ("+0.0300 nats", True, 3)
+    assert claim.interval == pytest.approx((0.03 - 2.92 * 0.01 / 3**0.5, 0.03 + 2.92 * 0.01 / 3**0.5))
+    assert "780M" in claim.paper and not any("noise" in reason for reason in claim.provisional)
+    other = claims["16 epochs over 24,576 tokens: SPECTRA-AdamW has a lower loss than AdamW"]
+    assert other.paper == "" and other.value == "+0.0000 nats" and "within noise" in other.provisional
+    row = next(row for row in section.tables[0].rows if row[0] == "SPECTRA-AdamW")
+    cells = dict(zip(section.tables[0].columns, row, strict=True))
+    assert (cells["seeds"], cells["state"], cells["share"], cells["norm"]) == (3, 2.0, "25%", 2.0)
+    write_report([section], tmp_path / "report", title="made up")
+    drawn = {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")}
+    assert drawn == {"optimizers-once", "optimizers-repeated"}
+
+
+def test_optimizers_report_at_every_stage_and_without_a_comparison(workspace: Workspace) -> None:
+    scale, recipe = comparing(), load_recipe("optimizers")
+    empty = recipe.report(Records(workspace), load_scale("demo"))
+    assert recipe.jobs(Records(workspace), load_scale("demo")) == [] and empty.claims == ()
+    for job in recipe.plan(Records(workspace), scale)[::2]:
+        finish(workspace, job, Records(workspace))
+    half = recipe.report(load_records(workspace), scale)
+    assert len(half.tables) == 2 and half.claims == ()
+    for job in recipe.plan(load_records(workspace), scale):
+        write_record(workspace, Record(job, fingerprint(job), "diverged", {"loss": None, "parameters": 9}))
+    assert all(claim.provisional for claim in recipe.report(load_records(workspace), scale).claims)

@@ -14,11 +14,14 @@ import torch
 
 from epochal.averages import Loader, logit_losses, probability_losses, target_log_probs
 from epochal.data import Tokens, TokenStore, open_store
+from epochal.ensemble_model import EnsembleConfig, EnsembleForCausalLM
 from epochal.generate import load_model, member_records
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace
 from epochal.run import Ensemble, Run, fingerprint
 from epochal.subsets import Curve, Subset, curve_of
+
+__all__ = ["EnsembleConfig", "EnsembleForCausalLM", "ensemble_losses", "evaluate_ensemble", "member_log_probs"]
 
 
 def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records) -> Record:

@@ -83,6 +83,30 @@ class Students:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to feed the compared optimizers: how much text, how often, and the decays that AdamW is tried with."""
+
+    name: str
+    tokens: int
+    epochs: int
+    wd: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The comparison of optimizers on one size: AdamW's learning rates, seeds at the optimum, SPECTRA's threshold.
+
+    The paper's threshold of 10 is for widths from 768; the norm of a random update goes with the root of the width.
+    """
+
+    model: str
+    lr: tuple[float, ...]
+    settings: tuple[Setting, ...]
+    seeds: int = 3
+    clip: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """What `plan` prices with: hardware by name, the training FLOP/s that all of it reaches, and how many devices it is."""
 
@@ -119,6 +143,7 @@ class Scale:
     epoching: str = ""
     law_tokens: tuple[int, ...] = ()
     law_models: tuple[str, ...] = ()
+    optimizers: Comparison | None = None
     search: str = "together"
     trials: int = 16
 
@@ -152,6 +177,8 @@ class Scale:
             raise ValueError("law_tokens and law_models go together; give both or neither.")
         for tokens in self.budgets:
             self.run(models[0], tokens, Point(lr=self.grid.lr[0], epochs=1, wd=0.0))
+        for setting in self.optimizers.settings if self.optimizers else ():
+            self.run(models[0], setting.tokens, Point(lr=self.grid.lr[0], epochs=setting.epochs, wd=0.0))
 
     @property
     def budgets(self) -> tuple[int, ...]:

@@ -1,0 +1,437 @@
+"""An ensemble as a transformers model: load, save, generate, score, as with any causal language model.
+
+b texts, t new tokens, V vocabulary, K members. Each member keeps its own key-value cache, and a member may be behind: it
+reads the tokens that it has missed, all at once, when it is needed. That makes sampling from the mean of probabilities
+cheap: draw one member for each token, let it catch up and draw the token from it; the token then has exactly the mean
+distribution. A member is needed every K tokens or so and reads K tokens in about the time of one, as long as reading
+weights is what takes time. Whatever needs the mean itself (greedy, beams, top-k, scores) asks all members.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from epochal.run import AVERAGES
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
+
+
+class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Which models speak together: `members` are paths (below the ensemble's own folder, or anywhere) or hub names.
+
+    `average` is "logits" or "probs", `weights` sum to one (None: equal), `temperature` divides the logits of every
+    member before they are averaged.
+    """
+
+    model_type = "epochal_ensemble"
+
+    members: list[str] | tuple[str, ...] = ()
+    average: str = ""
+    weights: list[float] | tuple[float, ...] | None = None
+    temperature: float = 1.0
+    vocab_size: int = 0
+    max_position_embeddings: int = 0
+    num_hidden_layers: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+
+class EnsembleCache(Cache):  # type: ignore[misc]
+    """The tokens so far, (b, length), with their positions, and a cache of each member that may be behind them.
+
+    With `one_member`, a forward pass asks one drawn member for each text instead of all.
+    """
+
+    def __init__(self, configs: Sequence[Any]) -> None:
+        super().__init__(layers=[])
+        self.members = [DynamicCache(config=config) for config in configs]
+        self.tokens: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
+        self.one_member = False
+
+    def append(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new tokens and their positions, both (b, t), and return all of them, (b, length)."""
+        if self.tokens is not None and self.positions is not None:
+            tokens, positions = torch.cat([self.tokens, tokens], 1), torch.cat([self.positions, positions], 1)
+        self.tokens, self.positions = tokens, positions
+        return tokens, positions
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, whether or not every member has read them."""
+        return 0 if self.tokens is None else self.tokens.shape[1]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No limit."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Texts; -1 before the first pass."""
+        return -1 if self.tokens is None else self.tokens.shape[0]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a token has been seen."""
+        return self.tokens is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether every member can forget its last tokens."""
+        return all(member.is_croppable for member in self.members)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.tokens = self.positions = None
+        for member in self.members:
+            member.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens; a member that never read them forgets fewer."""
+        length = self.get_seq_length() - abs(tokens_to_remove)
+        for member in self.members:
+            member.crop(min(0, length - member.get_seq_length()))
+        if self.tokens is not None and self.positions is not None:
+            self.tokens, self.positions = self.tokens[:, :length], self.positions[:, :length]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Put text `beam_idx[i]` at place i."""
+        self._pick(beam_idx)
+        for member in self.members:
+            member.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these texts only."""
+        self._pick(indices)
+        for member in self.members:
+            member.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every text."""
+        self._pick(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
+        for member in self.members:
+            member.batch_repeat_interleave(repeats)
+
+    def _pick(self, indices: torch.Tensor) -> None:
+        if self.tokens is not None and self.positions is not None:
+            rows = indices.to(self.tokens.device)
+            self.tokens, self.positions = self.tokens[rows], self.positions[rows]
+
+
+class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """K causal language models of one vocabulary as one; logits are the mean logits, or the log of the mean probabilities.
+
+    Members may differ in size and architecture. They lie in memory side by side when they fit into `memory_limit`
+    bytes (by default what is free), else each is loaded when it is its turn and let go.
+    """
+
+    config_class = EnsembleConfig
+    main_input_name = "input_ids"
+    _no_split_modules: tuple[str, ...] = ()
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        config: EnsembleConfig,
+        *,
+        folder: Path | None = None,
+        memory_limit: int | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        paths = [_resolve(member, folder) for member in config.members]
+        _check(config, paths)
+        configs = [AutoConfig.from_pretrained(path) for path in paths]
+        _fill(config, paths, configs)
+        super().__init__(config)
+        self.paths, self.member_configs, self._load_dtype = paths, configs, dtype
+        shares = config.weights or [1.0 / len(paths)] * len(paths)
+        self.register_buffer("shares", torch.tensor(shares, dtype=torch.float64), persistent=False)
+        self.resident = sum(map(_bytes, paths)) <= (_free_bytes() if memory_limit is None else memory_limit)
+        self.members = torch.nn.ModuleList([self._load(path) for path in paths] if self.resident else [])
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.eval()
+
+    @classmethod
+    def from_members(
+        cls,
+        paths: Sequence[str | Path],
+        *,
+        average: str,
+        weights: Sequence[float] | None = None,
+        temperature: float = 1.0,
+        memory_limit: int | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> "EnsembleForCausalLM":
+        """Load the models at `paths` (folders or hub names) as one.
+
+        `weights` sum to one, equal by default. Raises ValueError when members have other vocabularies or tokenizers,
+        or `average` is neither "logits" nor "probs".
+        """
+        shares = None if weights is None else list(weights)
+        names = [str(path) for path in paths]
+        config = EnsembleConfig(members=names, average=average, weights=shares, temperature=temperature)
+        return cls(config, memory_limit=memory_limit, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *_: Any,
+        config: EnsembleConfig | None = None,
+        memory_limit: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        revision: str | None = None,
+        **__: Any,
+    ) -> "EnsembleForCausalLM":
+        """Load the folder that `save_pretrained` wrote, or a hub repository of that form; other options do nothing.
+
+        Raises ValueError for `device_map` and `quantization_config`, and what the members raise.
+        """
+        if device_map is not None or quantization_config is not None:
+            raise ValueError(
+                "an ensemble takes no device_map and no quantization_config; load it, then use .to(device)."
+            )
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision))
+        config = config or EnsembleConfig.from_pretrained(folder)
+        model = cls(config, folder=folder, memory_limit=memory_limit, dtype=dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write a folder that needs nothing else: members, tokenizer and config. `kwargs` go to each member's save."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"member-{k:02d}" for k in range(len(self.paths))]
+        for k, (name, path) in enumerate(zip(names, self.paths, strict=True)):
+            self._member(k).save_pretrained(folder / name, **kwargs)
+            _copy_tokenizer(path, folder / name)
+        _copy_tokenizer(self.paths[0], folder)
+        config = EnsembleConfig.from_dict({**self.config.to_dict(), "members": names})
+        config.architectures = [type(self).__name__]
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: EnsembleCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the logits (b, t, V) of t new tokens, float32, of the last `logits_to_keep` where that is not 0.
+
+        `attention_mask` is (b, tokens so far), 0 for padding on the left; `labels` (b, t) add the next-token loss.
+        """
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError("an ensemble reads input_ids; its members have embeddings of their own.")
+        cache = past_key_values if past_key_values is not None or not use_cache else self._new_cache()
+        seen = 0 if cache is None else cache.get_seq_length()
+        if position_ids is None:
+            position_ids = _positions(input_ids, attention_mask, seen)
+        tokens, positions = input_ids, position_ids.expand_as(input_ids)
+        if cache is not None:
+            tokens, positions = cache.append(tokens, positions)
+        keep = logits_to_keep or input_ids.shape[1]
+
+        def read(k: int, member: Any) -> torch.Tensor:
+            behind = None if cache is None else cache.members[k]
+            start = 0 if behind is None else behind.get_seq_length()
+            output = member(
+                input_ids=tokens[:, start:],
+                attention_mask=attention_mask,
+                position_ids=positions[:, start:],
+                past_key_values=behind,
+                use_cache=cache is not None,
+                logits_to_keep=keep,
+            )
+            logits: torch.Tensor = output.logits.float() / self.config.temperature
+            return logits
+
+        one = cache is not None and cache.one_member and labels is None
+        logits = self._drawn(read, len(input_ids)) if one else self._mean(read)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _mean(self, read: Any) -> torch.Tensor:
+        """Ask all members that weigh anything: mean logits, or the log of the mean probabilities."""
+        total: torch.Tensor | None = None
+        for k, share in enumerate(self.shares.tolist()):
+            if share == 0.0:
+                continue
+            logits = read(k, self._member(k))
+            if self.config.average == "logits":
+                total = logits * share if total is None else total.add_(logits, alpha=share)
+            else:
+                part = logits.log_softmax(-1) + math.log(share)
+                total = part if total is None else torch.logaddexp(total, part)
+        assert total is not None
+        return total
+
+    def _drawn(self, read: Any, texts: int) -> torch.Tensor:
+        """Ask one member, drawn by weight, for each text: its log-probabilities, (b, t, V)."""
+        drawn = torch.multinomial(self.shares, texts, replacement=True)
+        rows: torch.Tensor | None = None
+        for k in sorted(set(drawn.tolist())):
+            part = read(k, self._member(k)).log_softmax(-1)
+            rows = part if rows is None else torch.where((drawn == k)[:, None, None], part, rows)
+        assert rows is not None
+        return rows
+
+    # --- members, in memory or one at a time ---------------------------------------------------------------------------
+
+    def _load(self, path: str) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._load_dtype or "auto")
+        return model.eval().requires_grad_(False)
+
+    def _member(self, k: int) -> Any:
+        return self.members[k] if self.resident else self._load(self.paths[k]).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the members compute."""
+        place: torch.device = self.shares.device
+        return place
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first member's weights; float32 while none is loaded."""
+        weights = next(self.members.parameters(), None)
+        return torch.float32 if weights is None else weights.dtype
+
+    def get_input_embeddings(self) -> Any:
+        """None: each member has its own."""
+        return None
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Do nothing: members tied their own weights when they were loaded."""
+
+    # --- generate, and the two places of transformers' GenerationMixin that know about caches and about sampling -------
+
+    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, but sampling is plain unless told otherwise: transformers' top_k of 50 is not."""
+        if kwargs.get("do_sample") and generation_config is None:
+            kwargs.setdefault("top_k", 0)
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _new_cache(self) -> EnsembleCache:
+        return EnsembleCache(self.member_configs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **more: Any
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation {generation_config.cache_implementation!r} is none that an ensemble has; "
+                "leave it out."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self._new_cache()
+
+    def _sample(
+        self, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **model_kwargs: Any
+    ) -> Any:
+        """Sample or take the best; one member a token where only a draw from the unshaped mean distribution is needed."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, EnsembleCache):
+            cache.one_member = (
+                self.config.average == "probs"
+                and bool(generation_config.do_sample)
+                and not len(logits_processor)  # temperature, top-k, penalties: all of these shape the distribution
+                and not generation_config.output_scores
+                and not generation_config.output_logits
+            )
+        try:
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        finally:
+            if isinstance(cache, EnsembleCache):
+                cache.one_member = False
+
+
+def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
+    """Return the positions (b or 1, t) of new tokens: those of the real tokens before them, padding not counted."""
+    length = input_ids.shape[1]
+    if attention_mask is None:
+        return torch.arange(seen, seen + length, device=input_ids.device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def _resolve(member: str, folder: Path | None) -> str:
+    """A member's path below the ensemble's folder where there is one, else the path or hub name as it stands."""
+    return str(folder / member) if folder is not None and (folder / member).is_dir() else member
+
+
+def _check(config: EnsembleConfig, paths: list[str]) -> None:
+    if config.average not in AVERAGES:
+        raise ValueError(f"average is {config.average!r}; choose from {', '.join(AVERAGES)}.")
+    if not paths:
+        raise ValueError("an ensemble needs at least one member; give their folders.")
+    if not config.temperature > 0:
+        raise ValueError(f"temperature is {config.temperature}; give a number above 0.")
+    weights = config.weights
+    if weights is not None and (len(weights) != len(paths) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
+        raise ValueError(f"weights is {weights}; give one share for each of {len(paths)} members, summing to 1.")
+
+
+def _fill(config: EnsembleConfig, paths: list[str], configs: list[Any]) -> None:
+    """Take over from the members what they must agree on; raises ValueError where they do not."""
+    for what in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        values = [getattr(member, what, None) for member in configs]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"members have {what} {values}; an ensemble needs members of one tokenizer.")
+        setattr(config, what, values[0])
+    tokenizers = [Path(path) / "tokenizer.json" for path in paths]
+    texts = {path.read_bytes() for path in tokenizers if path.is_file()}
+    if len(texts) > 1:
+        raise ValueError(f"members have {len(texts)} tokenizers; an ensemble needs members of one.")
+    config.max_position_embeddings = min(member.max_position_embeddings for member in configs)
+    config.num_hidden_layers = max(member.num_hidden_layers for member in configs)
+
+
+def _bytes(path: str) -> int:
+    """The weights of a member on disk; 0 for a hub name, which has no size before it is fetched."""
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _copy_tokenizer(source: str, folder: Path) -> None:
+    for pattern in TOKENIZER_FILES:
+        for file in Path(source).glob(pattern):
+            shutil.copy(file, folder / file.name)
+
+
+AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)
+AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM)
