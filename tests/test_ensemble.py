@@ -16,6 +16,7 @@ import torch
 from epochal import averages
 from epochal.ensemble import ensemble_losses, evaluate_ensemble, member_log_probs
 from epochal.model import build_model
+from epochal.prepare import prepare
 from epochal.records import Record, Records
 from epochal.run import Ensemble, fingerprint
 from epochal.subsets import circle, curve_of, jackknife_reach
@@ -105,6 +106,48 @@ def test_weights(average: str, weights: tuple[float, ...]) -> None:
         total = sum(weights[member] for member in pair)
         inside = tuple(weights[member] / total for member in pair)
         assert loss == pytest.approx(exact([members[member] for member in pair], tokens, average, inside), abs=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, (0.7, 0.0, 0.3)])
+def test_a_soup_is_one_model_of_mean_weights(weights: tuple[float, ...] | None) -> None:
+    members, tokens = models(3), sequences()
+    before = copy.deepcopy(members)
+    shares = weights or (1 / 3,) * 3
+    soup = copy.deepcopy(members[0]).double()
+    for name, weight in soup.named_parameters():
+        parts = [share * member.get_parameter(name).double() for share, member in zip(shares, members, strict=True)]
+        weight.data.copy_(sum(parts))
+    curve = ensemble_losses(loaders(members), tokens, average="weights", weights=weights)
+    assert curve.losses[3][0] == pytest.approx(exact([soup], tokens, "logits"), abs=1e-5)
+    assert curve.losses[1][1 if weights is None else 0] == pytest.approx(
+        exact([members[1 if weights is None else 0]], tokens, "logits"), abs=1e-5
+    )
+    for member, untouched in zip(members, before, strict=True):
+        for one, other in zip(member.parameters(), untouched.parameters(), strict=True):
+            assert torch.equal(one, other)
+    wide = build_model("w32", vocab_size=VOCABULARY, max_positions=T, seed=0).eval()
+    with pytest.raises(ValueError, match="have no mean weights"):
+        ensemble_losses(loaders([*members, wide]), tokens, average="weights")
+
+
+def test_an_ensemble_can_be_judged_on_another_text(tmp_path: Path) -> None:
+    space, store, config = tiny.workspace(tmp_path)
+    other = tiny.write_text(tmp_path / "b", tiny.documents(200, seed=1), tokenizer='store = "tiny"')
+    other = other.rename(other.with_name("other.toml"))
+    foreign = tiny.write_text(tmp_path / "c", tiny.documents(200, seed=2), tokenizer="train = 299")
+    foreign = foreign.rename(foreign.with_name("foreign.toml"))
+    second = prepare(str(other), space.data)
+    prepare(str(foreign), space.data)
+    run = tiny.run(config, name="a")
+    (member,) = models(1, store.vocab_size)
+    member.save_pretrained(space.folder("a") / "model")
+    records = Records(space, [Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 7})])
+    job = Ensemble(name="there", runs=("a",), average="logits", data=str(other))
+    loss = evaluate_ensemble(job, space, records).loss
+    assert loss == pytest.approx(exact([member], second.sequences("validation", 32), "logits"), abs=1e-6)
+    assert fingerprint(job) != fingerprint(Ensemble(name="here", runs=("a",), average="logits"))
+    with pytest.raises(ValueError, match="its tokenizer is not that of"):
+        evaluate_ensemble(Ensemble(name="no", runs=("a",), average="logits", data=str(foreign)), space, records)
 
 
 def test_members_of_other_widths_average_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ LADDERS = {
     "gpu-200m": (197_023_488, 119_756_544),
 }
 ALL = [*INFINITE_COMPUTE, *FIRA, *SPECTRA, *LADDERS]
+BASES = {"llama-3.2-3b": 3_212_749_824}  # models to continue from; the count is that of its model card
 VOCABULARY = {"ic": 128_256, "fira": 32_000, "spectra": 50_304, "gpu": 50_304}
 
 
@@ -79,7 +80,14 @@ def weights(name="w64", *, seed=0, vocab_size=2048, **options):
 
 
 def test_every_committed_model_is_in_the_tables():
-    assert model_names() == sorted(ALL)
+    assert model_names() == sorted([*ALL, *BASES])
+
+
+@pytest.mark.parametrize(("name", "total"), BASES.items())
+def test_models_to_continue_from(name, total):
+    shapes = {key: parameter.numel() for key, parameter in empty_model(load_config(name)).named_parameters()}
+    assert sum(shapes.values()) == parameter_counts(name).total == total
+    assert load_config(name).rope_parameters["rope_type"] == "llama3"
 
 
 @pytest.mark.parametrize(("name", "expected"), (INFINITE_COMPUTE | LADDERS).items())

@@ -6,6 +6,7 @@ it, zero for those outside. probs: -log sum_k w_k p_k(target) needs only the tab
 and come back in blocks, so that logits exist for a few rows and columns at a time.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,38 @@ def logit_losses(
             totals += _normalisers(spools, shares) - (shares.double() @ targets).sum(1)
     losses: torch.Tensor = totals / (len(sequences) * (sequences.shape[1] - 1))
     return losses
+
+
+@torch.no_grad()
+def soup_losses(members: Sequence[Loader], sequences: Tokens, shares: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss in nats of one model for each row of shares, its weights sum_k w_k W_k: (S,) float64.
+
+    `sequences` is (r, T), shares (S, K). Two models are in memory at a time. Raises ValueError when members differ in
+    shape.
+    """
+    losses = []
+    for row in shares.tolist():
+        soup = None
+        for share, load in zip(row, members, strict=True):
+            if share:
+                soup = _stir(soup, load(), share)
+        losses.append(-target_log_probs([lambda model=soup: model], sequences).double().mean())
+    return torch.stack(losses)
+
+
+def _stir(soup: Any, model: Any, share: float) -> Any:
+    """Add a share of a model's weights to a soup, which is a scaled copy of the model at first."""
+    if soup is None:
+        soup = copy.deepcopy(model)
+        for weight in soup.parameters():
+            weight.mul_(share)
+        return soup
+    shapes = [[tuple(weight.shape) for weight in other.parameters()] for other in (soup, model)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("members of different shapes have no mean weights; average logits or probs instead.")
+    for total, weight in zip(soup.parameters(), model.parameters(), strict=True):
+        total.add_(weight, alpha=share)
+    return soup
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Several models as one: the loss of every K, averaged over members in logits or in probabilities.
 
 logits: softmax of the mean of raw logits, the paper's rule (spec section 6). probs: the mean of the members'
-distributions; there only p(target) of each member matters. Members are in memory one at a time.
+distributions; there only p(target) of each member matters. weights: one model whose weights are the members' mean.
+Members are in memory one at a time.
 """
 
 import math
@@ -12,13 +13,13 @@ from typing import Any
 
 import torch
 
-from epochal.averages import Loader, logit_losses, probability_losses, target_log_probs
+from epochal.averages import Loader, logit_losses, probability_losses, soup_losses, target_log_probs
 from epochal.data import Tokens, TokenStore, open_store
 from epochal.ensemble_model import EnsembleConfig, EnsembleForCausalLM
 from epochal.generate import load_model, member_records
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace
-from epochal.run import Ensemble, Run, fingerprint
+from epochal.run import SOUP, Ensemble, Run, fingerprint
 from epochal.subsets import Curve, Subset, curve_of
 
 __all__ = ["EnsembleConfig", "EnsembleForCausalLM", "ensemble_losses", "evaluate_ensemble", "member_log_probs"]
@@ -33,7 +34,7 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     """
     members = [record for name in ensemble.runs for record in member_records(name, records)]
     run = _common_run(ensemble, members)
-    store = open_store(run.data, workspace)
+    store = _judged_on(ensemble, run, workspace)
     loaders = [partial(load_model, workspace, record.job.name) for record in members]
     scratch = workspace.folder(ensemble.name)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,8 @@ def ensemble_losses(
         shares = torch.tensor(list(rows.values()), dtype=torch.float64)
         if table is not None:
             losses = probability_losses(table, shares)
+        elif average == SOUP:
+            losses = soup_losses(members, sequences, shares)
         else:
             losses = logit_losses(members, sequences, shares, scratch=scratch)
         return dict(zip(rows, losses.tolist(), strict=True))
@@ -94,6 +97,21 @@ def _share(subset: Subset, count: int, weights: Sequence[float] | None) -> list[
     given = [(1.0 if weights is None else weights[member]) if member in subset else 0.0 for member in range(count)]
     total = math.fsum(given)
     return [value / total for value in given] if total > 0 else None
+
+
+def _judged_on(ensemble: Ensemble, run: Run, workspace: Workspace) -> TokenStore:
+    """Return the store that an ensemble is judged on: its members', or another one of the same tokenizer."""
+    own = open_store(run.data, workspace)
+    if ensemble.data is None:
+        return own
+    other = open_store(ensemble.data, workspace)
+    tokenizers = {(store.tokenizer_folder / "tokenizer.json").read_bytes() for store in (own, other)}
+    if len(tokenizers) != 1:
+        raise ValueError(
+            f"ensemble {ensemble.name!r} cannot be judged on {ensemble.data!r}: its tokenizer is not that of {run.data!r}; "
+            f"give that data set the tokenizer store = {run.data!r}."
+        )
+    return other
 
 
 def _splits(store: TokenStore, sequence_length: int) -> list[str]:

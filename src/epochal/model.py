@@ -127,18 +127,20 @@ def draw_weights(model: LlamaForCausalLM, *, seed: int) -> None:
 
 
 def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace) -> None:
-    """Put the final weights of the Run that this one starts from, if any, into a model of the same shape, in place.
+    """Put the weights that a Run starts from, if any, into a model of the same shape, in place.
 
-    Raises ValueError when its folder is missing or holds another architecture.
+    Raises ValueError when their folder is missing or holds another architecture.
     """
     if run.start is None:
         return
     from safetensors.torch import load_file
 
-    path = workspace.folder(run.start) / "model" / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"Run {run.name!r} starts from {run.start!r}, but {path} does not exist; run that again.")
-    found = {name: tensor for name, tensor in load_file(path).items() if name in dict(model.named_parameters())}
+    folder = Path(run.start) if "/" in run.start else workspace.folder(run.start) / "model"
+    files = sorted(folder.glob("*.safetensors"))  # a large model lies in several
+    if not files:
+        raise ValueError(f"Run {run.name!r} starts from {run.start!r}, but {folder} holds no model; make it first.")
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    found = {name: tensor for name, tensor in stored.items() if name in dict(model.named_parameters())}
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     for name in shapes.keys() | found.keys():
         theirs = tuple(found[name].shape) if name in found else "none"

@@ -55,6 +55,7 @@ SCHEDULES = ("cosine", "wsd")
 WD_SCHEDULES = ("constant", "antiphase", "proportional")
 PRECISIONS = ("fp32", "bf16")
 AVERAGES = ("logits", "probs")
+SOUP = "weights"
 WEIGHTS = ("last", "ema", "swa")
 MODES = ("online", "cached")
 DRAWS = ("members", "average")
@@ -104,8 +105,8 @@ class Run:
     processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.schedule`),
     `decay` changes for some parameters how much of it they get.
     `holdout_tokens` of D are bought but not trained on: on them the weights
-    of an ensemble's members can be learned. `start` names the Run whose final weights this one begins with (else they
-    are drawn from `init_seed`). `weights`: the "last" ones, or their average over the run: "ema" forgets by a factor e
+    of an ensemble's members can be learned. `start` names the Run whose final weights this one begins with, or is the
+    path of a model folder from elsewhere, with a slash in it (else they are drawn from `init_seed`). `weights`: the "last" ones, or their average over the run: "ema" forgets by a factor e
     in `weights_window` of the run, "swa" is the mean over its last `weights_window`. `dropout` and `mask_inputs`:
     see `epochal.noise`.
     """
@@ -216,17 +217,20 @@ class Run:
 class Ensemble:
     """Which runs speak together, and how: the mean of their raw logits, or of their probabilities.
 
-    There is no default for `average`: the two have different limits.
+    There is no default for `average`: the two have different limits. "weights" is the mean of the members' weights, one
+    model (a soup): of use only where all members started from the same weights (spec sections 10 and 11).
+    `data` names another data set, of the same tokenizer, on whose held-out text to judge them.
     """
 
     name: str
     runs: tuple[str, ...]
     average: str
     weights: tuple[float, ...] | None = None
+    data: str | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        choose("average", self.average, AVERAGES)
+        choose("average", self.average, (*AVERAGES, SOUP))
         if not self.runs or len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs is {self.runs}; name each member once, at least one.")
         if self.weights is not None and (
@@ -306,7 +310,8 @@ def inputs(job: Job) -> tuple[str, ...]:
     """Return the names of the jobs whose outputs this one reads directly."""
     match job:
         case Run():
-            names = (job.start, job.distill and job.distill.samples, job.teach and job.teach.source)
+            start = None if job.start is None or "/" in job.start else job.start
+            names = (start, job.distill and job.distill.samples, job.teach and job.teach.source)
             return tuple(name for name in names if name)
         case Ensemble():
             return job.runs
@@ -323,6 +328,7 @@ def fingerprint(job: Job) -> str:
     meaning.pop("name")
     if isinstance(job, Run):
         meaning["model"] = config_hash(model_path(job.model))
+    if isinstance(job, Run | Ensemble) and job.data is not None:
         meaning["data"] = config_hash(find_config("data", job.data, ".toml"))
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
