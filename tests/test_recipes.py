@@ -329,3 +329,37 @@ def test_optimizers_report_at_every_stage_and_without_a_comparison(workspace: Wo
     for job in recipe.plan(load_records(workspace), scale):
         write_record(workspace, Record(job, fingerprint(job), "diverged", {"loss": None, "parameters": 9}))
     assert all(claim.provisional for claim in recipe.report(load_records(workspace), scale).claims)
+
+
+def test_continued_runs_start_from_the_tuned_base(workspace: Workspace) -> None:
+    scale = replace(load_scale("micro"), unique_tokens=(24576,), seeds=1)
+    recipe, settings = load_recipe("continued"), scale.continued
+    assert settings is not None
+    assert recipe.base_of(load_records(workspace), scale, settings) is None, "nothing starts before the base is tuned"
+    turns = list(simulate(workspace, "continued", scale))
+    records = load_records(workspace)
+    tuned = load_recipe("heavy_weight_decay").best_records(records, scale, "w64", 24576)[0]
+    later = [job for turn in turns for job in turn if isinstance(job, Run) and job.data == settings.data]
+    assert {run.start for run in later} == {tuned.job.name}
+    assert {(run.batch_size, run.epochs) for run in later} == {(32, 1), (4, 1), (4, 4)}
+    assert {run.unique_tokens for run in later if run.batch_size == 32} == {24576, *settings.more_tokens}
+    assert len({run.order_seed for run in later if run.epochs == 4}) == settings.members
+    judged = [job for turn in turns for job in turn if isinstance(job, Ensemble) and job.data is not None]
+    assert {job.data for job in judged} == {scale.data}
+    assert {job.average for job in judged if len(job.runs) > 1} == {"logits", "probs", "weights"}
+
+    section = recipe.report(records, scale)
+    assert [len(table.rows) for table in section.tables] == [6]
+    assert all(row[-1] is not None for row in section.tables[0].rows)
+    assert len(section.claims) == 5
+    step = next(claim for claim in section.claims if "repeated beats" in claim.text)
+    losses = [records.get(run).loss for run in recipe.steps(scale, settings, tuned.job.name)]
+    assert step.value == f"{losses[1] - losses[2]:+.4f} nats"
+    assert step.holds == (losses[2] < losses[1])
+
+
+def test_the_papers_continued_setting_is_priced(workspace: Workspace) -> None:
+    """Eight members of 4 x 4.19e9 tokens and one pass over 73.4e9 dominate: 6 N tokens for N = 3.21e9."""
+    view = outlook(["continued"], Records(workspace), load_scale("paper-math"))
+    tokens = 4194304000 * (1 + 1 + 8 * 4) + 73400320000
+    assert view.today.flops == pytest.approx(6 * 3_212_749_824 * tokens)

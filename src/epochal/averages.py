@@ -10,6 +10,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,12 @@ def soup_losses(members: Sequence[Loader], sequences: Tokens, shares: torch.Tens
         for share, load in zip(row, members, strict=True):
             if share:
                 soup = _stir(soup, load(), share)
-        losses.append(-target_log_probs([lambda model=soup: model], sequences).double().mean())
+        losses.append(-target_log_probs([partial(_same, soup)], sequences).double().mean())
     return torch.stack(losses)
+
+
+def _same(model: Any) -> Any:
+    return model
 
 
 def _stir(soup: Any, model: Any, share: float) -> Any:

@@ -135,6 +135,8 @@ def run(
     records = load_records(workspace)
     _say_problems(records.problems)
     names = tuple(recipes or recipe_names())
+    if "continued" in names and setting.continued is not None:
+        open_store(setting.continued.data, workspace)
     view = outlook(names, records, setting, store_vocab_size(workspace, setting))
     orders = Orders(
         session=uuid.uuid4().hex,

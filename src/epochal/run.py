@@ -103,12 +103,11 @@ class Run:
 
     `unique_tokens` is D, `batch_size` counts sequences of `sequence_length` tokens in one optimizer step over all
     processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.schedule`),
-    `decay` changes for some parameters how much of it they get.
-    `holdout_tokens` of D are bought but not trained on: on them the weights
-    of an ensemble's members can be learned. `start` names the Run whose final weights this one begins with, or is the
-    path of a model folder from elsewhere, with a slash in it (else they are drawn from `init_seed`). `weights`: the "last" ones, or their average over the run: "ema" forgets by a factor e
-    in `weights_window` of the run, "swa" is the mean over its last `weights_window`. `dropout` and `mask_inputs`:
-    see `epochal.noise`.
+    `decay` changes for some parameters how much of it they get. `holdout_tokens` of D are bought but not trained on: on
+    them the weights of an ensemble's members can be learned. `start` names the Run whose final weights this one begins
+    with, or is the path of a model folder from elsewhere, with a slash in it (else they are drawn from `init_seed`).
+    `weights`: the "last" ones, or their average over the run: "ema" forgets by a factor e in `weights_window` of the run,
+    "swa" is the mean over its last `weights_window`. `dropout` and `mask_inputs`: see `epochal.noise`.
     """
 
     name: str

@@ -107,6 +107,32 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Continued:
+    """Continued pre-training of the size `model` on a second data set (spec section 11).
+
+    It goes on from the tuned run of that size on the first budget, or from the model folder `base`. `batch_sizes` are the
+    default and the small one, in sequences; `more_tokens` budgets for further single passes of the default.
+    """
+
+    data: str
+    model: str
+    unique_tokens: int
+    batch_sizes: tuple[int, ...]
+    epochs: int
+    lr: float
+    wd: float
+    members: int
+    more_tokens: tuple[int, ...] = ()
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.batch_sizes) != 2:
+            raise ValueError(f"batch_sizes is {self.batch_sizes}; give two, the default and the small one.")
+        if self.base and "/" not in self.base:
+            raise ValueError(f"base is {self.base!r}; give the path of a model folder, with a slash in it.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """What `plan` prices with: hardware by name, the training FLOP/s that all of it reaches, and how many devices it is."""
 
@@ -146,6 +172,7 @@ class Scale:
     optimizers: Comparison | None = None
     search: str = "together"
     trials: int = 16
+    continued: Continued | None = None
 
     def __post_init__(self) -> None:
         for what, values in (
@@ -163,22 +190,30 @@ class Scale:
             raise ValueError(
                 f"the smallest size {self.ladder[0].model!r} needs lr and epochs: its search starts there."
             )
+        self._check_models()
+        self._check_budgets()
+
+    def _check_models(self) -> None:
         models = [rung.model for rung in self.ladder]
         named = (*self.ensemble.models, self.students.model, *self.law_models)
         for model in (*named, *([self.epoching] if self.epoching else [])):
             if model not in models:
                 raise ValueError(f"model {model!r} is not on the ladder {models}; use one of those or add it.")
-        if self.standard_wd not in self.grid.wd:
-            raise ValueError(f"standard_wd {self.standard_wd} is not in grid.wd; add it there.")
         for model in (*self.law_models, *([self.epoching] if self.epoching else [])):
             if self.standard_start(self.rung(model)) is None:
                 raise ValueError(f"model {model!r} is in law_models or epoching, so it needs lr and epochs of its own.")
+
+    def _check_budgets(self) -> None:
+        """Build a run at every budget: it refuses one that no batch divides."""
+        model = self.ladder[0].model
+        if self.standard_wd not in self.grid.wd:
+            raise ValueError(f"standard_wd {self.standard_wd} is not in grid.wd; add it there.")
         if bool(self.law_tokens) != bool(self.law_models):
             raise ValueError("law_tokens and law_models go together; give both or neither.")
         for tokens in self.budgets:
-            self.run(models[0], tokens, Point(lr=self.grid.lr[0], epochs=1, wd=0.0))
+            self.run(model, tokens, Point(lr=self.grid.lr[0], epochs=1, wd=0.0))
         for setting in self.optimizers.settings if self.optimizers else ():
-            self.run(models[0], setting.tokens, Point(lr=self.grid.lr[0], epochs=setting.epochs, wd=0.0))
+            self.run(model, setting.tokens, Point(lr=self.grid.lr[0], epochs=setting.epochs, wd=0.0))
 
     @property
     def budgets(self) -> tuple[int, ...]:
