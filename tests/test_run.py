@@ -172,6 +172,8 @@ def test_teach_refuses_bad_values(changes: dict[str, object]) -> None:
 
 def test_cached_targets_need_an_order_that_keeps_the_cut() -> None:
     cached = Teach(source="t", mode="cached")
+    with pytest.raises(ValueError, match=r"temperature is 2.0; cached targets have 1"):
+        Teach(source="t", mode="cached", temperature=2.0)
     with pytest.raises(ValueError, match=r'packs the text anew.*use order "sequences" or "fixed"'):
         a_run(teach=cached)
     assert a_run(teach=cached, order="fixed").teach == a_run(teach=cached, order="sequences").teach
@@ -179,9 +181,7 @@ def test_cached_targets_need_an_order_that_keeps_the_cut() -> None:
         a_run(teach=cached, order="fixed", distill=Distill(samples="s", fraction=0.5))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"top_k": 0}, {"temperature": 0.0}, {"sequence_length": 1}, {"unique_tokens": 31}, {"name": "a/b"}]
-)
+@pytest.mark.parametrize("changes", [{"keep": 0}, {"sequence_length": 1}, {"unique_tokens": 31}, {"name": "a/b"}])
 def test_targets_refuse_bad_values(changes: dict[str, object]) -> None:
     values = {"name": "t", "source": "e", "unique_tokens": 64, "sequence_length": 32, **changes}
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -45,6 +45,8 @@ __all__ = [
     "Samples",
     "Signum",
     "Spectra",
+    "Targets",
+    "Teach",
     "config_hash",
     "fingerprint",
     "inputs",
@@ -81,7 +83,8 @@ class Teach:
     """Learn from soft targets too: (1 - weight) CE + weight T^2 KL(teacher at T || student at T).
 
     mode "online": `source` is a Run or an Ensemble, whose models read every batch beside the student. "cached": it is
-    the Targets computed once over the training text; that needs an order that keeps the cut of the sequences.
+    the Targets computed once over the training text, at temperature 1; that needs an order that keeps the cut of the
+    sequences.
     """
 
     source: str
@@ -95,6 +98,8 @@ class Teach:
             raise ValueError(f"weight is {self.weight}; give a share above 0 and at most 1.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
+        if self.mode == "cached" and self.temperature != 1:
+            raise ValueError(f'temperature is {self.temperature}; cached targets have 1, so use that or mode "online".')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,29 +275,26 @@ class Samples:
 class Targets:
     """Soft next-token targets of a Run or an Ensemble over the training text, for students that read a cache.
 
-    The first `unique_tokens` training tokens, cut into sequences of `sequence_length`. Of each position the `top_k` most
-    probable tokens at `temperature` are kept; members are averaged before.
+    The first `unique_tokens` training tokens, cut into sequences of `sequence_length`. Members are averaged, and `keep`
+    tokens of each position stay: the most probable ones, and a sample that stands for the rest (`epochal.targets`).
     """
 
     name: str
     source: str
     unique_tokens: int
     sequence_length: int
-    top_k: int = 64
-    temperature: float = 1.0
+    keep: int = 128
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        at_least("top_k", self.top_k, 1)
+        at_least("keep", self.keep, 1)
         at_least("sequence_length", self.sequence_length, 2)
         at_least("unique_tokens", self.unique_tokens, self.sequence_length)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
 
     def bytes(self, vocab_size: int | None) -> int:
         """Return the disk that they need at most: an id and a float16 for each kept token, nothing won by compression."""
         sequences, width = self.unique_tokens // self.sequence_length, 2 if (vocab_size or 2**32) <= 2**16 else 4
-        block = (self.sequence_length - 1) * min(self.top_k, vocab_size or self.top_k) * (width + 2)
+        block = (self.sequence_length - 1) * min(self.keep, vocab_size or self.keep) * (width + 2)
         return sequences * (block + block // 1000 + 100)  # and the index
 
 

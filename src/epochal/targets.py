@@ -1,10 +1,15 @@
-"""A cache of soft targets: the top-k tokens of a teacher at every position of the training text, computed once.
+"""A cache of soft targets: k weighted tokens of a teacher's distribution at every position of the training text.
 
-Members are averaged first, so the cost of a student's step does not depend on K. What the k tokens leave over is one
-bucket of the loss (`epochal.loss`), and its mass goes into the record. targets/ holds shards of sequences and beside
-each an index: `shard-00000.bin` is one zlib block for each sequence, `shard-00000.json` their sizes and the hash of the
-file. A block holds T - 1 positions of k tokens in rising order, as differences, and their probabilities in float16; bytes
-of one significance lie together, because so they compress.
+Members are averaged first, so the cost of a student's step does not depend on K. The k tokens are a VarOpt sample (Cohen
+et al., arXiv 0803.0473): every token with a probability above a threshold is kept as it is, of the others each is kept
+with a chance in proportion to its probability and then weighs as much as the threshold. The weights sum to one and the
+loss against them is right in expectation, which a cut at the top k is not: of small models on small text the top 64
+tokens hold two thirds of the mass, and what a cut loses is a bias. (That sampled targets beat cut ones: arXiv 2503.16870.)
+
+targets/ holds shards of sequences and beside each an index: `shard-00000.bin` is one zlib block for each sequence,
+`shard-00000.json` their sizes and the hash of the file. A block holds what the KL divergence lacks (see `encode`), then
+T - 1 positions of k ids in rising order, as differences, then their weights in float16; bytes of one significance lie
+together, because so they compress.
 
 n tokens, V vocabulary, T sequence length, k kept tokens.
 """
@@ -13,6 +18,7 @@ import json
 import logging
 import math
 import shutil
+import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +31,7 @@ import torch
 from epochal.config import write_atomic
 from epochal.data import Batches, Tokens, TokenStore, open_store
 from epochal.generate import load_model, member_records
+from epochal.loss import cached_distillation_loss
 from epochal.model import next_token
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace, file_hash, input_marks
@@ -63,9 +70,10 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
         rows = sequences[start : start + per_shard]
         index = beside / f"shard-{number:05d}.json"
         if not _finished(index):
-            _write_shard(index, _top(job, models, rows, average, shares), store.vocab_size)
+            drawn = _draw(job, models, rows, average, shares, first=start)
+            _write_shard(index, drawn, store.vocab_size)
         kept.append(json.loads(index.read_text(encoding="utf-8"))["kept_mass"])
-    meta = {"vocab_size": store.vocab_size, "top_k": min(job.top_k, store.vocab_size), "sequences_per_shard": per_shard}
+    meta = {"vocab_size": store.vocab_size, "keep": min(job.keep, store.vocab_size), "sequences_per_shard": per_shard}
     write_atomic(beside / "meta.json", json.dumps({**meta, "sequence_length": job.sequence_length}))
     size = sum(file.stat().st_size for file in beside.iterdir())
     shutil.rmtree(folder, ignore_errors=True)
@@ -112,7 +120,7 @@ def _check_room(job: Targets, vocab_size: int, folder: Path) -> None:
     log.warning("%s needs up to %.1f MB of disk, %.1f MB are free.", job.name, need / 1e6, free / 1e6)
     if need > free:
         raise ValueError(
-            f"targets {job.name!r} need up to {need / 1e6:.1f} MB at top_k {job.top_k}, and {free / 1e6:.1f} MB are "
+            f"targets {job.name!r} need up to {need / 1e6:.1f} MB at keep {job.keep}, and {free / 1e6:.1f} MB are "
             f"free in {folder.parent}; make room or keep fewer tokens."
         )
 
@@ -123,32 +131,72 @@ def _finished(index: Path) -> bool:
     return bool(file_hash(index.with_suffix(".bin")) == json.loads(index.read_text(encoding="utf-8"))["sha256"])
 
 
-@torch.no_grad()
-def _top(
-    job: Targets, models: list[Any], rows: Tokens, average: str, shares: tuple[float, ...] | None
-) -> Iterator[tuple[Tokens, Tokens]]:
-    """Yield (ids (T - 1, k), probabilities (T - 1, k)) of each sequence, ids rising."""
+@dataclass(frozen=True)
+class Sequence:
+    """The targets of one sequence: ids (T - 1, k) rising, weights (T - 1, k), sum of p log p over all positions."""
+
+    ids: Tokens
+    weights: Tokens
+    negentropy: float
+    kept_mass: float
+
+
+def _draw(
+    job: Targets, models: list[Any], rows: Tokens, average: str, shares: tuple[float, ...] | None, *, first: int
+) -> Iterator[Sequence]:
+    """Yield the targets of each sequence of (r, T) tokens; `first` is the number of the first one in the text."""
     vocabulary = models[0].config.vocab_size
     per_pass = max(1, CHUNK_ELEMENTS // vocabulary // job.sequence_length)
     for chunk in torch.split(torch.from_numpy(rows), per_pass):
         check_stop()
-        p = averaged_probabilities(models, chunk, average=average, shares=shares, temperature=job.temperature)
-        ids = torch.topk(p, min(job.top_k, vocabulary), dim=1).indices.sort(dim=1).values
-        kept = p.gather(1, ids)
-        shape = (len(chunk), rows.shape[1] - 1, -1)
-        yield from zip(ids.reshape(shape).cpu().numpy(), kept.reshape(shape).cpu().numpy(), strict=True)
+        p = averaged_probabilities(models, chunk, average=average, shares=shares)
+        for one in torch.split(p, rows.shape[1] - 1):
+            generator = torch.Generator().manual_seed(first)
+            yield _sample(one.cpu().double(), min(job.keep, vocabulary), generator)
+            first += 1
+
+
+def _sample(p: torch.Tensor, keep: int, generator: torch.Generator) -> Sequence:
+    """Draw `keep` tokens of each row of p (T - 1, V), float64."""
+    p = p.clamp(min=1e-30)  # a probability that softmax rounds to zero has no chance to fill the sample
+    p = p / p.sum(1, keepdim=True)
+    ids, weights = varopt(p, keep, generator)
+    exact = torch.where(p.gather(1, ids) == weights, weights, 0.0)
+    kept_mass, negentropy = float(exact.sum(1).mean()), float(torch.xlogy(p, p).sum())
+    return Sequence(ids.numpy(), weights.numpy(), negentropy, kept_mass)
+
+
+def varopt(p: torch.Tensor, keep: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a VarOpt sample of each row of p (n, V), float64 summing to one: ids (n, keep) rising, weights (n, keep).
+
+    A token v is in it with chance min(1, p_v / threshold) and weighs max(p_v, threshold), so its mean weight is p_v. The
+    threshold makes the chances sum to `keep`; tokens are drawn by systematic sampling, one number for each row.
+    """
+    highest, order = torch.topk(p, keep, dim=1)
+    lower = p.scatter(1, order, 0.0).sum(1, keepdim=True)
+    left = lower + highest.flip(1).cumsum(1).flip(1)  # the mass that the tokens before each do not hold
+    thresholds = left / torch.arange(keep, 0, -1, dtype=p.dtype)
+    exact = (highest > thresholds).long().cumprod(1).sum(1, keepdim=True).clamp(max=keep - 1)
+    threshold = thresholds.gather(1, exact)
+    ends = torch.cumsum((p / threshold).clamp(max=1.0), 1)
+    ends = torch.round(ends * (keep / ends[:, -1:]) * 2**32)  # whole numbers, so that a chance of one is certain
+    offset = torch.randint(2**32, (len(p), 1), generator=generator).double()
+    counts = torch.floor((ends + offset) / 2**32)
+    drawn = torch.diff(counts, dim=1, prepend=torch.zeros_like(counts[:, :1])) > 0
+    ids = drawn.nonzero()[:, 1].reshape(len(p), keep)
+    return ids, torch.maximum(p.gather(1, ids), threshold)
 
 
 @torch.no_grad()
 def averaged_probabilities(
-    models: list[Any], tokens: torch.Tensor, *, average: str, shares: tuple[float, ...] | None, temperature: float
+    models: list[Any], tokens: torch.Tensor, *, average: str, shares: tuple[float, ...] | None
 ) -> torch.Tensor:
     """Return the teacher's distribution at each of the n = b (T - 1) predictions of (b, T) tokens: (n, V) float32."""
     shares = shares or (1.0 / len(models),) * len(models)
     total: torch.Tensor | None = None
     for share, model in zip(shares, models, strict=True):
         hidden, _ = next_token(model, tokens.to(model.device))
-        part = (hidden @ model.lm_head.weight.T).float() / temperature
+        part = (hidden @ model.lm_head.weight.T).float()
         part = torch.softmax(part, 1) if average == "probs" else part
         total = part.mul_(share) if total is None else total.add_(part, alpha=share)
     assert total is not None
@@ -158,30 +206,43 @@ def averaged_probabilities(
 # --- the files ----------------------------------------------------------------------------------------------------------
 
 
-def _write_shard(index: Path, sequences: Iterator[tuple[Tokens, Tokens]], vocab_size: int) -> None:
+def _write_shard(index: Path, sequences: Iterator[Sequence], vocab_size: int) -> None:
     """Write one shard, and its index last: a shard without an index does not exist."""
     blocks, masses = [], []
-    for ids, p in sequences:
-        blocks.append(encode(ids, p, vocab_size))
-        masses.append(float(p.sum(axis=1, dtype=np.float64).mean()))
+    for sequence in sequences:
+        blocks.append(encode(sequence, vocab_size))
+        masses.append(sequence.kept_mass)
     write_atomic(index.with_suffix(".bin"), b"".join(blocks))
     table = {"sizes": [len(block) for block in blocks], "sha256": file_hash(index.with_suffix(".bin"))}
     write_atomic(index, json.dumps({**table, "kept_mass": masses}))
 
 
-def encode(ids: Tokens, p: Tokens, vocab_size: int) -> bytes:
-    """Return one sequence's targets, (T - 1, k) rising ids and their probabilities, as one compressed block."""
-    steps = np.diff(ids, axis=1, prepend=0).astype(_id_type(vocab_size))
-    return zlib.compress(_planes(steps) + _planes(p.astype(np.float16)), level=1)
+def encode(sequence: Sequence, vocab_size: int) -> bytes:
+    """Return one sequence's targets as one compressed block.
+
+    Its first number is the sum over positions of p log p less w log w, with p the teacher's distribution and w the
+    weights as `decode` returns them: added to the KL divergence from w, it gives in expectation the one from p.
+    """
+    steps = np.diff(sequence.ids, axis=1, prepend=0).astype(_id_type(vocab_size))
+    weights = sequence.weights.astype("<f2")
+    read = _normalised(weights).astype(np.float64)
+    missing = sequence.negentropy - float((read * np.log(read, where=read > 0, out=np.zeros_like(read))).sum())
+    return zlib.compress(struct.pack("<d", missing) + _planes(steps) + _planes(weights), level=1)
 
 
-def decode(block: bytes, top_k: int, vocab_size: int) -> tuple[Tokens, Tokens]:
-    """Return (ids (T - 1, k) int64, probabilities (T - 1, k) float32) of a block of `encode`."""
+def decode(block: bytes, keep: int, vocab_size: int) -> tuple[Tokens, Tokens, float]:
+    """Return (ids (T - 1, k) int64, weights (T - 1, k) float32, missing part of the KL divergence) of a block."""
     data, kind = zlib.decompress(block), _id_type(vocab_size)
-    count = len(data) // (kind.itemsize + 2)
-    steps = _unplanes(data[: count * kind.itemsize], kind).reshape(-1, top_k)
-    p = _unplanes(data[count * kind.itemsize :], np.dtype("<f2")).reshape(-1, top_k)
-    return np.cumsum(steps, axis=1, dtype=np.int64), p.astype(np.float32)
+    middle = 8 + (len(data) - 8) // (kind.itemsize + 2) * kind.itemsize
+    steps = _unplanes(data[8:middle], kind).reshape(-1, keep)
+    weights = _unplanes(data[middle:], np.dtype("<f2")).reshape(-1, keep)
+    return np.cumsum(steps, axis=1, dtype=np.int64), _normalised(weights), struct.unpack("<d", data[:8])[0]
+
+
+def _normalised(weights: Tokens) -> Tokens:
+    """Scale weights to sum to one again after rounding: what is missing would be taken for a token of its own."""
+    wide = weights.astype(np.float32)
+    return np.asarray(wide / wide.sum(axis=1, keepdims=True))
 
 
 def _id_type(vocab_size: int) -> np.dtype[Any]:
@@ -222,12 +283,12 @@ class TargetStore:
             ends.append(np.cumsum(table["sizes"]))
         return cls(meta, tuple(shards), tuple(ends))
 
-    def sequence(self, number: int) -> tuple[Tokens, Tokens]:
-        """Return (ids (T - 1, k) int64, probabilities (T - 1, k) float32) of one sequence of the text."""
+    def sequence(self, number: int) -> tuple[Tokens, Tokens, float]:
+        """Return what `decode` does for one sequence of the text."""
         shard, place = divmod(number, self.meta["sequences_per_shard"])
         stop = int(self.ends[shard][place])
         start = int(self.ends[shard][place - 1]) if place else 0
-        return decode(self.shards[shard][start:stop].tobytes(), self.meta["top_k"], self.meta["vocab_size"])
+        return decode(self.shards[shard][start:stop].tobytes(), self.meta["keep"], self.meta["vocab_size"])
 
 
 class CachedTeacher:
@@ -245,12 +306,11 @@ class CachedTeacher:
         self._check(run, job, store)
 
     def _check(self, run: Run, job: Targets, store: TokenStore) -> None:
-        """Refuse targets of another text, cut or temperature."""
+        """Refuse targets of another text or cut."""
         assert run.teach is not None
         trained = run.unique_tokens - run.holdout_tokens
         for what, ours, theirs in (
             ("sequence_length", run.sequence_length, job.sequence_length),
-            ("temperature", run.teach.temperature, job.temperature),
             ("vocabulary", store.vocab_size, self.targets.meta["vocab_size"]),
         ):
             if ours != theirs:
@@ -271,37 +331,14 @@ class CachedTeacher:
         normaliser: float,
     ) -> torch.Tensor:
         """See `epochal.teacher.Teacher`."""
-        found = [self.targets.sequence(self.stream.place(row)) for row in rows]
-        ids = torch.from_numpy(np.concatenate([ids for ids, _ in found])).to(hidden.device)
-        p = torch.from_numpy(np.concatenate([p for _, p in found])).to(hidden.device)
-        return cached_distillation_loss(
+        ids, weights, missing = zip(*(self.targets.sequence(self.stream.place(row)) for row in rows), strict=True)
+        loss = cached_distillation_loss(
             hidden,
             head,
             targets,
-            ids,
-            p,
+            torch.from_numpy(np.concatenate(ids)).to(hidden.device),
+            torch.from_numpy(np.concatenate(weights)).to(hidden.device),
             weight=self.teach.weight,
-            temperature=self.teach.temperature,
             normaliser=normaliser,
         )
-
-
-def cached_distillation_loss(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    ids: torch.Tensor,
-    p: torch.Tensor,
-    *,
-    weight: float,
-    temperature: float,
-    normaliser: float,
-) -> torch.Tensor:
-    """Return (1 - weight) CE + weight T^2 KL of (the kept tokens, or any other) from whole logits, over `normaliser`."""
-    logits = (hidden @ head.T).float()
-    hard = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    log_q = torch.log_softmax(logits / temperature, 1)
-    kept, rest = log_q.gather(1, ids), log_q.scatter(1, ids, -math.inf).logsumexp(1)
-    left = (1.0 - p.sum(1)).clamp(min=0.0)
-    soft = (torch.xlogy(p, p) - p * kept).sum() + (torch.xlogy(left, left) - left * rest).sum()
-    return ((1.0 - weight) * hard + weight * temperature**2 * soft) / normaliser
+        return loss + self.teach.weight * math.fsum(missing) / normaliser

@@ -1,0 +1,219 @@
+"""What makes members differ: each field of Run does what it says, alone and through stops, cuts and micro-batches."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from epochal.data import TokenStore
+from epochal.model import build_model
+from epochal.noise import Noise
+from epochal.records import Record, Workspace, write_record
+from epochal.run import Run, Teach
+from epochal.stopping import Stopped
+from epochal.train import Pace, evaluate, train
+from epochal.weight_average import WeightAverage, mixing_rate
+
+Made = tuple[Workspace, TokenStore, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A workspace in which the run "first" is finished."""
+    space, store, config = tiny.workspace(tmp_path_factory.mktemp("members"))
+    trained(tiny.run(config, name="first"), space)
+    return space, store, config
+
+
+def trained(run: Run, space: Workspace, pace: Pace | None = None) -> Record:
+    record = train(run, space, pace or Pace())
+    assert record is not None
+    write_record(space, record)
+    return record
+
+
+def weights(space: Workspace, name: str) -> dict[str, torch.Tensor]:
+    return load_file(space.folder(name) / "model" / "model.safetensors")
+
+
+def everything(config: Path, **changes: Any) -> Run:
+    """A run with every field of this page at once."""
+    values = {"dropout": 0.1, "mask_inputs": 0.5, "weights": "ema", "start": "first", "teach": Teach(source="first")}
+    return tiny.run(config, epochs=2, **{**values, "order_seed": 1, "wd_schedule": "antiphase", **changes})
+
+
+# --- all together -----------------------------------------------------------------------------------------------------
+
+
+def test_stops_and_micro_batches_change_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, _, config = made
+    whole = trained(everything(config, name="whole"), space)
+    stops, calls = [1, 13, 24], [0]
+
+    def stop_reason() -> str | None:
+        calls[0] += 1
+        return "told to" if calls[0] in stops else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr("epochal.train.stop_reason", stop_reason)
+        for _ in stops:
+            with pytest.raises(Stopped):
+                train(everything(config, name="cut"), space)
+        cut = trained(everything(config, name="cut"), space)
+    assert cut.results == whole.results
+    one, other = weights(space, "whole"), weights(space, "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    parts = trained(everything(config, name="parts"), space, Pace(micro_batch=1))
+    assert parts.results["loss"] == pytest.approx(whole.results["loss"], abs=1e-5)
+    assert parts.results["train_loss"] == pytest.approx(whole.results["train_loss"], abs=1e-5)
+
+
+def test_each_field_changes_the_result(made: Made) -> None:
+    space, _, config = made
+    base = everything(config, name="base")
+    changes: dict[str, dict[str, Any]] = {
+        "dry": {"dropout": 0.0},
+        "seen": {"mask_inputs": 0.0},
+        "last": {"weights": "last"},
+        "fresh": {"start": None},
+        "alone": {"teach": None},
+    }
+    losses = [trained(replace(base, name=name, **change), space).loss for name, change in changes.items()]
+    assert len({trained(base, space).loss, *losses}) == len(losses) + 1
+
+
+# --- a start ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_the_final_weights_of_another(made: Made) -> None:
+    space, _, config = made
+    record = trained(tiny.run(config, name="still", start="first", lr=0.0, epochs=1), space)
+    one, other = weights(space, "first"), weights(space, "still")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert record.inputs.keys() == {"first"}
+
+
+def test_a_start_of_another_shape_or_without_weights_is_refused(made: Made) -> None:
+    space, _, config = made
+    with pytest.raises(ValueError, match=r"\(w32\) cannot start from 'first'.*start from a run of the same model"):
+        train(tiny.run(config, name="wrong", start="first", model="w32"), space)
+    with pytest.raises(ValueError, match=r"reads 'nobody', which has no record"):
+        train(tiny.run(config, name="wrong", start="nobody"), space)
+
+
+# --- held-out tokens --------------------------------------------------------------------------------------------------
+
+
+def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(made: Made) -> None:
+    _, store, config = made
+    text = np.asarray(store.tokens("train")[:2048])
+    for order in ("documents", "sequences", "fixed"):
+        run = tiny.run(config, holdout_tokens=512, order=order)
+        stream = store.training_stream(run)
+        epoch = np.concatenate([stream.sequence(index) for index in range(48)])
+        assert sorted(epoch) == sorted(text[:1536])
+        assert np.array_equal(store.holdout(run).ravel(), text[1536:])
+    assert store.holdout(tiny.run(config)).shape == (0, 32)
+
+
+# --- averaged weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "window"), [("ema", 0.1), ("ema", 1.0), ("swa", 0.25), ("swa", 1.0)])
+def test_averages_are_the_sums_they_claim_to_be(kind: str, window: float) -> None:
+    run = tiny.run(Path("kjv"), weights=kind, weights_window=window, data="kjv")
+    model, rng = torch.nn.Linear(3, 2).double(), torch.Generator().manual_seed(0)
+    average, path = WeightAverage(run, model), []
+    for step in range(1, run.steps + 1):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3, generator=rng, dtype=torch.float64))
+        path.append(model.weight.detach().clone())
+        average.update(model, step)
+    if kind == "swa":
+        expected = torch.stack(path[-round(window * run.steps) :]).mean(0)
+    else:
+        shares = torch.tensor([math.exp((i - run.steps) / (window * run.steps)) for i in range(run.steps)]).double()
+        expected = torch.einsum("t,tij->ij", shares / shares.sum(), torch.stack(path))
+    torch.testing.assert_close(average.tensors["weight"], expected)
+    with average.in_place(model):
+        torch.testing.assert_close(model.weight.detach(), expected)
+    assert torch.equal(model.weight.detach(), path[-1])
+    assert mixing_rate(run, 1) == 1.0
+
+
+def test_the_average_is_what_a_run_evaluates_and_saves(made: Made) -> None:
+    from transformers import AutoModelForCausalLM
+
+    space, store, config = made
+    record = trained(tiny.run(config, name="swa", weights="swa", weights_window=0.5), space)
+    model = AutoModelForCausalLM.from_pretrained(space.folder("swa") / "model")
+    assert record.loss == pytest.approx(evaluate(model, store.sequences("validation", 32)), abs=1e-6)
+    last = trained(tiny.run(config, name="last", weights="swa", weights_window=0.01), space)
+    plain = trained(tiny.run(config, name="plain"), space)
+    assert last.results == plain.results  # a window of one step
+    assert record.results["train_loss"] == plain.results["train_loss"]  # it is trained the same
+    assert record.loss != plain.loss
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_belongs_to_its_row_and_look() -> None:
+    noise = Noise(seed=3, dropout=0.0, mask_inputs=0.5)
+    ones = torch.ones(8, 40, 5)
+    noise.begin(range(8))
+    whole = noise.hide(ones)
+    noise.begin(range(6, 8))
+    assert torch.equal(noise.hide(ones[6:]), whole[6:])
+    assert len({tuple(row.flatten().tolist()) for row in whole}) == 8
+    for other in (Noise(seed=4, dropout=0.0, mask_inputs=0.5), noise):
+        other.begin(range(8), "masked")
+        assert not torch.equal(other.hide(ones), whole)
+
+
+def test_inputs_are_hidden_whole_and_in_the_share_that_each_row_draws() -> None:
+    noise = Noise(seed=0, dropout=0.0, mask_inputs=0.5)
+    noise.begin(range(2000))
+    kept = noise.hide(torch.ones(2000, 400, 2))
+    assert torch.equal(kept[..., 0], kept[..., 1])
+    shares = 1.0 - kept[..., 0].mean(1)
+    assert shares.mean() == pytest.approx(0.25, abs=0.012)  # evenly between 0 and 0.5: 4 sigma
+    assert shares.std() == pytest.approx(0.5 / 12**0.5, abs=0.006)
+    assert shares.max() < 0.6
+
+
+def test_dropout_is_on_the_residual_stream_in_training_and_right_on_average() -> None:
+    model = build_model("w16", vocab_size=64, max_positions=16, seed=0)
+    noise = Noise(seed=0, dropout=0.25, mask_inputs=0.0)
+    noise.attach(model)
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output}))
+    tokens = torch.randint(64, (256, 16), generator=torch.Generator().manual_seed(0))
+
+    model.eval()
+    model(input_ids=tokens)
+    clean = dict(seen)
+    model.train()
+    noise.begin(range(256))
+    model(input_ids=tokens)
+    dropped = {name for name, output in seen.items() if isinstance(output, torch.Tensor) and (output == 0).any()}
+    layers = range(model.config.num_hidden_layers)
+    sites = {f"model.layers.{i}.{part}" for i in layers for part in ("self_attn.o_proj", "mlp.down_proj")}
+    assert dropped - {"model.layers.0.self_attn.o_proj"} >= {"model.embed_tokens", *sites} - {
+        "model.layers.0.self_attn.o_proj"
+    }
+    embedded, original = seen["model.embed_tokens"], clean["model.embed_tokens"]
+    kept = embedded != 0
+    assert 1.0 - kept.float().mean() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(embedded[kept], original[kept] / 0.75)
+
+    plain = build_model("w16", vocab_size=64, max_positions=16, seed=0)
+    Noise(seed=0, dropout=0.0, mask_inputs=0.0).attach(plain)
+    assert not plain.model.embed_tokens._forward_hooks
