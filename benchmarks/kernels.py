@@ -18,13 +18,13 @@ from measure import HERE, append, environment, known, seconds
 from torch import Tensor
 
 from epochal.optim import soft_spectral_clip
-from epochal.optim.spectral_clip import schedule
+from epochal.optim.muon import orthogonalize
+from epochal.optim.spectral_clip import soft_clip_step
 from triton_kernels.backend import backend
 from triton_kernels.fira_step import fira_step, fira_step_reference
 from triton_kernels.softmax_add import softmax_add
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
-from triton_kernels.spectral_clip import spectral_clip_step_
 from triton_kernels.sym_mm import sym_mm, sym_mm_path
 
 # (shape, method -> function, bytes moved at least, floating-point operations at least)
@@ -77,27 +77,35 @@ def symmetric_cases(device: str, tiny: bool) -> list[Case]:
 
 
 def clip_cases(device: str, tiny: bool) -> list[Case]:
-    """All matrices of equal shape in one stack against one call per matrix of the published ten steps."""
-    rows = [schedule(level, None) for level in range(1, 11)]
-    longest = max(map(len, rows))
-    table = torch.tensor([row + ((1.0, 0.0, 0.0),) * (longest - len(row)) for row in rows], device=device)
+    """A clipped step of all matrices of equal shape in one stack, against one call per matrix of the published ten steps."""
     cases: list[Case] = []
     for layers, m, n in [(2, 20, 40)] if tiny else [(48, 768, 768), (24, 1600, 1600), (24, 2048, 2048)]:
-        x = torch.randn(layers, m, n, device=device)
-        w, half = torch.randn_like(x), (x / n**0.5).half()
-        c = torch.full((layers,), 10.0 / n**0.5, device=device)
+        w, x = (torch.randn(layers, m, n, device=device) for _ in range(2))
+        c = torch.full((layers,), 10.0, device=device)
+        numbers = {"keep": torch.full_like(c, 0.99), "rate": torch.full_like(c, 0.01)}
+        fixed = {"iterations": 4, "dtype": torch.float16}  # what a CUDA graph can hold
 
         def update(w: Tensor, x: Tensor, method: str) -> None:
             for k in range(len(x)):
                 w[k].mul_(0.99).sub_(soft_spectral_clip(x[k], 10.0, method=method), alpha=0.01)
 
+        def stacked(w: Tensor, x: Tensor) -> Tensor:
+            return w.mul_(0.99).sub_(soft_spectral_clip(x, 10.0, method="minimax"), alpha=0.01)
+
         methods: dict[str, Callable[[], object]] = {
-            "kernel": lambda w=w, half=half, c=c, n=n: spectral_clip_step_(
-                w, half, c, table, rate=0.01 * n**0.5, decay=0.01
+            "kernel": lambda w=w, x=x, c=c, numbers=numbers: soft_clip_step(w, x, c, **numbers),
+            "kernel, fixed count": lambda w=w, x=x, c=c, numbers=numbers, fixed=fixed: soft_clip_step(
+                w, x, c, **numbers, **fixed
             ),
-            "torch minimax": lambda w=w, x=x, update=update: update(w, x, "minimax"),
+            "clip, then update": lambda w=w, x=x, stacked=stacked: stacked(w, x),
             "published steps": lambda w=w, x=x, update=update: update(w, x, "newton_schulz"),
+            "muon, 5 steps": lambda w=w, x=x: w.mul_(0.99).sub_(orthogonalize(x), alpha=0.01),
         }
+        if device == "cuda":
+            compiled = torch.compile(orthogonalize)
+            methods["muon, 5 steps, torch.compile"] = lambda w=w, x=x, compiled=compiled: w.mul_(0.99).sub_(
+                compiled(x), alpha=0.01
+            )
         published = float(layers * (4 * m * m * n + 60 * m**3))
         cases.append((f"spectral_clip {layers}x{m}x{n}", methods, 0.0, published))
     return cases

@@ -1,4 +1,4 @@
-"""Symmetric products and the spectral clip on top of them, against float64."""
+"""Symmetric products against float64."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 
-from epochal.optim.spectral_clip import schedule, soft_spectral_clip
-from triton_kernels.spectral_clip import clip_update, spectral_clip_reference, spectral_clip_step_, update_reference
 from triton_kernels.sym_mm import sym_mm, sym_mm_path, sym_mm_reference
 
 SHAPES = [(1, 1, 1), (2, 5, 7), (1, 130, 33), (3, 64, 128), (2, 1, 9), (0, 4, 4), (2, 0, 3), (2, 4, 0)]
@@ -69,58 +67,8 @@ def test_wrong_use():
         sym_mm(a, a, torch.zeros(2, 3, 3))
     with pytest.raises(ValueError, match="coefficients"):
         sym_mm(a, a, None, torch.zeros(3))
-    with pytest.raises(ValueError, match="do not fit W"):
-        clip_update(a, torch.zeros(2, 4, 4), a, torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="m <= n"):
-        spectral_clip_step_(a.mT, a.mT, torch.ones(2), torch.zeros(1, 1, 3))
 
 
 def test_opcheck(device):
     a, w = randn(2, 5, 5).to(device, torch.float32), torch.ones(2, 3, device=device)
     torch.library.opcheck(torch.ops.epochal_kernels.sym_mm.default, (a, a, a, w))
-    torch.library.opcheck(torch.ops.epochal_kernels.clip_update.default, (a.clone(), a, a, w[:, :2].contiguous()))
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 130), (1, 70, 70)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_update(device, no_worse, shape, dtype):
-    batch, m, _ = shape
-    w, x = (randn(*shape, seed=s).to(device, dtype) for s in (1, 2))
-    z = randn(batch, m, m, seed=3).to(device, dtype)
-    f = torch.tensor([[0.9, -0.3]] * batch, device=device)
-    exact, plain = update_reference(*(t.double() for t in (w, z, x, f))), update_reference(w, z, x, f)
-    tall = w.mT.contiguous()  # a tall parameter, seen wide through its strides
-    clip_update(tall.mT, z, x, f)
-    no_worse(tall.mT, plain, exact)
-
-
-def table():
-    rows = [schedule(level, None) for level in range(1, 15)]
-    longest = max(map(len, rows))
-    return torch.tensor([row + ((1.0, 0.0, 0.0),) * (longest - len(row)) for row in rows], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 24, 60), (2, 33, 33), (1, 1, 5)])
-def test_spectral_clip_step(device, dtype, shape):
-    """Conditions of 5 to 400 in one stack: as near to the float64 decomposition as the torch path of that dtype."""
-    x = randn(*shape) / shape[2] ** 0.5
-    x *= torch.tensor([0.3, 1.0, 3.0][: shape[0]], dtype=torch.float64)[:, None, None]
-    x = x.to(device, dtype)
-    c = torch.tensor([0.5, 0.2, 0.4][: shape[0]], device=device)
-    weight = randn(*shape, seed=4).to(device, torch.float32)
-    expected = 0.9 * weight.double() - 0.5 * spectral_clip_reference(x.double(), c.double())
-    change = expected - 0.9 * weight.double()
-    spectral_clip_step_(weight, x, c, table(), rate=0.5, decay=0.1)
-    error = torch.linalg.matrix_norm(weight.double() - expected) / torch.linalg.matrix_norm(change)
-    plain = soft_spectral_clip(x, c, method="minimax", dtype=dtype).double()
-    exact = change / -0.5
-    incumbent = torch.linalg.matrix_norm(plain - exact) / torch.linalg.matrix_norm(exact)
-    assert (error <= 1.5 * incumbent + 1e-3).all(), (error, incumbent)
-
-
-def test_spectral_clip_of_nothing(device):
-    weight = torch.ones(2, 3, 4, device=device)
-    spectral_clip_step_(weight, torch.zeros_like(weight), torch.ones(2, device=device), table(), decay=0.5)
-    assert torch.equal(weight, torch.full_like(weight, 0.5))
-    spectral_clip_step_(weight[:0], weight[:0], torch.ones(0, device=device), table())

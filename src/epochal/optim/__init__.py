@@ -1,4 +1,4 @@
-"""Optimizers as torch.optim.Optimizer subclasses, and the spectral clips; imports torch and nothing else."""
+"""Optimizers as torch.optim.Optimizer subclasses, and the spectral clips; imports torch and, for a GPU, the kernels."""
 
 from epochal.optim.ademamix import AdEMAMix
 from epochal.optim.fira import Fira, fira_param_groups

@@ -86,6 +86,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Return (U, new state) of a bucket; everything is (B, ...), and the arguments must not be written to."""
         raise NotImplementedError
 
+    def move(self, weights: Tensor, update: Tensor, step: Tensor, group: Group) -> Tensor:
+        """Return the new weights of a bucket, (1 - lr wd) W - lr U; step (B,) counts the steps before this one."""
+        lr = scalar(group["lr"], weights)
+        return torch.addcmul(weights * (1 - lr * group["weight_decay"]), update, lr, value=-1)
+
     def bucket_key(self, parameter: Tensor, group: Group) -> Hashable:
         """Return what, beside shape, dtype and device, parameters updated together must share."""
         return None
@@ -137,9 +142,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             gradients = torch.where(per_item(finite, gradients), gradients, 0.0)
 
         update, new = self.update(weights, gradients, old, group)
-        lr = scalar(group["lr"], weights)
         wide = weights.to(dtype)
-        moved = torch.addcmul(wide * (1 - lr * group["weight_decay"]), update.to(dtype), lr, value=-1)
+        moved = self.move(wide, update.to(dtype), old["step"], group)
         if not clean:
             moved = torch.where(per_item(finite, moved), moved, wide)
             new = {name: torch.where(per_item(finite, value), value, old[name]) for name, value in new.items()}

@@ -28,12 +28,19 @@ from torch import Tensor
 
 from epochal.optim.adamw import ADAMW
 from epochal.optim.ademamix import ADEMAMIX
-from epochal.optim.base import Group, MatrixOptimizer, Rule, State, per_item
+from epochal.optim.base import Group, MatrixOptimizer, Rule, State, per_item, scalar
 from epochal.optim.lion import LION
 from epochal.optim.mars import MARS, check_mars_type
 from epochal.optim.muon import orthogonalize
 from epochal.optim.signum import SGDM, SIGNUM
-from epochal.optim.spectral_clip import METHODS, hard_spectral_clip, soft_spectral_clip
+from epochal.optim.spectral_clip import (
+    KERNELS,
+    METHODS,
+    hard_spectral_clip,
+    operations,
+    soft_clip_step,
+    soft_spectral_clip,
+)
 
 BASES: dict[str, Rule] = {
     "adamw": ADAMW,
@@ -83,6 +90,10 @@ def clip_threshold(step: Tensor, lr: Tensor, group: Group) -> Tensor:
     return torch.where((k >= total - length) & (k >= group["warmup_steps"]), group["clip"] * left, c)
 
 
+def _threshold_now(step: Tensor, group: Group) -> Tensor:
+    return clip_threshold(step, scalar(group["lr"], step.double()), group)
+
+
 def pre_clip_threshold(step: Tensor, lr: Tensor, group: Group) -> Tensor:
     """Return the threshold (B,) on gradients in float64 for steps (B,) counted from 0."""
     start, end, curve = group["pre_clip"], group["pre_clip_end"], group["pre_clip_curve"]
@@ -107,8 +118,7 @@ def clip_vectors(update: Tensor, c: Tensor, *, operator: str, compat: str | None
 
 def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
     """Return alpha H_c(U) for U (B, ..., rows, columns) and c (B,), every matrix cut into `blocks` parts by rows."""
-    rows, columns = update.shape[-2] // group["blocks"], update.shape[-1]
-    parts = update.reshape(len(update), -1, rows, columns)
+    parts, alpha = in_blocks(update, group)
     thresholds = c[:, None].expand(parts.shape[:2])
     if group["operator"] == "normalize":
         out = orthogonalize(parts, steps=group["iterations"] or 5, dtype=group["dtype"] or torch.bfloat16)
@@ -117,7 +127,19 @@ def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
     else:
         options = {name: group[name] for name in ("method", "iterations", "dtype")}
         out = soft_spectral_clip(parts, thresholds, **options)
-    return math.sqrt(max(1.0, rows / columns)) * out.to(update.dtype).reshape(update.shape)
+    return alpha * out.to(update.dtype).reshape(update.shape)
+
+
+def in_blocks(tensor: Tensor, group: Group) -> tuple[Tensor, float]:
+    """Return (B, ..., rows, columns) as (B, k, rows / blocks, columns), and the alpha of such a matrix."""
+    rows, columns = tensor.shape[-2] // group["blocks"], tensor.shape[-1]
+    return tensor.reshape(len(tensor), -1, rows, columns), math.sqrt(max(1.0, rows / columns))
+
+
+def fused(update: Tensor, group: Group) -> bool:
+    """Say whether the clip of an update (B, ...) happens with the step of the weights: where kernels do both."""
+    soft = group["operator"] == "soft" and group["method"] in ("auto", "minimax")
+    return soft and update.ndim > 2 and operations(update.device) is KERNELS
 
 
 class Spectra(MatrixOptimizer):
@@ -249,15 +271,32 @@ class Spectra(MatrixOptimizer):
         super().step_bucket(parameters, group if self.selected[parameters[0]] else {**group, "operator": None})
 
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return (alpha H_c(U), new state) of a bucket, or (U, new state) where the group says no operator."""
+        """Return (alpha H_c(U), new state) of a bucket; (U, new state) for no operator, or if `move` will clip."""
         update, new = self._direction(parameters, gradients, state, group)
-        if group["operator"] is None:
+        if group["operator"] is None or fused(update, group):
             return update, new
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=update.device)
-        c = clip_threshold(state["step"], lr, group)
+        c = _threshold_now(state["step"], group)
         if update.ndim == 2:
             return clip_vectors(update, c, operator=group["operator"], compat=self.compat), new
         return clip_matrices(update, c, group), new
+
+    def move(self, weights: Tensor, update: Tensor, step: Tensor, group: Group) -> Tensor:
+        """Return the new weights of a bucket; a kernel clips as it moves them."""
+        if group["operator"] is None or not fused(update, group):
+            return super().move(weights, update, step, group)
+        (w, _), (u, alpha) = in_blocks(weights, group), in_blocks(update, group)
+        lr = scalar(group["lr"], step.double())
+        count = u.shape[0] * u.shape[1]
+        moved = soft_clip_step(
+            w.flatten(0, 1),
+            u.flatten(0, 1),
+            _threshold_now(step, group).repeat_interleave(u.shape[1], output_size=count),
+            keep=(1 - lr * group["weight_decay"]).expand(count),
+            rate=(alpha * lr).expand(count),
+            iterations=group["iterations"],
+            dtype=group["dtype"],
+        )
+        return moved.reshape(weights.shape)
 
     def _direction(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
         update, new = self.rule.apply(gradients, state, group)

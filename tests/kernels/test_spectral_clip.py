@@ -1,0 +1,134 @@
+"""The spectral clip over the table of kernels: the same mathematics as torch's, the last product with the weight update."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from epochal.optim import Spectra, soft_spectral_clip, spectral_clip
+from epochal.optim.spectral_clip import KERNELS, TORCH, operations, soft_clip_step
+from triton_kernels.clip_update import clip_update, clip_update_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def kernels(device, monkeypatch):
+    """Take the kernels' table, on the interpreter too."""
+    monkeypatch.setattr(spectral_clip, "backend", lambda _: "triton")
+    assert operations(torch.device(device)) is KERNELS
+    return device
+
+
+def exact(x, c):
+    """H_c from a singular value decomposition in float64."""
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    c = c.double()[:, None]
+    return (u * (s * c / torch.hypot(c, s))[:, None, :]) @ vh
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 130), (1, 70, 70), (0, 3, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update(device, no_worse, shape, dtype):
+    batch, m, _ = shape
+    w, x = (randn(*shape, seed=s).to(device, dtype) for s in (1, 2))
+    z = randn(batch, m, m, seed=3).to(device, dtype)
+    f = torch.tensor([[0.9, -0.3]], device=device).repeat(batch, 1)
+    true, plain = clip_update_reference(*(t.double() for t in (w, z, x, f))), clip_update_reference(w, z, x, f)
+    tall = w.mT.contiguous()  # a tall parameter, seen wide through its strides
+    no_worse(clip_update(tall.mT, z, x, f), plain, true)
+    no_worse(clip_update(w.float(), z, x, f), clip_update_reference(w.float(), z, x, f), true)
+
+
+def test_wrong_use_and_opcheck(device):
+    a, f = randn(2, 3, 5).to(device, torch.float32), torch.ones(2, 2, device=device)
+    z = torch.zeros(2, 3, 3, device=device)
+    with pytest.raises(ValueError, match="do not fit W"):
+        clip_update(a, torch.zeros(2, 4, 4), a, f)
+    torch.library.opcheck(torch.ops.epochal_kernels.clip_update.default, (a, z, a, f))
+    tall = randn(2, 5, 3).to(device, torch.float32)
+    torch.library.opcheck(torch.ops.epochal_kernels.clip_update.default, (tall.mT, z, a, f))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 24, 60), (3, 60, 24), (2, 33, 33), (1, 1, 5)])
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_clip_and_step(kernels, dtype, shape, iterations):
+    """Conditions of 5 to 400 in one stack: as near to the float64 decomposition as torch's table in that dtype."""
+    x = randn(*shape) / max(shape) ** 0.5 * torch.tensor([0.3, 1.0, 3.0], dtype=torch.float64)[: shape[0], None, None]
+    x, c = x.to(kernels, torch.float32), torch.tensor([0.5, 0.2, 0.4][: shape[0]], device=kernels)
+    weight = randn(*shape, seed=4).to(kernels, torch.float32)
+    keep, rate = torch.full_like(c, 0.9), torch.full_like(c, 0.5)
+    change = -0.5 * exact(x, c)
+    options = {"iterations": iterations, "dtype": dtype}
+    moved = soft_clip_step(weight, x, c, keep=keep, rate=rate, **options)
+    mine = error(moved.double() - 0.9 * weight.double(), change)
+    alone = error(soft_spectral_clip(x, c, method="minimax", **options), change / -0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spectral_clip, "backend", lambda _: "torch")
+        assert operations(torch.device(kernels)) is TORCH
+        incumbent = error(soft_spectral_clip(x, c, method="minimax", **options), change / -0.5)
+    assert (mine <= 1.5 * incumbent + 1e-5).all(), (mine, incumbent)
+    assert (alone <= 1.5 * incumbent + 1e-5).all(), (alone, incumbent)
+
+
+def error(found, true):
+    norm = torch.linalg.matrix_norm
+    return norm(found.double() - true) / norm(true)
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e5, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_beyond_its_arithmetic_it_shrinks_and_never_grows(dtype, condition):
+    """With a fixed count nothing is chosen by value: what half precision cannot resolve must not blow up."""
+    u, v = (torch.linalg.qr(randn(96, 96, seed=s)).Q for s in (1, 2))
+    x = (u * torch.logspace(0, -4, 96, dtype=torch.float64) * math.sqrt(condition)) @ v
+    out = soft_spectral_clip(x.float(), 1.0, method="minimax", iterations=5, dtype=dtype).double()
+    assert torch.linalg.matrix_norm(out, 2) <= 1.1
+    assert torch.linalg.matrix_norm(out - exact(x[None], torch.ones(1))[0], 2) <= 1.1
+
+
+def test_nothing_and_zero(kernels):
+    weight, one = torch.ones(2, 3, 4, device=kernels), torch.ones(2, device=kernels)
+    moved = soft_clip_step(weight, torch.zeros_like(weight), one, keep=0.5 * one, rate=one)
+    assert torch.equal(moved, torch.full_like(weight, 0.5))
+
+
+def models(device, dtype):
+    sizes = [(24, 10), (24, 10), (10, 24), (16, 16), (7,)]
+    return [torch.nn.Parameter((randn(*s, seed=i) / 4).to(device, dtype)) for i, s in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_spectra_takes_the_same_steps_over_either_table(kernels, dtype, blocks):
+    """Kernels clip as they move the weights; a gradient that is not finite skips its matrix, and only that."""
+    results = []
+    for path in ("triton", "torch"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(spectral_clip, "backend", lambda _, path=path: path)
+            calls = []
+            step = spectral_clip.clip_update
+            patch.setattr(spectral_clip, "clip_update", lambda *a, step=step, calls=calls: calls.append(1) or step(*a))
+            parameters = models(kernels, dtype)
+            options = {"method": "minimax", "blocks": blocks, "clip": 0.5, "iterations": 5, "weight_decay": 0.1}
+            optimizer = Spectra(
+                [{"params": parameters[:4]}, {"params": parameters[4:]}], lr=0.1, base="sgdm", **options
+            )
+            for k in range(3):
+                for i, p in enumerate(parameters):
+                    p.grad = randn(*p.shape, seed=10 * k + i).to(kernels, dtype)
+                parameters[1].grad[0, 0] = math.nan if k == 1 else 0.0
+                optimizer.step()
+            assert bool(calls) == (path == "triton")
+            assert optimizer.skipped == 1
+            results.append(parameters)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
