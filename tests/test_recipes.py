@@ -234,7 +234,7 @@ def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path
 
 def test_law_budgets_give_the_standard_law_its_points(workspace: Workspace) -> None:
     """At a law budget only the standard recipe runs, with the sizes named for it; the law is fitted through all."""
-    base = load_scale("demo")
+    base = replace(load_scale("demo"), law_tokens=(), law_models=())
     scale = replace(base, law_tokens=(12288, 49152), law_models=("w32",))
     for _ in simulate(workspace, "data_efficiency", scale):
         pass
