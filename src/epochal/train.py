@@ -5,6 +5,7 @@ take equal slices of it, micro-batches slices of those, and the loss is normalis
 neither changes a result beyond rounding.
 """
 
+import functools
 import json
 import logging
 import math
@@ -16,15 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
-from epochal.checkpoint import load_checkpoint, save_checkpoint
+from epochal.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from epochal.data import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.model import build_model, next_token, parameter_counts, start_from
 from epochal.noise import MASKED_WEIGHT, Noise
-from epochal.optim.build import build_optimizer, matrices_treated, spectral_norms, state_bytes
+from epochal.optim.build import build_optimizer, spectral_norms
+from epochal.processes import Processes
+from epochal.proof import Proof
 from epochal.provenance import provenance, utilisation
 from epochal.records import Record, Workspace, input_marks, load_records
 from epochal.run import Run, fingerprint
@@ -54,14 +55,27 @@ class Pace:
 
 
 class Objective(torch.nn.Module):
-    """A causal language model that returns its loss, so that logits are never whole and DDP sees one forward."""
+    """A causal language model that returns its loss: logits are never whole, and a wrapper sees every forward pass.
 
-    def __init__(self, model: Any, noise: Noise, teacher: Teacher | None) -> None:
+    It computes in the Run's precision itself, so that none is left to a profile.
+    """
+
+    def __init__(self, model: Any, noise: Noise, teacher: Teacher | None, precision: str) -> None:
         super().__init__()
-        self.model, self.noise, self.teacher = model, noise, teacher
+        self.model, self.noise, self.teacher, self.precision = model, noise, teacher, precision
 
-    def forward(self, tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
-        """Return the summed loss of (b, T) tokens, the run's rows from `first_row`, over `normaliser`: float32 scalar."""
+    def forward(self, tokens: torch.Tensor, first_row: int = 0, normaliser: float | None = None) -> torch.Tensor:
+        """Return the summed training loss of (b, T) tokens, the run's rows from `first_row`, over `normaliser`, float32.
+
+        Without a normaliser: the summed next-token loss, float64, as evaluations need it.
+        """
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if normaliser is None:
+                hidden, targets = next_token(self.model, tokens)
+                return -token_log_probs(hidden, self.model.lm_head.weight, targets).double().sum()
+            return self._training_loss(tokens, first_row, normaliser)
+
+    def _training_loss(self, tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
         rows, head = range(first_row, first_row + len(tokens)), self.model.lm_head.weight
         self.noise.begin(rows)
         hidden, targets = next_token(self.model, tokens)
@@ -84,8 +98,8 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
     status "diverged".
     """
     # --- processes -------------------------------------------------------------------------------------------------
-    accelerator = _accelerator(run, workspace, pace)
-    rows = _rows_of_this_process(run, accelerator, pace)
+    processes = _processes(run, workspace, pace)
+    rows = _rows_of_this_process(run, processes, pace)
 
     # --- data ------------------------------------------------------------------------------------------------------
     store, records = open_store(run.data, workspace), load_records(workspace)
@@ -94,7 +108,8 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
     validation = store.sequences("validation", run.sequence_length)
 
     # --- model and optimizer ---------------------------------------------------------------------------------------
-    model = build_model(
+    build = functools.partial(
+        build_model,
         run.model,
         vocab_size=store.vocab_size,
         max_positions=run.sequence_length,
@@ -102,44 +117,46 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         bos_token_id=store.meta["bos"],
         eos_token_id=store.meta["eos"],
     )
-    start_from(run, model, workspace)
-    average = WeightAverage(run, model)
+    model, checkpoint = build(), _checkpoint(run, workspace, processes)
+    if checkpoint is None:
+        start_from(run, model, workspace)
+    else:
+        checkpoint.load_weights(model)
     teacher = load_teacher(run, batches, store, workspace, records)
     noise = Noise(seed=run.order_seed, dropout=run.dropout, mask_inputs=run.mask_inputs)
     noise.attach(model)
     rise = round(run.warmup * run.steps)
-    optimizer = build_optimizer(model, run.optimizer, steps=run.steps, warmup_steps=rise, decay=run.decay)
-    objective, optimizer = accelerator.prepare(Objective(model, noise, teacher), optimizer)
-    model = accelerator.unwrap_model(objective).model
-    progress = _resume(run, workspace, accelerator, model, optimizer, average)
+    make_optimizer = functools.partial(
+        build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=rise, decay=run.decay
+    )
+    processes.prepare(Objective(model, noise, teacher, run.precision), make_optimizer)
+    average = WeightAverage(run, model)
+    progress = _resume(run, workspace, processes, checkpoint, average)
 
     # --- steps -----------------------------------------------------------------------------------------------------
     evaluate_at = {round(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)}
     started, start_step, saved = time.monotonic(), progress.step, time.monotonic()
-    clock, matrices = StepClock(accelerator.device), 0
+    clock, proof, stopper = StepClock(processes.device), Proof(processes, run.name), Stopper(processes)
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
         factor = multiplier(step, run.steps, kind=run.schedule, warmup=run.warmup)
         wd = run.optimizer.wd * decay_multiplier(factor, kind=run.wd_schedule)
-        for group in optimizer.param_groups:
+        for group in processes.optimizer.param_groups:
             group["lr"] = run.optimizer.lr * factor
             group["weight_decay"] = wd * group["decay_scale"]
         batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
-        loss, norm = _step(run, accelerator, objective, optimizer, batch, first_row, pace.micro_batch, clock)
+        loss, norm = _step(run, processes, batch, first_row, pace.micro_batch, clock, proof)
         progress.add(loss)
         progress.step = step + 1
-        if step == start_step:
-            matrices = matrices_treated(optimizer)
-            log.info("%s: %s treats %d matrices as such", run.name, type(run.optimizer).__name__, matrices)
         average.update(model, progress.step)
 
         if progress.step % LOG_STEPS == 0 or progress.step == run.steps:
-            train_loss = progress.mean_loss(accelerator)
+            train_loss = progress.mean_loss(processes)
             progress.diverged = not math.isfinite(train_loss)
             clock.read()
             speed = (progress.step - start_step) * run.batch_tokens / (time.monotonic() - started)
             _log(
-                accelerator,
+                processes,
                 workspace,
                 run,
                 progress.step,
@@ -150,29 +167,31 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             )
         if progress.step in evaluate_at and not progress.diverged:
             with average.in_place(model):
-                loss_now = evaluate(model, validation, accelerator)
+                loss_now = evaluate(processes, validation)
             progress.diverged = not math.isfinite(loss_now)
             progress.curve.append([progress.step, loss_now])
-            _log(accelerator, workspace, run, progress.step, validation_loss=loss_now)
+            _log(processes, workspace, run, progress.step, validation_loss=loss_now)
 
-        reason = _agreed_stop(accelerator, progress.step)
+        reason = stopper.reason(progress.step)
         if progress.step < run.steps and (reason or time.monotonic() - saved > pace.checkpoint_seconds):
-            _save(run, workspace, accelerator, model, optimizer, average, progress)
+            _save(run, workspace, processes, average, progress)
             saved = time.monotonic()
         if reason and progress.step < run.steps:
-            _end(accelerator)
+            processes.end()
             raise Stopped(f"{run.name} at step {progress.step} of {run.steps}: {reason}")
 
     # --- record ----------------------------------------------------------------------------------------------------
     hours = (time.monotonic() - started) / 3600
     average.swap(model)
     test = store.sequences("test", run.sequence_length) if store.meta["tokens"]["test"] >= run.sequence_length else None
-    test_loss = evaluate(model, test, accelerator) if test is not None and not progress.diverged else None
-    _end(accelerator)
-    if not accelerator.is_main_process:
+    test_loss = evaluate(processes, test) if test is not None and not progress.diverged else None
+    state_bytes = processes.optimizer.state_bytes()
+    final = processes.whole_model(build)
+    processes.end()
+    if final is None:
         return None
     if not progress.diverged:
-        _save_model(model, store, workspace.folder(run.name) / "model")
+        _save_model(final, store, workspace.folder(run.name) / "model")
     shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
     counts = parameter_counts(run.model, vocab_size=store.vocab_size)
     speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
@@ -186,42 +205,46 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             "parameters": counts.total,
             "non_embedding": counts.non_embedding,
             "tokens": progress.step * run.batch_tokens,
-            "spectral_norms": None if progress.diverged else spectral_norms(model),
+            "spectral_norms": None if progress.diverged else spectral_norms(final),
         },
         inputs=marks,
         provenance={
             **provenance(),
-            "world_size": accelerator.num_processes,
+            "world_size": processes.world,
             "profile": pace.profile,
-            "loss_backend": backend(accelerator.device),
-            "matrices": matrices,
-            "state_bytes": state_bytes(optimizer),
+            "loss_backend": backend(processes.device),
+            "sharding": processes.backend,
+            "matrices": len(processes.optimizer.matrices),
+            "update_error": proof.error,
+            "state_bytes": state_bytes,
             "optimizer_share": clock.share,
             "resumed_at": start_step or None,
             "hours": round(hours, 5),
             "tokens_per_second": round(speed, 1),
-            "mfu": utilisation(6 * counts.total * speed, devices=accelerator.num_processes),
+            "mfu": utilisation(6 * counts.total * speed, devices=processes.world),
         },
     )
 
 
-def evaluate(model: Any, sequences: Tokens, accelerator: Accelerator | None = None) -> float:
-    """Return the mean next-token loss in nats of (n, T) sequences; processes share the rows."""
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = next(model.parameters()).device
-    mine = torch.from_numpy(sequences[rank::world])
+def evaluate(processes: Processes, sequences: Tokens) -> float:
+    """Return the mean next-token loss in nats of (n, T) sequences; processes share the rows.
+
+    All make the same number of forward passes, since a sharded model is gathered in each: a row may come twice, and
+    counts once.
+    """
+    share = -(-len(sequences) // processes.world)
+    size = max(1, EVALUATION_TOKENS // sequences.shape[1])
     total = torch.zeros((), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
+    processes.objective.eval()
     with torch.no_grad():
-        for chunk in torch.split(mine, max(1, EVALUATION_TOKENS // sequences.shape[1])):
-            with _autocast(accelerator):
-                hidden, targets = next_token(model, chunk.to(device))
-                total -= token_log_probs(hidden, model.lm_head.weight, targets).double().sum().cpu()
-    model.train(was_training)
-    if accelerator and world > 1:
-        total = accelerator.reduce(total.to(device), "sum").cpu()
-    return float(total) / float(len(sequences) * (sequences.shape[1] - 1))
+        for first in range(0, share, size):
+            wanted = np.arange(first, min(share, first + size)) * processes.world + processes.rank
+            inside = wanted[wanted < len(sequences)]
+            rows = torch.from_numpy(sequences[inside if len(inside) else wanted[:1] * 0])
+            loss = processes.objective(rows.to(processes.device))
+            total += loss.cpu() if len(inside) else 0.0
+    processes.objective.train()
+    return float(processes.sum(total)) / float(len(sequences) * (sequences.shape[1] - 1))
 
 
 # --- the parts of the loop, in the order of their use ---------------------------------------------------------------
@@ -242,24 +265,22 @@ class Progress:
         """Add the loss of a step (this process's share) without waiting for the device."""
         self._sum, self._count = self._sum + loss.detach(), self._count + 1
 
-    def mean_loss(self, accelerator: Accelerator) -> float:
+    def mean_loss(self, processes: Processes) -> float:
         """Return the mean training loss since the last call, over all processes."""
         if self._count:
-            self.train_loss = self._total(accelerator) / self._count
+            self.train_loss = self._total(processes) / self._count
             self._sum, self._count = 0.0, 0
         assert self.train_loss is not None
         return self.train_loss
 
-    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+    def state(self, processes: Processes) -> dict[str, Any]:
         """Return what `Progress(**state)` needs to go on as if nothing had happened; the step is the checkpoint's."""
-        total = self._total(accelerator)
+        total = self._total(processes)
         return {"curve": self.curve, "train_loss": self.train_loss, "_sum": total, "_count": self._count}
 
-    def _total(self, accelerator: Accelerator) -> float:
+    def _total(self, processes: Processes) -> float:
         """Return the sum of the losses since the last log, the mean over processes."""
-        if self._count and accelerator.num_processes > 1:
-            return float(accelerator.reduce(self._sum, "mean"))
-        return float(self._sum)
+        return float(processes.sum(self._sum)) / processes.world if self._count else float(self._sum)
 
     def results(self) -> dict[str, Any]:
         """Return the results of a record: nats per token, steps; None where the run diverged."""
@@ -274,23 +295,25 @@ class Progress:
         }
 
 
-def _accelerator(run: Run, workspace: Workspace, pace: Pace) -> Accelerator:
-    # One worker trains many runs; accelerate keeps the precision of the first one unless told to forget it.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # so that several processes without a device speak through gloo
-        mixed_precision="bf16" if run.precision == "bf16" else "no",
-        log_with=list(pace.trackers) or None,
-        project_dir=str(workspace.folder(run.name)),
+def _processes(run: Run, workspace: Workspace, pace: Pace) -> Processes:
+    processes = Processes(
+        clip_norm=run.clip_norm,
+        micro_batch=pace.micro_batch or 1,
+        trackers=pace.trackers,
+        folder=workspace.folder(run.name),
     )
+    if run.weights != "last" and processes.backend in ("zero3", "fsdp2"):
+        raise ValueError(
+            f"Run {run.name!r} averages its weights, which {processes.backend} keeps in pieces; use ddp, zero1 or zero2."
+        )
     if pace.trackers:
-        accelerator.init_trackers("epochal", config={"run": run.name})
-    return accelerator
+        processes.accelerator.init_trackers("epochal", config={"run": run.name})
+    return processes
 
 
-def _rows_of_this_process(run: Run, accelerator: Accelerator, pace: Pace) -> slice:
+def _rows_of_this_process(run: Run, processes: Processes, pace: Pace) -> slice:
     """Return which rows of the global batch this process takes; raises ValueError when they do not divide."""
-    world = accelerator.num_processes
+    world = processes.world
     if run.batch_size % world:
         fitting = [n for n in range(1, run.batch_size + 1) if run.batch_size % n == 0]
         raise ValueError(
@@ -302,7 +325,7 @@ def _rows_of_this_process(run: Run, accelerator: Accelerator, pace: Pace) -> sli
         raise ValueError(
             f"micro-batch {pace.micro_batch} does not divide the {share} sequences of each process; use a divisor."
         )
-    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    return slice(processes.rank * share, (processes.rank + 1) * share)
 
 
 def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
@@ -317,76 +340,79 @@ def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
 
 def _step(
     run: Run,
-    accelerator: Accelerator,
-    objective: Any,
-    optimizer: Any,
+    processes: Processes,
     rows: Tokens,
     first_row: int,
     micro_batch: int | None,
     clock: StepClock,
+    proof: Proof,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this process's rows; returns (loss, gradient norm before clipping).
 
     The loss is this process's sum over the mean number of targets per process: its mean over processes is the loss.
     """
     clock.mark()
-    tokens = torch.from_numpy(rows).to(accelerator.device)
+    tokens = torch.from_numpy(rows).to(processes.device)
     parts = torch.split(tokens, micro_batch or len(tokens))
     targets = len(tokens) * (run.sequence_length - 1)
-    loss = torch.zeros((), device=accelerator.device)
+    loss = torch.zeros((), device=processes.device)
     for number, part in enumerate(parts, start=1):
-        if number < len(parts):
-            with accelerator.no_sync(objective):
-                part_loss = objective(part, first_row, targets)
-                accelerator.backward(part_loss)
-        else:
-            part_loss = objective(part, first_row, targets)
-            accelerator.backward(part_loss)
+        with processes.accumulating(last=number == len(parts)):
+            part_loss = processes.objective(part, first_row, targets)
+            processes.backward(part_loss)
         loss += part_loss.detach()
         first_row += len(part)
-    norm = accelerator.clip_grad_norm_(objective.parameters(), run.clip_norm)
     clock.mark()
-    optimizer.step()
+    with proof:
+        norm = processes.step()
     clock.mark()
-    optimizer.zero_grad()
     return loss, norm
 
 
-def _autocast(accelerator: Accelerator | None) -> Any:
-    enabled = accelerator is not None and accelerator.mixed_precision == "bf16"
-    return torch.autocast(accelerator.device.type if accelerator else "cpu", torch.bfloat16, enabled=enabled)
+class Stopper:
+    """Asks whether to stop, with the same answer on all processes; several confer every second or ten steps."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self._next, self._step, self._asked = processes, 0, 0, time.monotonic()
+
+    def reason(self, step: int) -> str | None:
+        """Return why to stop after this step, or None."""
+        reason = stop_reason()
+        if self.processes.world == 1 or step < self._next:
+            return reason if self.processes.world == 1 else None
+        pace = (time.monotonic() - self._asked) / max(1, step - self._step)
+        answers = self.processes.gather((reason, pace))
+        slowest = max(seconds for _, seconds in answers)
+        self._next = step + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
+        self._step, self._asked = step, time.monotonic()
+        asked = [other for other, _ in answers if other]
+        return (reason or f"another process was asked to stop ({asked[0]})") if asked else None
 
 
-def _agreed_stop(accelerator: Accelerator, step: int) -> str | None:
-    """Return why to stop, the same on all processes; with several they confer every few steps."""
-    reason = stop_reason()
-    if accelerator.num_processes == 1:
-        return reason
-    if step % LOG_STEPS:
-        return None
-    asked = accelerator.reduce(torch.tensor(float(reason is not None), device=accelerator.device), "sum")
-    return (reason or "another process was asked to stop") if float(asked) else None
+def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpoint | None:
+    """Return the newest sound checkpoint, the same on all processes."""
+    folder = workspace.folder(run.name) / "checkpoints"
+    found = newest_checkpoint(folder, say=log.warning) if processes.is_main else None
+    path = processes.gather(found)[0]
+    return None if path is None else Checkpoint(path)
 
 
 def _resume(
-    run: Run,
-    workspace: Workspace,
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    average: WeightAverage,
+    run: Run, workspace: Workspace, processes: Processes, checkpoint: Checkpoint | None, average: WeightAverage
 ) -> Progress:
-    """Return the progress of the newest sound checkpoint, or a fresh start; cuts metrics.jsonl to it."""
-    folder = workspace.folder(run.name)
-    state = load_checkpoint(folder / "checkpoints", model, optimizer, average.tensors, say=log.warning)
-    progress = Progress(0, []) if state is None else Progress(**state)
-    if accelerator.is_main_process:
+    """Return the progress of a checkpoint whose weights are loaded, or a fresh start; cuts metrics.jsonl to it."""
+    folder, progress = workspace.folder(run.name), Progress(0, [])
+    if checkpoint is not None:
+        processes.optimizer.load_named_state(checkpoint)
+        progress = Progress(**checkpoint.state)
+        checkpoint.load_average(average.tensors)
+    if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         kept = [line for line in lines if _step_of(line) <= progress.step]
         metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    accelerator.wait_for_everyone()
+    processes.wait()
     return progress
 
 
@@ -397,34 +423,24 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _save(
-    run: Run,
-    workspace: Workspace,
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    average: WeightAverage,
-    progress: Progress,
-) -> None:
-    state, folder = progress.state(accelerator), workspace.folder(run.name) / "checkpoints"
-    if accelerator.is_main_process:
-        save_checkpoint(folder, progress.step, model, optimizer, state, average.tensors)
-    accelerator.wait_for_everyone()
+def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightAverage, progress: Progress) -> None:
+    save_checkpoint(
+        workspace.folder(run.name) / "checkpoints",
+        progress.step,
+        processes.weights_on_main(),
+        processes.optimizer.named_state(),
+        progress.state(processes),
+        average.tensors,
+        group=processes,
+    )
 
 
-def _end(accelerator: Accelerator) -> None:
-    """Close the trackers and wait for all. The process group stays: a worker may train another run in it."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.wait_for_everyone()
-
-
-def _log(accelerator: Accelerator, workspace: Workspace, run: Run, step: int, **values: float) -> None:
+def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **values: float) -> None:
     """Append one line to metrics.jsonl and mirror it to the trackers."""
-    if accelerator.is_main_process:
+    if processes.is_main:
         with (workspace.folder(run.name) / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "steps": run.steps, **values}) + "\n")
-    accelerator.log(values, step=step)
+    processes.accelerator.log(values, step=step)
 
 
 def _save_model(model: Any, store: TokenStore, folder: Path) -> None:

@@ -14,8 +14,10 @@ Memory: beyond weights, gradients and state, a step holds the temporaries of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, NamedTuple
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -94,6 +96,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def bucket_key(self, parameter: Tensor, group: Group) -> Hashable:
         """Return what, beside shape, dtype and device, parameters updated together must share."""
         return None
+
+    def needs_whole(self, parameter: Tensor, group: Group) -> bool:
+        """Whether the update of one element depends on others, so that a shard of this parameter is not enough."""
+        return parameter.ndim >= 2
+
+    def over(self, stand_ins: Mapping[Tensor, Tensor]) -> Self:
+        """Return an optimizer of the same rule and numbers, without state, over tensors in place of parameters.
+
+        Parameters that `stand_ins` does not name are left out; empty groups stay.
+        """
+        other = copy.copy(self)
+        other.param_groups = [
+            {**group, "params": [stand_ins[p] for p in group["params"] if p in stand_ins]}
+            for group in self.param_groups
+        ]
+        other.state = defaultdict(dict)
+        first = next(iter(stand_ins.values()), self.skipped)
+        other.skipped = torch.zeros_like(self.skipped, device=first.device)
+        return other
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -174,11 +195,13 @@ class Rule(NamedTuple):
     """A base optimizer as data: `update(gradients, state, **hyper)` -> (U, new state), on a batch (B, ...).
 
     U is the direction without learning rate and without decoupled weight decay; `defaults` names the hyper-parameters.
+    An `elementwise` rule updates every element from its own gradient alone.
     """
 
     init: Callable[[Tensor], State]
     update: Callable[..., tuple[Tensor, State]]
     defaults: Group
+    elementwise: bool = True
 
     def apply(self, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
         """Call `update` with this rule's hyper-parameters out of a group that may hold others too."""
@@ -189,6 +212,10 @@ class RuleOptimizer(MatrixOptimizer):
     """An optimizer that is one `Rule` for all its parameters."""
 
     rule: ClassVar[Rule]
+
+    def needs_whole(self, parameter: Tensor, group: Group) -> bool:
+        """Whether the rule looks at a matrix as a whole."""
+        return not self.rule.elementwise and parameter.ndim >= 2
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
         """Return what the rule keeps for one parameter."""

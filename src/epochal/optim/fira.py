@@ -21,8 +21,8 @@ For the 2-D weights of attention and MLP blocks; embeddings, head and vectors be
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -275,6 +275,17 @@ class Fira(MatrixOptimizer):
         # torch calls this when a state is loaded, copied or unpickled: each may change the counts.
         super().__setstate__(state)
         self._forget_clock()
+
+    def needs_whole(self, parameter: Tensor, group: Group) -> bool:
+        """Whether the parameter is projected."""
+        return "rank" in group
+
+    def over(self, stand_ins: Mapping[Tensor, Tensor]) -> Self:
+        """As the base class; every matrix keeps its turn among all matrices for `stagger`."""
+        other = super().over(stand_ins)
+        other._forget_clock()
+        other._place = {stand_ins[p]: place for p, place in self._place.items() if p in stand_ins}
+        return other
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
         """Return zero moments, and for a projected matrix an empty basis that the first step fills."""

@@ -65,6 +65,7 @@ MARS = Rule(
         "mars_type": "mars-adamw",
         "eps": 1e-8,
     },
+    elementwise=False,
 )
 
 

@@ -83,10 +83,13 @@ class Muon(MatrixOptimizer):
         others = {"betas": betas, "eps": eps, "orthogonalize": True}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **matrix, **others})
 
+    def needs_whole(self, parameter: Tensor, group: Group) -> bool:
+        """Whether the parameter is a matrix that is orthogonalised."""
+        return parameter.ndim == 2 and bool(group["orthogonalize"])
+
     def init_state(self, parameter: Tensor, group: Group) -> State:
         """Return a momentum buffer for a matrix, two moments for anything else."""
-        matrix = parameter.ndim == 2 and group["orthogonalize"]
-        return momentum_init(parameter) if matrix else adamw_init(parameter)
+        return momentum_init(parameter) if self.needs_whole(parameter, group) else adamw_init(parameter)
 
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
         """Return (U, new state) of a bucket of matrices, or AdamW's of anything else."""

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -234,6 +234,17 @@ class Spectra(MatrixOptimizer):
             added["base_lr"] = float(added["lr"])
         _check_group(added)
         self.selected.update(zip(added["params"], _select(added), strict=True))
+
+    def needs_whole(self, parameter: Tensor, group: Group) -> bool:
+        """Whether the parameter or its gradient is clipped, or the base looks at it as a whole."""
+        matrix = parameter.ndim >= 2
+        return self.selected[parameter] or (matrix and (group["pre_clip"] is not None or not self.rule.elementwise))
+
+    def over(self, stand_ins: Mapping[Tensor, Tensor]) -> Self:
+        """As the base class; a stand-in is clipped where its parameter is."""
+        other = super().over(stand_ins)
+        other.selected = {stand_ins[p]: clipped for p, clipped in self.selected.items() if p in stand_ins}
+        return other
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
         """Return the base's state; the published momentum starts as the weights after their first decay."""

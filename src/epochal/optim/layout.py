@@ -1,0 +1,135 @@
+"""Who owns which matrix, and which elements of which parameter a process holds under ZeRO-1, -2, -3 and FSDP2.
+
+A layout is a list of spans per process. It is found without DeepSpeed's private attributes: from storage offsets for
+ZeRO-1 and -2, from the public `safe_get_local_fp32_param` for ZeRO-3, from placements for FSDP2; and it is checked twice,
+by value (the shard holds what the model has there) and by coverage (each element is held exactly once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+class Entry(NamedTuple):
+    """One parameter: its group, its true shape, and the process that steps it whole (None: everybody steps a piece)."""
+
+    name: str
+    parameter: Tensor
+    group: int
+    shape: torch.Size
+    owner: int | None
+
+
+class Span(NamedTuple):
+    """Elements [start, stop) of the parameter numbered `entry`, at `offset` in the shard of a process."""
+
+    entry: int
+    start: int
+    stop: int
+    offset: int
+
+
+def assign_owners(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
+    """Return the owner of each matrix (..., m, n): the costliest first, each to the process with the least so far.
+
+    The cost of a matrix is m n min(m, n), what a product with its Gram matrix takes.
+    """
+    load = [0] * world
+    owner = [0] * len(shapes)
+    for index in sorted(range(len(shapes)), key=lambda i: (-matrix_cost(shapes[i]), i)):
+        owner[index] = min(range(world), key=lambda rank: (load[rank], rank))
+        load[owner[index]] += matrix_cost(shapes[index])
+    return owner
+
+
+def matrix_cost(shape: Sequence[int]) -> int:
+    """Return m n min(m, n) of (..., m, n), times the matrices; n for a vector."""
+    if len(shape) < 2:
+        return int(torch.Size(shape).numel())
+    return int(torch.Size(shape).numel()) * min(shape[-2:])
+
+
+Found = tuple[list[Span], str | None]
+"""The spans of this process, and what is wrong with them."""
+
+
+def locate_flat(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> Found:
+    """ZeRO-1 and -2: the model's parameters are views of one buffer, of which rank r holds the r-th equal part."""
+    first, spans, problem = rank * shard.numel(), list[Span](), None
+    for index, entry in members:
+        begin = int(entry.parameter.storage_offset())
+        start = max(0, first - begin)
+        stop = min(entry.shape.numel(), first + shard.numel() - begin)
+        if start < stop:
+            spans.append(Span(index, start, stop, begin + start - first))
+            live = entry.parameter.detach().reshape(-1)[start:stop]
+            held = shard.detach().narrow(0, spans[-1].offset, stop - start)
+            if not torch.equal(held.to(live), live):
+                problem = f"the shard holds other values than {entry.name}"
+    return spans, problem
+
+
+def locate_slices(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> Found:
+    """ZeRO-3: rank r holds the r-th equal slice of every parameter, one after the other; the end is padding.
+
+    `members`: the parameters of the group from the first of this shard on.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    spans, offset = list[Span](), 0
+    for index, entry in members:
+        if offset >= shard.numel():
+            break
+        local = safe_get_local_fp32_param(entry.parameter).reshape(-1)
+        held = shard.detach()[offset : offset + local.numel()]
+        if held.shape != local.shape or not torch.equal(held, local.to(held)):
+            return spans, f"the shard holds other values than {entry.name}"
+        start = rank * local.numel()
+        # A process may hold padding alone; its empty span still says that the parameter is in this shard.
+        stop = max(start, min(start + local.numel(), entry.shape.numel()))
+        spans.append(Span(index, start, stop, offset))
+        offset += local.numel()
+    return spans, None
+
+
+def locate_rows(entries: Sequence[Entry], rank: int, world: int) -> Found:
+    """FSDP2: Shard(0) gives rank r the r-th of torch.chunk's parts of the rows."""
+    spans, offset = list[Span](), 0
+    for index, entry in enumerate(entries):
+        parameter = entry.parameter
+        if not isinstance(parameter, DTensor) or tuple(parameter.placements) != (Shard(0),):
+            return [], f"{entry.name} is placed as {getattr(parameter, 'placements', 'a plain tensor')}, not by rows"
+        length, row = parameter.to_local().numel(), entry.shape[1:].numel()
+        start = min(rank * -(-entry.shape[0] // world), entry.shape[0]) * row
+        if length:
+            spans.append(Span(index, start, start + length, offset))
+        offset += length
+    return spans, None
+
+
+def uncovered(layout: list[list[Span]], entries: Sequence[Entry]) -> list[str]:
+    """Return what is wrong with a layout: a parameter in it whose elements are not each held exactly once."""
+    found: dict[int, list[Span]] = {}
+    for spans in layout:
+        for span in spans:
+            found.setdefault(span.entry, []).append(span)
+        ordered = sorted(spans, key=lambda span: span.offset)
+        for one, other in pairwise(ordered):
+            if one.offset + one.stop - one.start > other.offset:
+                return [f"{entries[one.entry].name} and {entries[other.entry].name} overlap in a shard"]
+    problems = []
+    for index, spans in found.items():
+        end = 0
+        for span in sorted(spans, key=lambda span: span.start):
+            if span.start != end:
+                break
+            end = span.stop
+        if end != entries[index].shape.numel():
+            problems.append(f"the elements of {entries[index].name} are not each held once")
+    return problems

@@ -1,0 +1,92 @@
+"""What the distributed tests run in every process: a small model trained under a profile, and what came of it.
+
+    with group(4) as processes: results = processes.run("module:function", argument)
+
+A group of gloo processes is started once and serves many calls, since starting one costs seconds. A call that fails in
+any process, or does not end, fails the test with that process's error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+SECONDS = 60
+
+
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    torch.set_num_threads(1)
+    while True:
+        call = pipe.recv()
+        if call is None:
+            os._exit(0)  # gloo's destructors may hang
+        name, arguments = call
+        try:
+            module, function = name.split(":")
+            result = getattr(importlib.import_module(module), function)(*arguments)
+            pipe.send((True, result))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Group:
+    """Processes that wait for calls."""
+
+    def __init__(self, world: int) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def run(self, name: str, *arguments: Any) -> list[Any]:
+        """Call a function in every process; returns the results in order of ranks."""
+        for pipe in self.pipes:
+            pipe.send((name, arguments))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(SECONDS), f"process {rank} did not answer within {SECONDS} s"
+            done, result = pipe.recv()
+            assert done, f"process {rank}:\n{result}"
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send(None)
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+@contextmanager
+def group(world: int) -> Iterator[Group]:
+    """Start processes, and end them whatever happens."""
+    processes = Group(world)
+    try:
+        yield processes
+    finally:
+        processes.close()
