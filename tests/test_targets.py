@@ -235,6 +235,7 @@ def test_a_student_of_the_cache_ends_where_the_student_of_the_models_ends(taught
         ({"sequence_length": 64, "batch_size": 2}, "sequence_length 64, its targets 't-wrong' 32"),
         ({"unique_tokens": 4096}, "trains on 4096 tokens, its targets 't-wrong' cover 2048"),
         ({"teach": Teach(source="m0", mode="cached")}, "taught by 'm0' with mode \"cached\", which is no Targets"),
+        ({"teach": Teach(source="soup")}, "'soup' averages weights; teach with an ensemble"),
         ({"teach": Teach(source="nobody")}, "'nobody', which has no record; run it first"),
         ({"teach": Teach(source="t-wrong")}, "'t-wrong' is Targets, not a model"),
     ],
@@ -243,6 +244,8 @@ def test_what_does_not_fit_is_refused(taught: Any, changes: dict[str, Any], mess
     space, _, student = taught
     if load_records(space).named("t-wrong") is None:
         computed(space, a_job(name="t-wrong"))
+        soup = Ensemble(name="soup", runs=("m0",), average="weights")
+        write_record(space, Record(soup, "", "done", {"loss": 1.0}))
     run = replace(student, name="wrong", **{"teach": Teach(source="t-wrong", mode="cached"), **changes})
     with pytest.raises(ValueError, match=message):
         train(run, space)

@@ -7,6 +7,7 @@ Members are in memory one at a time.
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from epochal.averages import Loader, logit_losses, probability_losses, soup_loss
 from epochal.data import Tokens, TokenStore, open_store
 from epochal.ensemble_model import EnsembleConfig, EnsembleForCausalLM
 from epochal.generate import load_model, member_records
+from epochal.member_weights import learn
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace
 from epochal.run import SOUP, Ensemble, Run, fingerprint
@@ -29,7 +31,8 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     """Return the record of an ensemble: its loss, and for every k <= K the losses of K subsets of k members.
 
     The subsets of size k are the K runs of k neighbours on the circle of members, so every member counts equally; with
-    `weights`, those of a subset are scaled to sum to one. `interval` and `without` are those of `Curve`.
+    `weights`, those of a subset are scaled to sum to one. `interval` and `without` are those of `Curve`. `holdout` says
+    what the text that all members held out teaches about their weights (`Learned`), without `weights` of its own.
     Raises ValueError when members differ in their data or sequence length, or lack weights.
     """
     members = [record for name in ensemble.runs for record in member_records(name, records)]
@@ -47,6 +50,9 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
         results[f"{prefix}curve"] = {str(k): losses for k, losses in curve.losses.items()}
         results[f"{prefix}without"] = {str(k): losses for k, losses in curve.without.items()}
         results[f"{prefix}interval"] = {str(k): list(bounds) for k, bounds in curve.intervals().items()}
+    if _may_learn(ensemble, members):
+        sequences = open_store(run.data, workspace).holdout(run)
+        results["holdout"] = {"tokens": sequences.size, **asdict(learn(loaders, sequences, average=ensemble.average))}
     parameters = sum(int(record.results["parameters"]) for record in members)
     return Record(
         job=ensemble,
@@ -117,6 +123,14 @@ def _judged_on(ensemble: Ensemble, run: Run, workspace: Workspace) -> TokenStore
 def _splits(store: TokenStore, sequence_length: int) -> list[str]:
     """The held-out splits that hold a whole sequence; validation always, so that its absence is an error."""
     return ["validation", *(["test"] if store.meta["tokens"]["test"] >= sequence_length else [])]
+
+
+def _may_learn(ensemble: Ensemble, members: list[Record]) -> bool:
+    """Whether there is text that all members held out, and weights that nobody gave."""
+    runs = [record.job for record in members if isinstance(record.job, Run)]
+    slices = {(run.unique_tokens, run.holdout_tokens) for run in runs}
+    held = len(slices) == 1 and runs[0].holdout_tokens > 0
+    return held and len(runs) > 1 and ensemble.weights is None and ensemble.average != SOUP
 
 
 def _common_run(ensemble: Ensemble, members: list[Record]) -> Run:

@@ -35,8 +35,9 @@ from epochal.loss import cached_distillation_loss
 from epochal.model import next_token
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace, file_hash, input_marks
-from epochal.run import Ensemble, Job, Run, Targets, fingerprint
+from epochal.run import Job, Run, Targets, fingerprint
 from epochal.stopping import check_stop
+from epochal.teacher import averaging
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,7 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
     beside = _prepare(folder, {"job": fingerprint(job), "inputs": marks})
     _check_room(job, store.vocab_size, beside)
     models = [load_model(workspace, member.job.name) for member in members]
-    average, shares = ("logits", None)
-    if isinstance(source.job, Ensemble):
-        average, shares = source.job.average, source.job.weights
+    average, shares = averaging(source.job)
     per_shard = max(1, SHARD_POSITIONS // job.sequence_length)
     kept = []
     for number, start in enumerate(range(0, len(sequences), per_shard)):

@@ -12,7 +12,7 @@ from epochal.generate import load_model, member_records
 from epochal.loss import distillation_loss
 from epochal.model import next_token
 from epochal.records import Records, Workspace, file_hash
-from epochal.run import Ensemble, Run, Teach
+from epochal.run import SOUP, Ensemble, Job, Run, Teach
 
 
 class Teacher(Protocol):
@@ -37,9 +37,7 @@ class OnlineTeacher:
     never whole and do not depend on K (`epochal.loss`).
     """
 
-    def __init__(
-        self, teach: Teach, models: list[Any], *, average: str = "logits", shares: tuple[float, ...] | None = None
-    ) -> None:
+    def __init__(self, teach: Teach, models: list[Any], *, average: str, shares: tuple[float, ...] | None) -> None:
         self.teach, self.models, self.average, self.shares = teach, models, average, shares
 
     def loss(
@@ -87,9 +85,20 @@ def load_teacher(
     for member in members:
         check_tokenizer(run.name, member.job.name, store, workspace)
     models = [load_model(workspace, member.job.name).requires_grad_(False) for member in members]
-    if isinstance(record.job, Ensemble):
-        return OnlineTeacher(teach, models, average=record.job.average, shares=record.job.weights)
-    return OnlineTeacher(teach, models)
+    average, shares = averaging(record.job)
+    return OnlineTeacher(teach, models, average=average, shares=shares)
+
+
+def averaging(job: Job) -> tuple[str, tuple[float, ...] | None]:
+    """Return how a Run or an Ensemble averages the models that it stands for, and their weights (None: equal).
+
+    Raises ValueError for an average of weights: that is one model, which is nowhere saved.
+    """
+    if not isinstance(job, Ensemble):
+        return "logits", None
+    if job.average == SOUP:
+        raise ValueError(f"{job.name!r} averages weights; teach with an ensemble of logits or probs, or with a member.")
+    return job.average, job.weights
 
 
 def check_tokenizer(student: str, teacher: str, store: TokenStore, workspace: Workspace) -> None:
