@@ -129,6 +129,30 @@ def test_members_of_an_ensemble_speak_in_equal_parts(campaign: tuple[Workspace, 
     assert set(record.inputs) == {"a", "b"}
 
 
+@pytest.mark.parametrize("average", ["logits", "probs"])
+def test_the_average_speaks_with_one_voice(campaign: tuple[Workspace, TokenStore, Records], average: str) -> None:
+    """First tokens follow the averaged distribution, written out in float64."""
+    space, store, records = campaign
+    mixed = Ensemble(name="mixed", runs=("a", "b"), average=average, weights=(0.8, 0.2))
+    records = Records(space, [*records, Record(mixed, fingerprint(mixed), "done", {"loss": 3.0})])
+    bos, draws = int(store.meta["bos"]), 4000
+    with torch.no_grad():
+        logits = [
+            model(seed, store.vocab_size, 32).double()(input_ids=torch.tensor([[bos]])).logits[0, -1] for seed in (0, 1)
+        ]
+    if average == "logits":
+        expected = torch.softmax(0.8 * logits[0] + 0.2 * logits[1], -1).numpy()
+    else:
+        expected = (0.8 * torch.softmax(logits[0], -1) + 0.2 * torch.softmax(logits[1], -1)).numpy()
+    record = sample(job(tokens=2 * draws, max_length=2, source="mixed", draw="average"), space, records)
+    first = np.load(space.folder("s") / "samples.npy").reshape(draws, 2)[:, 1]
+    counts = np.bincount(first, minlength=store.vocab_size)
+    cells = expected * draws >= 5
+    chi_square = ((counts - expected * draws)[cells] ** 2 / (expected * draws)[cells]).sum()
+    assert chi_square < cells.sum() + 5 * (2 * cells.sum()) ** 0.5
+    assert set(record.inputs) == {"mixed", "a", "b"}
+
+
 def test_the_same_seed_draws_the_same_and_another_another(campaign: tuple[Workspace, TokenStore, Records]) -> None:
     space, _, records = campaign
     drawn = []

@@ -4,8 +4,9 @@ Unconditional, at a given temperature, in batches with a key-value cache. A text
 when the context is full, generation goes on from its second half, the way a sliding window reads.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from epochal.data import Tokens, TokenStore, open_store
 from epochal.provenance import provenance
-from epochal.records import Record, Records, Workspace
+from epochal.records import Record, Records, Workspace, input_marks
 from epochal.run import Ensemble, Run, Samples, Targets, fingerprint
 from epochal.stopping import check_stop
 
@@ -23,13 +24,13 @@ BATCH = 256
 
 
 def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
-    """Draw the tokens of a Samples job, each member of an ensemble its equal part, and write `samples.npy`.
+    """Draw the tokens of a Samples job, from members in equal parts or from their average, and write `samples.npy`.
 
     The file holds one flat row of tokens, every text from its start token to its end token (or `max_length`).
     Raises ValueError when a source has no finished model.
     """
     members = member_records(samples.source, records)
-    store, texts = _draw_all(samples, members, workspace)
+    store, texts = _draw_all(samples, members, workspace, records)
     bos = int(store.meta["bos"])
     tokens = np.concatenate(texts).astype(store.meta["dtype"])
     path = workspace.folder(samples.name) / "samples.npy"
@@ -40,7 +41,7 @@ def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
         fingerprint=fingerprint(samples),
         status="done",
         results={"tokens": len(tokens), "texts": texts_drawn, "members": len(members)},
-        inputs={member.job.name: member.fingerprint for member in members},
+        inputs=_marks(samples, members, records),
         provenance=provenance(),
     )
 
@@ -49,26 +50,48 @@ def sample_texts(samples: Samples, workspace: Workspace, records: Records) -> li
     """Draw texts as `sample` does and return them as strings; writes nothing."""
     from tokenizers import Tokenizer
 
-    store, texts = _draw_all(samples, member_records(samples.source, records), workspace)
+    store, texts = _draw_all(samples, member_records(samples.source, records), workspace, records)
     tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
     return [str(tokenizer.decode(text.tolist())) for text in texts]
 
 
-def _draw_all(samples: Samples, members: list[Record], workspace: Workspace) -> tuple[TokenStore, list[Tokens]]:
-    """Return the members' token store and their texts, each member its equal part of the tokens."""
+def _draw_all(
+    samples: Samples, members: list[Record], workspace: Workspace, records: Records
+) -> tuple[TokenStore, list[Tokens]]:
+    """Return the members' token store and the texts, each voice its equal part of the tokens."""
     run = members[0].job
     assert isinstance(run, Run)
     store = open_store(run.data, workspace)
     bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
     drawn: list[Tokens] = []
-    for index, member in enumerate(members):
-        share = samples.tokens * (index + 1) // len(members) - samples.tokens * index // len(members)
-        model = load_model(workspace, member.job.name)
+    voices = _voices(samples, members, workspace, records)
+    for index, load in enumerate(voices):
+        share = samples.tokens * (index + 1) // len(voices) - samples.tokens * index // len(voices)
+        model = load()
         generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
         rows = min(BATCH, math.ceil(share / samples.max_length))
         texts = draw(model, samples, rows, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
         drawn += _take(texts, share)
     return store, drawn
+
+
+def _marks(samples: Samples, members: list[Record], records: Records) -> dict[str, str]:
+    """Return the fingerprints of what was read: members one by one do not depend on how their ensemble averages."""
+    if samples.draw == "average":
+        return input_marks(samples, records)
+    return {member.job.name: member.fingerprint for member in members}
+
+
+def _voices(samples: Samples, members: list[Record], workspace: Workspace, records: Records) -> list[Callable[[], Any]]:
+    """Return how to load each model that speaks: the members one by one, or all of them as one."""
+    source = records.named(samples.source)
+    if samples.draw == "members" or source is None or not isinstance(source.job, Ensemble):
+        return [functools.partial(load_model, workspace, member.job.name) for member in members]
+    from epochal.ensemble_model import EnsembleForCausalLM
+
+    paths = [workspace.folder(member.job.name) / "model" for member in members]
+    average, weights = source.job.average, source.job.weights
+    return [functools.partial(EnsembleForCausalLM.from_members, paths, average=average, weights=weights)]
 
 
 def member_records(source: str, records: Records) -> list[Record]:
