@@ -1,7 +1,8 @@
 """How low do K independent models go together, and to which limit? (Spec sections 6 and 7.)
 
 Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members are trained
-longer and decayed less than the best single model: the same lr, twice the epochs, half the decay.
+longer and decayed less than the best single model: the same lr, twice the epochs, half the decay. Beside them, at equal
+training cost: snapshots, chains, averaged weights, dropout, masked inputs, and weights of members learned on held-out text.
 Command: epochal run ensembling --scale demo
 Found: recipes/results/<scale>/report.md
 """
@@ -15,7 +16,8 @@ from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Scale, member_point
 from epochal.scaling import PowerLaw, fit_joint, fit_power_law
 from epochal.search import Search, ensemble_search
-from recipes import heavy_weight_decay
+from epochal.tuner import Point
+from recipes import _kinds, heavy_weight_decay
 
 FEWEST_SIZES = 3
 """A law in N of three constants through fewer sizes says nothing."""
@@ -34,21 +36,33 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
         for model in scale.ensemble.models:
             found += members(records, scale, model, tokens)
             found += ensembles(records, scale, model, tokens)
-    return found
+    return found + _kinds.jobs(records, scale, kinds_point(records, scale))
+
+
+def kinds_point(records: Records, scale: Scale) -> Point | None:
+    """Return the point at which kinds of members are compared, that of independent ones."""
+    if scale.kinds is None:
+        return None
+    return best_point(records, scale, scale.kinds.model, scale.unique_tokens[0])
 
 
 def members(records: Records, scale: Scale, model: str, tokens: int) -> list[Run]:
     """Return the members of one size: none before its search has a certificate."""
+    point = best_point(records, scale, model, tokens)
+    if point is None:
+        return []
+    return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.ensemble.count)]
+
+
+def best_point(records: Records, scale: Scale, model: str, tokens: int) -> Point | None:
+    """Return the members' point of one size: None before its search has a certificate."""
     single = heavy_weight_decay.tuned(records, scale, model, tokens)
     if not single.certified or single.best is None:
-        return []
-    point = member_point(single.best)
-    if scale.ensemble.search_members:
-        here = search(records, scale, model, tokens).descent
-        if not here.certified or here.best is None:
-            return []
-        point = here.best
-    return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.ensemble.count)]
+        return None
+    if not scale.ensemble.search_members:
+        return member_point(single.best)
+    here = search(records, scale, model, tokens).descent
+    return here.best if here.certified else None
 
 
 def search(records: Records, scale: Scale, model: str, tokens: int) -> Search:
@@ -121,6 +135,10 @@ def report(records: Records, scale: Scale) -> Section:
         if done:
             tables.append(_table(scale, tokens, done))
             figures.append(_figure(records, scale, tokens, done))
+    kinds = _kinds.rows(records, scale, kinds_point(records, scale))
+    if kinds:
+        claims += _kinds.claims(kinds, scale, heavy_weight_decay.missing(records, scale, scale.unique_tokens[0]))
+        tables.append(_kinds.table(kinds, scale))
     return Section(
         title="Ensembling",
         question="How low do K independently trained models go together, and to which limit?",

@@ -11,8 +11,10 @@ import pytest
 from epochal.campaign import campaign_jobs, load_recipe, outlook, recipe_names
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
 from epochal.report import Section, write_report
-from epochal.run import Ensemble, Job, Run, Samples, fingerprint
-from epochal.scale import Comparison, Scale, Setting, load_scale
+from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint
+from epochal.scale import Comparison, Kinds, Scale, Setting, load_scale
+from epochal.tuner import Point
+from recipes import _kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted(path.stem for path in (ROOT / "configs" / "scales").glob("*.toml"))
@@ -37,6 +39,8 @@ def made_up_record(job: Job, records: Records) -> Record:
             results = {"loss": loss, "test_loss": loss + 0.01, "parameters": int(SIZES[job.model]), "steps": job.steps}
         case Samples():
             results = {"tokens": job.tokens, "texts": 5, "members": 1}
+        case Targets():
+            results = {"positions": job.unique_tokens, "kept_mass": 0.7, "bytes": 9, "members": 1}
         case Ensemble():
             found = [records.named(name) for name in job.runs]
             losses = [member.loss for member in found if member is not None]
@@ -52,6 +56,9 @@ def made_up_record(job: Job, records: Records) -> Record:
                 "members": count,
                 "parameters": sum(int(member.results["parameters"]) for member in found if member is not None),
             }
+            runs = [member.job for member in found if member is not None and isinstance(member.job, Run)]
+            if runs[0].holdout_tokens and job.weights is None and count == 3:
+                results["holdout"] = {"weights": [0.5, 0.3, 0.2], "selected": [0, 2]}
     return Record(job, fingerprint(job), "done", results)
 
 
@@ -60,7 +67,7 @@ def finish(workspace: Workspace, job: Job, records: Records) -> None:
     write_record(workspace, made_up_record(job, records))
     output = workspace.output(job)
     if output is not None:
-        output.mkdir(parents=True) if isinstance(job, Run) else output.parent.mkdir(parents=True)
+        output.mkdir(parents=True) if isinstance(job, Run | Targets) else output.parent.mkdir(parents=True)
         if isinstance(job, Samples):
             output.touch()
 
@@ -363,3 +370,77 @@ def test_the_papers_continued_setting_is_priced(workspace: Workspace) -> None:
     view = outlook(["continued"], Records(workspace), load_scale("paper-math"))
     tokens = 4194304000 * (1 + 1 + 8 * 4) + 73400320000
     assert view.today.flops == pytest.approx(6 * 3_212_749_824 * tokens)
+
+
+# --- kinds of members -------------------------------------------------------------------------------------------------
+
+
+def with_kinds(seeds: int = 2) -> Scale:
+    kinds = Kinds(model="w32", count=3, seeds=seeds, holdout_tokens=2048)
+    scale = load_scale("demo")
+    return replace(scale, ensemble=replace(scale.ensemble, models=("w32",)), kinds=kinds)
+
+
+def test_kinds_of_members_differ_in_what_they_say_and_cost_the_same(workspace: Workspace) -> None:
+    scale = with_kinds()
+    assert scale.kinds is not None
+    point = Point(lr=0.01, epochs=32, wd=0.8)
+    arms = {kind: _kinds.members(scale, scale.kinds, point, kind, 1) for kind in _kinds.TRAINED}
+    assert len({run.name for runs in arms.values() for run in runs}) == 3 * len(arms)
+    seeds = {kind: [(run.init_seed, run.order_seed) for run in runs] for kind, runs in arms.items()}
+    assert seeds["independent"] == [(3, 3), (4, 4), (5, 5)]
+    assert seeds["init"] == [(3, 3), (4, 3), (5, 3)]
+    assert seeds["order"] == [(3, 3), (3, 4), (3, 5)]
+    snapshots = arms["snapshot"]
+    assert [run.start for run in snapshots] == [None, snapshots[0].name, snapshots[1].name]
+    assert {run.wd_schedule for run in snapshots} == {"antiphase"}
+    assert len({run.order_seed for run in snapshots}) == 3
+    chain = arms["chain"]
+    assert [run.teach.source if run.teach else None for run in chain] == [None, chain[0].name, chain[1].name]
+    assert [run.epochs for run in chain] == [32, 24, 24]
+    assert {run.weights for run in arms["ema"]} == {"ema"} and {run.weights for run in arms["swa"]} == {"swa"}
+    assert {run.dropout for run in arms["dropout"]} == {0.1}
+    assert {(run.mask_inputs, run.epochs) for run in arms["masked"]} == {(0.5, 16)}
+    costs = {kind: _kinds.cost(runs) / _kinds.cost(arms["independent"]) for kind, runs in arms.items()}
+    held = costs.pop("holdout")
+    assert list(costs.values()) == pytest.approx([1.0] * len(costs))
+    assert held == pytest.approx(1 - 2048 / 24576)
+    for kind, runs in arms.items():  # apart from what a kind is about, all is as for independent members
+        for run, other in zip(runs, arms["independent"], strict=True):
+            assert (run.model, run.optimizer, run.unique_tokens) == (other.model, other.optimizer, other.unique_tokens)
+            assert (run == other) == (kind == "independent")
+
+
+def test_kinds_get_a_row_each_with_paired_gains(workspace: Workspace) -> None:
+    scale = with_kinds()
+    for _ in simulate(workspace, "ensembling", scale):
+        pass
+    records = load_records(workspace)
+    section = load_recipe("ensembling").report(records, scale)
+    table = section.tables[-1]
+    assert {(row[0], row[1]) for row in table.rows} == {
+        (words, average) for words in _kinds.KINDS.values() for average in ("logits", "probs")
+    }
+    losses = [row[4] for row in table.rows]
+    assert losses == sorted(losses)
+    learned = [r.job for r in records if isinstance(r.job, Ensemble) and "-learned-" in r.job.name]
+    assert {job.weights for job in learned} == {(0.5, 0.3, 0.2)}
+    chosen = [r.job for r in records if isinstance(r.job, Ensemble) and "-selected-" in r.job.name]
+    assert {len(job.runs) for job in chosen} == {2}
+    found = _kinds.rows(records, scale, load_recipe("ensembling").kinds_point(records, scale))
+    ours, theirs = found["swa", "probs"].losses, found["independent", "probs"].losses
+    claim = next(claim for claim in section.claims if "SWA" in claim.text)
+    assert claim.value == f"{sum(theirs[k] - ours[k] for k in (0, 1)) / 2:.4f} nats"
+    assert claim.interval is not None and claim.seeds == 2
+    assert claim.holds == (sum(theirs.values()) > sum(ours.values()))
+
+
+def test_a_scale_without_kinds_plans_none(workspace: Workspace) -> None:
+    scale = replace(with_kinds(), kinds=None)
+    for _ in simulate(workspace, "ensembling", scale):
+        pass
+    assert not [record for record in load_records(workspace) if "snapshot" in record.job.name]
+    with pytest.raises(ValueError, match="not on the ladder"):
+        replace(scale, kinds=Kinds(model="w7", count=3, seeds=1, holdout_tokens=512))
+    with pytest.raises(ValueError, match="count 1"):
+        Kinds(model="w32", count=1, seeds=1, holdout_tokens=512)

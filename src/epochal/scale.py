@@ -83,6 +83,43 @@ class Students:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kinds:
+    """The comparison of kinds of members: `count` members of one size, `seeds` times, on the first budget.
+
+    `holdout_tokens` of the budget are kept back where weights of members are learned; the others are the settings of
+    the kinds that have one (see `Run`): the values of NanoGPT Slowrun and of arXiv 2606.06888.
+    """
+
+    model: str
+    count: int
+    seeds: int
+    holdout_tokens: int
+    chain_weight: float = 0.5
+    chain_temperature: float = 1.0
+    dropout: float = 0.1
+    mask_inputs: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.count < 2 or self.seeds < 1:
+            raise ValueError(f"kinds has count {self.count} and seeds {self.seeds}; give at least 2 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soft:
+    """Students of soft targets, which take as many steps as those of sampled text; `seeds` of every kind of student.
+
+    `weight` of the teacher beside the text, `wd` of their own, `keep` as in `Targets`. `sizes` are further sizes of
+    student, all taught by the cache.
+    """
+
+    weight: float
+    wd: float
+    keep: int = 128
+    seeds: int = 1
+    sizes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """One way to feed the compared optimizers: how much text, how often, and the decays that AdamW is tried with."""
 
@@ -173,6 +210,8 @@ class Scale:
     search: str = "together"
     trials: int = 16
     continued: Continued | None = None
+    kinds: Kinds | None = None
+    soft: Soft | None = None
 
     def __post_init__(self) -> None:
         for what, values in (
@@ -196,6 +235,7 @@ class Scale:
     def _check_models(self) -> None:
         models = [rung.model for rung in self.ladder]
         named = (*self.ensemble.models, self.students.model, *self.law_models)
+        named += (self.kinds.model,) if self.kinds else ()
         for model in (*named, *([self.epoching] if self.epoching else [])):
             if model not in models:
                 raise ValueError(f"model {model!r} is not on the ladder {models}; use one of those or add it.")
