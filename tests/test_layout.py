@@ -21,7 +21,18 @@ LIGHT = (
 )  # fmt: skip
 """Parts of epochal that import no torch at module level."""
 
-OPTIONAL = {"datasets", "deepspeed", "triton", "scipy", "matplotlib", "submitit", "lm_eval", "pyarrow", "zstandard"}
+OPTIONAL = {
+    "datasets",
+    "deepspeed",
+    "gguf",
+    "triton",
+    "scipy",
+    "matplotlib",
+    "submitit",
+    "lm_eval",
+    "pyarrow",
+    "zstandard",
+}
 HEAVY = ("torch", "transformers", "accelerate", "numpy", "scipy", "matplotlib", "datasets")
 
 

@@ -242,9 +242,20 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    name: str, scale: ScaleName = "demo", results: Results = Path("recipes/results"), work: Work = Path("work")
+    name: Annotated[str, typer.Argument(help="A finished run or ensemble, or with --tasks an exported folder.")],
+    scale: ScaleName = "demo",
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, e.g. arc_easy,piqa,sciq; without a network cloze,next_passage.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="A folder with lm-eval task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions of each task.")] = None,
+    results: Results = Path("recipes/results"),
+    work: Work = Path("work"),
 ) -> None:
-    """Compute the validation and test loss of a finished run or ensemble from its weights."""
+    """Compute validation and test loss from the weights, or with --tasks the zero-shot accuracy on lm-eval's tasks."""
+    if tasks is not None:
+        _score(name, tasks.split(","), scale, results, work, task_folder, limit)
+        return
     from epochal.data import open_store
     from epochal.ensemble import evaluate_ensemble
     from epochal.generate import load_model
@@ -277,13 +288,14 @@ def evaluate(
 def generate(
     name: str,
     scale: ScaleName = "demo",
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; an ensemble continues it as one model.")] = None,
     tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: int = 0,
     temperature: float = 1.0,
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
 ) -> None:
-    """Print text sampled from a finished run, or from the members of an ensemble one after another."""
+    """Print text sampled from a finished run or ensemble; without a prompt, from an ensemble's members in turn."""
     from epochal.generate import sample_texts
     from epochal.records import load_records
     from epochal.run import Samples
@@ -292,6 +304,11 @@ def generate(
     samples = Samples(
         name="text", source=name, tokens=tokens, max_length=max(2, tokens), seed=seed, temperature=temperature
     )
+    if prompt is not None:
+        from epochal.downstream import continue_text
+
+        print(continue_text(prompt, samples, workspace, load_records(workspace)))
+        return
     for text in sample_texts(samples, workspace, load_records(workspace)):
         print(text)
 
@@ -301,24 +318,16 @@ def export(
     name: str,
     folder: Path,
     scale: ScaleName = "demo",
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also write model.gguf, for llama.cpp.")] = False,
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
 ) -> None:
-    """Copy a finished run to FOLDER as a Hugging Face model with its record."""
-    import shutil
+    """Write a finished run or ensemble to FOLDER: a Hugging Face model with its card and record."""
+    from epochal.export import export as write
+    from epochal.records import load_records
 
-    from epochal.run import Run
-
-    workspace, record = _finished(name, scale, results, work)
-    if not isinstance(record.job, Run):
-        raise ValueError(f"{name!r} is no single model; name a run.")
-    source = workspace.folder(name) / "model"
-    if not source.is_dir():
-        raise ValueError(f"{source} does not exist; run {name!r} again to make its weights.")
-    if folder.exists():
-        raise ValueError(f"{folder} exists; name a new folder.")
-    shutil.copytree(source, folder)
-    shutil.copy(workspace.records / f"{name}.json", folder / "epochal_record.json")
+    workspace, _ = _finished(name, scale, results, work)
+    write(name, folder, workspace, load_records(workspace), gguf=gguf)
     print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
@@ -328,6 +337,29 @@ def doctor() -> None:
     from epochal.doctor import examine
 
     raise typer.Exit(examine())
+
+
+def _score(
+    name: str, tasks: list[str], scale: str, results: Path, work: Path, task_folder: Path | None, limit: int | None
+) -> None:
+    """Print the accuracy on each task and, as the paper does, their mean."""
+    from transformers.utils import logging
+
+    from epochal.downstream import open_model, score
+    from epochal.records import load_records
+    from epochal.scale import load_scale
+
+    logging.disable_progress_bar()
+    if (Path(name) / "config.json").is_file():
+        workspace = _workspace(load_scale(scale).name, results, work)
+    else:
+        workspace, _ = _finished(name, scale, results, work)
+    model, tokenizer, store = open_model(name, workspace, load_records(workspace))
+    found = score(model, tokenizer, tasks, store=store, task_folder=task_folder, limit=limit)
+    for task, accuracy in found.items():
+        print(f"{task}: {accuracy.value:.2%} +- {accuracy.error:.2%} ({accuracy.questions} questions)")
+    if len(found) > 1:
+        print(f"mean: {sum(accuracy.value for accuracy in found.values()) / len(found):.2%}")
 
 
 def _leave(code: int) -> None:

@@ -24,7 +24,14 @@ from epochal.records import Record, Records, Workspace
 from epochal.run import SOUP, Ensemble, Run, fingerprint
 from epochal.subsets import Curve, Subset, curve_of
 
-__all__ = ["EnsembleConfig", "EnsembleForCausalLM", "ensemble_losses", "evaluate_ensemble", "member_log_probs"]
+__all__ = [
+    "EnsembleConfig",
+    "EnsembleForCausalLM",
+    "ensemble_losses",
+    "evaluate_ensemble",
+    "load_source",
+    "member_log_probs",
+]
 
 
 def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records) -> Record:
@@ -71,6 +78,23 @@ def member_log_probs(names: Sequence[str], workspace: Workspace, sequences: Toke
     Raises ValueError when a run has no weights.
     """
     return target_log_probs([partial(load_model, workspace, name) for name in names], sequences)
+
+
+def load_source(name: str, workspace: Workspace, records: Records) -> Any:
+    """Load the finished run or ensemble `name` as one transformers model, on the device that this machine has.
+
+    Raises ValueError when it has no record, or a member no weights.
+    """
+    members = member_records(name, records)
+    record = records.named(name)
+    if record is None or not isinstance(record.job, Ensemble):
+        return load_model(workspace, name)
+    paths = [workspace.folder(member.job.name) / "model" for member in members]
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"{path} does not exist; run {path.parent.name!r} again to make its weights.")
+    model = EnsembleForCausalLM.from_members(paths, average=record.job.average, weights=record.job.weights)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def ensemble_losses(

@@ -1,0 +1,135 @@
+"""Two multiple-choice tasks for lm-eval made from the test split of a token store: no network, no other data.
+
+A passage is a line of a document (in the King James Bible a verse), or a sentence where a document has one line. `cloze`:
+which word ends this passage? `next_passage`: which passage follows? Each has four choices; the false ones are taken from
+other documents, and for `next_passage` they are about as long as the true one, since raw accuracy favours short choices.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epochal.config import write_atomic
+from epochal.data import TokenStore
+
+TASKS = ("cloze", "next_passage")
+CHOICES = 4
+MOST_QUESTIONS = 1000
+FEWEST_WORDS = 4
+"""Words of the shortest passage that is asked about."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage, its document's number, and the passage after it in the same document, if any."""
+
+    text: str
+    document: int
+    following: str | None
+
+
+def write_tasks(store: TokenStore, folder: Path) -> None:
+    """Write cloze.yaml and next_passage.yaml with their questions into `folder`, which `TaskManager` can include.
+
+    The same store gives the same files. Raises ValueError when the test split is too small to ask anything.
+    """
+    passages = [passage for number, text in enumerate(_documents(store)) for passage in _passages(text, number)]
+    for task, questions in (("cloze", _cloze(passages)), ("next_passage", _next_passage(passages))):
+        if not questions:
+            raise ValueError(
+                f"the test split of {store.folder.name} is too small for the task {task!r}; use more text."
+            )
+        rows = "".join(json.dumps(question) + "\n" for question in questions[:MOST_QUESTIONS])
+        write_atomic(folder / f"{task}.jsonl", rows)
+        # A TaskManager reads YAML, of which JSON is a part.
+        write_atomic(folder / f"{task}.yaml", json.dumps(_task(task, (folder / f"{task}.jsonl").resolve()), indent=1))
+
+
+def _task(name: str, questions: Path) -> dict[str, Any]:
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(questions)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "\n" if name == "next_passage" else " ",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+
+
+def _documents(store: TokenStore) -> list[str]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
+    ends = np.cumsum(store.lengths("test"))
+    return (
+        [str(tokenizer.decode(part.tolist())) for part in np.split(store.tokens("test"), ends[:-1])]
+        if len(ends)
+        else []
+    )
+
+
+def _passages(text: str, document: int) -> list[Passage]:
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if len(lines) == 1:
+        lines = re.split(r"(?<=[.!?])\s+", lines[0])
+    return [
+        Passage(line, document, following)
+        for line, following in zip(lines, [*lines[1:], None], strict=True)
+        if len(line.split()) >= FEWEST_WORDS
+    ]
+
+
+def _cloze(passages: list[Passage]) -> list[dict[str, Any]]:
+    """Leave the last word out; the false choices end passages of other documents."""
+    split = [(passage, *_last_word(passage.text)) for passage in passages]
+    words = sorted({(word, passage.document) for passage, _, word in split if word})
+    questions = []
+    for number, (passage, context, word) in enumerate(split):
+        false = sorted({other for other, document in words if document != passage.document} - {word})
+        if word and len(false) >= CHOICES - 1:
+            questions.append(
+                _question(context, word, random.Random(f"cloze/{number}").sample(false, CHOICES - 1), number)
+            )
+    return questions
+
+
+def _last_word(text: str) -> tuple[str, str]:
+    """Split "and the evening." into ("and the", "evening"); no word where the last one is short or has other signs."""
+    context, _, last = text.rpartition(" ")
+    word = last.rstrip(".,;:!?")
+    return context, word if word.isalpha() and len(word) > 2 else ""
+
+
+def _next_passage(passages: list[Passage]) -> list[dict[str, Any]]:
+    """Choose among the passage that follows and three of about its length from other documents."""
+    questions = []
+    for number, passage in enumerate(passages):
+        true = passage.following
+        if true is None or len(true.split()) < FEWEST_WORDS:
+            continue
+        others = sorted({other.text for other in passages if other.document != passage.document} - {true})
+        near = _of_length(len(true), others)[: 4 * CHOICES]
+        if len(near) >= CHOICES - 1:
+            false = random.Random(f"next/{number}").sample(near, CHOICES - 1)
+            questions.append(_question(passage.text, true, false, number))
+    return questions
+
+
+def _of_length(length: int, texts: list[str]) -> list[str]:
+    return sorted(texts, key=lambda text: abs(len(text) - length))
+
+
+def _question(context: str, true: str, false: list[str], number: int) -> dict[str, Any]:
+    choices = [true, *false]
+    random.Random(f"order/{number}").shuffle(choices)
+    return {"context": context, "choices": choices, "answer": choices.index(true)}

@@ -1,0 +1,159 @@
+"""lm-eval on runs, ensembles and exported folders without a network, against accuracies computed by hand."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from epochal.data import TokenStore
+from epochal.downstream import continue_text, open_model, score
+from epochal.ensemble import EnsembleForCausalLM
+from epochal.export import export
+from epochal.model import build_model
+from epochal.offline_tasks import TASKS, write_tasks
+from epochal.records import Record, Records, Workspace, load_records, write_record
+from epochal.run import Ensemble, Samples, fingerprint
+from epochal.train import _save_model
+
+pytest.importorskip("lm_eval")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+Made = tuple[Workspace, Records, TokenStore]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Two finished runs and their ensemble, over text in which one thing follows from another."""
+    space, store, config = tiny.workspace(tmp_path_factory.mktemp("made"))
+    for seed, name in enumerate("ab"):
+        run = tiny.run(config, name=name, init_seed=seed, sequence_length=128, batch_size=1)
+        write_record(space, Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 1000}))
+        model = build_model("w16", vocab_size=store.vocab_size, max_positions=128, seed=seed, bos_token_id=0)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(3.0)
+        _save_model(model, store, space.folder(name) / "model")
+    both = Ensemble(name="both", runs=("a", "b"), average="probs")
+    write_record(space, Record(both, fingerprint(both), "done", {"loss": 3.0, "parameters": 2000}))
+    return space, load_records(space), store
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def questions(store: TokenStore, folder: Path, task: str) -> list[dict[str, Any]]:
+    write_tasks(store, folder)
+    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+
+
+def by_hand(model: Any, tokenizer: Any, asked: list[dict[str, Any]], delimiter: str) -> float:
+    """The share of questions whose true choice has the highest log-probability after the context."""
+    right = 0
+    for question in asked:
+        sums = []
+        before = tokenizer(question["context"]).input_ids
+        for choice in question["choices"]:
+            whole = torch.tensor([tokenizer(question["context"] + delimiter + choice).input_ids])
+            with torch.no_grad():
+                log_probs = model(whole).logits[0, :-1].double().log_softmax(-1)
+            sums.append(log_probs.gather(1, whole[0, 1:, None])[len(before) - 1 :].sum().item())
+        right += sums.index(max(sums)) == question["answer"]
+    return right / len(asked)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", ["a", "both"])
+def test_accuracy_equals_a_count_by_hand(made: Made, tmp_path: Path, name: str) -> None:
+    space, records, store = made
+    model, tokenizer, found_store = open_model(name, space, records)
+    assert found_store is not None and found_store.folder == store.folder
+    found = score(model, tokenizer, list(TASKS), store=store, limit=40)
+    for task, delimiter in zip(TASKS, (" ", "\n"), strict=True):
+        asked = questions(store, tmp_path, task)[:40]
+        assert found[task].questions == len(asked) > 10
+        assert found[task].value == pytest.approx(by_hand(model, tokenizer, asked, delimiter))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", ["a", "both"])
+def test_an_exported_folder_scores_as_the_job_does(made: Made, tmp_path: Path, name: str) -> None:
+    space, records, store = made
+    export(name, tmp_path / "out", space, records)
+    model, tokenizer, found_store = open_model(str(tmp_path / "out"), space, records)
+    assert isinstance(model, EnsembleForCausalLM) == (name == "both")
+    assert found_store is not None and found_store.folder == store.folder
+    before = open_model(name, space, records)
+    expected = score(before[0], before[1], ["next_passage"], store=store, limit=20)
+    assert score(model, tokenizer, ["next_passage"], store=found_store, limit=20) == expected
+
+
+def test_questions_are_fair_and_the_same_every_time(made: Made, tmp_path: Path) -> None:
+    _, _, store = made
+    for task in TASKS:
+        asked = questions(store, tmp_path / "one", task)
+        assert asked == questions(store, tmp_path / "two", task)
+        assert len({question["answer"] for question in asked}) == 4
+        for question in asked:
+            assert len(set(question["choices"])) == 4 and question["context"].strip()
+    from tokenizers import Tokenizer
+
+    text = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json")).decode(store.tokens("test").tolist())
+    for question in questions(store, tmp_path / "one", "cloze"):
+        assert f"{question['context']} {question['choices'][question['answer']]}" in text
+    for question in questions(store, tmp_path / "one", "next_passage"):
+        assert f"{question['context']} {question['choices'][question['answer']]}" in text
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_task_file_of_ones_own(made: Made, tmp_path: Path) -> None:
+    space, records, _ = made
+    rows = [{"q": "And the king", "good": " saw", "bad": " zzz"}] * 3
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/mine.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{[good, bad]}}'\n"
+        "doc_to_target: 0\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    )
+    model, tokenizer, _ = open_model("a", space, records)
+    found = score(model, tokenizer, ["mine"], task_folder=tmp_path)
+    assert found["mine"].questions == 3 and found["mine"].value in (0.0, 1.0)
+
+
+def test_tasks_that_cannot_be_scored_are_refused(made: Made) -> None:
+    space, records, _ = made
+    model, tokenizer, _ = open_model("a", space, records)
+    with pytest.raises(ValueError, match=r"task 'next_pasage' is unknown \(did you mean 'next_passage'"):
+        score(model, tokenizer, ["next_pasage"])
+    with pytest.raises(ValueError, match="the data of task 'sciq' cannot be loaded"):
+        score(model, tokenizer, ["sciq"])
+
+
+@pytest.mark.parametrize("name", ["a", "both"])
+def test_a_prompt_is_continued(made: Made, name: str) -> None:
+    space, records, _ = made
+    job = Samples(name="text", source=name, tokens=20, max_length=20, seed=3)
+    found = continue_text("And the king", job, space, records)
+    assert found.startswith("And the king") and len(found) > len("And the king")
+    torch.manual_seed(0)
+    assert continue_text("And the king", job, space, records) == found
+    with pytest.raises(ValueError, match="shorten it"):
+        continue_text("And the king " * 100, job, space, records)
+
+
+def test_a_folder_that_is_no_export_has_no_store(made: Made, tmp_path: Path) -> None:
+    space, records, store = made
+    model = AutoModelForCausalLM.from_pretrained(space.folder("a") / "model")
+    _save_model(model, store, tmp_path / "plain")
+    assert open_model(str(tmp_path / "plain"), space, records)[2] is None
