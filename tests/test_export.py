@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Records, 
             _save_model(model, store, space.folder(name) / "model")
     jobs = [
         Ensemble(name="both", runs=("a", "b"), average="probs", weights=(0.25, 0.75)),
+        Ensemble(name="soup", runs=("a", "b"), average="weights"),
         Ensemble(name="gone", runs=("a", "c"), average="logits"),
     ]
     for job in jobs:
@@ -94,6 +95,19 @@ def test_an_exported_ensemble_is_the_ensemble(made: tuple[Workspace, Records, To
     assert "mean of their probabilities" in card and "| b | weight 0.75 |" in card
     said = pipeline("text-generation", model=again, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "both"))
     assert said(TEXT, max_new_tokens=5)[0]["generated_text"].startswith(TEXT)
+
+
+def test_an_exported_soup_is_one_model(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    space, records, _ = made
+    export("soup", tmp_path / "soup", space, records, gguf=True)
+    again, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "soup"), tokens(tmp_path / "soup")
+    one, other = (load_source(name, space, records) for name in "ab")
+    with torch.no_grad():
+        for mine, its in zip(one.parameters(), other.parameters(), strict=True):
+            mine.add_(its).mul_(0.5)
+    assert (again(rows).logits - one(rows).logits).abs().max() <= 1e-5
+    assert "mean of those of 2 others" in (tmp_path / "soup" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1}])

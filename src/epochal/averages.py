@@ -94,18 +94,18 @@ def soup_losses(members: Sequence[Loader], sequences: Tokens, shares: torch.Tens
     `sequences` is (r, T), shares (S, K). Two models are in memory at a time. Raises ValueError when members differ in
     shape.
     """
-    losses = []
-    for row in shares.tolist():
-        soup = None
-        for share, load in zip(row, members, strict=True):
-            if share:
-                soup = _stir(soup, load(), share)
-        losses.append(-target_log_probs([partial(_same, soup)], sequences).double().mean())
-    return torch.stack(losses)
+    tables = [target_log_probs([partial(soup, members, row)], sequences) for row in shares.tolist()]
+    return torch.stack([-table.double().mean() for table in tables])
 
 
-def _same(model: Any) -> Any:
-    return model
+@torch.no_grad()
+def soup(members: Sequence[Loader], shares: Sequence[float]) -> Any:
+    """Return one model whose weights are sum_k w_k W_k; raises ValueError when members differ in shape."""
+    mixed = None
+    for share, load in zip(shares, members, strict=True):
+        if share:
+            mixed = _stir(mixed, load(), share)
+    return mixed
 
 
 def _stir(soup: Any, model: Any, share: float) -> Any:

@@ -70,9 +70,10 @@ def continue_text(prompt: str, samples: Samples, workspace: Workspace, records: 
 
 
 def _store_of(folder: Path, workspace: Workspace) -> TokenStore | None:
-    """The token store that an exported model, or the first member of an exported ensemble, was trained on."""
+    """The token store that an exported model was trained or judged on, else that of an ensemble's first member."""
     for path in (folder / RECORD, folder / "member-00" / RECORD):
-        if path.is_file() and "data" in (job := json.loads(path.read_text(encoding="utf-8"))["job"]):
+        job = json.loads(path.read_text(encoding="utf-8"))["job"] if path.is_file() else {}
+        if job.get("data"):
             try:
                 return open_store(job["data"], workspace)
             except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from epochal.averages import Loader, logit_losses, probability_losses, soup_losses, target_log_probs
+from epochal.averages import Loader, logit_losses, probability_losses, soup, soup_losses, target_log_probs
 from epochal.data import Tokens, TokenStore, open_store
 from epochal.ensemble_model import EnsembleConfig, EnsembleForCausalLM
 from epochal.generate import load_model, member_records
@@ -89,6 +89,9 @@ def load_source(name: str, workspace: Workspace, records: Records) -> Any:
     record = records.named(name)
     if record is None or not isinstance(record.job, Ensemble):
         return load_model(workspace, name)
+    if record.job.average == SOUP:
+        shares = record.job.weights or (1.0 / len(members),) * len(members)
+        return soup([partial(load_model, workspace, member.job.name) for member in members], shares)
     paths = [workspace.folder(member.job.name) / "model" for member in members]
     for path in paths:
         if not path.is_dir():

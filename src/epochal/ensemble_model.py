@@ -227,8 +227,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         names = [f"member-{k:02d}" for k in range(len(self.paths))]
         for k, (name, path) in enumerate(zip(names, self.paths, strict=True)):
             self._member(k).save_pretrained(folder / name, **kwargs)
-            _copy_tokenizer(path, folder / name)
-        _copy_tokenizer(self.paths[0], folder)
+            copy_tokenizer(path, folder / name)
+        copy_tokenizer(self.paths[0], folder)
         config = EnsembleConfig.from_dict({**self.config.to_dict(), "members": names})
         config.architectures = [type(self).__name__]
         config.save_pretrained(folder)
@@ -427,7 +427,8 @@ def _free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _copy_tokenizer(source: str, folder: Path) -> None:
+def copy_tokenizer(source: str | Path, folder: Path) -> None:
+    """Copy the tokenizer's files of a model folder into another; nothing for a hub name."""
     for pattern in TOKENIZER_FILES:
         for file in Path(source).glob(pattern):
             shutil.copy(file, folder / file.name)

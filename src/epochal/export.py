@@ -9,11 +9,12 @@ from typing import Any
 
 from epochal.config import find_config, load_toml, to_table
 from epochal.ensemble import load_source
+from epochal.ensemble_model import copy_tokenizer
 from epochal.generate import member_records
 from epochal.gguf_file import write_gguf
 from epochal.prepare import DataConfig
 from epochal.records import Record, Records, Workspace, file_hash
-from epochal.run import Ensemble, Run, Samples
+from epochal.run import SOUP, Ensemble, Run, Samples
 
 RECORD = "epochal_record.json"
 """The record's name in an exported folder."""
@@ -30,7 +31,7 @@ def export(name: str, folder: Path, workspace: Workspace, records: Records, *, g
         raise ValueError(f"{name!r} is no finished model; name a run or an ensemble.")
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder.")
-    if gguf and isinstance(record.job, Ensemble):
+    if gguf and isinstance(record.job, Ensemble) and record.job.average != SOUP:
         raise ValueError("GGUF holds one model, not an ensemble; export a member or a student, or leave --gguf out.")
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -51,9 +52,13 @@ def _write_weights(record: Record, folder: Path, workspace: Workspace, records: 
     """Copy a run's model folder as it is; an ensemble's members are loaded and saved together."""
     name = record.job.name
     if isinstance(record.job, Ensemble):
+        members = member_records(name, records)
         load_source(name, workspace, records).save_pretrained(folder)
-        for k, member in enumerate(member_records(name, records)):
-            shutil.copy(workspace.records / f"{member.job.name}.json", folder / f"member-{k:02d}" / RECORD)
+        copy_tokenizer(workspace.folder(members[0].job.name) / "model", folder)
+        for k, member in enumerate(members):
+            place = folder / f"member-{k:02d}"
+            place.mkdir(exist_ok=True)  # of a soup it holds the record alone
+            shutil.copy(workspace.records / f"{member.job.name}.json", place / RECORD)
         return
     source = workspace.folder(name) / "model"
     if not source.is_dir():
@@ -127,7 +132,8 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _usage(record: Record) -> str:
-    first = "import epochal.ensemble\n" if isinstance(record.job, Ensemble) else ""
+    several = isinstance(record.job, Ensemble) and record.job.average != SOUP
+    first = "import epochal.ensemble\n" if several else ""
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
