@@ -108,10 +108,11 @@ def _yaml(text: str) -> str:
 
 def _what_it_is(record: Record) -> str:
     if isinstance(record.job, Ensemble):
+        count = len(record.job.runs)
+        if record.job.average == SOUP:
+            return f"A language model whose weights are the mean of those of {count} others. Made with epochal.\n"
         how = {"logits": "raw logits", "probs": "probabilities"}[record.job.average]
-        return (
-            f"{len(record.job.runs)} language models that speak as one: the mean of their {how}. Made with epochal.\n"
-        )
+        return f"{count} language models that speak as one: the mean of their {how}. Made with epochal.\n"
     return "A language model trained from scratch on finite text. Made with epochal.\n"
 
 
