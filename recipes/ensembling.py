@@ -14,13 +14,16 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Scale, member_point
-from epochal.scaling import PowerLaw, fit_joint, fit_power_law
+from epochal.scaling import MembersLaw, fit_joint, fit_members
 from epochal.search import Search, ensemble_search
 from epochal.tuner import Point
 from recipes import _kinds, heavy_weight_decay
 
 FEWEST_SIZES = 3
 """A law in N of three constants through fewer sizes says nothing."""
+
+SMALLEST_ERROR = 1e-6
+"""Nats; equal members would make an error of zero, which weighs infinitely."""
 
 
 def plan(records: Records, scale: Scale) -> list[Job]:
@@ -99,13 +102,17 @@ def ensembles(records: Records, scale: Scale, model: str, tokens: int) -> list[E
     return [Ensemble(name=f"{stem}-k{len(runs)}-{average}", runs=names, average=average) for average in AVERAGES]
 
 
-def members_law(record: Record) -> PowerLaw:
+def members_law(record: Record) -> MembersLaw:
     """Fit E + A / K to the losses of one ensemble record (exponent 1: independent members, spec section 6).
 
-    Losses of every subset would count members several times over, so each k enters once, with its mean.
+    Its interval is that of a new draw of members: subsets share them, so their scatter alone would say far too little.
     """
-    curve = {int(k): sum(losses) / len(losses) for k, losses in record.results["curve"].items()}
-    return fit_power_law(list(curve), list(curve.values()), alpha=1.0)
+    without = record.results.get("without")
+    return fit_members(_by_count(record.results["curve"]), _by_count(without) if without else None)
+
+
+def _by_count(table: dict[str, list[float]]) -> dict[int, list[float]]:
+    return {int(k): losses for k, losses in table.items()}
 
 
 def best_ensemble(records: Records, scale: Scale, tokens: int) -> Record | None:
@@ -176,8 +183,7 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
                 interval=law.interval["E"] if law.interval else None,
                 seeds=len(ensemble.runs),
                 holds=None if law.interval is None else law.interval["E"][1] < single,
-                # Every K is measured on the same members, so its points are not independent.
-                provisional=(*reasons, "one set of members" if law.interval else "too few members for an interval"),
+                provisional=reasons if law.interval else (*reasons, law.note.rstrip(".")),
             )
         )
     return claims
@@ -185,16 +191,21 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
 
 def _joint_claim(records: Records, scale: Scale, tokens: int, done: Found) -> list[Claim]:
     """The double limit, K first and then N (spec section 7), where three sizes or more have ensembles."""
-    points = [
-        (record.results["parameters"] / len(ensemble.runs), int(k), sum(losses) / len(losses))
+    laws = {
+        record.results["parameters"] / len(ensemble.runs): members_law(record)
         for _, ensemble, record in done
         if ensemble.average == "logits"
-        for k, losses in record.results["curve"].items()
-    ]
-    if len({size for size, _, _ in points}) < FEWEST_SIZES:
+    }
+    if len(laws) < FEWEST_SIZES or any(law.E <= 0 for law in laws.values()):
         return []
-    sizes, counts, losses = zip(*points, strict=True)
-    law = fit_joint(sizes, counts, losses, alpha_K=1.0)
+    known = all(law.interval for law in laws.values())
+    law = fit_joint(
+        list(laws),
+        [math.inf] * len(laws),
+        [law.E for law in laws.values()],
+        errors=[max(law.error, SMALLEST_ERROR) for law in laws.values()] if known else None,
+        error_dof=sum(law.dof for law in laws.values()) if known else 0,
+    )
     reasons = heavy_weight_decay.missing(records, scale, tokens)
     return [
         Claim(
@@ -203,7 +214,7 @@ def _joint_claim(records: Records, scale: Scale, tokens: int, done: Found) -> li
             interval=law.interval["E"] if law.interval else None,
             seeds=scale.ensemble.count,
             holds=None,
-            provisional=reasons if law.interval else (*reasons, "too few points for an interval"),
+            provisional=reasons if law.interval else (*reasons, law.note.rstrip(".")),
         )
     ]
 

@@ -1,7 +1,8 @@
 """Scaling laws with intervals: what a recipe reaches in the limit, and how sure that is. Needs no torch.
 
-Read `power.py` first (one size, one law), then `joint.py` (the double limit) and `efficiency.py`; `checks.py` asks
-whether a law deserves belief, `forms.py` has laws in several sizes, `solve.py` the arithmetic under all of them.
+Read `power.py` first (one size, one law), then `members.py` (the limit of one ensemble), `joint.py` (the double limit)
+and `efficiency.py`; `checks.py` asks whether a law deserves belief, `forms.py` has laws in several sizes, `solve.py` the
+arithmetic under all of them.
 """
 
 from epochal.scaling.checks import (
@@ -15,9 +16,10 @@ from epochal.scaling.checks import (
     leave_one_out,
     seed_weights,
 )
-from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants
+from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants, slowrun_multiple
 from epochal.scaling.forms import CHINCHILLA, JOINT, Form, SurfaceLaw, fit_surface, power_sum, repetition, with_penalty
 from epochal.scaling.joint import JointLaw, NestedLimit, fit_joint
+from epochal.scaling.members import MembersLaw, fit_members
 from epochal.scaling.power import PowerLaw, fit_power_law
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Form",
     "HeldOut",
     "JointLaw",
+    "MembersLaw",
     "NestedLimit",
     "PowerLaw",
     "SurfaceLaw",
@@ -37,6 +40,7 @@ __all__ = [
     "compare_limits",
     "data_efficiency",
     "fit_joint",
+    "fit_members",
     "fit_power_law",
     "fit_surface",
     "held_out_largest",
@@ -45,5 +49,6 @@ __all__ = [
     "power_sum",
     "repetition",
     "seed_weights",
+    "slowrun_multiple",
     "with_penalty",
 ]

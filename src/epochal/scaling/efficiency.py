@@ -1,7 +1,8 @@
 """How much more data the standard recipe would need for the same loss.
 
 Data scaling laws of "Pre-training under infinite compute": invert the standard recipe's data law,
-`D_eq = (A / (L - E)) ** (1 / alpha)`, and divide by the tokens really used.
+`D_eq = (A / (L - E)) ** (1 / alpha)`, and divide by the tokens really used. The NanoGPT Slowrun counts otherwise (a table
+of one-pass runs instead of a law of tuned ones): `slowrun_multiple`. The two are no numbers of one column.
 """
 
 import math
@@ -13,14 +14,21 @@ from epochal.scaling.power import Interval, PowerLaw
 
 SEARCH_DECADES = 30.0
 
+SLOWRUN_TOKENS = 1e8
+"""Distinct tokens of the Slowrun's training text (FineWeb, GPT-2 tokenizer)."""
+
+SLOWRUN_TABLE = ((2e8, 3.703), (4e8, 3.370), (6e8, 3.200), (8e8, 3.123), (1e9, 3.046), (2e9, 2.892))
+"""Tokens of one pass, and the lowest validation loss of nanochat d12, d20 and d26 (Slowrun's data_eff/README)."""
+
 
 @dataclass(frozen=True)
 class DataEfficiency:
     """`multiple` times the data: the reference recipe needs `equivalent` tokens for the loss reached with fewer.
 
-    `interval` is the 90% interval of the multiple from the band of the reference law (its upper end is inf where the
-    band never comes down to the loss), or None where the law has none. `extrapolated` is True where `equivalent` lies
-    outside the data sizes of the law, None where these are unknown.
+    `interval` is the 90% interval of the multiple: the band of the reference law and the interval of the loss, as
+    independent errors of log D (its upper end is inf where the band never comes down to the loss). It is None where the
+    law has points but no interval; `note` then says why. `extrapolated` is True where `equivalent` lies outside the data
+    sizes of the law, None where these are unknown.
     """
 
     multiple: float
@@ -28,6 +36,27 @@ class DataEfficiency:
     interval: Interval | None
     extrapolated: bool | None
     note: str
+
+    @property
+    def sentence(self) -> str:
+        """Say the multiple in words, with its interval and whether it is extrapolated."""
+        if math.isinf(self.multiple):
+            return self.note
+        within = "" if self.interval is None else f" (90% interval {self.interval[0]:.2f} to {self.interval[1]:.2f})"
+        return " ".join(part for part in (f"Worth {self.multiple:.2f} times the data{within}.", self.note) if part)
+
+
+def slowrun_multiple(loss: float) -> float | None:
+    """Give the NanoGPT Slowrun's data efficiency of a validation loss: piecewise-linear in its table, over 100M tokens.
+
+    Only for losses on the Slowrun's own validation tokens. None outside the table (above 3.703 or below 2.892 nats).
+    """
+    if not math.isfinite(loss):
+        raise ValueError(f"loss = {loss} cannot be placed in the Slowrun's table: give a finite number.")
+    tokens, losses = np.array(SLOWRUN_TABLE).T
+    if not losses[-1] <= loss <= losses[0]:
+        return None
+    return float(np.interp(-loss, -losses, tokens)) / SLOWRUN_TOKENS
 
 
 def law_from_constants(E: float, A: float, alpha: float, *, fitted_range: Interval | None = None) -> PowerLaw:
@@ -77,19 +106,44 @@ def data_efficiency(
             f"baseline_loss = {baseline_loss} lies at or below the limit {reference_law.E:.4f} of the reference law, "
             "so nothing can be measured against it: leave it out to divide by D."
         )
-    low, high = loss_interval if loss_interval is not None else (loss, loss)
-    interval = None
-    if reference_law.interval is not None:
-        interval = (_band(reference_law, high, end=0) / unit, _band(reference_law, low, end=1) / unit)
-    extrapolated, note = None, ""
+    interval, note = _interval(reference_law, loss, loss_interval, equivalent)
+    extrapolated = None
     if reference_law.x.size:
         smallest, largest = float(np.min(reference_law.x)), float(np.max(reference_law.x))
         extrapolated = not smallest <= equivalent <= largest
         if extrapolated:
-            note = f"Extrapolated: the reference law was fitted from {smallest:g} to {largest:g}."
+            note = f"Extrapolated: the reference law was fitted from {smallest:g} to {largest:g}. {note}".strip()
     if math.isinf(equivalent):
         note = f"No amount of data brings the reference below its limit {reference_law.E:.4f}."
+    if interval is not None:
+        interval = (interval[0] / unit, interval[1] / unit)
     return DataEfficiency(equivalent / unit, equivalent, interval, extrapolated, note)
+
+
+def _interval(
+    law: PowerLaw, loss: float, loss_interval: Interval | None, equivalent: float
+) -> tuple[Interval | None, str]:
+    """The interval of the equivalent tokens, and what it leaves out."""
+    ends = (loss, loss) if loss_interval is None else loss_interval
+    by_loss = (_invert(law, ends[1]), _invert(law, ends[0]))
+    if law.interval is None:
+        if law.y.size:
+            return None, f"No interval: {law.note}"
+        note = "The reference law is taken as exact."
+        return (None, "") if loss_interval is None else (by_loss, note)
+    by_law = (_band(law, loss, end=0), _band(law, loss, end=1))
+    low = _combined(equivalent, by_law[0], by_loss[0], end=0)
+    return (low, _combined(equivalent, by_law[1], by_loss[1], end=1)), ""
+
+
+def _combined(centre: float, first: float, second: float, *, end: int) -> float:
+    """The lower (0) or upper (1) end for two independent reasons: distances on the log scale add as squares."""
+    if end == 0 and (math.isinf(centre) or 0.0 in (first, second)):
+        return min(first, second)
+    if end == 1 and math.inf in (centre, first, second):
+        return math.inf
+    distance = math.hypot(math.log(first / centre), math.log(second / centre))
+    return centre * math.exp(distance if end else -distance)
 
 
 def _invert(law: PowerLaw, loss: float) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.power import LEVEL, Interval, checked
+from epochal.scaling.power import FEWEST_FREE, LEVEL, Interval, checked
 from epochal.scaling.solve import Array
 
 Data = Mapping[str, Array]
@@ -37,7 +37,11 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class SurfaceLaw:
-    """A fitted Form: `constants` by name, residuals in nats, the 90% profile interval of E where there can be one."""
+    """A fitted Form: `constants` by name, residuals in nats, the 90% profile interval of E where there can be one.
+
+    `covariance` is that of the coefficients and the logs of the shapes, in the order of `constants` (delta method; a
+    coefficient on its bound 0 does not vary), with `dof` degrees of freedom; nan below two of them.
+    """
 
     form: Form
     constants: dict[str, float]
@@ -45,6 +49,7 @@ class SurfaceLaw:
     interval: dict[str, Interval] | None
     note: str
     dof: int
+    covariance: Array = field(default_factory=lambda: np.empty((0, 0)), repr=False)
 
     @property
     def E(self) -> float:  # noqa: N802 - the field's own letter
@@ -53,10 +58,63 @@ class SurfaceLaw:
 
     def predict(self, **sizes: npt.ArrayLike) -> Array:
         """Evaluate the law at the named sizes (units of the fit; `math.inf` gives a limit)."""
-        data = {name: np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in self.form.sizes}
-        shapes = np.array([self.constants[name] for name in self.form.shapes])
-        offset, basis = self.form.model(shapes, data)
-        return np.asarray(offset + basis @ np.array([self.constants[name] for name in self.form.coefficients]))
+        return _values(self.form, self._theta, self._data(sizes))
+
+    def gradient(self, **sizes: npt.ArrayLike) -> Array:
+        """Derivatives of `predict` by what `covariance` speaks of: (points, constants)."""
+        return _jacobian(self.form, self._theta, self._data(sizes))
+
+    def reach(self, gradient: Array) -> Array:
+        """Half the width of the 90% interval of a combination of predictions, from its gradient (points, constants)."""
+        from scipy.special import stdtrit
+
+        variance = np.einsum("ij,jk,ik->i", gradient, self.covariance, gradient)
+        return np.asarray(float(stdtrit(max(self.dof, 1), (1 + LEVEL) / 2)) * np.sqrt(np.maximum(variance, 0.0)))
+
+    def predict_interval(self, **sizes: npt.ArrayLike) -> tuple[Array, Array]:
+        """Give the two ends of the pointwise 90% band (delta method), nan where the points are too few."""
+        centre, half = self.predict(**sizes), self.reach(self.gradient(**sizes))
+        return centre - half, centre + half
+
+    @property
+    def _theta(self) -> Array:
+        shapes = [math.log(self.constants[name]) for name in self.form.shapes]
+        return np.array([*(self.constants[name] for name in self.form.coefficients), *shapes])
+
+    def _data(self, sizes: Mapping[str, npt.ArrayLike]) -> Data:
+        return {name: np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in self.form.sizes}
+
+
+def _values(form: Form, theta: Array, data: Data) -> Array:
+    count = len(form.coefficients)
+    offset, basis = form.model(np.exp(theta[count:]), data)
+    return np.asarray(offset + basis @ theta[:count])
+
+
+def _jacobian(form: Form, theta: Array, data: Data) -> Array:
+    """Central differences; the law is smooth, and linear in all but the shapes."""
+    steps = 1e-5 * np.maximum(np.abs(theta), 1e-3)
+    columns = [
+        (_values(form, theta + step, data) - _values(form, theta - step, data)) / (2 * size)
+        for size, step in zip(steps, np.diag(steps), strict=True)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _covariance(form: Form, theta: Array, data: Data, root: Array, residuals: Array, dof: int) -> Array:
+    count = len(theta)
+    if dof < FEWEST_FREE:
+        return np.full((count, count), np.nan)
+    free = np.ones(count, dtype=bool)
+    free[: len(form.coefficients)] = theta[: len(form.coefficients)] > 0
+    weighted = _jacobian(form, theta, data)[:, free] * root[:, None]
+    # Columns of unlike size (E beside a coefficient of 1e3) must not decide what counts as no information.
+    scale = np.linalg.norm(weighted, axis=0)
+    scale[scale == 0] = 1.0
+    inverse = np.linalg.pinv((weighted / scale).T @ (weighted / scale), hermitian=True) / np.outer(scale, scale)
+    found = np.zeros((count, count))
+    found[np.ix_(free, free)] = inverse * float(np.sum((root * residuals) ** 2)) / dof
+    return found
 
 
 def power_sum(first: str, second: str) -> Form:
@@ -194,11 +252,13 @@ def fit_surface(
     constants = dict(zip(form.coefficients, coefficients.tolist(), strict=True))
     constants |= dict(zip(form.shapes, np.exp(log_shapes).tolist(), strict=True))
     dof, interval, note = len(y) - parameters, None, ""
-    if dof <= 0:
+    if dof < FEWEST_FREE:
         note = f"Too few points for an interval: {len(y)} points for {parameters} constants."
     elif objective == "squares" and "E" in constants:
         interval = {"E": _profile_limit(form, data, y, root, log_shapes, constants["E"], dof)}
-    return SurfaceLaw(form, constants, residuals, interval, note, max(dof, 0))
+    theta = np.append(coefficients, log_shapes)
+    covariance = _covariance(form, theta, data, root, residuals, dof)
+    return SurfaceLaw(form, constants, residuals, interval, note, max(dof, 0), covariance)
 
 
 def _size(name: str, values: npt.ArrayLike, count: int) -> Array:

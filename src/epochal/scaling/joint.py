@@ -1,9 +1,9 @@
 """The double limit: more members, then bigger models (or the other way round).
 
 Section 7 of the companion notes to "Pre-training under infinite compute": fit a K law per N, take the limits, fit an
-N law through them. The interval carries both levels: the outer profile interval (scatter between sizes), widened to the
-spread of the outer limit when every inner limit is drawn from its own confidence distribution. That is on the safe
-side: it covered in 97% to 100% of synthetic grids, the outer interval alone in 82% to 90% (`benchmarks/laws.csv`).
+N law through them. The inner limits are points of the outer law whose standard errors are known, so the interval knows
+both levels: where the limits scatter about the outer law no more than their errors say, both are pooled; where they
+scatter more, the outer scatter alone counts (`benchmarks/laws.csv` has the coverage).
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from epochal.scaling.forms import JOINT, SurfaceLaw, fit_surface
 from epochal.scaling.power import LEVEL, Interval, PowerLaw, checked, fit_power_law
-from epochal.scaling.solve import Array, solve
+from epochal.scaling.solve import Array
+
+SMALLEST_ERROR = 1e-9  # nats; curves without any noise would divide by nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ def fit_joint(
     K: npt.ArrayLike,
     loss: npt.ArrayLike,
     *,
+    errors: npt.ArrayLike | None = None,
+    error_dof: int = 0,
     alpha_K: float | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -56,8 +60,10 @@ def fit_joint(
     """Fit the limit K -> inf, then N -> inf, of ensemble losses (nats per token) given as flat lists of points.
 
     N: parameters of a member in any unit (the paper: billions), K: members; K = `math.inf` marks a loss that already is
-    a K limit. `alpha_K` fixes the exponent of the K laws (1.0: independent members). Each N needs at least three K
-    (two where `alpha_K` is given), or a K of inf.
+    a K limit. `errors` are standard errors in nats of such limits, with `error_dof` degrees of freedom in all
+    (`fit_members` gives both): losses of one set of members are no independent points, so their limits should be given.
+    `alpha_K` fixes the exponent of the K laws (1.0: independent members). Each N needs at least three K (two where
+    `alpha_K` is given), or a K of inf.
 
     Raises ValueError on values that cannot be used and where fewer than two N have a limit.
     """
@@ -69,13 +75,17 @@ def fit_joint(
         )
     if not np.all(Ks >= 1):
         raise ValueError(f"K = {Ks[~(Ks >= 1)][0]} is no number of members: use 1 or more, or math.inf for a limit.")
-    nested = _nest(Ns, Ks, losses, inner_alpha=alpha_K, outer_alpha=None, bootstrap=bootstrap, seed=seed)
+    if errors is not None and not (np.all(np.isinf(Ks)) and np.shape(errors) == losses.shape):
+        raise ValueError("errors are those of K limits: give one for each loss, and K = inf for all of them.")
+    known = None if errors is None else (checked("errors", errors), error_dof)
+    nested = _nest(Ns, Ks, losses, known, inner_alpha=alpha_K, outer_alpha=None, bootstrap=bootstrap, seed=seed)
     if nested is None:
         raise ValueError("Fewer than two N have a K limit: give three K (or K = inf) for two or more N.")
     finite = np.isfinite(Ks)
     reverse = _nest(
-        Ks[finite], Ns[finite], losses[finite], inner_alpha=None, outer_alpha=alpha_K, bootstrap=bootstrap, seed=seed
-    )
+        Ks[finite], Ns[finite], losses[finite], None,
+        inner_alpha=None, outer_alpha=alpha_K, bootstrap=bootstrap, seed=seed,
+    )  # fmt: skip
     grid = len(np.unique(Ks[finite])) >= 2 and len(losses) >= 6
     surface = fit_surface(JOINT, losses, N=Ns, K=Ks) if grid else None
     return JointLaw(nested.E, nested.interval, nested.note, nested, reverse, surface)
@@ -85,6 +95,7 @@ def _nest(
     outer: Array,
     inner: Array,
     losses: Array,
+    known: tuple[Array, int] | None,
     *,
     inner_alpha: float | None,
     outer_alpha: float | None,
@@ -112,40 +123,39 @@ def _nest(
     if np.any(ends <= 0):
         note = "An inner limit stopped at 0, so no outer law can be fitted: add points or fix the inner exponent."
         return NestedLimit(float(np.min(ends)), None, note, laws, None)
-    law = fit_power_law(sizes, ends, alpha=outer_alpha, bootstrap=bootstrap, seed=seed)
-    interval, note = _propagated(law, laws, bootstrap=max(bootstrap, 200), seed=seed)
-    return NestedLimit(law.E, interval, note, laws, law)
+    if known is not None:
+        order = [int(np.flatnonzero(outer == size)[0]) for size in sizes]
+        known = (known[0][order], known[1])
+    else:
+        known = _inner_errors(sizes, laws)
+    errors, dof = known if known is not None else (None, 0)
+    law = fit_power_law(sizes, ends, errors=errors, error_dof=dof, alpha=outer_alpha, bootstrap=bootstrap, seed=seed)
+    return NestedLimit(law.E, law.interval, _note(law, laws), laws, law)
 
 
-def _propagated(
-    outer: PowerLaw, inner: Mapping[float, PowerLaw], *, bootstrap: int, seed: int
-) -> tuple[dict[str, Interval] | None, str]:
-    """Widen the outer interval to what the inner confidence distributions alone make of the outer limit."""
-    unsure = [f"{size:g}" for size, law in inner.items() if law.interval is None]
-    if outer.interval is None:
-        return None, outer.note
-    if unsure:
-        return None, f"No interval: the inner laws at {', '.join(unsure)} have too few points for their own."
-    if not inner:
-        return outer.interval, f"{outer.note} The inner limits were given without intervals.".strip()
-    rng = np.random.default_rng(seed)
-    draws = np.tile(outer.y, (bootstrap, 1))
-    for column, size in enumerate(outer.x):
-        if float(size) in inner:
-            draws[:, column] = _sample_limit(inner[float(size)], rng, bootstrap)
-    centre = float(np.mean(np.log(outer.x)))
-    E, A, alpha, _ = solve(
-        np.log(outer.x) - centre, draws, outer.weights, alpha=outer.fixed_alpha, bounds=outer.alpha_bounds
-    )
-    samples = {"E": E, "A": A * np.exp(alpha * centre), "alpha": alpha}
-    hull = {}
-    for name, values in samples.items():
-        low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        hull[name] = (min(outer.interval[name][0], float(low)), max(outer.interval[name][1], float(high)))
-    return hull, outer.note
+def _inner_errors(sizes: Array, laws: Mapping[float, PowerLaw]) -> tuple[Array, int] | None:
+    """Standard errors of the inner limits from their intervals, one noise taken for all; None where one has none.
+
+    One curve tells its noise badly (two or three degrees of freedom), so the curves share theirs: the widths are
+    rescaled to the pooled variance.
+    """
+    from scipy.special import stdtrit
+
+    if set(laws) != set(sizes.tolist()) or any(law.interval is None for law in laws.values()):
+        return None
+    dof = sum(law.dof for law in laws.values())
+    pooled = sum(law.variance * law.dof for law in laws.values()) / dof
+    errors = []
+    for size in sizes:
+        law = laws[float(size)]
+        low, high = law.limit_quantiles([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        own = (high - low) / (2 * float(stdtrit(law.dof, (1 + LEVEL) / 2)))
+        errors.append(own * np.sqrt(pooled / law.variance) if law.variance > 0 else 0.0)
+    return np.maximum(errors, SMALLEST_ERROR), dof
 
 
-def _sample_limit(law: PowerLaw, rng: np.random.Generator, count: int) -> Array:
-    """Draw from the confidence distribution of E by interpolating its quantiles."""
-    levels = np.concatenate([[0.001, 0.005], np.linspace(0.01, 0.99, 50), [0.995, 0.999]])
-    return np.interp(rng.uniform(0.001, 0.999, count), levels, law.limit_quantiles(levels))
+def _note(law: PowerLaw, laws: Mapping[float, PowerLaw]) -> str:
+    unsure = [f"{size:g}" for size, inner in laws.items() if inner.interval is None]
+    if law.interval is not None and unsure:
+        return f"{law.note} The inner laws at {', '.join(unsure)} have too few points for errors of their own.".strip()
+    return law.note

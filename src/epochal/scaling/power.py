@@ -3,11 +3,13 @@
 The form is that of "Pre-training under infinite compute" (sections 3 to 5: x = parameters N, members K or tokens D;
 E is the asymptote by which recipes are compared). The paper fits three constants to four points and gives no interval;
 here the interval that is reported is the profile-likelihood interval with Student quantiles, because it is the one
-whose coverage was measured to be honest (`benchmarks/laws.csv`); the bootstrap interval stands beside it.
+whose coverage was measured to be honest (`benchmarks/laws.csv`); the bootstrap interval stands beside it. Where the
+points leave fewer than two degrees of freedom there is no interval but a sentence: AICc is not defined there either, and
+one degree of freedom tests nothing.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from epochal.scaling.solve import Array, profile, solve
 LEVEL = 0.90
 ALPHA_BOUNDS = (0.01, 10.0)
 FEWEST = 4  # distinct x below which no interval is given, whatever the number of constants
+FEWEST_FREE = 2  # points beyond the constants below which no interval is given: four points, three constants, one seed
 HUBER_ROUNDS = 60
 POOLING = 0.5  # seeds and sizes share one variance where the F test is less sure than this; see _noise
 EXCESS_ROUNDS = 4
@@ -29,9 +32,11 @@ class PowerLaw:
     """A fitted law `E + A / x**alpha`: losses in nats per token, x in the unit it was given in.
 
     `interval` maps E, A, alpha to 90% intervals (profile likelihood, Student quantiles), or is None where the points
-    cannot carry one; `note` then says why. `bootstrap_interval` is the percentile interval of `draws` ((B, 3): E, A,
-    alpha of refitted bootstrap data). `variance` is that of a point of weight 1 and `dof` its degrees of freedom.
-    The points are taken as independent: losses of nested ensembles (the same members in K = 2 and K = 3) are not quite.
+    cannot carry one; `note` then says why. Those of A and alpha are hulls over constant noise and noise in proportion to
+    the excess, which a few points cannot tell apart and which move them, but hardly E. `bootstrap_interval` is the
+    percentile interval of `draws` ((B, 3): E, A, alpha of refitted bootstrap data). `variance` is that of a point of
+    weight 1 and `dof` its degrees of freedom.
+    The points are taken as independent: losses of nested ensembles are not (`members.py`).
     """
 
     E: float
@@ -108,7 +113,11 @@ def _profile_ends(law: PowerLaw, probability: Array, log_target: Array, *, coeff
         bounds=law.alpha_bounds,
         coefficient=coefficient,
     )
-    return np.asarray(ends)
+    # Points exactly on a law leave an ellipse of rounding errors, which may hold no law at all: the law is its interval.
+    exact = (
+        np.full(log_target.shape, law.A) if coefficient else law.predict(np.exp(log_target + np.mean(np.log(law.x))))
+    )
+    return np.where(np.isfinite(ends), ends, exact)
 
 
 def _worst(values: Array, good: npt.NDArray[np.bool_]) -> float:
@@ -149,6 +158,8 @@ def fit_power_law(
     y: npt.ArrayLike,
     *,
     weights: npt.ArrayLike | None = None,
+    errors: npt.ArrayLike | None = None,
+    error_dof: int = 0,
     bootstrap: int = 1000,
     seed: int = 0,
     alpha: float | None = None,
@@ -161,16 +172,56 @@ def fit_power_law(
 
     x: sizes (any unit; the constants come out in it), y: losses in nats per token. Several seeds of one size are given
     as several points with the same x. `weights` are inverse variances up to a factor (`seed_weights` makes them).
+    `errors` are standard errors of y in nats that are known from elsewhere, with `error_dof` degrees of freedom in all
+    (limits of other fits, say); they weigh the points and speak for the noise as repeated seeds would.
     `alpha` fixes the exponent (1.0 for an ensemble of independent members, section 4 of the paper). `loss="huber"`
     takes Huber's loss of log residuals with threshold `delta`, as Chinchilla's third approach does; points far off the
-    law then count less. `noise="excess"` is for noise that shrinks with the excess over the limit (members of
-    ensembles, relative errors); with the default, constant noise, the interval of E stays honest there but
-    those of A and alpha do not (`benchmarks/laws.csv`). `bootstrap` draws (0: none) are reproducible by `seed`.
+    law then count less. `noise="excess"` weighs for noise that shrinks with the excess over the limit (members of
+    ensembles, relative errors). `bootstrap` draws (0: none) are reproducible by `seed`.
 
     Raises ValueError on values that are not finite and positive, on unequal lengths, on fewer than two distinct x.
     """
+    if errors is not None:
+        if weights is not None or error_dof < 1 or noise == "excess":
+            raise ValueError(
+                "errors need error_dof of at least 1, no weights and constant noise: they weigh the points."
+            )
+        weights = checked("errors", errors) ** -2.0
     xs, ys, ws = checked_points(x, y, weights)
     _check_options(alpha, noise, loss, delta, alpha_bounds)
+    law = _fit(xs, ys, ws, error_dof, alpha=alpha, noise=noise, loss=loss, delta=delta, alpha_bounds=alpha_bounds)
+    too_few = _too_few(xs, law.parameters, alpha, error_dof)
+    if too_few:
+        return replace(law, note=too_few)
+    interval = _profile_intervals(law)
+    if noise == "constant" and loss == "squares" and errors is None:
+        other = _fit(xs, ys, ws, 0, alpha=alpha, noise="excess", loss=loss, delta=delta, alpha_bounds=alpha_bounds)
+        interval |= {
+            name: _hull(interval[name], ends) for name, ends in _profile_intervals(other).items() if name != "E"
+        }
+    draws = _bootstrap(law, bootstrap, seed)
+    return replace(
+        law,
+        interval=interval,
+        note=_notes(law),
+        draws=draws,
+        bootstrap_interval=_percentiles(draws) if bootstrap else None,
+    )
+
+
+def _fit(
+    xs: Array,
+    ys: Array,
+    ws: Array,
+    error_dof: int,
+    *,
+    alpha: float | None,
+    noise: str,
+    loss: str,
+    delta: float,
+    alpha_bounds: Interval,
+) -> PowerLaw:
+    """Fit the constants and the noise; no intervals yet."""
     centre = float(np.mean(np.log(xs)))
     log_x = np.log(xs) - centre
     if noise == "excess":
@@ -181,28 +232,24 @@ def fit_power_law(
     E, scaled_A, exponent, _ = (
         float(v[0]) for v in solve(log_x, working_y[None], working_w, alpha=alpha, bounds=alpha_bounds)
     )
-    A = scaled_A * math.exp(exponent * centre)
     fitted = E + scaled_A * np.exp(-exponent * log_x)
-    parameters = 3 if alpha is None else 2
-    variance, dof, noise_note = _noise(xs, working_y - fitted, working_w, parameters)
-    too_few = _too_few(len(np.unique(xs)), parameters, alpha)
-    law = PowerLaw(
+    variance, dof, note = _noise(xs, working_y - fitted, working_w, 3 if alpha is None else 2, error_dof)
+    return PowerLaw(
         E=E,
-        A=A,
+        A=scaled_A * math.exp(exponent * centre),
         alpha=exponent,
         x=xs,
         y=ys,
         weights=working_w,
         residuals=ys - fitted,
         interval=None,
-        note=too_few or noise_note,
+        note=note,
         variance=variance,
         dof=dof,
         fixed_alpha=alpha,
         alpha_bounds=alpha_bounds,
         working_y=working_y,
     )
-    return law if too_few else _with_intervals(law, bootstrap, seed)
 
 
 def _check_options(alpha: float | None, noise: str, loss: str, delta: float, alpha_bounds: Interval) -> None:
@@ -218,65 +265,71 @@ def _check_options(alpha: float | None, noise: str, loss: str, delta: float, alp
         raise ValueError(f"alpha_bounds = {alpha_bounds} is no range: give two positive numbers, the smaller first.")
 
 
-def _too_few(distinct: int, parameters: int, alpha: float | None) -> str:
-    if distinct >= FEWEST and distinct > parameters:
-        return ""
+def _too_few(x: Array, parameters: int, alpha: float | None, error_dof: int) -> str:
+    distinct, free = len(np.unique(x)), len(x) + error_dof - parameters
     what = f"{parameters} constants" + ("" if alpha is None else f" (alpha fixed at {alpha:g})")
-    return f"Too few points for an interval: {distinct} distinct sizes for {what}; at least {FEWEST} are needed."
+    if distinct < FEWEST or distinct <= parameters:
+        return f"Too few points for an interval: {distinct} distinct sizes for {what}; at least {FEWEST} are needed."
+    if free < FEWEST_FREE:
+        return (
+            f"Too few points for an interval: {len(x)} points for {what} leave {free} degree of freedom, and at least "
+            f"{FEWEST_FREE} are needed; add a size or a second seed."
+        )
+    return ""
 
 
-def _noise(x: Array, residual: Array, weights: Array, parameters: int) -> tuple[float, int, str]:
+def _noise(x: Array, residual: Array, weights: Array, parameters: int, error_dof: int) -> tuple[float, int, str]:
     """Variance of a point of weight 1 and its degrees of freedom.
 
-    Seeds of one size tell the seed noise; the scatter of sizes about the law also holds what seeds cannot show (tuning,
-    model shape). Where the second is larger, the seeds are pseudo-replicates and only the sizes count. The F test
-    decides at 0.5, not at 0.05, because few sizes hardly ever show a difference that is there: wrong pooling makes
-    intervals too short (coverage 0.72 instead of 0.92 with four sizes and three seeds), wrong separation only wider.
+    Seeds of one size tell the seed noise (and known errors the same); the scatter of sizes about the law also holds what
+    seeds cannot show (tuning, model shape). Where the second is larger, the seeds are pseudo-replicates and only the
+    sizes count. The F test decides at 0.5, not at 0.05, because few sizes hardly ever show a difference that is there:
+    wrong pooling makes intervals too short (coverage 0.72 instead of 0.92 with four sizes and three seeds), wrong
+    separation only wider.
     """
     from scipy.special import fdtrc
 
     groups = [x == value for value in np.unique(x)]
-    total = float(np.sum(weights * residual**2))
-    within = 0.0
+    # Weights from known errors are inverse variances, so each of their degrees of freedom adds a square of 1.
+    total, within = float(np.sum(weights * residual**2)) + error_dof, float(error_dof)
     for group in groups:
         w, r = weights[group], residual[group]
         within += float(np.sum(w * (r - np.sum(w * r) / np.sum(w)) ** 2))
-    dof_between, dof_within = len(groups) - parameters, len(x) - len(groups)
+    dof_between, dof_within = len(groups) - parameters, len(x) - len(groups) + error_dof
     if dof_between <= 0 or dof_within == 0:
-        dof = max(len(x) - parameters, 0)
+        dof = max(len(x) + error_dof - parameters, 0)
         return total / max(dof, 1), dof, ""
     between, pure = max(total - within, 0.0) / dof_between, within / dof_within
     if pure == 0.0 or fdtrc(dof_between, dof_within, between / pure) < POOLING:
-        note = "Sizes scatter about the law more than their seeds do, so the interval rests on the sizes alone."
+        note = "Sizes scatter about the law more than their own noise, so the interval rests on the sizes alone."
         return between, dof_between, note
     return total / (dof_between + dof_within), dof_between + dof_within, ""
 
 
-def _with_intervals(law: PowerLaw, bootstrap: int, seed: int) -> PowerLaw:
-    from dataclasses import replace
-
+def _profile_intervals(law: PowerLaw) -> dict[str, Interval]:
     tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     centre = float(np.mean(np.log(law.x)))
-    interval = {
+    found = {
         "E": _profile_ends(law, tails, np.full(2, np.inf), coefficient=False),
         "A": _profile_ends(law, tails, np.full(2, -centre), coefficient=True),
         "alpha": _alpha_ends(law),
     }
+    return {name: (float(ends[0]), float(ends[1])) for name, ends in found.items()}
+
+
+def _hull(first: Interval, second: Interval) -> Interval:
+    return min(first[0], second[0]), max(first[1], second[1])
+
+
+def _notes(law: PowerLaw) -> str:
     notes = [law.note] if law.note else []
-    if law.dof == 1:
-        notes.append("One degree of freedom: the interval is wide because the points hardly test the law.")
-    if law.fixed_alpha is None and not law.alpha_bounds[0] * 1.001 < law.alpha < law.alpha_bounds[1] * 0.999:
+    if law.A == 0.0:
+        notes.append("The losses do not fall with size, so there is no limit to extrapolate to: E is their mean.")
+    elif law.fixed_alpha is None and not law.alpha_bounds[0] * 1.001 < law.alpha < law.alpha_bounds[1] * 0.999:
         notes.append(f"The exponent stopped at its bound {law.alpha:g}: the points do not show a limit.")
     if law.E == 0.0:
         notes.append("The limit stopped at its bound 0: the points do not show a limit.")
-    draws = _bootstrap(law, bootstrap, seed)
-    return replace(
-        law,
-        interval={name: (float(ends[0]), float(ends[1])) for name, ends in interval.items()},
-        note=" ".join(notes),
-        draws=draws,
-        bootstrap_interval=_percentiles(draws) if bootstrap else None,
-    )
+    return " ".join(notes)
 
 
 def _alpha_ends(law: PowerLaw) -> Array:
@@ -301,24 +354,36 @@ def _percentiles(draws: Array) -> dict[str, Interval]:
 def _bootstrap(law: PowerLaw, count: int, seed: int) -> Array:
     """Refit `count` data sets made of the law plus resampled residuals with random signs.
 
-    Residuals of a fit are too small by dof / n, and their own variance is unsure: each draw is scaled by
-    sqrt(dof / chi-squared), which turns normal tails into Student's.
+    Single seeds are resampled where they are independent points, whole sizes where the sizes scatter more than their
+    seeds do (`_noise`). Residuals of a fit are too small by dof / n, and their own variance is unsure: each draw is
+    scaled by sqrt(dof / chi-squared), which turns normal tails into Student's.
     """
     if count == 0:
         return np.empty((0, 3))
     rng = np.random.default_rng(seed)
     centre = float(np.mean(np.log(law.x)))
-    log_x = np.log(law.x) - centre
+    x, y, weights = _units(law)
+    log_x = np.log(x) - centre
     fitted = law.E + law.A * math.exp(-law.alpha * centre) * np.exp(-law.alpha * log_x)
-    standard = (law.working_y - fitted) * np.sqrt(law.weights)
+    standard = (y - fitted) * np.sqrt(weights)
     size = math.sqrt(float(np.mean(standard**2)))
     standard = standard * (math.sqrt(law.variance) / size if size > 0 else 0.0)
     picks = rng.integers(len(standard), size=(count, len(standard)))
     signs = rng.choice([-1.0, 1.0], size=picks.shape)
     scale = np.sqrt(law.dof / rng.chisquare(law.dof, size=(count, 1)))
-    y = fitted + scale * signs * standard[picks] / np.sqrt(law.weights)
-    E, A, alpha, _ = solve(log_x, y, law.weights, alpha=law.fixed_alpha, bounds=law.alpha_bounds)
+    draws = fitted + scale * signs * standard[picks] / np.sqrt(weights)
+    E, A, alpha, _ = solve(log_x, draws, weights, alpha=law.fixed_alpha, bounds=law.alpha_bounds)
     return np.stack([E, A * np.exp(alpha * centre), alpha], axis=1)
+
+
+def _units(law: PowerLaw) -> tuple[Array, Array, Array]:
+    """What varies independently: the points, or the mean of each size where only the sizes count."""
+    if law.dof >= len(law.x) - law.parameters:
+        return law.x, law.working_y, law.weights
+    sizes = np.unique(law.x)
+    weights = np.array([np.sum(law.weights[law.x == size]) for size in sizes])
+    sums = np.array([np.sum((law.weights * law.working_y)[law.x == size]) for size in sizes])
+    return sizes, sums / weights, weights
 
 
 def _huber_points(
