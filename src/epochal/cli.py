@@ -70,6 +70,11 @@ def plan(
     searches: Annotated[
         bool, typer.Option("--searches", help="List every search, also those finished or not begun.")
     ] = False,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Say how to spend --gpu-hours, from the laws of these records.")
+    ] = False,
+    tokens: Annotated[int | None, typer.Option(min=1, help="For --what-if: distinct tokens D.")] = None,
+    gpu_hours: Annotated[float | None, typer.Option(help="For --what-if: hours of the scale's device.")] = None,
 ) -> None:
     """Show what is done, ready and waiting, with cost and disk; changes nothing."""
     from epochal.campaign import outlook, recipe_names, store_vocab_size
@@ -80,6 +85,11 @@ def plan(
     workspace = _workspace(setting.name, results, work)
     records = load_records(workspace)
     _say_problems(records.problems)
+    if what_if or tokens is not None or gpu_hours is not None:
+        from epochal.what_if import answer_lines
+
+        print("\n".join(answer_lines(records, setting, tokens=tokens, hours=gpu_hours, asked=what_if)))
+        return
     view = outlook(recipes or recipe_names(), records, setting, store_vocab_size(workspace, setting))
     state, hardware = view.split, setting.hardware
     print(f"{setting.name}: {len(state.done)} done, {len(state.ready)} ready, {len(state.waiting)} waiting")
