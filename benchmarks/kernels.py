@@ -1,4 +1,4 @@
-"""How fast is each kernel, in GB/s or TFLOP/s and against torch, torch.compile and the published optimizer's clip?
+"""How fast is each kernel, in GB/s or TFLOP/s and against torch, torch.compile and the published optimizers?
 
     python benchmarks/kernels.py --device cuda                     into kernels_gpu.csv, row by row
     TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny --csv /tmp/try.csv     runs to its end; the times mean nothing
@@ -10,18 +10,21 @@ Rows already in the CSV are skipped.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from measure import HERE, append, environment, known, seconds
 from torch import Tensor
 
-from epochal.optim import soft_spectral_clip
+from epochal.optim import fira, soft_spectral_clip, spectral_clip
+from epochal.optim.fira import make_hyper
 from epochal.optim.muon import orthogonalize
 from epochal.optim.spectral_clip import soft_clip_step
 from triton_kernels.backend import backend
-from triton_kernels.fira_step import fira_step, fira_step_reference
 from triton_kernels.softmax_add import softmax_add
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
@@ -31,7 +34,20 @@ from triton_kernels.sym_mm import sym_mm, sym_mm_path
 Case = tuple[str, dict[str, Callable[[], object]], float, float]
 
 COMPILED = torch.compile(softmax_loss_reference)
-FIRA = {"eps": 1e-6, "alpha": 0.25, "gamma": 1.01, "weight_decay": 0.1}
+FIRA = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "alpha": 0.25, "gamma": 1.01, "weight_decay": 0.1}
+
+
+def over(path: str, module: ModuleType, function: Callable[[], object]) -> Callable[[], object]:
+    """Return the function with an optimizer's table of operations chosen, the interpreter's kernels included."""
+
+    def call() -> object:
+        before, module.backend = module.backend, lambda device: path  # type: ignore[attr-defined]
+        try:
+            return function()
+        finally:
+            module.backend = before  # type: ignore[attr-defined]
+
+    return call
 
 
 def softmax_cases(device: str, tiny: bool) -> list[Case]:
@@ -93,11 +109,11 @@ def clip_cases(device: str, tiny: bool) -> list[Case]:
             return w.mul_(0.99).sub_(soft_spectral_clip(x, 10.0, method="minimax"), alpha=0.01)
 
         methods: dict[str, Callable[[], object]] = {
-            "kernel": lambda w=w, x=x, c=c, numbers=numbers: soft_clip_step(w, x, c, **numbers),
-            "kernel, fixed count": lambda w=w, x=x, c=c, numbers=numbers, fixed=fixed: soft_clip_step(
-                w, x, c, **numbers, **fixed
+            "kernel": over("triton", spectral_clip, functools.partial(soft_clip_step, w, x, c, **numbers)),
+            "kernel, fixed count": over(
+                "triton", spectral_clip, functools.partial(soft_clip_step, w, x, c, **numbers, **fixed)
             ),
-            "clip, then update": lambda w=w, x=x, stacked=stacked: stacked(w, x),
+            "torch": over("torch", spectral_clip, functools.partial(stacked, w, x)),
             "published steps": lambda w=w, x=x, update=update: update(w, x, "newton_schulz"),
             "muon, 5 steps": lambda w=w, x=x: w.mul_(0.99).sub_(orthogonalize(x), alpha=0.01),
         }
@@ -115,30 +131,39 @@ def fira_cases(device: str, tiny: bool) -> list[Case]:
     cases: list[Case] = []
     for batch, a, b, r in [(2, 12, 20, 4)] if tiny else [(48, 768, 768, 192), (24, 768, 3072, 192)]:
         w, g = (torch.randn(batch, a, b, device=device) for _ in range(2))
-        basis = torch.linalg.qr(torch.randn(batch, a, r, device=device))[0].contiguous()
-        state = [torch.zeros(batch, r, b, device=device) for _ in range(2)]
-        state += [torch.zeros(batch, device=device) for _ in range(2)]
-        lr = torch.tensor(1e-3, device=device)
+        shapes = {"basis": (batch, a, r), "exp_avg": (batch, r, b), "exp_avg_sq": (batch, r, b), "limiter": (batch,)}
+        state = {name: torch.zeros(shape, device=device) for name, shape in (shapes | {"step": (batch,)}).items()}
+        state["basis"] = torch.linalg.qr(torch.randn(batch, a, r, device=device))[0].contiguous()
         adam = torch.optim.AdamW([torch.nn.Parameter(w.clone())], fused=True)
         adam.param_groups[0]["params"][0].grad = g
 
-        def reference(w: Tensor, g: Tensor, basis: Tensor, state: list[Tensor], lr: Tensor) -> object:
-            return fira_step_reference(w, g, basis, *state, lr=lr, betas=(0.9, 0.999), **FIRA)
-
-        arguments = (w, g, basis, state, lr)
-        compiled = torch.compile(reference)
-        methods: dict[str, Callable[[], object]] = {
-            "kernel": lambda w=w, g=g, basis=basis, state=state, lr=lr: fira_step(
-                w, g, basis, *state, lr, 0.9, 0.999, **FIRA
-            ),
-            "torch": lambda arguments=arguments, reference=reference: reference(*arguments),
-            "fused AdamW": adam.step,
-        }
+        arguments = (w, g, state, make_hyper(FIRA, w), fira.Form("left"))
+        run = functools.partial(fira.fira_step_, *arguments, finite=torch.ones(batch, dtype=torch.bool, device=device))
+        methods = {"kernel": over("triton", fira, run), "torch": over("torch", fira, run), "fused AdamW": adam.step}
         if device == "cuda":
-            methods["torch.compile"] = lambda arguments=arguments, compiled=compiled: compiled(*arguments)
+            methods["torch.compile"] = functools.partial(torch.compile(fira.fira_step_), *arguments, **run.keywords)
+        if importlib.util.find_spec("fira"):
+            methods["published Fira"] = published_fira(w, g, r)
         moved = float(4 * batch * (4 * a * b + 9 * r * b))
         cases.append((f"fira_step {batch}x{a}x{b} r{r}", methods, moved, float(4 * batch * a * b * r)))
     return cases
+
+
+def published_fira(w: Tensor, g: Tensor, rank: int) -> Callable[[], object]:
+    """A step of the published package over the same matrices, one parameter each; it never refreshes while timed."""
+    from fira import FiraAdamW
+
+    parameters = [torch.nn.Parameter(one.clone()) for one in w]
+    for parameter, gradient in zip(parameters, g, strict=True):
+        parameter.grad = gradient.clone()
+    group = {"params": parameters, "rank": rank, "update_proj_gap": 10**9, "alpha": 0.25, "proj_type": "left"}
+    step: Callable[[], object] = FiraAdamW([group], lr=1e-3, no_deprecation_warning=True).step
+    return step
+
+
+def reference_of(methods: dict[str, Callable[[], object]]) -> str:
+    """What the ratios of a case are against: the published optimizer's clip, or torch."""
+    return "published steps" if "published steps" in methods else "torch"
 
 
 def main() -> None:
@@ -149,23 +174,35 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=HERE / "kernels_gpu.csv")
     args = parser.parse_args()
     path = args.csv if args.csv.is_absolute() else HERE / args.csv
+    repeats = 1 if args.tiny else args.repeats
     for make in (softmax_cases, symmetric_cases, clip_cases, fira_cases):
-        for name, methods, moved, operations in make(args.device, args.tiny):
-            reference: float | None = None
-            # torch first: the ratio of every row is against it
-            for method in sorted(methods, key=lambda m: m not in ("torch", "published steps")):
-                keys = {"case": name, "method": method, **environment(args.device)}
-                if known(path, keys):
-                    print("already measured:", name, method)
-                    continue
-                methods[method]()  # compiles
-                best = seconds(methods[method], args.device, 1 if args.tiny else args.repeats)
-                reference = best if method in ("torch", "published steps") else reference
-                row: dict[str, object] = {**keys, "path": backend(args.device), "milliseconds": f"{best * 1e3:.5g}"}
-                row["gb_per_s"] = f"{moved / best / 1e9:.4g}" if moved and best else ""
-                row["tflop_per_s"] = f"{operations / best / 1e12:.4g}" if operations and best else ""
-                row["ratio_to_reference"] = f"{best / reference:.4g}" if reference else ""
-                append(path, row)
+        for case in make(args.device, args.tiny):
+            measure_case(case, args.device, repeats, path)
+
+
+def measure_case(case: Case, device: str, repeats: int, path: Path) -> None:
+    """Append the rows of a case that the CSV lacks; the reference is timed again, as ratios are of one run only."""
+    name, methods, moved, operations = case
+    reference = reference_of(methods)
+    keys = {method: {"case": name, "method": method, **environment(device)} for method in methods}
+    missing = [method for method in sorted(methods, key=lambda m: m != reference) if not known(path, keys[method])]
+    if not missing:
+        print("already measured:", name)
+        return
+    first = timed(methods[reference], device, repeats)
+    for method in missing:
+        best = first if method == reference else timed(methods[method], device, repeats)
+        row: dict[str, object] = {**keys[method], "path": backend(device), "milliseconds": f"{best * 1e3:.5g}"}
+        row["gb_per_s"] = f"{moved / best / 1e9:.4g}" if moved and best else ""
+        row["tflop_per_s"] = f"{operations / best / 1e12:.4g}" if operations and best else ""
+        row["ratio_to_reference"] = f"{best / first:.4g}" if first else ""
+        append(path, row)
+
+
+def timed(function: Callable[[], object], device: str, repeats: int) -> float:
+    """Best time in seconds after one call, which may compile, tune or refresh."""
+    function()
+    return seconds(function, device, repeats)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ HAS_TRITON: bool = triton is not None
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Read once: Triton itself decides when a kernel is decorated, so a later change of the variable has no effect."""
 
+PRECISION = "ieee" if torch.version.hip else "tf32x3"
+"""How float32 is multiplied: three products on NVIDIA's tensor cores keep its digits; AMD's compiler has no such mode."""
+
 
 def backend(device: torch.device | str) -> str:
     """Return ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` for tensors on ``device``."""

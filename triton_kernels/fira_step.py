@@ -1,20 +1,18 @@
 """Fira's step between two refreshes, in three passes that never store the residual.
 
-    R = P^T G;  M = b1 M + (1 - b1) R;  V = b2 V + (1 - b2) R R;  N = M / (sqrt(V) + eps);  t <- t + 1
-    kappa = sqrt(1 - b2^t) / (1 - b1^t);  phi_i = ||N_i|| / (||R_i|| + 1e-8)
-    ||S||^2 = sum_i phi_i^2 max(||G_i||^2 - alpha (2 - alpha) ||R_i||^2, 0)
-    L = max(||S|| / (s + 1e-8), gamma) / gamma, or 1 while s = 0;  s <- ||S|| / L;  f = phi / L
-    W <- (1 - lr wd) (W - lr kappa (f * G + alpha P (N - f * R)))
+    project   R = P^T G,  energy_j = ||G_j||^2
+    adam      M <- M + w_1 (R - M),  V <- V + w_2 (R R - V),  N = M / (sqrt(V) + eps),
+              inside_j = ||R_j||^2,  size_j = ||N_j||^2
+    update    W <- keep (W - P (whole N - share_j R_j) - factor_j G_j)
 
-Shapes: B matrices, a <= b, rank r. W, G (B, a, b), any strides (pass transposed views of tall matrices), P (B, a, r)
-with orthonormal columns; R, M, V, N (B, r, b); norms and phi (B, b) per column; s and t (B,). M, V, s, t float32.
+What lies between, a few numbers for each column or matrix, is epochal.optim.fira's and stays on the device: nothing
+waits, and a CUDA graph can hold a step.
 
-K1 projects and sums the squares of G's columns; K2 does Adam and the factors on r x b numbers; K3 multiplies and
-updates W. Traffic: G twice, W read and written, and about 9 r b; the published code moves about 27 a b. Step, limiter and
-learning rate stay on the device: nothing waits, and a CUDA graph can hold it.
+Shapes: B matrices, rank r. W, G (B, a, b), any strides (pass transposed views where the other side is projected);
+P (B, a, r); R, M, V, N (B, r, b), M and V with the same strides; energy, inside, size, share, factor (B, b) per column
+j; w (B, 2), whole and keep (B,). M, V float32; W, G, P any float.
 
-Source: the published code's variant (Fira 1.0.2) with the limiter that a zero norm does not lock; section 1.6 of our
-notes for the form without a residual.
+Traffic: G twice, W read and written, and about 9 r b; the published code moves about 27 a b.
 """
 
 # The arguments of kernels are Triton's own pointers and numbers.
@@ -25,40 +23,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels.backend import INTERPRETED, jit, tl, triton, use_kernel
+from triton_kernels.backend import PRECISION, jit, tl, triton, use_kernel
 
-FLOOR = 1e-8  # of phi and of the limiter, a literal in the published code
 BLOCK_B, BLOCK_R, BLOCK_A = 64, 64, 32
 
 
-def fira_step_reference(
-    weight: Tensor, gradient: Tensor, basis: Tensor, mean: Tensor, square: Tensor, last: Tensor, step: Tensor,
-    *, lr: Tensor, betas: tuple[float, float], eps: float, alpha: float, gamma: float, weight_decay: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the new (W, M, V, s, t), with the residual formed as the paper writes it: the definition."""
-    low = basis.mT @ gradient
-    mean = betas[0] * mean + (1 - betas[0]) * low
-    square = betas[1] * square + (1 - betas[1]) * low * low
+def fira_project_reference(gradient: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return R and energy, in float32 at least: the definition."""
+    wide = torch.promote_types(basis.dtype, torch.float32)
+    g = gradient.to(wide)
+    return basis.to(wide).mT @ g, (g * g).sum(1)
+
+
+def fira_adam_reference(
+    low: Tensor, mean: Tensor, square: Tensor, weights: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return N, inside, size, M and V: the definition."""
+    mean = mean + weights[:, 0, None, None] * (low - mean)
+    square = square + weights[:, 1, None, None] * (low * low - square)
     direction = mean / (square.sqrt() + eps)
-    step = step + 1
-    rate = lr * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    phi = direction.norm(dim=1) / (low.norm(dim=1) + FLOOR)
-    rest = phi[:, None] * (gradient - alpha * basis @ low)
-    norm = rest.norm(dim=(1, 2))
-    limit = torch.where(last == 0, 1.0, (norm / (last + FLOOR)).clamp(min=gamma) / gamma)
-    update = alpha * basis @ direction + rest / limit[:, None, None]
-    weight = (1 - lr * weight_decay) * (weight - rate[:, None, None] * update)
-    return weight, mean, square, norm / limit, step
+    return direction, (low * low).sum(1), (direction * direction).sum(1), mean, square
+
+
+def fira_update_reference(
+    weight: Tensor, gradient: Tensor, basis: Tensor, direction: Tensor, low: Tensor,
+    whole: Tensor, share: Tensor, factor: Tensor, keep: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return the new W, in the dtype of N: the definition."""
+    wide = direction.dtype
+    inner = whole[:, None, None] * direction - share[:, None] * low
+    step = basis.to(wide) @ inner + factor[:, None] * gradient.to(wide)
+    return keep[:, None, None] * (weight.to(wide) - step)
 
 
 @jit
 def _project_kernel(
-    p_bar, g_bab, low_brb, energy_bb, A, N, R, p_sb, p_sa, p_sr, g_sb, g_sa, g_sn,
-    UPCAST: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    p_bar, g_bab, low_brb, energy_bb, A, N, R, p_sb, p_sa, p_sr, g_sb, g_sa, g_sn, r_sb, r_sr, r_sn,
+    PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    ranks = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     low = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     energy = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, A, BLOCK_A):
@@ -67,153 +72,184 @@ def _project_kernel(
         g = tl.load(g_bab + batch * g_sb + a[:, None] * g_sa + columns[None, :] * g_sn, mask=g_mask, other=0.0)
         p_mask = (ranks[:, None] < R) & (a[None, :] < A)
         p = tl.load(p_bar + batch * p_sb + a[None, :] * p_sa + ranks[:, None] * p_sr, mask=p_mask, other=0.0)
-        wide = g.to(tl.float32)
-        energy += tl.sum(wide * wide, 0)
-        if UPCAST:
-            low = tl.dot(p.to(tl.float32), wide, low, input_precision="ieee")
-        else:
-            low = tl.dot(p.to(g.dtype), g, low, input_precision="ieee")
+        g = g.to(tl.float32)  # a basis rounded to 16 bits would not be orthonormal, and the norms below rely on it
+        energy += tl.sum(g * g, 0)
+        low = tl.dot(p.to(tl.float32), g, low, input_precision=PRECISION)
     inside = (ranks[:, None] < R) & (columns[None, :] < N)
-    tl.store(low_brb + (batch * R + ranks[:, None]) * N + columns[None, :], low, mask=inside)
+    tl.store(low_brb + batch * r_sb + ranks[:, None] * r_sr + columns[None, :] * r_sn, low, mask=inside)
     if tl.program_id(1) == 0:  # every block of ranks reads the same G; one of them reports its norms
         tl.store(energy_bb + batch * N + columns, energy, mask=columns < N)
 
 
 @jit
 def _adam_kernel(
-    low_brb, mean_brb, square_brb, n_brb, energy_bb, phi_bb, part_bt, N, R, b1, b2, c1, c2, eps, k, floor,
+    low_brb, mean_brb, square_brb, n_brb, inside_bb, size_bb, w_b2, eps_1, N, R, r_sb, r_sr, r_sn,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_sum = tl.zeros([BLOCK_N], tl.float32)
+    columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mean_weight, square_weight = tl.load(w_b2 + batch * 2), tl.load(w_b2 + batch * 2 + 1)
+    eps = tl.load(eps_1)
+    inside = tl.zeros([BLOCK_N], tl.float32)
     size = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
+        ranks = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         mask = (ranks[:, None] < R) & (columns[None, :] < N)
-        at = (batch * R + ranks[:, None]) * N + columns[None, :]
+        at = batch * r_sb + ranks[:, None] * r_sr + columns[None, :] * r_sn
         low = tl.load(low_brb + at, mask=mask, other=0.0)
-        mean = b1 * tl.load(mean_brb + at, mask=mask, other=0.0) + c1 * low
-        square = b2 * tl.load(square_brb + at, mask=mask, other=0.0) + c2 * low * low
-        # a column that never had a gradient has no direction, for eps = 0 too
-        direction = mean / tl.maximum(tl.sqrt(square) + eps, 1e-30)
+        mean = tl.load(mean_brb + at, mask=mask, other=0.0)
+        square = tl.load(square_brb + at, mask=mask, other=0.0)
+        mean += mean_weight * (low - mean)
+        square += square_weight * (low * low - square)
+        direction = mean / tl.where(mask, tl.sqrt(square) + eps, 1.0)  # outside the matrix 0 / eps, and eps may be 0
         tl.store(mean_brb + at, mean, mask=mask)
         tl.store(square_brb + at, square, mask=mask)
         tl.store(n_brb + at, direction, mask=mask)
-        inside_sum += tl.sum(low * low, 0)
+        inside += tl.sum(low * low, 0)
         size += tl.sum(direction * direction, 0)
-    phi = tl.sqrt(size) / (tl.sqrt(inside_sum) + floor)
-    energy = tl.load(energy_bb + batch * N + columns, mask=columns < N, other=0.0)
-    rest = energy - k * inside_sum
-    rest = tl.where(rest < 0.0, 0.0, rest)  # not maximum(): that may drop a NaN
-    tl.store(phi_bb + batch * N + columns, phi, mask=columns < N)
-    tl.store(part_bt + batch * tl.num_programs(0) + tl.program_id(0), tl.sum(phi * phi * rest, 0))
+    tl.store(inside_bb + batch * N + columns, inside, mask=columns < N)
+    tl.store(size_bb + batch * N + columns, size, mask=columns < N)
 
 
 @jit
 def _update_kernel(
-    w_bab, g_bab, p_bar, n_brb, low_brb, phi_bb, scalars_b3, A, N, R, alpha,
-    w_sb, w_sa, w_sn, g_sb, g_sa, g_sn, p_sb, p_sa, p_sr,
-    BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    w_bab, g_bab, p_bar, n_brb, low_brb, share_bb, factor_bb, scalars_b2, A, N, R,
+    w_sb, w_sa, w_sn, g_sb, g_sa, g_sn, p_sb, p_sa, p_sr, r_sb, r_sr, r_sn,
+    PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     rows = (tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rate = tl.load(scalars_b3 + batch * 3)
-    inverse_limit = tl.load(scalars_b3 + batch * 3 + 1)
-    keep = tl.load(scalars_b3 + batch * 3 + 2)
-    f = tl.load(phi_bb + batch * N + columns, mask=columns < N, other=0.0) * inverse_limit
+    columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    whole, keep = tl.load(scalars_b2 + batch * 2), tl.load(scalars_b2 + batch * 2 + 1)
+    share = tl.load(share_bb + batch * N + columns, mask=columns < N, other=0.0)
+    factor = tl.load(factor_bb + batch * N + columns, mask=columns < N, other=0.0)
     total = tl.zeros([BLOCK_A, BLOCK_N], tl.float32)
     for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
+        ranks = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         mask = (ranks[:, None] < R) & (columns[None, :] < N)
-        at = (batch * R + ranks[:, None]) * N + columns[None, :]
-        x = tl.load(n_brb + at, mask=mask, other=0.0) - f[None, :] * tl.load(low_brb + at, mask=mask, other=0.0)
+        at = batch * r_sb + ranks[:, None] * r_sr + columns[None, :] * r_sn
+        x = whole * tl.load(n_brb + at, mask=mask, other=0.0)
+        x -= share[None, :] * tl.load(low_brb + at, mask=mask, other=0.0)
         p_mask = (rows[:, None] < A) & (ranks[None, :] < R)
         p = tl.load(p_bar + batch * p_sb + rows[:, None] * p_sa + ranks[None, :] * p_sr, mask=p_mask, other=0.0)
-        total = tl.dot(p.to(tl.float32), x, total, input_precision="tf32x3")
+        total = tl.dot(p.to(tl.float32), x, total, input_precision=PRECISION)
     mask = (rows[:, None] < A) & (columns[None, :] < N)
     g_at = g_bab + batch * g_sb + rows[:, None] * g_sa + columns[None, :] * g_sn
     w_at = w_bab + batch * w_sb + rows[:, None] * w_sa + columns[None, :] * w_sn
     g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
-    w = keep * (w - rate * (f[None, :] * g + alpha * total))
+    g = tl.where(factor[None, :] == 0.0, 0.0, g)  # a gradient that is not finite is skipped by a factor of 0
+    w = keep * (w - total - factor[None, :] * g)
     tl.store(w_at, w.to(w_bab.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op(
-    "epochal_kernels::fira_step", mutates_args=("weight", "exp_avg", "exp_avg_sq", "limiter", "step")
-)
-def fira_step(
-    weight: Tensor, gradient: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, limiter: Tensor, step: Tensor,
-    lr: Tensor, beta1: float, beta2: float, eps: float, alpha: float, gamma: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """Take one step, in place on everything but gradient and basis. lr is a 0-d tensor on the device.
+@torch.library.custom_op("epochal_kernels::fira_project", mutates_args=())
+def fira_project(gradient: Tensor, basis: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return R (B, r, b), with the strides of ``like`` (a moment), and energy (B, b).
 
-    Shapes as in the file's docstring; weight, gradient and basis in any floating dtype, the state in float32. On the
-    torch path the arithmetic is float32, or float64 for float64 state. Raises ValueError for what does not fit.
+    Raises ValueError for shapes that do not fit.
     """
-    _check(weight, gradient, basis, exp_avg, exp_avg_sq, limiter, step)
-    batch, a, n = weight.shape
-    if not use_kernel(weight.device) or exp_avg.dtype == torch.float64:
-        wide = exp_avg.dtype
-        new = fira_step_reference(
-            weight.to(wide), gradient.to(wide), basis.to(wide), exp_avg, exp_avg_sq, limiter, step, lr=lr,
-            betas=(beta1, beta2), eps=eps, alpha=alpha, gamma=gamma, weight_decay=weight_decay,
-        )  # fmt: skip
-        for old, value in zip((weight, exp_avg, exp_avg_sq, limiter, step), new, strict=True):
-            old.copy_(value)
-        return
+    _check(gradient, basis, like)
+    if not _kernels(like):
+        low, energy = fira_project_reference(gradient, basis)
+        return torch.empty_like(like).copy_(low), energy
+    batch, a, n = gradient.shape
     r = basis.shape[2]
-    if weight.numel() == 0 or r == 0:
-        return
-    tiles = triton.cdiv(n, BLOCK_B)
-    low, direction = torch.empty_like(exp_avg), torch.empty_like(exp_avg)
-    energy, phi = (exp_avg.new_empty(batch, n) for _ in range(2))
-    part = exp_avg.new_empty(batch, tiles)
-    upcast = INTERPRETED and gradient.dtype == torch.bfloat16
-    _project_kernel[(tiles, triton.cdiv(r, BLOCK_R), batch)](
-        basis, gradient, low, energy, a, n, r, *basis.stride(), *gradient.stride(),
-        UPCAST=upcast, BLOCK_A=BLOCK_A, BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
-    )  # fmt: skip
-    _adam_kernel[(tiles, batch)](
-        low, exp_avg, exp_avg_sq, direction, energy, phi, part, n, r, beta1, beta2, 1 - beta1, 1 - beta2, eps,
-        alpha * (2 - alpha), FLOOR, BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
-    )  # fmt: skip
-    # B numbers only; as torch operations they are captured with the rest.
-    norm = part.sum(1).sqrt()
-    limit = torch.where(limiter == 0, 1.0, (norm / (limiter + FLOOR)).clamp(min=gamma) / gamma)
-    limiter.copy_(norm / limit)
-    step.add_(1)
-    count = step.double()
-    rate = lr * (1 - beta2**count).sqrt() / (1 - beta1**count)
-    keep = (1 - lr * weight_decay).expand(batch)
-    scalars = torch.stack([rate.float(), 1 / limit, keep.float()], 1).contiguous()
-    _update_kernel[(triton.cdiv(a, BLOCK_A), tiles, batch)](
-        weight, gradient, basis, direction, low, phi, scalars, a, n, r, alpha,
-        *weight.stride(), *gradient.stride(), *basis.stride(), BLOCK_A=BLOCK_A, BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
-    )  # fmt: skip
+    low, energy = torch.empty_like(like), like.new_empty(batch, n)
+    if energy.numel():
+        _project_kernel[(triton.cdiv(n, BLOCK_B), triton.cdiv(max(r, 1), BLOCK_R), batch)](
+            basis, gradient, low, energy, a, n, r, *basis.stride(), *gradient.stride(), *low.stride(),
+            PRECISION=PRECISION, BLOCK_A=BLOCK_A, BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
+        )  # fmt: skip
+    return low, energy
 
 
-@fira_step.register_fake
+@fira_project.register_fake
+def _(gradient, basis, like):
+    return torch.empty_like(like), like.new_empty(gradient.shape[0], gradient.shape[2])
+
+
+@torch.library.custom_op("epochal_kernels::fira_adam", mutates_args=("mean", "square"))
+def fira_adam(low: Tensor, mean: Tensor, square: Tensor, weights: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Update M and V (B, r, b) in place; return N, inside (B, b) and size (B, b). weights (B, 2), eps 0-d.
+
+    Raises ValueError for moments of other shapes, strides or dtypes than R.
+    """
+    if mean.stride() != square.stride() or any(t.shape != low.shape or t.dtype != low.dtype for t in (mean, square)):
+        raise ValueError(
+            f"fira_adam: moments {tuple(mean.shape)} {mean.dtype} and {tuple(square.shape)} {square.dtype} are not as R "
+            f"{tuple(low.shape)} {low.dtype}; pass tensors of one shape and dtype, the moments in one layout."
+        )
+    if not _kernels(mean):
+        direction, inside, size, *new = fira_adam_reference(low, mean, square, weights, eps)
+        mean.copy_(new[0])
+        square.copy_(new[1])
+        return torch.empty_like(mean).copy_(direction), inside, size
+    batch, r, n = low.shape
+    low, direction = _laid_out(low, mean), torch.empty_like(mean)
+    inside, size = (low.new_zeros(batch, n) for _ in range(2))
+    if low.numel():
+        _adam_kernel[(triton.cdiv(n, BLOCK_B), batch)](
+            low, mean, square, direction, inside, size, weights.contiguous(), eps, n, r, *low.stride(),
+            BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
+        )  # fmt: skip
+    return direction, inside, size
+
+
+@fira_adam.register_fake
+def _(low, mean, square, weights, eps):
+    return torch.empty_like(mean), *(low.new_empty(low.shape[0], low.shape[2]) for _ in range(2))
+
+
+@torch.library.custom_op("epochal_kernels::fira_update", mutates_args=("weight",))
+def fira_update(
+    weight: Tensor, gradient: Tensor, basis: Tensor, direction: Tensor, low: Tensor,
+    whole: Tensor, share: Tensor, factor: Tensor, keep: Tensor,
+) -> None:  # fmt: skip
+    """Move W (B, a, b) in place; shapes as in the file's docstring. Where a factor is 0, G may be anything.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _check(gradient, basis, low)
+    batch, a, n = weight.shape
+    vectors = all(t.shape == (batch, n) for t in (share, factor)) and whole.shape == keep.shape == (batch,)
+    if gradient.shape != weight.shape or direction.shape != low.shape or not vectors:
+        raise ValueError(
+            f"fira_update: G {tuple(gradient.shape)}, share {tuple(share.shape)}, factor {tuple(factor.shape)}, whole "
+            f"{tuple(whole.shape)} and keep {tuple(keep.shape)} do not fit W {tuple(weight.shape)}; pass (B, a, b), "
+            "(B, b) twice, (B,) twice."
+        )
+    if not _kernels(direction):
+        g = torch.where(factor[:, None] == 0, 0.0, gradient)
+        weight.copy_(fira_update_reference(weight, g, basis, direction, low, whole, share, factor, keep))
+    elif weight.numel():
+        low = _laid_out(low, direction)
+        _update_kernel[(triton.cdiv(a, BLOCK_A), triton.cdiv(n, BLOCK_B), batch)](
+            weight, gradient, basis, direction, low, share.contiguous(), factor.contiguous(),
+            torch.stack([whole, keep], 1), a, n, basis.shape[2],
+            *weight.stride(), *gradient.stride(), *basis.stride(), *low.stride(),
+            PRECISION=PRECISION, BLOCK_A=BLOCK_A, BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
+        )  # fmt: skip
+
+
+@fira_update.register_fake
 def _(*_arguments):
     return None
 
 
-def _check(weight: Tensor, gradient: Tensor, basis: Tensor, mean: Tensor, square: Tensor, *scalars: Tensor) -> None:
-    if weight.ndim != 3 or gradient.shape != weight.shape or basis.ndim != 3 or basis.shape[:2] != weight.shape[:2]:
+def _kernels(state: Tensor) -> bool:
+    return use_kernel(state.device) and state.dtype == torch.float32
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor with the strides of another; they differ where an axis has length 1."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _check(gradient: Tensor, basis: Tensor, low: Tensor) -> None:
+    fits = gradient.ndim == basis.ndim == low.ndim == 3 and gradient.shape[:2] == basis.shape[:2]
+    if not fits or low.shape != (gradient.shape[0], basis.shape[2], gradient.shape[2]):
         raise ValueError(
-            f"fira_step: W {tuple(weight.shape)}, G {tuple(gradient.shape)} and P {tuple(basis.shape)} do not fit; "
-            "pass (B, a, b) twice and (B, a, r)."
-        )
-    state = (weight.shape[0], basis.shape[2], weight.shape[2])
-    if any(t.shape != state or not t.is_contiguous() or t.dtype != mean.dtype for t in (mean, square)):
-        raise ValueError(
-            f"fira_step: moments {tuple(mean.shape)} and {tuple(square.shape)} do not fit W {tuple(weight.shape)} and "
-            f"P {tuple(basis.shape)}; pass two contiguous tensors of shape {state} and one dtype."
-        )
-    if mean.dtype not in (torch.float32, torch.float64) or any(t.shape != weight.shape[:1] for t in scalars):
-        raise ValueError(
-            f"fira_step: state of dtype {mean.dtype} with limiter and step of shapes "
-            f"{[tuple(t.shape) for t in scalars]}; pass float32 moments and two ({weight.shape[0]},) tensors."
+            f"fira_step: G {tuple(gradient.shape)}, P {tuple(basis.shape)} and R {tuple(low.shape)} do not fit; pass "
+            "(B, a, b), (B, a, r) and (B, r, b)."
         )

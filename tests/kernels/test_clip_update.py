@@ -100,6 +100,15 @@ def test_nothing_and_zero(kernels):
     assert torch.equal(moved, torch.full_like(weight, 0.5))
 
 
+def test_a_step_with_a_fixed_count_waits_for_nothing(kernels):
+    """A tensor on the device "meta" has no value: reading one, or a shape that depends on one, raises."""
+    x, one = torch.zeros(3, 12, 8, device="meta"), torch.ones(3, device="meta")
+    options = {"keep": one, "rate": one, "dtype": torch.float16}
+    assert soft_clip_step(x, x, one, **options, iterations=5).shape == x.shape
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # it would tell
+        soft_clip_step(x, x, one, **options)
+
+
 def models(device, dtype):
     sizes = [(24, 10), (24, 10), (10, 24), (16, 16), (7,)]
     return [torch.nn.Parameter((randn(*s, seed=i) / 4).to(device, dtype)) for i, s in enumerate(sizes)]

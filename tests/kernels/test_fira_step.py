@@ -1,4 +1,4 @@
-"""The three passes of Fira's step against the reference with a residual in float64, and against epochal's optimizer."""
+"""Fira's three passes against their definitions in float64, and the optimizer over the kernels' table against torch's."""
 
 from __future__ import annotations
 
@@ -7,109 +7,165 @@ import math
 import pytest
 import torch
 
-from epochal.optim import Fira
-from triton_kernels.fira_step import fira_step, fira_step_reference
+from epochal.optim import Fira, fira
+from epochal.optim.fira import KERNELS, Form, fira_step_, make_hyper, operations
+from triton_kernels.fira_step import (
+    fira_adam,
+    fira_adam_reference,
+    fira_project,
+    fira_project_reference,
+    fira_update,
+    fira_update_reference,
+)
 
-OPTIONS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "alpha": 0.25, "gamma": 1.01, "weight_decay": 0.1}
-
-
-def problem(batch, a, b, r, dtype=torch.float32, device="cpu", steps=3):
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(batch, a, b, generator=generator).to(device, dtype)
-    gradients = [(torch.randn(batch, a, b, generator=generator) * 3**k).to(device, dtype) for k in range(steps)]
-    basis = torch.linalg.qr(torch.randn(batch, a, r, generator=generator))[0].to(device)
-    return weight, gradients, basis
-
-
-def fresh(batch, r, b, device, dtype=torch.float32):
-    moments = [torch.zeros(batch, r, b, device=device, dtype=dtype) for _ in range(2)]
-    return [*moments, *(torch.zeros(batch, device=device, dtype=dtype) for _ in range(2))]
+SHAPES = [(1, 1, 1, 1), (2, 9, 70, 3), (1, 33, 65, 33), (2, 70, 100, 66), (0, 4, 5, 2)]
 
 
-def run_reference(weight, gradients, basis, state, lr, dtype):
-    options = {k: v for k, v in OPTIONS.items() if not k.startswith("beta")}
-    weight, state = weight.to(dtype), [t.to(dtype) for t in state]
-    for g in gradients:
-        weight, *state = fira_step_reference(
-            weight, g.to(dtype), basis.to(dtype), *state, lr=lr.to(dtype), betas=(0.9, 0.99), **options
-        )
-    return weight, state
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 9, 70, 3), (1, 33, 65, 33), (2, 70, 100, 66)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_three_steps(device, no_worse, shape, dtype):
-    """Gradients that grow threefold, so the limiter acts."""
+def operands(shape, device, dtype, turned):
+    """G, P, R, M, V; turned: as views of the transposed matrices."""
     batch, a, b, r = shape
-    weight, gradients, basis = problem(batch, a, b, r, dtype, device)
-    lr = torch.tensor(0.01, device=device)
-    state = fresh(batch, r, b, device)
-    exact, exact_state = run_reference(weight, gradients, basis, state, lr, torch.float64)
-    plain, plain_state = run_reference(weight, gradients, basis, state, lr, torch.float32)
-    mine = weight.clone()
-    for g in gradients:
-        fira_step(mine, g, basis, *state, lr, **OPTIONS)
-    # float16 weights are rounded after each step, and the basis meets float16 gradients rounded to their dtype
-    floor = 1e-5 if dtype == torch.float32 else 5e-3
-    no_worse(mine, plain.to(dtype), exact, floor=floor)
-    if a > r:  # at full rank the residual is rounding, and so is its norm
-        no_worse(state[2], plain_state[2], exact_state[2], floor=floor)
-    for a_tensor, b_tensor, c in zip(state[:2], plain_state[:2], exact_state[:2], strict=True):
-        no_worse(a_tensor, b_tensor, c, floor=floor)
-    assert (state[3] == 3).all()
+    made = [randn(batch, a, b), torch.linalg.qr(randn(batch, a, r, seed=1)).Q if r <= a else randn(batch, a, r)]
+    made += [randn(batch, r, b, seed=2), randn(batch, r, b, seed=3), randn(batch, r, b, seed=4).square()]
+    made = [t.to(device, dtype if i == 0 else torch.float32) for i, t in enumerate(made)]
+    return [t.mT.contiguous().mT for t in made] if turned else made
 
 
-def test_equals_the_optimizer(device):
-    """A refresh never comes, so both must walk the same way from the same basis."""
-    weight, gradients, _ = problem(1, 12, 40, 4, device=device)
-    parameter = torch.nn.Parameter(weight[0].clone())
-    group = {"params": [parameter], "rank": 4, "update_proj_gap": 1000, "alpha": 0.25, "proj_type": "left"}
-    optimizer = Fira([group], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
-    parameter.grad = gradients[0][0].clone()
-    optimizer.step()
-    chosen = optimizer.state[parameter]["basis"].reshape(1, 12, 4).clone()
-    mine, state = weight.clone(), fresh(1, 4, 40, device)
-    lr = torch.tensor(0.01, device=device)
-    fira_step(mine, gradients[0], chosen, *state, lr, **OPTIONS)
-    for g in gradients[1:]:
-        parameter.grad = g[0].clone()
-        optimizer.step()
-        fira_step(mine, g, chosen, *state, lr, **OPTIONS)
-    torch.testing.assert_close(mine[0], parameter.detach(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_project(device, no_worse, shape, dtype, turned):
+    g, p, low, _, _ = operands(shape, device, dtype, turned)
+    exact, plain = fira_project_reference(g.double(), p.double()), fira_project_reference(g, p)
+    for mine, same, true in zip(fira_project(g, p, low), plain, exact, strict=True):
+        no_worse(mine, same, true)
 
 
-def test_a_tall_matrix_through_its_strides(device):
-    weight, gradients, basis = problem(2, 10, 30, 4, device=device)
-    lr = torch.tensor(0.01, device=device)
-    wide, tall = weight.clone(), weight.mT.contiguous()
-    state, other = fresh(2, 4, 30, device), fresh(2, 4, 30, device)
-    fira_step(wide, gradients[0], basis, *state, lr, **OPTIONS)
-    fira_step(tall.mT, gradients[0].mT.contiguous().mT, basis, *other, lr, **OPTIONS)
-    torch.testing.assert_close(wide, tall.mT)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_adam(device, no_worse, shape, turned):
+    _, _, low, mean, square = operands(shape, device, torch.float32, turned)
+    weights = torch.tensor([[0.1, 0.01], [0.0, 0.0]], device=device)[: shape[0]]  # the second one must stay as it is
+    eps = torch.tensor(1e-6, device=device)
+    exact = fira_adam_reference(*(t.double() for t in (low, mean, square, weights, eps)))
+    plain, before = fira_adam_reference(low, mean, square, weights, eps), mean.clone()
+    found = (*fira_adam(low, mean, square, weights, eps), mean, square)
+    for mine, same, true in zip(found, plain, exact, strict=True):
+        no_worse(mine, same, true)
+    assert torch.equal(mean[1:], before[1:])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_numbers_stay_in_their_matrix(device, bad):
-    weight, gradients, basis = problem(2, 8, 20, 4, device=device)
-    alone, lr = weight[1:].clone(), torch.tensor(0.01, device=device)
-    fira_step(alone, gradients[0][1:], basis[1:], *fresh(1, 4, 20, device), lr, **OPTIONS)
-    gradients[0][0, 3, 5] = bad
-    fira_step(weight, gradients[0], basis, *fresh(2, 4, 20, device), lr, **OPTIONS)
-    assert not torch.isfinite(weight[0]).all()
-    torch.testing.assert_close(weight[1], alone[0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_update(device, no_worse, shape, dtype, turned):
+    batch, a, b, _ = shape
+    g, p, low, direction, _ = operands(shape, device, dtype, turned)
+    w = randn(batch, a, b, seed=5).to(device, dtype)
+    whole, keep = (randn(batch, seed=s).to(device).float() for s in (6, 7))
+    share, factor = (randn(batch, b, seed=s).to(device).float() for s in (8, 9))
+    factor[:, 1:2] = 0.0
+    numbers = (g, p, direction, low, whole, share, factor, keep)
+    exact, plain = fira_update_reference(*(t.double() for t in (w, *numbers))), fira_update_reference(w, *numbers)
+    g[:, :, 1:2] = math.nan  # a factor of 0 skips it
+    fira_update(w, *numbers)
+    no_worse(w, plain.to(dtype), exact)
 
 
-def test_empty_zero_gradient_wrong_use_and_opcheck(device):
-    lr = torch.tensor(0.01, device=device)
-    weight, gradients, basis = problem(2, 6, 9, 2, device=device)
-    fira_step(weight[:0], gradients[0][:0], basis[:0], *fresh(0, 2, 9, device), lr, **OPTIONS)
-    state, before = fresh(2, 2, 9, device), weight.clone()
-    fira_step(weight, torch.zeros_like(weight), basis, *state, lr, **OPTIONS)
-    torch.testing.assert_close(weight, before * (1 - 0.01 * 0.1))
+def test_zero_state_and_zero_eps_give_no_nan_outside_the_matrix(device):
+    low = torch.ones(1, 3, 5, device=device)
+    mean, square = (torch.zeros_like(low) for _ in range(2))
+    eps, weights = torch.zeros((), device=device), torch.ones(1, 2, device=device)
+    direction, inside, size = fira_adam(low, mean, square, weights, eps)
+    assert torch.equal(direction, low) and (inside == 3).all() and (size == 3).all()
+
+
+def test_wrong_use_and_opcheck(device):
+    g, p, low, mean, square = operands((2, 6, 9, 2), device, torch.float32, False)
+    weights, eps, one = torch.ones(2, 2, device=device), torch.ones((), device=device), torch.ones(2, device=device)
+    column = torch.ones(2, 9, device=device)
     with pytest.raises(ValueError, match="do not fit"):
-        fira_step(weight, gradients[0], basis[:, :-1], *fresh(2, 2, 9, device), lr, **OPTIONS)
+        fira_project(g, p[:, :-1], low)
     with pytest.raises(ValueError, match="moments"):
-        fira_step(weight, gradients[0], basis, *fresh(2, 3, 9, device), lr, **OPTIONS)
-    arguments = (weight, gradients[0], basis, *fresh(2, 2, 9, device), lr, *OPTIONS.values())
-    torch.library.opcheck(torch.ops.epochal_kernels.fira_step.default, arguments)
+        fira_adam(low, mean[:, :1], square, weights, eps)
+    with pytest.raises(ValueError, match="do not fit W"):
+        fira_update(g, g, p, low, low, one, one, column, one)
+    ops = torch.ops.epochal_kernels
+    torch.library.opcheck(ops.fira_project.default, (g, p, low))
+    torch.library.opcheck(ops.fira_project.default, (g, p, low.mT.contiguous().mT))
+    torch.library.opcheck(ops.fira_adam.default, (low, mean, square, weights, eps))
+    torch.library.opcheck(ops.fira_update.default, (g.clone(), g, p, mean, low, one, column, column, one))
+
+
+# --- the optimizer over the kernels ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(device, monkeypatch):
+    """Take the kernels' table, on the interpreter too."""
+    monkeypatch.setattr(fira, "backend", lambda _: "triton")
+    assert operations(torch.zeros(1, device=device)) is KERNELS
+    return device
+
+
+def walk(path, device, dtype, options, monkeypatch):
+    """The weights after three steps from one basis (a GPU's and a CPU's may differ), and the optimizer."""
+    monkeypatch.setattr(fira, "backend", lambda _: path)
+    shapes = [(24, 10), (24, 10), (10, 24), (16, 16), (7, 1)]
+    parameters = [torch.nn.Parameter(randn(*s, seed=i).to(device, dtype)) for i, s in enumerate(shapes)]
+    group = {"params": parameters, "rank": 4, "update_proj_gap": 1000, "alpha": 0.25}
+    optimizer = Fira([group], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, **options)
+    for k in range(4):
+        for i, p in enumerate(parameters):
+            p.grad = (3.0**k * randn(*p.shape, seed=10 * k + i)).to(device, dtype)  # growing, so that the limiter acts
+        if k == 2:
+            parameters[1].grad[3, 4] = math.nan
+        optimizer.step()
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"variant": "paper"},
+        {"variant": "galore"},
+        {"scaling": "matrix"},
+        {"limiter": "compat"},
+        {"gamma": None, "correct_bias": False},
+        {"eps": 0.0},
+    ],
+    ids=str,
+)
+def test_the_optimizer_takes_the_same_steps_over_either_table(kernels, monkeypatch, options):
+    mine, theirs = (walk(path, kernels, torch.float32, options, monkeypatch) for path in ("triton", "torch"))
+    assert mine[1].skipped == theirs[1].skipped == 1
+    for a, b in zip(mine[0], theirs[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        for name, value in theirs[1].state[b].items():
+            torch.testing.assert_close(mine[1].state[a][name], value, rtol=2e-4, atol=1e-5, msg=name)
+
+
+def test_bfloat16_weights_step_alike(kernels, monkeypatch):
+    mine, theirs = (walk(path, kernels, torch.bfloat16, {}, monkeypatch)[0] for path in ("triton", "torch"))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_step_waits_for_nothing(kernels, side):
+    """A tensor on the device "meta" has no value: reading one, or a shape that depends on one, raises."""
+    group = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "alpha": 0.25, "gamma": 1.01}
+    w = torch.zeros(3, 12, 8, device="meta")
+    low = (3, 4, 8) if side == "left" else (3, 12, 4)
+    shapes = {"basis": (3, 12, 4) if side == "left" else (3, 4, 8), "exp_avg": low, "exp_avg_sq": low}
+    shapes |= {"limiter": (3,), "step": (3,)}
+    state = {name: torch.zeros(shape, device="meta") for name, shape in shapes.items()}
+    finite = torch.ones(3, dtype=torch.bool, device="meta")
+    assert operations(w) is KERNELS
+    fira_step_(w, torch.zeros_like(w), state, make_hyper(group, w), Form(side), finite=finite)
+    with pytest.raises(RuntimeError, match="meta"):  # it would tell
+        finite.all().item()

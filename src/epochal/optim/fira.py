@@ -21,7 +21,7 @@ For the 2-D weights of attention and MLP blocks; embeddings, head and vectors be
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -38,10 +38,14 @@ from epochal.optim.base import (
     state_dtype,
 )
 from epochal.optim.projection import METHODS, PROJ_TYPES, compute_basis, project, projected_side, rotate_moments
+from triton_kernels.backend import backend
+from triton_kernels.fira_step import fira_adam, fira_project, fira_update
 
 VARIANTS = ("code", "paper", "galore")
 FLOOR = 1e-8  # of the two ratios, phi and the limiter's; a literal in the published code
-STACKED_ELEMENTS = 1 << 17  # matrices are stacked up to this size; beyond it copying costs more than dispatching
+# Matrices are stacked up to this many elements; beyond it copying costs more than dispatching. A GPU copies a million of
+# them in the time of three launches, and a step is about thirty.
+STACKED_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 logger = logging.getLogger(__name__)
 
@@ -133,40 +137,159 @@ def limit(norm: Tensor, last: Tensor, first: Tensor, gamma: Tensor, mode: str) -
     return divisor, kept
 
 
-def residual_scale(direction: Tensor, inside: Tensor, form: Form) -> Tensor:
-    """Return phi, shaped as `inside` (||R_i||^2) or (B, 1, 1) for matrix scaling; direction: N, uncorrected."""
-    size = square_sums(direction, form.side)
+def residual_scale(size: Tensor, inside: Tensor, form: Form) -> Tensor:
+    """Return phi, shaped as `inside` (||R_i||^2), or (B, 1, 1) for matrix scaling; size: ||N_i||^2, N uncorrected."""
     if form.scaling == "matrix":
         size, inside = size.sum((-2, -1), keepdim=True), inside.sum((-2, -1), keepdim=True)
-    return size.sqrt_() / (inside.sqrt() + FLOOR)
+    return size.sqrt() / (inside.sqrt() + FLOOR)
 
 
-def fira_factors_(
-    low: Tensor, energy: Tensor, state: State, hyper: Hyper, form: Form, finite: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return X, f such that the step is W <- W - back(X) - f * G (before decay); update all of `state` but the basis.
+class Factors(NamedTuple):
+    """The step in numbers: W <- keep (W - back(whole N - share R) - factor G).
 
-    low: R, the projected gradient; energy: `square_sums` of the whole gradient; state: exp_avg, exp_avg_sq as R,
-    limiter and step (B,). X has R's shape, f that of `energy`. Where `finite` (B,) is false, R and energy are zero;
-    then X and f are too, and the state stays. With variant "galore" f means nothing.
+    whole: (B, 1, 1). share, factor: as `square_sums`, or (B, 1, 1); None for variant "galore". keep: (B, 1, 1), 0-d, or
+    None where nothing decays.
     """
-    dtype = low.dtype
+
+    whole: Tensor
+    share: Tensor | None
+    factor: Tensor | None
+    keep: Tensor | None
+
+
+class Operations(NamedTuple):
+    """The passes over matrices, by torch or by kernels; everything between is a few numbers for each column.
+
+    project: (G, basis, a moment, side) -> R and `square_sums` of G. adam: (R, state, moments' weights, eps, side) -> N
+    and `square_sums` of R and of N, with exp_avg and exp_avg_sq updated in place. update: (W, G, basis, N, R, factors,
+    finite, side) -> None, in place on W.
+    """
+
+    project: Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]
+    adam: Callable[[Tensor, State, tuple[Tensor, Tensor], Tensor, str], tuple[Tensor, Tensor, Tensor]]
+    update: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Factors, Tensor | None, str], None]
+
+
+def _torch_project(gradient: Tensor, basis: Tensor, moment: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    return project(gradient, basis, side), square_sums(gradient, side)
+
+
+def _torch_adam(
+    low: Tensor, state: State, weights: tuple[Tensor, Tensor], eps: Tensor, side: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    direction, squares = adam_direction_(low, state, weights, eps)
+    return direction, squares.sum(-2 if side == "left" else -1, keepdim=True), square_sums(direction, side)
+
+
+def _torch_update(
+    weight: Tensor,
+    gradient: Tensor,
+    basis: Tensor,
+    direction: Tensor,
+    low: Tensor,
+    factors: Factors,
+    finite: Tensor | None,
+    side: str,
+) -> None:
+    inner = direction.mul_(factors.whole)
+    if factors.share is not None:
+        inner = inner.addcmul_(low, factors.share, value=-1)
+    # One product and one pass; the update itself is never in memory.
+    left, right = (basis, inner) if side == "left" else (inner, basis)
+    weight.baddbmm_(left, right, alpha=-1)
+    if factors.factor is not None:
+        safe = gradient if finite is None else torch.where(per_item(finite, gradient), gradient, 0.0)
+        weight.addcmul_(safe, factors.factor, value=-1)
+    if factors.keep is not None:
+        weight.mul_(factors.keep)
+
+
+def _turned(tensor: Tensor, side: str) -> Tensor:
+    """View a matrix so that the projected axis comes first, as the kernels have it."""
+    return tensor if side == "left" else tensor.mT
+
+
+def _kernel_project(gradient: Tensor, basis: Tensor, moment: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    low, energy = fira_project(*(_turned(t, side) for t in (gradient, basis, moment)))
+    return _turned(low, side), _turned(energy[:, None], side)
+
+
+def _kernel_adam(
+    low: Tensor, state: State, weights: tuple[Tensor, Tensor], eps: Tensor, side: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    both = torch.stack([weight.reshape(-1).expand(len(low)) for weight in weights], 1)
+    moments = (_turned(t, side) for t in (low, state["exp_avg"], state["exp_avg_sq"]))
+    direction, inside, size = fira_adam(*moments, both, eps)
+    return _turned(direction, side), _turned(inside[:, None], side), _turned(size[:, None], side)
+
+
+def _kernel_update(
+    weight: Tensor,
+    gradient: Tensor,
+    basis: Tensor,
+    direction: Tensor,
+    low: Tensor,
+    factors: Factors,
+    finite: Tensor | None,
+    side: str,
+) -> None:
+    w, g, p, n, r = (_turned(t, side) for t in (weight, gradient, basis, direction, low))
+
+    def vector(value: Tensor | None) -> Tensor:
+        wide = n.new_zeros(()) if value is None else _turned(value, side)[:, 0]
+        return wide.expand(len(n), n.shape[2])
+
+    keep = n.new_ones(()) if factors.keep is None else factors.keep
+    scalars = [value.reshape(-1).expand(len(n)) for value in (factors.whole, keep)]
+    fira_update(w, g, p, n, r, scalars[0], vector(factors.share), vector(factors.factor), scalars[1])
+
+
+TORCH = Operations(_torch_project, _torch_adam, _torch_update)
+KERNELS = Operations(_kernel_project, _kernel_adam, _kernel_update)
+
+
+def operations(like: Tensor) -> Operations:
+    """Return the table for matrices as `like`; a compiler gets torch's, which it can fuse."""
+    kernels = backend(like.device) == "triton" and like.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return KERNELS if kernels else TORCH
+
+
+def fira_step_(
+    weight: Tensor,
+    gradient: Tensor,
+    state: State,
+    hyper: Hyper,
+    form: Form,
+    *,
+    projected: tuple[Tensor, Tensor] | None = None,
+    finite: Tensor | None = None,
+) -> None:
+    """Take one step between two refreshes, in place on weight (B, m, n) and on every tensor of `state` but the basis.
+
+    gradient: (B, m, n) of the state's dtype; projected: R and `square_sums` of it, where they are known. Where `finite`
+    (B,) is false, nothing of that matrix changes.
+    """
+    passes, basis, dtype = operations(weight), state["basis"], state["exp_avg"].dtype
+    low, energy = projected or passes.project(gradient, basis, state["exp_avg"], form.side)
     weights = (hyper.mean_weight, hyper.square_weight)
     if finite is not None:
+        low, energy = (torch.where(per_item(finite, value), value, 0.0) for value in (low, energy))
         # A moment's weight of zero leaves it as it is, bit by bit: no masks of R's size.
         weights = (per_item(finite * weights[0], low), per_item(finite * weights[1], low))
-    direction, squares = adam_direction_(low, state, weights, hyper.eps)
+    direction, inside, size = passes.adam(low, state, weights, hyper.eps, form.side)
     first = state["step"] == 0
     state["step"].add_(1 if finite is None else finite)
     correction = bias_correction(state["step"], hyper, form.correct_bias)
     if finite is not None:
         correction = torch.where(finite, correction, 0.0)  # 0/0 before the first step
-    whole = per_item(hyper.low_lr * correction, low).to(dtype)
+    whole, keep = per_item(hyper.low_lr * correction, low).to(dtype), None
+    if form.decays:
+        keep = hyper.decay if finite is None else per_item(torch.where(finite, hyper.decay, 1.0), weight)
     if form.variant == "galore":
-        return direction.mul_(whole), energy
+        passes.update(weight, gradient, basis, direction, low, Factors(whole, None, None, keep), finite, form.side)
+        return
 
-    inside = squares.sum(-2 if form.side == "left" else -1, keepdim=True)
-    scale = residual_scale(direction, inside, form)
+    scale = residual_scale(size, inside, form)
     if form.variant == "paper":
         scale = scale * per_item(correction, low).to(dtype)
         rest, outer = energy - inside, hyper.low_lr.expand_as(correction)
@@ -177,36 +300,7 @@ def fira_factors_(
     state["limiter"].copy_(kept if finite is None else torch.where(finite, kept, state["limiter"]))
     factor = scale * per_item(outer / divisor, scale).to(dtype)
     share = factor if form.variant == "paper" else factor * hyper.alpha
-    return direction.mul_(whole).addcmul_(low, share, value=-1), factor
-
-
-def fira_step_(
-    weight: Tensor,
-    gradient: Tensor,
-    state: State,
-    hyper: Hyper,
-    form: Form,
-    *,
-    energy: Tensor | None = None,
-    finite: Tensor | None = None,
-) -> None:
-    """Take one step between two refreshes, in place on weight (B, m, n) and on every tensor of `state` but the basis.
-
-    gradient: (B, m, n) of the state's dtype. Where `finite` (B,) is false, nothing of that matrix changes.
-    """
-    energy = square_sums(gradient, form.side) if energy is None else energy
-    if finite is not None:
-        gradient = torch.where(per_item(finite, gradient), gradient, 0.0)
-        energy = torch.where(per_item(finite, energy), energy, 0.0)
-    basis = state["basis"]
-    inner, factor = fira_factors_(project(gradient, basis, form.side), energy, state, hyper, form, finite)
-    # One product and one pass; the update itself is never in memory.
-    left, right = (basis, inner) if form.side == "left" else (inner, basis)
-    weight.baddbmm_(left, right, alpha=-1)
-    if form.variant != "galore":
-        weight.addcmul_(gradient, factor, value=-1)
-    if form.decays:
-        weight.mul_(hyper.decay if finite is None else per_item(torch.where(finite, hyper.decay, 1.0), weight))
+    passes.update(weight, gradient, basis, direction, low, Factors(whole, share, factor, keep), finite, form.side)
 
 
 # --- the class -----------------------------------------------------------------------------------------------------
@@ -367,13 +461,13 @@ class Fira(MatrixOptimizer):
         states = [self.state[p] for p in parameters]
         state = {name: stack([one[name] for one in states]) for name in states[0]}
         form = _form(parameters[0], group)
-        energy = square_sums(gradients, form.side)
-        finite = all_finite(energy)
+        projected = operations(weights).project(gradients, state["basis"], state["exp_avg"], form.side)
+        finite = all_finite(projected[1])
         self.skipped += (~finite).sum().to(self.skipped.device)
         # Looking is free on a CPU and a sync elsewhere; without a look the step masks what may not be finite.
         clean = finite.device.type == "cpu" and bool(finite.all())
         hyper = self._hyper(group, weights)
-        fira_step_(weights, gradients, state, hyper, form, energy=energy, finite=None if clean else finite)
+        fira_step_(weights, gradients, state, hyper, form, projected=projected, finite=None if clean else finite)
         if group["stochastic_rounding"] and kept == torch.bfloat16:
             weights = round_stochastically(weights)
         if len(parameters) > 1 or kept != wide:
@@ -405,7 +499,8 @@ class Fira(MatrixOptimizer):
 
 
 def _split(bucket: list[Tensor]) -> list[list[Tensor]]:
-    size = max(1, STACKED_ELEMENTS // bucket[0].numel())
+    elements = STACKED_ELEMENTS.get(bucket[0].device.type, STACKED_ELEMENTS["cuda"])
+    size = max(1, elements // bucket[0].numel())
     return [bucket[i : i + size] for i in range(0, len(bucket), size)]
 
 
