@@ -1,7 +1,8 @@
 """How much of an ensemble's gain can one small student keep? (Spec section 9.)
 
 Claim: a fresh model that learns from the real text and from text sampled from the members of an ensemble (or from one
-model of its own size) beats the best single model of its size, and keeps most of the ensemble's gain.
+model of its own size) beats the best single model of its size, and keeps most of the ensemble's gain. Beside it, at equal
+student cost: text of the averaged model, soft targets online and cached; and students of several sizes.
 Command: epochal run distillation --scale demo
 Found: recipes/results/<scale>/report.md
 """
@@ -14,7 +15,7 @@ from epochal.report import Claim, Figure, Section, Table, draw_bars
 from epochal.run import Job, Run, Samples
 from epochal.scale import Scale
 from epochal.search import Search
-from recipes import ensembling, epoching, heavy_weight_decay
+from recipes import _students, ensembling, epoching, heavy_weight_decay
 
 TEACHERS = ("ensemble", "self")
 
@@ -29,7 +30,7 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
     found = ensembling.jobs(records, scale)
     for teacher in TEACHERS:
         found += student(records, scale, teacher)
-    return found
+    return found + _students.jobs(records, scale)
 
 
 def searches(records: Records, scale: Scale) -> list[Search]:
@@ -95,12 +96,14 @@ def report(records: Records, scale: Scale) -> Section:
                     provisional=reasons,
                 )
             )
+    if scale.soft is not None:
+        claims += _students.claims(records, scale, reasons)
     steps = _chain(records, scale)
     return Section(
         title="Distillation",
         question="How much of an ensemble's gain can one small student keep?",
         claims=tuple(claims),
-        tables=(_table(steps, tokens),) if steps else (),
+        tables=(*([_table(steps, tokens)] if steps else []), *_students.tables(records, scale)),
         figures=(_figure(steps, tokens),) if steps else (),
     )
 

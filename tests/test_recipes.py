@@ -12,14 +12,14 @@ from epochal.campaign import campaign_jobs, load_recipe, outlook, recipe_names
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
 from epochal.report import Section, write_report
 from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint
-from epochal.scale import Comparison, Kinds, Scale, Setting, load_scale
+from epochal.scale import Comparison, Kinds, Scale, Setting, Soft, load_scale
 from epochal.tuner import Point
-from recipes import _kinds
+from recipes import _kinds, _students
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted(path.stem for path in (ROOT / "configs" / "scales").glob("*.toml"))
 CHAIN = ("epoching", "heavy_weight_decay", "ensembling", "distillation")
-SIZES = {"w16": 4e4, "w32": 1e5, "w64": 3e5, "w96": 6e5, "w128": 1.2e6}
+SIZES = {"w10": 2e4, "w16": 4e4, "w32": 1e5, "w64": 3e5, "w96": 6e5, "w128": 1.2e6}
 
 
 def made_up_loss(job: Run) -> float:
@@ -444,3 +444,68 @@ def test_a_scale_without_kinds_plans_none(workspace: Workspace) -> None:
         replace(scale, kinds=Kinds(model="w7", count=3, seeds=1, holdout_tokens=512))
     with pytest.raises(ValueError, match="count 1"):
         Kinds(model="w32", count=1, seeds=1, holdout_tokens=512)
+
+
+# --- students of soft targets -----------------------------------------------------------------------------------------
+
+
+def with_soft(seeds: int = 2) -> Scale:
+    scale = load_scale("demo")
+    soft = Soft(model="w32", weight=0.9, wd=0.4, seeds=seeds, sizes=("w10", "w64"))
+    return replace(scale, ensemble=replace(scale.ensemble, models=("w32", "w64")), soft=soft)
+
+
+def test_every_way_to_teach_costs_the_student_the_same(workspace: Workspace) -> None:
+    scale = with_soft()
+    for _ in simulate(workspace, "distillation", scale):
+        pass
+    records = load_records(workspace)
+    ensembles = _students.teachers(records, scale)
+    runs = {way: [_students.student(records, scale, way, seed)[-1] for seed in (0, 1)] for way in _students.WAYS}
+    flat = [run for pair in runs.values() for run in pair if isinstance(run, Run)]
+    assert len({run.name for run in flat}) == 2 * len(_students.WAYS) == len(flat)
+    assert {(run.model, run.steps, run.unique_tokens) for run in flat} == {("w32", 64 * 48, 24576)}
+    assert [(run.init_seed, run.order_seed) for run in flat] == [(0, 0), (1, 1)] * len(runs)
+    assert len({run.optimizer.lr for run in flat}) == 1
+    sources = {way: run.teach.source for way, (run, _) in runs.items() if run.teach is not None}  # type: ignore[union-attr]
+    first = ensembles["probs"].runs[0]
+    assert sources["probs"] == ensembles["probs"].name and sources["logits"] == ensembles["logits"].name
+    assert sources["self"] == first
+    targets = records.named(sources["cached"])
+    assert targets is not None and isinstance(targets.job, Targets) and targets.job.source == ensembles["probs"].name
+    texts = {way: records.named(run.distill.samples) for way, (run, _) in runs.items() if run.distill is not None}  # type: ignore[union-attr]
+    assert {way: (text.job.source, text.job.draw) for way, text in texts.items()} == {  # type: ignore[union-attr]
+        "samples": (ensembles["probs"].name, "members"),
+        "average": (ensembles["probs"].name, "average"),
+        "self-samples": (first, "members"),
+    }
+
+
+def test_students_report_shares_of_the_gain_and_sizes(workspace: Workspace) -> None:
+    scale = with_soft()
+    for _ in simulate(workspace, "distillation", scale):
+        pass
+    records = load_records(workspace)
+    section = load_recipe("distillation").report(records, scale)
+    ways, sizes = section.tables[1:]
+    single = (
+        sum(r.loss for r in load_recipe("heavy_weight_decay").best_records(records, scale, "w32", 24576)) / scale.seeds
+    )
+    ensemble = records.get(_students.teachers(records, scale)["probs"])
+    assert ensemble is not None
+    assert {row[0] for row in ways.rows} == set(_students.WAYS.values())
+    for _, loss, half, gain, share, seeds in ways.rows:
+        assert gain == pytest.approx(single - loss) and seeds == 2 and half > 0
+        assert share == f"{100 * (single - loss) / (single - ensemble.loss):.0f}%"
+    assert [(row[0], row[2], row[3]) for row in sizes.rows] == [
+        ("w64", 3.0, 0.75),
+        ("w32", 1.0, 0.25),
+        ("w10", 0.2, 0.05),
+    ]
+    claim = next(claim for claim in section.claims if "cached: as good as" in claim.text)
+    assert claim.value == "0.0000 nats" and claim.holds
+
+
+def test_soft_students_need_an_ensemble_of_their_size() -> None:
+    with pytest.raises(ValueError, match="'w16' has no ensemble"):
+        replace(with_soft(), soft=Soft(model="w16", weight=0.5, wd=0.1))

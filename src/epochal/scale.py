@@ -106,12 +106,13 @@ class Kinds:
 
 @dataclass(frozen=True, kw_only=True)
 class Soft:
-    """Students of soft targets, which take as many steps as those of sampled text; `seeds` of every kind of student.
+    """Ways to teach a student of the size `model`, from the ensemble of that size: `seeds` of each, all of equal cost.
 
-    `weight` of the teacher beside the text, `wd` of their own, `keep` as in `Targets`. `sizes` are further sizes of
-    student, all taught by the cache.
+    Of soft targets: `weight` of the teacher beside the text, `wd` of their own, `keep` as in `Targets`. `sizes` are
+    further sizes of student, taught by the cache.
     """
 
+    model: str
     weight: float
     wd: float
     keep: int = 128
@@ -236,6 +237,8 @@ class Scale:
         models = [rung.model for rung in self.ladder]
         named = (*self.ensemble.models, self.students.model, *self.law_models)
         named += (self.kinds.model,) if self.kinds else ()
+        if self.soft and self.soft.model not in self.ensemble.models:
+            raise ValueError(f"soft.model {self.soft.model!r} has no ensemble; use one of {self.ensemble.models}.")
         for model in (*named, *([self.epoching] if self.epoching else [])):
             if model not in models:
                 raise ValueError(f"model {model!r} is not on the ladder {models}; use one of those or add it.")
