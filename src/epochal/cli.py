@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from epochal.campaign import Price, SearchState
     from epochal.data import TokenStore
-    from epochal.records import Record, Workspace
+    from epochal.records import Record, Records, Workspace
+    from epochal.report import Section
     from epochal.scale import Hardware, Scale
 
 app = typer.Typer(
@@ -175,15 +176,63 @@ def report(
     scale: ScaleName = "demo",
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
+    records: Annotated[
+        Path | None, typer.Option(help="Report a CSV of points instead (columns: see epochal.points).")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="With --records: the recipe that others are compared with. Default: the first.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Compare with another scale, or with the results folder of one.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the report goes. Default: beside the records or the CSV.")
+    ] = None,
 ) -> None:
     """Turn records into report.md, report.html, claims.json and figures; needs no torch."""
-    from dataclasses import replace
-
     from rich.console import Console
+
+    from epochal.compare import Campaign, compare_campaigns
+    from epochal.report import print_summary, write_report
+
+    if records is not None:
+        sections, summary = _point_report(records, reference)
+        title, folder = f"epochal: {records.name}", out or records.with_name(f"{records.stem}-report")
+    else:
+        setting, found, sections, summary = _campaign_report(recipes, scale, results, work)
+        title, folder = f"epochal: {setting.name}", out or results / setting.name
+        if against is not None:
+            other_results, other_scale = _campaign_folder(against, results)
+            other, theirs, their_sections, _ = _campaign_report(recipes, other_scale, other_results, work)
+            names = setting.name, other.name if other.name != setting.name else f"{other.name} ({other_results})"
+            sections = compare_campaigns(
+                Campaign(names[0], setting.data, found, sections),
+                Campaign(names[1], other.data, theirs, their_sections),
+            )
+            title, folder = f"epochal: {names[0]} against {names[1]}", out or folder / f"against-{other.name}"
+            summary = [f"{len(found)} records of {names[0]}, {len(theirs)} of {names[1]}. Intervals are 90%."]
+    path = write_report(sections, folder, title=title, summary=summary, scale=scale if records is None else "")
+    print_summary(sections, Console())
+    print(f"report: {path}")
+
+
+def _point_report(path: Path, reference: str | None) -> "tuple[list[Section], list[str]]":
+    from epochal.points import point_sections, read_points
+
+    points, problems = read_points(path)
+    _say_problems(problems)
+    left_out = f" {len(problems)} rows were left out." * bool(problems)
+    return point_sections(points, reference=reference), [f"{len(points)} points.{left_out} Intervals are 90%."]
+
+
+def _campaign_report(
+    recipes: list[str] | None, scale: str, results: Path, work: Path
+) -> "tuple[Scale, Records, list[Section], list[str]]":
+    """Return a campaign's scale, records, sections and the lines that open its report."""
+    from dataclasses import replace
 
     from epochal.campaign import load_recipe, recipe_names
     from epochal.records import load_records
-    from epochal.report import print_summary, write_report
     from epochal.scale import load_scale
 
     setting = load_scale(scale)
@@ -199,15 +248,18 @@ def report(
         for module in modules
     ]
     budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
+    left_out = f" {len(records.problems)} malformed ones were left out." * bool(records.problems)
     summary = [
         f"Data: {setting.data}; unique training tokens D: {budgets}; sequences of {setting.sequence_length} tokens.",
-        f"{len(records)} records. Losses are nats per token on the validation split; intervals are 90%.",
+        f"{len(records)} records.{left_out} Losses are nats per token on the validation split; intervals are 90%.",
     ]
-    path = write_report(
-        sections, results / setting.name, title=f"epochal: {setting.name}", summary=summary, scale=setting.name
-    )
-    print_summary(sections, Console())
-    print(f"report: {path}")
+    return setting, records, sections, summary
+
+
+def _campaign_folder(name: str, results: Path) -> tuple[Path, str]:
+    """Return results folder and scale of what `--against` names: a scale, or a folder that holds its records."""
+    folder = Path(name)
+    return (folder.parent, folder.name) if (folder / "records").is_dir() else (results, name)
 
 
 @app.command()

@@ -120,15 +120,14 @@ class Records:
         return output is None or output.exists()
 
     @functools.cached_property
-    def seed_groups(self) -> list[tuple[Run, list[float]]]:
-        """Runs that differ in nothing but their seeds: one of each group, and the losses of all (inf for diverged)."""
+    def settings(self) -> list[list[Record]]:
+        """The records of Runs, those that differ in nothing but their seeds together."""
         groups: dict[tuple[object, ...], list[Record]] = {}
         for record in self:
             if isinstance(record.job, Run):
                 key = tuple(value for field, value in vars(record.job).items() if field not in SEED_FIELDS)
                 groups.setdefault(key, []).append(record)
-        several = [group for group in groups.values() if len(group) > 1]
-        return [(group[0].job, [record.loss for record in group]) for group in several if isinstance(group[0].job, Run)]
+        return list(groups.values())
 
     def _check_inputs(self, record: Record) -> None:
         for name, mark in record.inputs.items():

@@ -126,22 +126,31 @@ def summary_table(sections: Sequence[Section]) -> list[tuple[str, ...]]:
 
 
 def print_summary(sections: Sequence[Section], console: "Console") -> None:
-    """Print every claim with its number and verdict as one table on a rich console."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
+    """Print every claim with its verdict, number and what it lacks: a few indented lines each, on any width."""
+    from rich.padding import Padding
     from rich.text import Text
 
-    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-    for column in CLAIM_COLUMNS:
-        table.add_column(column, justify="right" if column == "Seeds" else "left", overflow="fold")
-    claims = all_claims(sections)
     colors = {True: "green", False: "red", None: "yellow"}
-    for claim, row in zip(claims, summary_table(sections), strict=True):
-        # Text, because brackets in a claim are no markup
-        table.add_row(*(Text(cell) for cell in row[:-1]), Text(row[-1], style=colors[claim.holds]))
-    if claims:
-        console.print(table)
-    console.print(Text(tally(claims)))
+    for section in sections:
+        if section.claims:
+            console.print(Text(f"\n{section.title}", style="bold"))
+        for claim in section.claims:
+            # Text, because brackets in a claim are no markup
+            line = Text.assemble((verdict(claim), colors[claim.holds]), "  ", claim.text)
+            console.print(Padding(line, (0, 0, 0, 2)))
+            console.print(Padding(Text(_evidence(claim)), (0, 0, 0, 6)))
+    console.print(Text(f"\n{tally(all_claims(sections))}"))
+
+
+def _evidence(claim: Claim) -> str:
+    """Return what stands behind a verdict: number, interval, seeds, the paper's number, and what is missing."""
+    parts = [claim.value] if claim.value else []
+    parts += [f"90% {format_interval(claim)}"] if claim.interval else []
+    parts += [f"{claim.seeds} seed{'s' * (claim.seeds > 1)}"]
+    parts += [f"paper: {claim.paper}"] if claim.paper else []
+    parts += [claim.untestable] if claim.untestable else []
+    parts += [f"provisional: {', '.join(claim.provisional)}"] if claim.provisional else []
+    return "; ".join(parts)
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epochal.records import Record, Records
-from epochal.run import Ensemble, Job
+from epochal.run import Ensemble, Job, Run
 from epochal.scale import Scale
 from epochal.tuner import (
     NOT_STARTED,
@@ -132,11 +132,14 @@ def seed_noise(records: Records, model: str, tokens: int) -> Noise | None:
 
     With fewer than FEWEST_FREEDOM degrees of freedom there, of all sizes and budgets.
     """
-    groups = records.seed_groups
-    here = pooled_noise(losses for run, losses in groups if (run.model, run.unique_tokens) == (model, tokens))
-    if here is not None and here.freedom >= FEWEST_FREEDOM:
-        return here
-    return pooled_noise(losses for _, losses in groups)
+    here, everywhere = [], []
+    for setting in records.settings:
+        losses, run = [record.loss for record in setting], setting[0].job
+        everywhere.append(losses)
+        if isinstance(run, Run) and (run.model, run.unique_tokens) == (model, tokens):
+            here.append(losses)
+    own = pooled_noise(here)
+    return own if own is not None and own.freedom >= FEWEST_FREEDOM else pooled_noise(everywhere)
 
 
 # --- would stopping early have chosen the same? --------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""Two campaigns side by side: what each claims, and whose laws end lower. A pure function of both reports and records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from epochal.claims import Claim, verdict
+from epochal.points import point_sections, points_of
+from epochal.records import Records
+from epochal.report import DASH, Section, Table
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """One side of a comparison: a name, its records and the sections of its report."""
+
+    name: str
+    data: str
+    records: Records
+    sections: Sequence[Section]
+
+
+def compare_campaigns(first: Campaign, second: Campaign) -> list[Section]:
+    """Return the claims of two campaigns side by side, then the laws through the best points of both.
+
+    Raises ValueError when both have one name.
+    """
+    if first.name == second.name:
+        raise ValueError(f"both campaigns are called {first.name!r}; rename the folder of one.")
+    points = [*points_of(first.records, first.name), *points_of(second.records, second.name)]
+    notes = () if first.data == second.data else (_other_text(first, second),)
+    return [_claims_section(first, second, notes), *(point_sections(points) if points else [])]
+
+
+def _other_text(first: Campaign, second: Campaign) -> str:
+    return (
+        f"{first.name} is measured on {first.data!r}, {second.name} on {second.data!r}: losses on different text differ "
+        "for that alone, so only verdicts and shapes compare."
+    )
+
+
+def _claims_section(first: Campaign, second: Campaign, notes: tuple[str, ...]) -> Section:
+    ours, theirs = (
+        {(section.title, claim.text): claim for section in side.sections for claim in section.claims}
+        for side in (first, second)
+    )
+    rows = [
+        (section, text, *_cells(ours.get((section, text))), *_cells(theirs.get((section, text))))
+        for section, text in dict.fromkeys((*ours, *theirs))
+    ]
+    columns = ("section", "claim", first.name, f"{first.name}: verdict", second.name, f"{second.name}: verdict")
+    return Section(
+        title="Claims side by side",
+        question=f"Do {first.name} and {second.name} agree?",
+        tables=(Table(title=f"{len(rows)} claims", columns=columns, rows=tuple(rows)),),
+        notes=notes,
+    )
+
+
+def _cells(claim: Claim | None) -> tuple[str, str]:
+    if claim is None:
+        return DASH, "not claimed"
+    return claim.value or DASH, verdict(claim) + (" (provisional)" if claim.provisional else "")
