@@ -219,6 +219,18 @@ def _early_table(stops: list[EarlyStop]) -> Table:
     )
 
 
+def _early_note(stops: list[EarlyStop]) -> str:
+    misled = [stop for stop in stops if stop.same < stop.stars]
+    rule = "runs are stopped early only when they diverge."
+    if not misled:
+        return f"No star here would have changed its winner, but heavy decay can make it so (spec section 5): {rule}"
+    worst = max(misled, key=lambda stop: stop.worst)
+    return (
+        f"At {worst.share:.0%} of the steps {worst.stars - worst.same} of {worst.stars} stars have another leader than in "
+        f"the end, which would cost up to {worst.worst:.4f} nats: {rule}"
+    )
+
+
 def _figures(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -> list[Figure]:
     standard, regular = [], []
     for rung in scale.ladder:
@@ -237,9 +249,10 @@ def _figures(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) 
             draw_series(
                 axes, [n for n, _ in standard], [y for _, y in standard], label=f"standard, wd {scale.standard_wd:g}"
             )
-        draw_series(axes, [n for n, _ in regular], [y for _, y in regular], label="tuned decay")
+        sizes, losses = [n for n, _ in regular], [y for _, y in regular]
+        line = draw_series(axes, sizes, losses, label="tuned decay", join=law is None)
         if law is not None:
-            draw_law(axes, law, regular[0][0], 4 * regular[-1][0], label="E + A / N^alpha")
+            draw_law(axes, law, sizes[0], 4 * sizes[-1], label="E + A / N^alpha", color=line.get_color())
         axes.set_xscale("log")
         axes.set_xlabel("parameters N")
         axes.set_ylabel("validation loss (nats per token)")

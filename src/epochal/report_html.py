@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from epochal.claims import CLAIM_COLUMNS, Claim, tally, verdict
+from epochal.claims import Claim, tally, verdict
 from epochal.report import (
     DASH,
     Figure,
@@ -85,16 +85,14 @@ th button::after { content: "\\2195"; opacity: .3; margin-left: .3em; font-size:
 th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
 th button:hover::after { opacity: 1; }
-.claims td:first-child { min-width: 15rem; }
-.claims td { padding-block: .6rem; }
-.claims td:nth-child(3) { font-weight: 600; min-width: 6rem; }
-.claims td:nth-child(2) { color: var(--soft); min-width: 5rem; }
-.claims td:nth-child(4) { white-space: nowrap; }
-.verdict { font-weight: 600; white-space: nowrap; }
+.claims td { padding-block: .65rem; }
+.claims td:nth-child(2) { min-width: 17rem; }
+.claims td:nth-child(3) { min-width: 9rem; }
+.value { font-weight: 600; }
+.verdict { font-weight: 600; display: inline-block; min-width: 7.5rem; max-width: 9rem; }
 .holds { color: var(--good); } .fails { color: var(--bad); } .open { color: var(--open); }
 .away { color: var(--soft); }
-.provisional { display: block; color: var(--soft); font-size: .93em; min-width: 9rem; }
-.provisional em { color: var(--ink); }
+.aside { display: block; color: var(--soft); font-size: .93em; margin-top: .15rem; }
 figure { margin: 1.75rem 0 2.25rem; }
 .plot { display: block; width: 100%; max-width: 37rem; height: auto; margin: 0 auto; fill: var(--ink); }
 .plot * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -123,11 +121,9 @@ details .scroll { max-height: 24rem; overflow: auto; margin: .5rem 0; }
   h1 { font-size: 1.6rem; }
   .claims thead { position: absolute; left: -99rem; }
   .claims tr { display: block; padding: .8rem 0; border-bottom: 1px solid var(--line); }
-  .claims td, .claims td:nth-child(n) { display: flex; gap: .75rem; border: 0; padding: .1rem 0; min-width: 0;
-    white-space: normal; text-align: left; }
-  .claims td::before { content: attr(data-label); flex: 0 0 6.5rem; color: var(--soft); font-weight: 400; }
-  .claims td:first-child { display: block; font-size: .95rem; padding-bottom: .35rem; }
-  .claims td:first-child::before { content: none; }
+  .claims td, .claims td:nth-child(n) { display: block; border: 0; padding: .1rem 0; min-width: 0; text-align: left; }
+  .claims td.num::before { content: attr(data-label) ": "; color: var(--soft); }
+  .verdict { max-width: none; }
 }
 @media print {
   body { font-size: 10.5pt; }
@@ -319,12 +315,16 @@ def _table(table: Table) -> str:
 </tbody></table></div>"""
 
 
+CLAIM_HEADS = ("Verdict", "Claim", "Here", "Seeds")
+"""Fewer columns than CLAIM_COLUMNS: the paper's number stands under the claim, the interval under the number."""
+
+
 def _claims(claims: Sequence[Claim]) -> str:
     if not claims:
         return ""
     body = "\n".join(_claim(claim) for claim in claims)
     return f"""<div class="scroll"><table class="claims">
-{_heads(CLAIM_COLUMNS, {4})}
+{_heads(CLAIM_HEADS, {3})}
 <tbody>
 {body}
 </tbody></table></div>"""
@@ -334,26 +334,31 @@ def _claim(claim: Claim) -> str:
     kind, sign = {True: ("holds", "✓"), False: ("fails", "✗"), None: ("open", "?")}[claim.holds]
     if claim.untestable:
         kind, sign = "away", "–"
-    judged = f'<span class="verdict {kind}"><span aria-hidden="true">{sign}</span> {verdict(claim)}</span>'
-    if claim.untestable:
-        judged += f' <span class="provisional">{_text(claim.untestable)}</span>'
-    elif claim.provisional:
-        judged += f' <span class="provisional"><em>provisional</em>: {_text("; ".join(claim.provisional))}</span>'
     number = re.search(r"-?\d[\d,]*\.?\d*(?:e-?\d+)?", claim.value)
-    low = claim.interval[0] if claim.interval else None
+    sort = number[0].replace(",", "") if number else ""
+    below = f"90%: {format_interval(claim)}" if claim.interval else ""
     cells = (
-        ("", "", _text(claim.text)),
-        ("", "", _text(claim.paper or DASH)),
-        ("", f' data-value="{number[0].replace(",", "") if number else ""}"', _text(claim.value)),
-        ("", _key(low), _text(format_interval(claim))),
-        (' class="num"', _key(claim.seeds), format_number(claim.seeds)),
-        ("", f' data-value="{verdict(claim)}"', f"<div>{judged}</div>"),
+        ("", f'<span class="verdict {kind}"><span aria-hidden="true">{sign}</span> {verdict(claim)}</span>'),
+        ("", _text(claim.text) + _asides(claim)),
+        (f' data-value="{sort}"', f'<span class="value">{_text(claim.value or DASH)}</span>' + _aside(below)),
+        (f' class="num"{_key(claim.seeds)}', format_number(claim.seeds)),
     )
     tds = (
-        f'<td data-label="{label}"{attributes}{sort}>{shown}</td>'
-        for label, (attributes, sort, shown) in zip(CLAIM_COLUMNS, cells, strict=True)
+        f'<td data-label="{label}"{attributes}>{shown}</td>'
+        for label, (attributes, shown) in zip(CLAIM_HEADS, cells, strict=True)
     )
     return f"<tr>{''.join(tds)}</tr>"
+
+
+def _asides(claim: Claim) -> str:
+    """Say under a claim what the paper found, and what stands between the records and a verdict."""
+    paper = f"Paper: {claim.paper}." if claim.paper else ""
+    reasons = f"Provisional: {'; '.join(claim.provisional)}." if claim.provisional else ""
+    return _aside(paper) + _aside(claim.untestable or reasons)
+
+
+def _aside(text: str) -> str:
+    return f' <span class="aside">{_text(text)}</span>' if text else ""
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def _extreme(free: Moments, ceiling: Array, of_level: Array, of_A: Array, sign: 
     room = np.where(room > -1e-9 * ceiling, np.maximum(room, 0.0), room)  # the optimum must not fail by rounding
     # In (mean level, A) the ellipse has no tilt: a change of A leaves the level at the mean of u where it is.
     slope = of_A - of_level * free.u
-    variance = of_level**2 / free.total + _ratio(slope**2, free.spread)
+    with np.errstate(over="ignore"):  # at exponents so extreme that the square is inf, the tangent point is the centre
+        variance = of_level**2 / free.total + _ratio(slope**2, free.spread)
     radius = sign * np.sqrt(np.maximum(room, 0.0)) * _ratio(np.ones_like(room), np.sqrt(variance))
     A = free.A + radius * _ratio(slope, free.spread)
     E = free.y + radius * of_level / free.total - A * free.u
