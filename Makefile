@@ -34,8 +34,8 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # A stamp per extra: an interrupted installation is done again, a changed pin installs what changed. The published fira
-# package is a test oracle; it declares large dependencies that it never imports, so it comes without them.
+# package is a test oracle and skypilot holds the schema of its tasks; both come without their many dependencies.
 .venv/demo .venv/test: .venv/%: pyproject.toml constraints.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
-	$(if $(filter test,$*),$(BIN)/pip install --quiet --constraint constraints.txt --no-deps fira)
+	$(if $(filter test,$*),$(BIN)/pip install --quiet --constraint constraints.txt --no-deps fira skypilot)
 	touch $@

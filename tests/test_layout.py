@@ -17,7 +17,7 @@ LAYERS = {"launch": 3, "recipes": 2, "epochal": 1, "triton_kernels": 0}
 
 LIGHT = (
     "run", "optimizer_config", "records", "scaling", "report", "campaign", "scale", "tuner", "config", "model_size", "schedule",
-    "stopping", "cli", "executor", "worker", "display", "documents", "tokenizer", "results_table",
+    "stopping", "cli", "cluster", "executor", "outputs", "worker", "display", "documents", "tokenizer", "results_table",
 )  # fmt: skip
 """Parts of epochal that import no torch at module level."""
 

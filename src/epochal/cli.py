@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from epochal.records import Record, Records, Workspace
     from epochal.report import Section
     from epochal.scale import Hardware, Scale
+    from epochal.worker import Orders
 
 app = typer.Typer(
     help="Pre-training recipes for finite text and unlimited compute.",
@@ -76,14 +77,22 @@ def plan(
     ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="For --what-if: distinct tokens D.")] = None,
     gpu_hours: Annotated[float | None, typer.Option(help="For --what-if: hours of the scale's device.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show what runs, here or on a cluster, until all is done.")
+    ] = False,
+    every: Annotated[str, typer.Option(help="With --watch: how often to look.")] = "5s",
 ) -> None:
     """Show what is done, ready and waiting, with cost and disk; changes nothing."""
     from epochal.campaign import outlook, recipe_names, store_vocab_size
+    from epochal.config import seconds
     from epochal.records import load_records
     from epochal.scale import load_scale
 
     setting = load_scale(scale)
     workspace = _workspace(setting.name, results, work)
+    if watch:
+        _launch("watch").watch(recipes or recipe_names(), workspace, setting, every=seconds(every))
+        return
     records = load_records(workspace)
     _say_problems(records.problems)
     if what_if or tokens is not None or gpu_hours is not None:
@@ -122,17 +131,23 @@ def run(
     ] = None,
     time_limit: Annotated[str | None, typer.Option(help="Stop in good order after this long, e.g. 9m, 2h.")] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Longest time between two checkpoints.")] = "5m",
+    cluster: Annotated[
+        str | None, typer.Option(help="Run there instead: a cluster from configs/cluster, or the path of one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --cluster: print the sbatch files only.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="With --cluster: take the campaign back.")] = False,
+    export: Annotated[str | None, typer.Option(help="With --cluster: print it for skypilot or kubernetes.")] = None,
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
 ) -> None:
-    """Run what the recipes still need, here. Start it twice and both share the work; stop it and it continues."""
+    """Run what the recipes still need. Start it twice and both share the work; stop it and it continues."""
     import os
     import uuid
 
     from rich.console import Console
 
     from epochal.campaign import outlook, recipe_names, store_vocab_size
-    from epochal.config import find_config
+    from epochal.config import find_config, seconds
     from epochal.data import open_store
     from epochal.display import Display
     from epochal.executor import run_campaign
@@ -159,9 +174,18 @@ def run(
         profile=None if profile is None else str(find_config("accelerate", profile, ".yaml")),
         micro_batch=micro_batch,
         trackers=_trackers(tracker),
-        checkpoint_seconds=_seconds(checkpoint_every),
-        seconds_left=None if time_limit is None else _seconds(time_limit),
+        checkpoint_seconds=seconds(checkpoint_every),
+        seconds_left=None if time_limit is None else seconds(time_limit),
     )
+    if cluster is not None:
+        if jobs != 1 or time_limit is not None:
+            raise ValueError(
+                "--jobs and --time-limit are for this machine; set pack, parallel and time_limit in the cluster file."
+            )
+        _run_there(orders, cluster, dry_run=dry_run, stop=stop, export=export)
+        return
+    if dry_run or stop or export:
+        raise ValueError("--dry-run, --stop and --export need --cluster NAME.")
     to_do = view.today.flops + view.later.flops
     with Display(Console(), workspace, done=len(view.split.done), flops_to_do=to_do) as display:
         code = run_campaign(orders, jobs=jobs, progress=display)
@@ -274,6 +298,7 @@ def train(
     import logging
 
     from epochal.config import from_table
+    from epochal.outputs import seal
     from epochal.records import write_record
     from epochal.run import Run
     from epochal.stopping import EXIT_STOPPED, Stopped, listen
@@ -298,6 +323,7 @@ def train(
         _leave(EXIT_STOPPED)
     else:
         if record is not None:
+            seal(orders.workspace, job)
             print(f"{write_record(orders.workspace, record)}: {record.status}, loss {record.loss:.4f}")
         _leave(0)
 
@@ -525,17 +551,34 @@ def _say_problems(problems: tuple[str, ...]) -> None:
         print(f"{len(problems)} malformed records were left out.", file=sys.stderr)
 
 
-def _seconds(text: str) -> float:
-    """Read 90s, 9m, 2h or plain seconds."""
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
-    try:
-        seconds = float(number) * unit
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise ValueError(f"time {text!r} is no duration; write 90s, 9m or 2h.")
-    return seconds
+def _launch(part: str) -> Any:
+    """Import a part of launch/, which lies beside the package as the recipes do."""
+    import importlib
+
+    from epochal.config import REPOSITORY
+
+    if str(REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(REPOSITORY))
+    return importlib.import_module(f"launch.{part}")
+
+
+def _run_there(orders: "Orders", name: str, *, dry_run: bool, stop: bool, export: str | None) -> None:
+    """Hand a campaign to a cluster, or print what would be handed over."""
+    from epochal.campaign import campaign_jobs
+    from epochal.cluster import load_cluster, submission
+    from epochal.records import load_records, needed
+    from epochal.scale import load_scale
+
+    campaign = submission(orders, load_cluster(name))
+    if export is not None:
+        print(_launch("exports").export(campaign, export), end="")
+    elif dry_run:
+        records = load_records(campaign.orders.workspace)
+        ready = needed(campaign_jobs(orders.recipes, records, load_scale(orders.scale)), records)
+        print("\n".join(_launch("submit").preview(campaign, ready)), end="")
+    else:
+        submit = _launch("submit")
+        print(submit.stop(campaign) if stop else submit.submit(campaign))
 
 
 def _trackers(chosen: list[str] | None) -> tuple[str, ...]:

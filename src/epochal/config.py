@@ -154,6 +154,19 @@ def _has_siblings(hint: Any) -> bool:
     return sum(dataclasses.is_dataclass(choice) for choice in typing.get_args(hint)) > 1
 
 
+def seconds(text: str) -> float:
+    """Read a duration: 90s, 9m, 2h or plain seconds; raises ValueError for anything else."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError(f"time {text!r} is no duration; write 90s, 9m or 2h.")
+    return value
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file beside its place, flush it to disk, and rename it: readers see the old or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ class Display:
                 self._line(f"{self.done_before + board.done:4d} done  {name}  {loss}{state}{event['seconds']:.1f} s")
             case "failed":
                 self._line(f"     FAILED {name}: {event['message']}")
-            case "error":
+            case "error" | "note":
                 self._line(f"     {event['message']}")
 
     def _line(self, text: str) -> None:
@@ -60,11 +60,11 @@ class Display:
         eta = f", about {left / board.flops * seconds / 60:.0f} min left" if board.flops and left else ""
         table.add_row(f"[bold]{self.done_before + board.done} done[/], {len(board.running)} running{eta}")
         for name in board.running:
-            table.add_row(name, *_last_metrics(self.workspace, name))
+            table.add_row(name, *last_metrics(self.workspace, name))
         return table
 
 
-def _last_metrics(workspace: Workspace, name: str) -> tuple[str, ...]:
+def last_metrics(workspace: Workspace, name: str) -> tuple[str, ...]:
     """Return the newest line of a run's metrics for people; nothing for other jobs."""
     path = workspace.folder(name) / "metrics.jsonl"
     try:

@@ -18,9 +18,6 @@ from typing import IO, Any
 from epochal.stopping import EXIT_STOPPED, listen, stop_reason
 from epochal.worker import Orders
 
-GRACE_SECONDS = 8.0
-"""How long workers may take to save themselves after a stop; then they are killed, and resume from before."""
-
 TICK_SECONDS = 0.5
 
 
@@ -36,7 +33,7 @@ class Board:
     errors: list[str] = field(default_factory=list)
 
 
-def run_campaign(orders: Orders, *, jobs: int, progress: Any) -> int:
+def run_campaign(orders: Orders, *, jobs: int, progress: Any, log_prefix: str = "") -> int:
     """Run a campaign with `jobs` workers until nothing is left; returns the exit code.
 
     0: all done. 1: a job failed. 2: wrong use. 75: stopped on purpose, run again to continue. `progress` is called
@@ -48,7 +45,10 @@ def run_campaign(orders: Orders, *, jobs: int, progress: Any) -> int:
     log_folder.mkdir(parents=True, exist_ok=True)
     events: queue.Queue[dict[str, Any]] = queue.Queue()
     board = Board(0, 0)
-    workers = [_start(replace(orders, parent=os.getpid()), number, log_folder, events) for number in range(jobs)]
+    mine = replace(orders, parent=os.getpid())
+    workers = [
+        _start(mine, number, jobs, log_folder / f"{log_prefix}worker-{number}.log", events) for number in range(jobs)
+    ]
     try:
         while any(worker.poll() is None for worker in workers) or not events.empty():
             if stop_reason() is not None:
@@ -59,7 +59,7 @@ def run_campaign(orders: Orders, *, jobs: int, progress: Any) -> int:
                 progress(board, event)
             progress(board, None)
     finally:
-        _stop(workers)
+        _stop(workers, orders.grace_seconds)
     while not events.empty():  # what workers said last
         event = events.get()
         _note(board, event)
@@ -72,12 +72,12 @@ def run_campaign(orders: Orders, *, jobs: int, progress: Any) -> int:
     return int(bool(board.failed) or any(codes))
 
 
-def _start(orders: Orders, number: int, log_folder: Path, events: "queue.Queue[dict[str, Any]]") -> Any:
+def _start(orders: Orders, number: int, jobs: int, log_path: Path, events: "queue.Queue[dict[str, Any]]") -> Any:
     """Start one worker process and a thread that reads its events."""
-    environment = {**os.environ, **_one_gpu(number)}
+    environment = {**os.environ, **_gpus(number, jobs, launches=orders.profile is not None)}
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment["OMP_NUM_THREADS"] = str(orders.threads)
-    with (log_folder / f"worker-{number}.log").open("w") as log:
+    with log_path.open("w") as log:
         worker: Any = subprocess.Popen(
             [sys.executable, "-m", "epochal.worker"],
             stdin=subprocess.PIPE,
@@ -94,12 +94,15 @@ def _start(orders: Orders, number: int, log_folder: Path, events: "queue.Queue[d
     return worker
 
 
-def _one_gpu(number: int) -> dict[str, str]:
-    """Give each worker one GPU of those in sight, in turn; nothing on a machine without."""
+def _gpus(number: int, jobs: int, *, launches: bool) -> dict[str, str]:
+    """Give a worker its GPUs of those in sight: one, in turn, or its share where it launches several processes."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     devices = listed.split(",") if listed else [str(index) for index in range(count)]
-    return {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+    if not devices:
+        return {}
+    share = devices[number::jobs] if launches else []
+    return {"CUDA_VISIBLE_DEVICES": ",".join(share or [devices[number % len(devices)]])}
 
 
 def _listen_to(pipe: IO[str], events: "queue.Queue[dict[str, Any]]") -> None:
@@ -125,12 +128,12 @@ def _note(board: Board, event: dict[str, Any]) -> None:
             board.errors.append(event["message"])
 
 
-def _stop(workers: list[Any]) -> None:
-    """Ask all workers to stop, wait for them to save, and kill what is left."""
+def _stop(workers: list[Any], grace_seconds: float) -> None:
+    """Ask all workers to stop, wait for them to save, and kill what is left: it resumes from before."""
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + grace_seconds
     for worker in workers:
         try:
             worker.wait(max(0.0, deadline - time.monotonic()))

@@ -150,7 +150,22 @@ def load_records(workspace: Workspace) -> Records:
     return Records(workspace, records, problems)
 
 
+def load_record(workspace: Workspace, name: str) -> Record | None:
+    """Read one record; None where there is none, or a file that is no record."""
+    try:
+        return _read(workspace.records / f"{name}.json")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _read(path: Path) -> Record:
+    """Read a record, or return the one read before if the file has not been replaced since."""
+    stat = path.stat()
+    return _read_version(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
     table = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     if not isinstance(table, dict):
         raise ValueError("is no record (a JSON object is expected)")

@@ -328,10 +328,16 @@ def fingerprint(job: Job) -> str:
     meaning = {"kind": type(job).__name__, **_non_defaults(job)}
     meaning.pop("name")
     if isinstance(job, Run):
-        meaning["model"] = config_hash(model_path(job.model))
+        meaning["model"] = config_hash(_config_path("models", job.model, Path.cwd()))
     if isinstance(job, Run | Ensemble) and job.data is not None:
-        meaning["data"] = config_hash(find_config("data", job.data, ".toml"))
+        meaning["data"] = config_hash(_config_path("data", job.data, Path.cwd()))
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _config_path(kind: str, name: str, folder: Path) -> Path:
+    """Find a file that a job names, seen from a working folder; a plan of 1,000 jobs asks for few, again and again."""
+    return model_path(name) if kind == "models" else find_config(kind, name, ".toml")
 
 
 def _non_defaults(value: Any) -> dict[str, Any]:
@@ -350,11 +356,11 @@ def _non_defaults(value: Any) -> dict[str, Any]:
 def config_hash(path: Path) -> str:
     """Return the hash of the values in a JSON or TOML config."""
     stat = path.stat()
-    return _hash_config(path, stat.st_mtime_ns, stat.st_size)
+    return _hash_config(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.cache
-def _hash_config(path: Path, mtime_ns: int, size: int) -> str:
+def _hash_config(path: Path, inode: int, mtime_ns: int, size: int) -> str:
     """Hash a config's values: comments and layout may change freely."""
     if path.suffix == ".json":
         table = json.loads(path.read_text(encoding="utf-8"))

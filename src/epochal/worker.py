@@ -8,6 +8,8 @@ result is a record that is renamed into place. Workers speak to their parent in 
 import fcntl
 import json
 import os
+import platform
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +22,8 @@ from typing import Any
 
 from epochal.campaign import campaign_jobs, flops_of
 from epochal.config import from_table, to_table, write_atomic
-from epochal.records import Record, Workspace, load_records, needed, write_record
+from epochal.outputs import seal, set_aside_damaged_inputs
+from epochal.records import Record, Records, Workspace, load_record, load_records, needed, write_record
 from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import load_scale
 from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_reason
@@ -30,7 +33,11 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """What a worker is told: which campaign, and how fast (never what)."""
+    """What a worker is told: which campaign, and how fast (never what).
+
+    `only` names the jobs it may take (none: all), `nodes` the machines of one Run where Slurm gave it several, `retries`
+    how often a job that failed is tried again in the same session, `grace_seconds` how long it may take to save itself.
+    """
 
     session: str
     scale: str
@@ -44,6 +51,10 @@ class Orders:
     checkpoint_seconds: float = 300.0
     seconds_left: float | None = None
     parent: int | None = None
+    only: tuple[str, ...] = ()
+    nodes: int = 1
+    retries: int = 0
+    grace_seconds: float = 8.0
 
     @property
     def workspace(self) -> Workspace:
@@ -77,27 +88,39 @@ def work(orders: Orders, say: Any) -> int:
         check_stop()
         records = load_records(workspace)
         jobs = campaign_jobs(orders.recipes, records, scale)
-        ready = [job for job in needed(jobs, records) if not _failed(workspace, job, orders.session)]
+        mine_to_do = [job for job in needed(jobs, records) if not orders.only or job.name in orders.only]
+        ready = [job for job in mine_to_do if not failed(workspace, job, orders)]
         if not ready:
-            return int(any(_failed(workspace, job, orders.session) for job in jobs))
-        for job in sorted(ready, key=_urgency, reverse=True):
+            return int(any(failed(workspace, job, orders) for job in (mine_to_do if orders.only else jobs)))
+        for job in sorted(ready, key=urgency, reverse=True):
             with claim(workspace, job) as mine:
-                if mine and _still_needed(job, orders, scale):
-                    run_job(job, orders, say)
+                if mine and _still_needed(job, records):
+                    if _inputs_are_sound(job, records, say):
+                        run_job(job, orders, say)
                     break
-        else:
-            time.sleep(POLL_SECONDS)  # every ready job is in other hands
+        else:  # every ready job is in other hands
+            if orders.only:
+                return 0  # an allocation is not for waiting in; whoever plans next looks again
+            time.sleep(POLL_SECONDS)
 
 
-def _urgency(job: Job) -> tuple[float, str]:
+def urgency(job: Job) -> tuple[float, str]:
     """Order of the ready jobs: what is cheap and unlocks others first, then the longest."""
     return (flops_of(job) if isinstance(job, Run) else float("inf"), job.name)
 
 
-def _still_needed(job: Job, orders: Orders, scale: Any) -> bool:
-    """Look again after the claim: another worker may have finished the job in between."""
-    records = load_records(orders.workspace)
-    return any(other.name == job.name for other in needed(campaign_jobs(orders.recipes, records, scale), records))
+def _still_needed(job: Job, records: Records) -> bool:
+    """Look again after the claim: another worker may have finished the job since `records` were read."""
+    before, now = records.named(job.name), load_record(records.workspace, job.name)
+    return now is None or (now == before and not records.has_output(job))
+
+
+def _inputs_are_sound(job: Job, records: Records, say: Any) -> bool:
+    """Check what a job reads; what is damaged is moved aside, so that the next plan makes it again."""
+    said = set_aside_damaged_inputs(job, records)
+    for message in said:
+        say({"event": "note", "message": message})
+    return not said
 
 
 @contextmanager
@@ -119,8 +142,10 @@ def claim(workspace: Workspace, job: Job) -> Iterator[bool]:
 def run_job(job: Job, orders: Orders, say: Any) -> None:
     """Run one claimed job and write its record; a failure is written to the job's folder, not raised."""
     workspace, started = orders.workspace, time.monotonic()
-    say({"event": "started", "name": job.name})
+    attempt = workspace.folder(job.name) / "attempt.json"
     try:
+        _begin_attempt(job, orders)
+        say({"event": "started", "name": job.name})
         if isinstance(job, Run) and orders.profile is not None:
             _launch(job, orders)
             record = load_records(workspace).named(job.name)
@@ -129,17 +154,18 @@ def run_job(job: Job, orders: Orders, say: Any) -> None:
             found = execute(job, orders)
             assert found is not None
             record = found
+            seal(workspace, job)
             write_record(workspace, record)
     except Stopped:
+        attempt.unlink(missing_ok=True)
         raise
     except Exception as error:
-        folder = workspace.folder(job.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = {"session": orders.session, "error": str(error), "traceback": traceback.format_exc()}
-        write_atomic(folder / "failure.json", json.dumps(text, indent=1))
+        _write_failure(job, orders, str(error), traceback.format_exc())
+        attempt.unlink(missing_ok=True)
         say({"event": "failed", "name": job.name, "message": str(error) or type(error).__name__})
         return
-    (workspace.folder(job.name) / "failure.json").unlink(missing_ok=True)
+    for name in ("attempt.json", "failure.json"):
+        (workspace.folder(job.name) / name).unlink(missing_ok=True)
     seconds = round(time.monotonic() - started, 2)
     say(
         {
@@ -181,9 +207,8 @@ def _launch(run: Run, orders: Orders) -> None:
     folder = orders.workspace.folder(run.name)
     path = folder / "run.json"
     write_atomic(path, json.dumps({"run": to_table(run), "orders": asdict(orders)}, indent=1))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(orders.profile)]
     process = subprocess.Popen(
-        [*command, "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
+        [*launch_command(orders), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
     )
     while process.poll() is None:
         if stop_reason() is not None:
@@ -197,13 +222,87 @@ def _launch(run: Run, orders: Orders) -> None:
         raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}")
 
 
-def _failed(workspace: Workspace, job: Job, session: str) -> bool:
-    """Whether a job failed in this session: it is tried again in the next, not in a circle."""
+def failed(workspace: Workspace, job: Job, orders: Orders) -> bool:
+    """Whether a job failed too often in this session: it is tried again in the next, not in a circle."""
+    failure = _read_table(workspace.folder(job.name) / "failure.json")
+    return failure.get("session") == orders.session and int(failure.get("attempts", 1)) > orders.retries
+
+
+def _write_failure(job: Job, orders: Orders, error: str, trace: str) -> None:
+    """Write the failure of a job to its folder, with how often it failed in this session."""
+    path = orders.workspace.folder(job.name) / "failure.json"
+    before = _read_table(path)
+    attempts = 1 + (int(before.get("attempts", 1)) if before.get("session") == orders.session else 0)
+    text = {"session": orders.session, "attempts": attempts, "error": error, "traceback": trace}
+    write_atomic(path, json.dumps(text, indent=1))
+
+
+SILENT_ENDS = 3
+"""Starts of a job that may end without a word and without a new checkpoint (killed, out of memory) before it counts
+as failed: a job that takes its machine down must not do so for ever."""
+
+
+def _begin_attempt(job: Job, orders: Orders) -> None:
+    """Note that the job has started; raises RuntimeError when its last starts all ended without a word.
+
+    Called with the claim held. The note is removed by whoever ends in good order, so one that is found here
+    belongs to a process that was killed.
+    """
+    path = orders.workspace.folder(job.name) / "attempt.json"
+    mark = max((item.name for item in path.parent.glob("checkpoints/step-*")), default="")
+    before = _read_table(path)
+    same = before.get("session") == orders.session and before.get("mark") == mark
+    silent = int(before.get("silent", 0)) + 1 if same else 0
+    if silent >= SILENT_ENDS:
+        raise RuntimeError(
+            f"{job.name} ended {silent} times without a word or a new checkpoint (killed, out of memory, or its "
+            f"machine went down); last on {before.get('host')}."
+        )
+    text = {"session": orders.session, "mark": mark, "silent": silent, "host": platform.node(), "pid": os.getpid()}
+    write_atomic(path, json.dumps(text))
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Read a small JSON table; empty when there is none or it makes no sense."""
     try:
-        text = json.loads((workspace.folder(job.name) / "failure.json").read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return bool(text.get("session") == session)
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def launch_command(orders: Orders) -> list[str]:
+    """Return the command that starts a module on every process of a profile: accelerate, on several nodes under srun.
+
+    The profile says what one node does. Each node must name its own rank, so the shell that srun starts there reads
+    it; written into the command here it would be 0 everywhere (accelerate issue 2816).
+    """
+    options = ["--config_file", str(orders.profile)]
+    if orders.nodes == 1:
+        return [sys.executable, "-m", "accelerate.commands.launch", *options]
+    import yaml
+
+    per_node = int(yaml.safe_load(Path(str(orders.profile)).read_text(encoding="utf-8")).get("num_processes", 1))
+    options += ["--num_machines", str(orders.nodes), "--num_processes", str(orders.nodes * per_node)]
+    options += ["--main_process_ip", socket.gethostname(), "--main_process_port", str(_free_port())]
+    shell = 'exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" "$@"'
+    srun = [
+        "srun",
+        f"--nodes={orders.nodes}",
+        f"--ntasks={orders.nodes}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    ]
+    cores = os.environ.get("SLURM_CPUS_PER_TASK")  # which srun itself reads no more since Slurm 22.05
+    srun += [f"--cpus-per-task={cores}"] if cores else []
+    return [*srun, "--cpu-bind=none", "sh", "-c", shell, sys.executable, *options]
+
+
+def _free_port() -> int:
+    """Return a port that is free on this machine, where rank 0 will listen: the batch script runs on the first node."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _events() -> Any:
