@@ -17,7 +17,7 @@ from epochal.model import build_model
 from epochal.records import Record, Workspace, load_records, write_record
 from epochal.run import AdamW, Fira, Muon, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
-from epochal.train import LOG_STEPS, Pace, train
+from epochal.train import LOG_STEPS, Pace, Stopper, train
 
 Made = tuple[Workspace, TokenStore, Path]
 
@@ -280,3 +280,18 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
     space, _, config = made
     with pytest.raises(ValueError, match=message):
         train(tiny.run(config, **changes), space, pace)
+
+
+class OneOfTwo:
+    """One of two processes; the other wants to save and knows of no stop."""
+
+    world = 2
+
+    def gather(self, value: tuple[str | None, bool, float]) -> list[tuple[str | None, bool, float]]:
+        return [value, (None, True, 0.01)]
+
+
+def test_a_save_that_one_process_wants_is_one_that_all_make() -> None:
+    """Clocks differ: a process that saved alone would wait for the others for ever."""
+    stopper = Stopper(OneOfTwo(), checkpoint_seconds=1e9)  # type: ignore[arg-type]
+    assert stopper.look(1) == (None, True)

@@ -4,10 +4,12 @@
 campaign before anything has run.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -86,7 +88,13 @@ def flops_of(job: Job, vocab_size: int | None = None) -> float:
     """Return the training FLOPs of a Run, 6 N tokens; 0 for evaluation and sampling, which cost little beside it."""
     if not isinstance(job, Run):
         return 0.0
-    return 6.0 * parameter_counts(job.model, vocab_size=vocab_size).total * job.tokens
+    return 6.0 * _weights(job.model, vocab_size, Path.cwd()) * job.tokens
+
+
+@functools.cache
+def _weights(model: str, vocab_size: int | None, folder: Path) -> int:
+    """Count the weights of a model, seen from a working folder: for prices and for the order of jobs."""
+    return parameter_counts(model, vocab_size=vocab_size).total
 
 
 def price(jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None) -> Price:

@@ -135,8 +135,9 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
 
     # --- steps -----------------------------------------------------------------------------------------------------
     evaluate_at = {round(run.steps * (i + 1) / run.evaluations) for i in range(run.evaluations)}
-    started, start_step, saved = time.monotonic(), progress.step, time.monotonic()
-    clock, proof, stopper = StepClock(processes.device), Proof(processes, run.name), Stopper(processes)
+    started, start_step = time.monotonic(), progress.step
+    clock, proof = StepClock(processes.device), Proof(processes, run.name)
+    stopper = Stopper(processes, pace.checkpoint_seconds)
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
         factor = multiplier(step, run.steps, kind=run.schedule, warmup=run.warmup)
@@ -172,10 +173,10 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             progress.curve.append([progress.step, loss_now])
             _log(processes, workspace, run, progress.step, validation_loss=loss_now)
 
-        reason = stopper.reason(progress.step)
-        if progress.step < run.steps and (reason or time.monotonic() - saved > pace.checkpoint_seconds):
+        reason, due = stopper.look(progress.step)
+        if progress.step < run.steps and due:
             _save(run, workspace, processes, average, progress)
-            saved = time.monotonic()
+            stopper.saved()
         if reason and progress.step < run.steps:
             processes.end()
             raise Stopped(f"{run.name} at step {progress.step} of {run.steps}: {reason}")
@@ -370,23 +371,36 @@ def _step(
 
 
 class Stopper:
-    """Asks whether to stop, with the same answer on all processes; several confer every second or ten steps."""
+    """Asks whether to stop and whether to save, with the same answers on all processes.
 
-    def __init__(self, processes: Processes) -> None:
+    Each has its own clock and its own signals, and a save takes all of them: one that decided alone would wait for
+    the others for ever. So several confer, every second or ten steps.
+    """
+
+    def __init__(self, processes: Processes, checkpoint_seconds: float) -> None:
         self.processes, self._next, self._step, self._asked = processes, 0, 0, time.monotonic()
+        self.checkpoint_seconds, self._saved = checkpoint_seconds, time.monotonic()
 
-    def reason(self, step: int) -> str | None:
-        """Return why to stop after this step, or None."""
-        reason = stop_reason()
-        if self.processes.world == 1 or step < self._next:
-            return reason if self.processes.world == 1 else None
+    def saved(self) -> None:
+        """Note that a checkpoint was written now."""
+        self._saved = time.monotonic()
+
+    def look(self, step: int) -> tuple[str | None, bool]:
+        """Return why to stop after this step, or None, and whether to save."""
+        reason, due = stop_reason(), time.monotonic() - self._saved > self.checkpoint_seconds
+        if self.processes.world == 1:
+            return reason, due or reason is not None
+        if step < self._next:
+            return None, False
         pace = (time.monotonic() - self._asked) / max(1, step - self._step)
-        answers = self.processes.gather((reason, pace))
-        slowest = max(seconds for _, seconds in answers)
+        answers = self.processes.gather((reason, due, pace))
+        slowest = max(seconds for _, _, seconds in answers)
         self._next = step + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
         self._step, self._asked = step, time.monotonic()
-        asked = [other for other, _ in answers if other]
-        return (reason or f"another process was asked to stop ({asked[0]})") if asked else None
+        asked = [other for other, _, _ in answers if other]
+        if asked:
+            return reason or f"another process was asked to stop ({asked[0]})", True
+        return None, any(wish for _, wish, _ in answers)
 
 
 def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpoint | None:
