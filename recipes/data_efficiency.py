@@ -6,18 +6,23 @@ Found: recipes/results/<scale>/report.md
 """
 
 import math
+import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from epochal.records import Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_bars, draw_law, draw_series
-from epochal.run import Job
+from epochal.run import Job, Run
 from epochal.scale import Scale
-from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law
+from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law, seed_reach, slowrun_multiple
 from epochal.search import Search
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
 FEWEST_BUDGETS = 3
 """A law of three constants over fewer budgets says nothing."""
+
+SLOWRUN_DATA = "fineweb"
+"""The data set on whose validation tokens the Slowrun's table holds."""
 
 
 def plan(records: Records, scale: Scale) -> list[Job]:
@@ -26,8 +31,23 @@ def plan(records: Records, scale: Scale) -> list[Job]:
 
 
 def jobs(records: Records, scale: Scale) -> list[Job]:
-    """Every job that can be named today: this recipe only reads what the others run, at every budget."""
-    return distillation.jobs(records, scale)
+    """Every job that can be named today: what the other recipes run, and seeds of the best standard run per budget.
+
+    The law of the standard recipe has a point per budget; its seeds are what tells its noise.
+    """
+    return distillation.jobs(records, scale) + [
+        run for tokens in scale.budgets for run in seeds(records, scale, tokens)
+    ]
+
+
+def seeds(records: Records, scale: Scale, tokens: int) -> list[Run]:
+    """Return the best standard run of one budget with every seed; nothing before its searches have certificates."""
+    _, best, missing = epoching.best_standard(records, scale, tokens)
+    if best is None or missing:
+        return []
+    point = epoching.standard(records, scale, best.model, tokens).best
+    assert point is not None
+    return [scale.run(best.model, tokens, point, seed=seed) for seed in range(scale.seeds)]
 
 
 def searches(records: Records, scale: Scale) -> list[Search]:
@@ -35,25 +55,60 @@ def searches(records: Records, scale: Scale) -> list[Search]:
     return distillation.searches(records, scale)
 
 
+def standard_losses(records: Records, scale: Scale, tokens: int) -> list[float]:
+    """Return the best standard loss of one budget: of every seed that has run, or of the one search."""
+    found = [record.loss for run in seeds(records, scale, tokens) if (record := records.get(run)) is not None]
+    losses = found or [epoching.best_standard(records, scale, tokens)[0]]
+    return [loss for loss in losses if math.isfinite(loss)]
+
+
 def standard_law(records: Records, scale: Scale) -> PowerLaw | None:
-    """Fit E + A / D**alpha to the best standard losses (D in tokens); None with fewer than three budgets."""
-    pairs = [(tokens, epoching.best_standard(records, scale, tokens)[0]) for tokens in scale.budgets]
-    pairs = [(tokens, loss) for tokens, loss in pairs if math.isfinite(loss)]
-    if len(pairs) < FEWEST_BUDGETS:
+    """Fit E + A / D**alpha to the best standard losses (D in tokens, all seeds); None with fewer than three budgets."""
+    points = [(tokens, loss) for tokens in scale.budgets for loss in standard_losses(records, scale, tokens)]
+    if len({tokens for tokens, _ in points}) < FEWEST_BUDGETS:
         return None
-    return fit_power_law([tokens for tokens, _ in pairs], [loss for _, loss in pairs])
+    return fit_power_law([tokens for tokens, _ in points], [loss for _, loss in points])
 
 
-def reached(records: Records, scale: Scale, tokens: int) -> dict[str, float]:
-    """Return the losses reached at one budget: best single, best ensemble, and the student at the first budget."""
-    found = {"tuned decay": heavy_weight_decay.best_single(records, scale, tokens)[0]}
+@dataclass(frozen=True)
+class Reached:
+    """A loss in nats per token, its 90% interval (over seeds or members; None for one seed), and whether it was trained."""
+
+    loss: float
+    interval: tuple[float, float] | None = None
+    limit: bool = False
+
+
+def reached(records: Records, scale: Scale, tokens: int) -> dict[str, Reached]:
+    """Return what was reached at one budget: best single, best ensemble, the limits, and the student at the first."""
+    found: dict[str, Reached] = {}
+    loss, model = heavy_weight_decay.best_single(records, scale, tokens)
+    if model:
+        own = heavy_weight_decay.best_records(records, scale, model, tokens)
+        found["tuned decay"] = Reached(loss, _over_seeds([record.loss for record in own]))
     ensemble = ensembling.best_ensemble(records, scale, tokens)
     if ensemble is not None:
-        found[f"ensemble of {ensemble.results['members']}"] = ensemble.loss
+        count, law = ensemble.results["members"], ensembling.members_law(ensemble)
+        around = law.predict_interval([float(count)]) if law.interval else None
+        reach = float(around[1][0] - around[0][0]) / 2 if around else None
+        interval = None if reach is None else (ensemble.loss - reach, ensemble.loss + reach)
+        found[f"ensemble of {count}"] = Reached(ensemble.loss, interval)
+        found["its limit in K"] = Reached(law.E, law.interval["E"] if law.interval else None, limit=True)
+    joint = ensembling.joint_law(ensembling.finished(records, scale, tokens))
+    if joint is not None:
+        found["the limit in K and N"] = Reached(joint.E, joint.interval["E"] if joint.interval else None, limit=True)
     student = distillation.student_record(records, scale, "ensemble")
     if student is not None and tokens == scale.unique_tokens[0]:
-        found["student of the ensemble"] = student.loss
-    return {what: loss for what, loss in found.items() if math.isfinite(loss)}
+        found["student of the ensemble"] = Reached(student.loss)
+    return {what: value for what, value in found.items() if math.isfinite(value.loss) and value.loss > 0}
+
+
+def _over_seeds(losses: list[float]) -> tuple[float, float] | None:
+    """Student's 90% interval of a mean; None for one seed."""
+    if len(losses) < 2:
+        return None
+    mean, reach = statistics.fmean(losses), seed_reach(losses)
+    return mean - reach, mean + reach
 
 
 def report(records: Records, scale: Scale) -> Section:
@@ -64,15 +119,20 @@ def report(records: Records, scale: Scale) -> Section:
         note = f"Needs the standard recipe at {FEWEST_BUDGETS} budgets or more; see a larger scale."
         return Section(title="Data efficiency", question=question, notes=(note,))
     tokens = scale.unique_tokens[0]
+    losses = {budget: reached(records, scale, budget) for budget in scale.unique_tokens}
     found = {
-        budget: {what: data_efficiency(loss, budget, law) for what, loss in reached(records, scale, budget).items()}
-        for budget in scale.unique_tokens
+        budget: {
+            what: data_efficiency(value.loss, budget, law, loss_interval=value.interval)
+            for what, value in values.items()
+        }
+        for budget, values in losses.items()
     }
+    slowrun = (_slowrun_table(losses),) if scale.data == SLOWRUN_DATA else ()
     return Section(
         title="Data efficiency",
         question=question,
-        claims=tuple(_claim(what, value, tokens, scale) for what, value in found[tokens].items()),
-        tables=(_table(found),),
+        claims=tuple(_claim(what, value, losses[tokens][what], tokens, scale) for what, value in found[tokens].items()),
+        tables=(_law_table(law), _table(found, losses), *slowrun),
         figures=(_law_figure(records, scale, law), _bar_figure(found[tokens], tokens)),
         notes=tuple(note for note in (law.note,) if note),
     )
@@ -81,13 +141,25 @@ def report(records: Records, scale: Scale) -> Section:
 Multiples = dict[str, DataEfficiency]
 
 
-def _claim(what: str, value: DataEfficiency, tokens: int, scale: Scale) -> Claim:
+PAPER = {
+    "tuned decay": "2.09x at 200M tokens, section 8",
+    "its limit in K": "3.03x at 200M tokens, section 8",
+    "the limit in K and N": "5.17x at 200M tokens, section 8",
+}
+
+
+def _claim(what: str, value: DataEfficiency, loss: Reached, tokens: int, scale: Scale) -> Claim:
     reasons = ("one seed",) if scale.seeds < 2 else ()
     if value.extrapolated:
-        reasons = (*reasons, "beyond the largest budget of the law")
+        reasons = (*reasons, "beyond the budgets of the law")
+    if value.interval is None:
+        reasons = (*reasons, "no interval: the law has too few points")
+    elif loss.interval is None:
+        reasons = (*reasons, "the interval is that of the law alone")
     return Claim(
-        text=f"D = {tokens:,}: {what} is worth this multiple of the data",
+        text=f"D = {tokens:,}: {what} is worth more than its data",
         value=f"{value.multiple:.2f}x",
+        paper=PAPER.get(what, ""),
         interval=value.interval,
         seeds=scale.seeds,
         holds=value.multiple > 1,
@@ -95,15 +167,44 @@ def _claim(what: str, value: DataEfficiency, tokens: int, scale: Scale) -> Claim
     )
 
 
-def _table(found: dict[int, Multiples]) -> Table:
+def _law_table(law: PowerLaw) -> Table:
+    ends = law.interval or {}
+    rows = [(name, getattr(law, name), *ends.get(name, (None, None))) for name in ("E", "A", "alpha")]
+    smallest, largest = float(law.x.min()), float(law.x.max())
+    return Table(
+        title=f"The standard law E + A / D^alpha, {len(law.y)} points from D = {smallest:,.0f} to {largest:,.0f}",
+        columns=("constant", "measured", "low", "high"),
+        rows=tuple(rows),
+    )
+
+
+def _table(found: dict[int, Multiples], losses: dict[int, dict[str, Reached]]) -> Table:
+    rows = []
+    for budget, multiples in found.items():
+        for what, value in multiples.items():
+            loss = losses[budget][what]
+            low, high = value.interval or (None, None)
+            kind = "limit" if loss.limit else "trained"
+            where = "beyond the law's range" if value.extrapolated else "in range"
+            rows.append((budget, what, kind, loss.loss, value.multiple, low, high, value.equivalent, where))
+    return Table(
+        title="Data efficiency against the standard law (low, high: 90% interval of the multiple)",
+        columns=("D", "what", "kind", "loss", "multiple", "low", "high", "equivalent tokens", "range"),
+        rows=tuple(rows),
+    )
+
+
+def _slowrun_table(losses: dict[int, dict[str, Reached]]) -> Table:
+    """The Slowrun's own count beside ours, in a table of its own: it is measured against one-pass runs, not a law."""
     rows = [
-        (budget, what, value.multiple, value.equivalent, "beyond the law's range" if value.extrapolated else "in range")
-        for budget, multiples in found.items()
-        for what, value in multiples.items()
+        (budget, what, value.loss, slowrun_multiple(value.loss))
+        for budget, values in losses.items()
+        for what, value in values.items()
+        if not value.limit
     ]
     return Table(
-        title="Data efficiency against the standard law",
-        columns=("D", "what", "multiple", "equivalent tokens", "range"),
+        title="NanoGPT Slowrun's multiple: one-pass nanochat, best of three sizes, over 100M tokens",
+        columns=("D", "what", "loss", "Slowrun multiple"),
         rows=tuple(rows),
     )
 

@@ -14,7 +14,7 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Scale, member_point
-from epochal.scaling import MembersLaw, fit_joint, fit_members
+from epochal.scaling import JointLaw, MembersLaw, fit_joint, fit_members
 from epochal.search import Search, ensemble_search
 from epochal.tuner import Point
 from recipes import _kinds, heavy_weight_decay
@@ -131,12 +131,7 @@ def report(records: Records, scale: Scale) -> Section:
     claims: list[Claim] = []
     tables, figures = [], []
     for tokens in scale.unique_tokens:
-        found = [
-            (model, ensemble, records.get(ensemble))
-            for model in scale.ensemble.models
-            for ensemble in ensembles(records, scale, model, tokens)
-        ]
-        done = [(model, ensemble, record) for model, ensemble, record in found if record is not None]
+        done = finished(records, scale, tokens)
         claims += _claims(records, scale, tokens, done)
         claims += _joint_claim(records, scale, tokens, done)
         if done:
@@ -189,23 +184,40 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
     return claims
 
 
-def _joint_claim(records: Records, scale: Scale, tokens: int, done: Found) -> list[Claim]:
-    """The double limit, K first and then N (spec section 7), where three sizes or more have ensembles."""
+def finished(records: Records, scale: Scale, tokens: int) -> Found:
+    """Return the ensembles of one budget that have run: size, job, record."""
+    found = [
+        (model, ensemble, records.get(ensemble))
+        for model in scale.ensemble.models
+        for ensemble in ensembles(records, scale, model, tokens)
+    ]
+    return [(model, ensemble, record) for model, ensemble, record in found if record is not None]
+
+
+def joint_law(done: Found) -> JointLaw | None:
+    """Fit the double limit through the limits of members (averaged in logits); None with fewer than three sizes."""
     laws = {
         record.results["parameters"] / len(ensemble.runs): members_law(record)
         for _, ensemble, record in done
         if ensemble.average == "logits"
     }
     if len(laws) < FEWEST_SIZES or any(law.E <= 0 for law in laws.values()):
-        return []
+        return None
     known = all(law.interval for law in laws.values())
-    law = fit_joint(
+    return fit_joint(
         list(laws),
         [math.inf] * len(laws),
         [law.E for law in laws.values()],
         errors=[max(law.error, SMALLEST_ERROR) for law in laws.values()] if known else None,
         error_dof=sum(law.dof for law in laws.values()) if known else 0,
     )
+
+
+def _joint_claim(records: Records, scale: Scale, tokens: int, done: Found) -> list[Claim]:
+    """The double limit, K first and then N (spec section 7), where three sizes or more have ensembles."""
+    law = joint_law(done)
+    if law is None:
+        return []
     reasons = heavy_weight_decay.missing(records, scale, tokens)
     return [
         Claim(

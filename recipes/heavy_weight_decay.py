@@ -166,7 +166,7 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
     ]
     if law is not None:
         interval = law.interval["E"] if law.interval else None
-        reasons = open_ends if law.interval else (*open_ends, "too few points for an interval")
+        reasons = open_ends if law.interval else (*open_ends, law.note.rstrip("."))
         claims.append(
             Claim(
                 text=f"D = {tokens:,}: the limit N to infinity of tuned single models lies under the best standard loss",

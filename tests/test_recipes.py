@@ -220,18 +220,28 @@ def test_every_scale_loads_and_is_priced_in_a_second(name: str, tmp_path: Path) 
 
 def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path: Path) -> None:
     """With four budgets and four ensembled sizes there are data-efficiency multiples and a double limit."""
-    scale = replace(load_scale("micro"), seeds=1)
+    scale = replace(load_scale("micro"), seeds=2)
     for _ in simulate(workspace, "data_efficiency", scale):
         pass
     records = load_records(workspace)
     sections = {name: load_recipe(name).report(records, scale) for name in ("ensembling", "data_efficiency")}
     assert any("double limit" in claim.text for claim in sections["ensembling"].claims)
-    multiples = [claim for claim in sections["data_efficiency"].claims if claim.value.endswith("x")]
-    assert len(multiples) == 3  # tuned decay, ensemble, student
     law = load_recipe("data_efficiency").standard_law(records, scale)
+    assert sorted(law.x) == sorted(2 * scale.unique_tokens)  # the best standard run of every budget has both seeds
+    assert law.interval is not None
     tokens = scale.unique_tokens[0]
+    multiples = {claim.text: claim for claim in sections["data_efficiency"].claims}
+    found = [
+        next(text for text in multiples if what in text) for what in ("tuned decay", "ensemble of", "its limit in K")
+    ]
+    found += [next(text for text in multiples if what in text) for what in ("limit in K and N", "student")]
+    assert all(multiples[text].interval is not None for text in found)
     tuned = load_recipe("heavy_weight_decay").best_single(records, scale, tokens)[0]
-    assert multiples[0].value == f"{(law.A / (tuned - law.E)) ** (1 / law.alpha) / tokens:.2f}x"
+    assert multiples[found[0]].value == f"{(law.A / (tuned - law.E)) ** (1 / law.alpha) / tokens:.2f}x"
+    assert "the interval is that of the law alone" in multiples[found[-1]].provisional
+    tables = {table.title.split(",")[0]: table for table in sections["data_efficiency"].tables}
+    assert [row[0] for row in tables["The standard law E + A / D^alpha"].rows] == ["E", "A", "alpha"]
+    assert not any("Slowrun" in title for title in tables)  # another text, another loss
     write_report(list(sections.values()), tmp_path / "report", title="made up")
     assert {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")} >= {
         "data-efficiency",

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from epochal.records import Record, Records
 from epochal.run import AdamW, Ensemble, Run
 from epochal.scale import Scale, member_point
-from epochal.scaling import CHINCHILLA, MembersLaw, PowerLaw, SurfaceLaw, fit_members, fit_power_law, fit_surface
+from epochal.scaling import (
+    CHINCHILLA,
+    MembersLaw,
+    PowerLaw,
+    SurfaceLaw,
+    fit_members,
+    fit_power_law,
+    fit_surface,
+    seed_reach,
+)
 from epochal.tuner import Point
 
 FEWEST_SURFACE = 7
@@ -252,13 +261,7 @@ def _same_budget(found: Evidence, model: str, tokens: int) -> Tuned | None:
 
 def _seed_reach(losses: tuple[float, ...]) -> float | None:
     """Student's interval of a mean over seeds; None for one seed."""
-    if len(losses) < 2:
-        return None
-    from scipy.special import stdtrit
-
-    count, mean = len(losses), sum(losses) / len(losses)
-    variance = sum((loss - mean) ** 2 for loss in losses) / (count - 1)
-    return float(stdtrit(count - 1, 0.95)) * math.sqrt(variance / count)
+    return seed_reach(losses) if len(losses) > 1 else None
 
 
 def _surface(entries: list[Tuned]) -> SurfaceLaw | None:

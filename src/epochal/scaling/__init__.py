@@ -14,6 +14,7 @@ from epochal.scaling.checks import (
     compare_limits,
     held_out_largest,
     leave_one_out,
+    seed_reach,
     seed_weights,
 )
 from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants, slowrun_multiple
@@ -48,6 +49,7 @@ __all__ = [
     "leave_one_out",
     "power_sum",
     "repetition",
+    "seed_reach",
     "seed_weights",
     "slowrun_multiple",
     "with_penalty",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.power import PowerLaw, checked, fit_power_law
+from epochal.scaling.power import LEVEL, PowerLaw, checked, fit_power_law
 from epochal.scaling.solve import Array
 
 SHRINKAGE = 4.0  # prior degrees of freedom of the pooled variance: two or three seeds alone say little about theirs
@@ -131,6 +131,17 @@ def compare_limits(a: PowerLaw, b: PowerLaw, *, names: tuple[str, str] = ("A", "
 def _shown(probability: float) -> str:
     # The tails of a confidence distribution from a few points are not worth a third digit.
     return "above 0.99" if probability > 0.99 else f"{probability:.2f}"
+
+
+def seed_reach(losses: npt.ArrayLike) -> float:
+    """Give half the width of Student's 90% interval of the mean over seeds; raises ValueError for fewer than two."""
+    from scipy.special import stdtrit
+
+    values = checked("losses", losses, positive=False)
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} seed tells nothing about its noise: run a second one.")
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * error
 
 
 def seed_weights(losses: Sequence[npt.ArrayLike]) -> tuple[Array, Array]:

@@ -73,10 +73,15 @@ class PowerLaw:
         centre = self.predict(x)
         if self.interval is None:
             return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
-        tail = np.full(centre.size, (1 - level) / 2)
-        target = np.asarray(x, dtype=np.float64).ravel()
-        low, high = self._quantiles(tail, target), self._quantiles(1 - tail, target)
+        low, high = self.quantiles((1 - level) / 2, x), self.quantiles((1 + level) / 2, x)
         return low.reshape(centre.shape), high.reshape(centre.shape)
+
+    def quantiles(self, probability: float, x: npt.ArrayLike) -> Array:
+        """Give one quantile of the confidence distribution of the law at x (flat); nan where the fit has no interval."""
+        target = np.asarray(x, dtype=np.float64).ravel()
+        if self.interval is None:
+            return np.full_like(target, np.nan)
+        return self._quantiles(np.full(target.size, probability), target)
 
     def limit_quantiles(self, probability: npt.ArrayLike) -> Array:
         """Quantiles of the confidence distribution of E; nan where the fit has no interval.

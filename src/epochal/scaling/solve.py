@@ -128,16 +128,16 @@ def alpha_range(
     grid = np.unique(np.append(np.geomspace(*bounds, 4 * GRID), best))
     inside = rss(grid) <= ceiling[:, None]
     inside[:, np.searchsorted(grid, best)] = True  # rounding must not exclude the optimum itself
-    ends = []
-    for flags, values in ((inside, grid), (inside[:, ::-1], grid[::-1])):
-        first = np.argmax(flags, axis=1)
-        good, bad = values[first], values[np.maximum(first - 1, 0)]
-        for _ in range(HALVINGS):
-            middle = (good + bad) / 2
-            below = rss(middle) <= ceiling
-            good, bad = np.where(below, middle, good), np.where(below, bad, middle)
-        ends.append(good)
-    return ends[0], ends[1]
+    # Both ends are halved in one go: the arrays are small, so that the number of calls is the cost.
+    first, last = np.argmax(inside, axis=1), len(grid) - 1 - np.argmax(inside[:, ::-1], axis=1)
+    good = np.concatenate([grid[first], grid[last]])
+    bad = np.concatenate([grid[np.maximum(first - 1, 0)], grid[np.minimum(last + 1, len(grid) - 1)]])
+    ceilings = np.concatenate([ceiling, ceiling])
+    for _ in range(HALVINGS):
+        middle = (good + bad) / 2
+        below = rss(middle) <= ceilings
+        good, bad = np.where(below, middle, good), np.where(below, bad, middle)
+    return good[: len(ceiling)], good[len(ceiling) :]
 
 
 def _extreme(free: Moments, ceiling: Array, of_level: Array, of_A: Array, sign: Array) -> Array:
@@ -196,6 +196,8 @@ def profile(
 
     if alpha is not None:
         return end(np.full(len(ceiling), alpha))
-    low, high = alpha_range(log_x, y, weights, best, ceiling, bounds)
+    # Targets mostly share a ceiling, and the range of exponents depends on nothing else.
+    ceilings, which = np.unique(ceiling, return_inverse=True)
+    low, high = (side[which] for side in alpha_range(log_x, y, weights, best, ceilings, bounds))
     ends: Array = end(search(lambda a: -sign * end(a), low, high))
     return ends
