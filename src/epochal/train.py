@@ -23,7 +23,7 @@ from epochal.data import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.model import build_model, next_token, parameter_counts, start_from
 from epochal.noise import MASKED_WEIGHT, Noise
-from epochal.optim.build import build_optimizer, spectral_norms
+from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
 from epochal.processes import Processes
 from epochal.proof import Proof
 from epochal.provenance import provenance, utilisation
@@ -100,6 +100,8 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
     # --- processes -------------------------------------------------------------------------------------------------
     processes = _processes(run, workspace, pace)
     rows = _rows_of_this_process(run, processes, pace)
+    if processes.device.type == "cuda" and backend(processes.device) == "torch":
+        log.warning("%s: Triton is not installed, so losses and optimizers take plain torch, which is slower", run.name)
 
     # --- data ------------------------------------------------------------------------------------------------------
     store, records = open_store(run.data, workspace), load_records(workspace)
@@ -214,6 +216,7 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
             "world_size": processes.world,
             "profile": pace.profile,
             "loss_backend": backend(processes.device),
+            "optimizer_backend": optimizer_backend(run.optimizer, processes.device),
             "sharding": processes.backend,
             "matrices": len(processes.optimizer.matrices),
             "update_error": proof.error,

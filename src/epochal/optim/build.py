@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from epochal import optim, optimizer_config
 from epochal.optim.base import Group
+from triton_kernels.backend import backend
 
 CLASSES: dict[type, Callable[..., torch.optim.Optimizer]] = {
     optimizer_config.AdamW: torch.optim.AdamW,
@@ -159,6 +160,12 @@ def _base_keywords(
             return {"betas": (choice.beta1, choice.beta2)}
         case optimizer_config.AdamW():
             return {"betas": (choice.beta1, choice.beta2), "eps": choice.eps}
+
+
+def optimizer_backend(choice: optimizer_config.Optimizer, device: torch.device) -> str:
+    """Return the path of the optimizer's passes over matrices on a device, "triton" or "torch", for a record."""
+    has_kernels = isinstance(choice, optimizer_config.Fira | optimizer_config.Spectra)
+    return "triton" if has_kernels and backend(device) == "triton" else "torch"
 
 
 # --- what happened, for log lines and records -----------------------------------------------------------------------
