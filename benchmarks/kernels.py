@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -174,29 +175,40 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=HERE / "kernels_gpu.csv")
     args = parser.parse_args()
     path = args.csv if args.csv.is_absolute() else HERE / args.csv
-    repeats = 1 if args.tiny else args.repeats
+    repeats, failed = 1 if args.tiny else args.repeats, 0
     for make in (softmax_cases, symmetric_cases, clip_cases, fira_cases):
         for case in make(args.device, args.tiny):
-            measure_case(case, args.device, repeats, path)
+            failed += measure_case(case, args.device, repeats, path)
+    raise SystemExit(1 if failed else 0)
 
 
-def measure_case(case: Case, device: str, repeats: int, path: Path) -> None:
-    """Append the rows of a case that the CSV lacks; the reference is timed again, as ratios are of one run only."""
+def measure_case(case: Case, device: str, repeats: int, path: Path) -> int:
+    """Append the rows of a case that the CSV lacks and return how many methods failed, which cost the others nothing.
+
+    The reference is timed again in any case, as ratios are of one run only.
+    """
     name, methods, moved, operations = case
     reference = reference_of(methods)
     keys = {method: {"case": name, "method": method, **environment(device)} for method in methods}
     missing = [method for method in sorted(methods, key=lambda m: m != reference) if not known(path, keys[method])]
     if not missing:
         print("already measured:", name)
-        return
-    first = timed(methods[reference], device, repeats)
+        return 0
+    first, failed = timed(methods[reference], device, repeats), 0
     for method in missing:
-        best = first if method == reference else timed(methods[method], device, repeats)
+        try:
+            best = first if method == reference else timed(methods[method], device, repeats)
+        except Exception:
+            traceback.print_exc()
+            print(f"failed: {name}, {method}", flush=True)
+            failed += 1
+            continue
         row: dict[str, object] = {**keys[method], "path": backend(device), "milliseconds": f"{best * 1e3:.5g}"}
         row["gb_per_s"] = f"{moved / best / 1e9:.4g}" if moved and best else ""
         row["tflop_per_s"] = f"{operations / best / 1e12:.4g}" if operations and best else ""
         row["ratio_to_reference"] = f"{best / first:.4g}" if first else ""
         append(path, row)
+    return failed
 
 
 def timed(function: Callable[[], object], device: str, repeats: int) -> float:

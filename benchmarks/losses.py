@@ -24,7 +24,9 @@ from torch import Tensor
 
 from epochal import loss
 
-METHODS = ("fused", "materialised", "torch.compile", "linear_cross_entropy", "liger")
+METHODS = ("fused", "cached", "materialised", "torch.compile", "linear_cross_entropy", "liger")
+STORED = 64
+"""Probabilities per token of a cached teacher."""
 
 
 def materialised(
@@ -50,6 +52,9 @@ def materialised(
 def step(method: str, average: str, inputs: tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]) -> Tensor:
     """The loss of one method; the caller runs backward."""
     hidden, head, targets, teachers = inputs
+    if method == "cached":
+        ids, probs = teachers[0]
+        return loss.cached_distillation_loss(hidden, head, targets, ids, probs, weight=0.5)
     if method == "fused" and teachers:
         return loss.distillation_loss(hidden, head, targets, teachers, average=average, weight=0.5)
     if method == "fused":
@@ -61,6 +66,14 @@ def step(method: str, average: str, inputs: tuple[Tensor, Tensor, Tensor, list[t
 
         return LigerFusedLinearCrossEntropyLoss()(head, hidden, targets)
     return materialised(hidden, head, targets, teachers, average)
+
+
+def stored(tokens: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
+    """(ids, probabilities) of distinct tokens with nine tenths of the mass."""
+    count = min(STORED, vocabulary)
+    steps = torch.arange(count, device=device) * (vocabulary // count)
+    first = torch.randint(vocabulary, (tokens, 1), device=device)
+    return (first + steps) % vocabulary, torch.randn(tokens, count, device=device).softmax(1) * 0.9
 
 
 def measure_one(args: argparse.Namespace) -> dict[str, object]:
@@ -76,7 +89,10 @@ def measure_one(args: argparse.Namespace) -> dict[str, object]:
 
     hidden, head = pair()
     targets = torch.randint(args.vocabulary, (args.tokens,), device=args.device)
-    inputs = (hidden.requires_grad_(), head.requires_grad_(), targets, [pair() for _ in range(args.teachers)])
+    teachers = [pair() for _ in range(args.teachers)]
+    if args.method == "cached":
+        teachers = [stored(args.tokens, args.vocabulary, args.device)]
+    inputs = (hidden.requires_grad_(), head.requires_grad_(), targets, teachers)
     run: Callable[..., Tensor] = torch.compile(step) if args.method == "torch.compile" else step
 
     def once() -> None:
@@ -98,14 +114,35 @@ def measure_one(args: argparse.Namespace) -> dict[str, object]:
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(method, average, teachers): the fused loss by K, then what it is compared with."""
-    rows = [("fused", "none", 0)] + [("fused", a, k) for k in (1, 8) for a in ("logits", "probs")]
-    rows += [("materialised", "none", 0), ("materialised", "logits", 1), ("linear_cross_entropy", "none", 0)]
+    rows = [("fused", "none", 0), ("cached", f"top {STORED}", 0)]
+    rows += [("fused", a, k) for k in (1, 8) for a in ("logits", "probs")]
+    rows += [("materialised", "none", 0), ("linear_cross_entropy", "none", 0)]
+    rows += [("materialised", "logits", k) for k in (1, 8)] + [("materialised", "probs", 8)]
     if args.device == "cuda":
-        rows += [("materialised", "logits", 8), ("materialised", "probs", 8), ("torch.compile", "none", 0)]
-        rows += [("torch.compile", "logits", 8)]
-        if importlib.util.find_spec("liger_kernel"):
-            rows += [("liger", "none", 0)]
-    return rows
+        rows += [("torch.compile", "none", 0), ("torch.compile", "logits", 8), ("liger", "none", 0)]
+    return [row for row in rows if why_not(row[0], args) is None]
+
+
+def why_not(method: str, args: argparse.Namespace) -> str | None:
+    """Say, and return, why a method cannot be measured here."""
+    reason = None
+    needed = 7 * 4 * args.tokens * args.vocabulary  # the most blocks of (tokens, vocabulary) alive at once, in float32
+    if method == "liger" and not importlib.util.find_spec("liger_kernel"):
+        reason = "liger-kernel is not installed"
+    elif method == "materialised" and args.device == "cpu" and needed > available_memory():
+        reason = f"{needed / 1e9:.0f} GB of memory are not free"
+    elif method == "linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
+        reason = f"torch {torch.__version__} does not have it"
+    if reason:
+        print(f"left out: {method}, because {reason}")
+    return reason
+
+
+def available_memory() -> int:
+    """Bytes that a process could take now; no limit where the system does not say."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**62)
 
 
 def main() -> None:
@@ -133,7 +170,10 @@ def main() -> None:
     if known(path, keys):
         print("already measured:", *keys.values())
         return
-    append(path, {**keys, **measure_one(args)})
+    try:
+        append(path, {**keys, **measure_one(args)})
+    except torch.OutOfMemoryError as error:
+        print(f"left out: {args.method} with {args.teachers} teachers, because it does not fit: {error}".split(". ")[0])
 
 
 if __name__ == "__main__":

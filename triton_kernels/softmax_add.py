@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.backend import jit, tl, triton, use_kernel
+from triton_kernels.online import online, online_end
 
 
 def softmax_add_reference(total: Tensor, logits: Tensor, *, weight: float, temperature: float) -> Tensor:
@@ -36,20 +37,17 @@ def _softmax_add_kernel(
     z_row = z_nv + row * z_stride
     total_row = total_nv + row * total_stride
     columns = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(top, z)
-    m = tl.max(top, 0)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-        sums += tl.exp((z - m) * inverse_temperature)
-    scale = weight / tl.sum(sums, 0)
+        m, s = online(m, s, z * inverse_temperature)
+    top, total = online_end(m, s)
+    scale = weight / total
     for start in range(0, V, BLOCK):
         inside = start + columns < V
         z = tl.load(z_row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        value = scale * tl.exp((z - m) * inverse_temperature)
+        value = scale * tl.exp(z * inverse_temperature - top)
         if ACCUMULATE:
             value += tl.load(total_row + start + columns, mask=inside, other=0.0)
         tl.store(total_row + start + columns, value, mask=inside)

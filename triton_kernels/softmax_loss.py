@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.backend import jit, tl, triton, use_kernel
+from triton_kernels.online import online, online_end
 
 
 def softmax_loss_reference(
@@ -57,7 +58,7 @@ def softmax_loss_reference(
 @jit
 def _softmax_loss_kernel(
     z_nv, y_n, p_nv, loss_n, z_stride, p_stride, V, weight, temperature, ignore_index,
-    HAS_TEACHER: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TEACHER: tl.constexpr, SAME: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 in ordinary use
     z_row = z_nv + row * z_stride
@@ -72,46 +73,46 @@ def _softmax_loss_kernel(
                 tl.store(z_row + start + columns, tl.zeros([BLOCK], tl.float32), mask=inside)
     else:
         inverse = 1.0 / temperature
-        # One running maximum serves both temperatures: T > 0 keeps the order.
-        top = tl.full([BLOCK], float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK):
-            z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-            # A maximum may drop NaN, the sum of the next pass does not.
-            top = tl.maximum(top, z)
-        m = tl.max(top, 0)
-        sum_1 = tl.zeros([BLOCK], tl.float32)
-        sum_t = tl.zeros([BLOCK], tl.float32)
+        # An index outside the vocabulary gives NaN: loud, and without a host synchronisation.
+        z_y = tl.load(z_row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
+        base = tl.where(z_y == float("-inf"), 0.0, z_y)  # differences of large numbers would cost digits
+        m_1 = tl.full([BLOCK], float("-inf"), tl.float32)
+        m_t = tl.full([BLOCK], float("-inf"), tl.float32)
+        s_1 = tl.zeros([BLOCK], tl.float32)
+        s_t = tl.zeros([BLOCK], tl.float32)
         cross = tl.zeros([BLOCK], tl.float32)
         mass = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             inside = start + columns < V
-            z = tl.load(z_row + start + columns, mask=inside, other=float("-inf")).to(tl.float32) - m
-            sum_1 += tl.exp(z)
+            z = tl.load(z_row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            m_1, s_1 = online(m_1, s_1, z)
             if HAS_TEACHER:
+                if not SAME:  # at T = 1 both parts contain the same softmax
+                    m_t, s_t = online(m_t, s_t, z * inverse)
                 p = tl.load(p_row + start + columns, mask=inside, other=0.0)
-                sum_t += tl.exp(z * inverse)
                 log_p = tl.log(tl.where(p == 0.0, 1.0, p))
-                cross += p * (log_p - tl.where(inside, z, 0.0) * inverse)
+                cross += p * (log_p - (tl.where(inside, z, base) - base) * inverse)
                 mass += p
-        log_1 = tl.log(tl.sum(sum_1, 0))
-        # An index outside the vocabulary gives NaN: loud, and without a host synchronisation.
-        z_y = tl.load(z_row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32) - m
-        loss = (1.0 - weight) * (log_1 - z_y)
-        log_t = log_1
+        top_1, total_1 = online_end(m_1, s_1)
+        log_1 = tl.log(total_1)
+        top_t, log_t = top_1, log_1
+        loss = (1.0 - weight) * (top_1 - z_y + log_1)
         if HAS_TEACHER:
-            log_t = tl.log(tl.sum(sum_t, 0))
-            divergence = tl.sum(cross, 0) + log_t * tl.sum(mass, 0)
+            if not SAME:
+                top_t, total_t = online_end(m_t, s_t)
+                log_t = tl.log(total_t)
+            divergence = tl.sum(cross, 0) + tl.sum(mass, 0) * (top_t - base * inverse + log_t)
             loss += weight * temperature * temperature * divergence
         tl.store(loss_n + row, loss)
         if GRADIENT:
             for start in range(0, V, BLOCK):
                 inside = start + columns < V
-                z = tl.load(z_row + start + columns, mask=inside, other=float("-inf")).to(tl.float32) - m
+                z = tl.load(z_row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
                 hot = tl.where(start + columns == y, 1.0, 0.0)
-                gradient = (1.0 - weight) * (tl.exp(z - log_1) - hot)
+                gradient = (1.0 - weight) * (tl.exp(z - top_1 - log_1) - hot)
                 if HAS_TEACHER:
                     p = tl.load(p_row + start + columns, mask=inside, other=0.0)
-                    gradient += weight * temperature * (tl.exp(z * inverse - log_t) - p)
+                    gradient += weight * temperature * (tl.exp(z * inverse - top_t - log_t) - p)
                 tl.store(z_row + start + columns, gradient, mask=inside)
 
 
@@ -164,7 +165,7 @@ def softmax_loss(
         _softmax_loss_kernel[(rows,)](
             logits, targets.contiguous(), p, loss, logits.stride(0), p.stride(0), vocabulary,
             float(weight), float(temperature), ignore_index,
-            HAS_TEACHER=teacher is not None, GRADIENT=gradient, BLOCK=block, num_warps=8,
+            HAS_TEACHER=teacher is not None, SAME=temperature == 1.0, GRADIENT=gradient, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return loss
 

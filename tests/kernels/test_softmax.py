@@ -11,8 +11,8 @@ import epochal.loss
 from triton_kernels.softmax_add import softmax_add, softmax_add_, softmax_add_reference
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 
-SHAPES = [(1, 1), (1, 200), (5, 3), (7, 256), (13, 129), (0, 8)]
-DTYPES = [torch.float32, torch.float16]
+SHAPES = [(1, 1), (1, 200), (5, 3), (7, 256), (13, 129), (2, 9000), (0, 8)]  # 9,000 is more than a block
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def block(rows, vocabulary, dtype, device, seed=0, scale=3.0):
