@@ -27,7 +27,7 @@ def clip_update_reference(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor)
 
 
 @jit
-def _update_kernel(
+def _clip_update_kernel(
     out_bmn, w_bmn, z_bmm, x_bmn, f_b2, M, N, o_sb, o_sm, o_sn, w_sb, w_sm, w_sn, z_sb, z_sm, z_sn, x_sb, x_sm, x_sn,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def clip_update(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> Tensor
     out = torch.empty_like(weight)
     if weight.numel():
         block, inner = (128, 32) if x.dtype != torch.float32 else (64, 32)
-        _update_kernel[(triton.cdiv(m, block), triton.cdiv(n, block), batch)](
+        _clip_update_kernel[(triton.cdiv(m, block), triton.cdiv(n, block), batch)](
             out, weight, z, x, factors.float().contiguous(), m, n,
             *out.stride(), *weight.stride(), *z.stride(), *x.stride(),
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16, BLOCK_M=block, BLOCK_N=block, BLOCK_K=inner, num_warps=8,

@@ -57,7 +57,7 @@ def fira_update_reference(
 
 
 @jit
-def _project_kernel(
+def _fira_project_kernel(
     p_bar, g_bab, low_brb, energy_bb, A, N, R, p_sb, p_sa, p_sr, g_sb, g_sa, g_sn, r_sb, r_sr, r_sn,
     PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def _project_kernel(
 
 
 @jit
-def _adam_kernel(
+def _fira_adam_kernel(
     low_brb, mean_brb, square_brb, n_brb, inside_bb, size_bb, w_b2, eps_1, N, R, r_sb, r_sr, r_sn,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def _adam_kernel(
 
 
 @jit
-def _update_kernel(
+def _fira_update_kernel(
     w_bab, g_bab, p_bar, n_brb, low_brb, share_bb, factor_bb, scalars_b2, A, N, R,
     w_sb, w_sa, w_sn, g_sb, g_sa, g_sn, p_sb, p_sa, p_sr, r_sb, r_sr, r_sn,
     PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -157,7 +157,7 @@ def fira_project(gradient: Tensor, basis: Tensor, like: Tensor) -> tuple[Tensor,
     r = basis.shape[2]
     low, energy = torch.empty_like(like), like.new_empty(batch, n)
     if energy.numel():
-        _project_kernel[(triton.cdiv(n, BLOCK_B), triton.cdiv(max(r, 1), BLOCK_R), batch)](
+        _fira_project_kernel[(triton.cdiv(n, BLOCK_B), triton.cdiv(max(r, 1), BLOCK_R), batch)](
             basis, gradient, low, energy, a, n, r, *basis.stride(), *gradient.stride(), *low.stride(),
             PRECISION=PRECISION, BLOCK_A=BLOCK_A, BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
         )  # fmt: skip
@@ -189,7 +189,7 @@ def fira_adam(low: Tensor, mean: Tensor, square: Tensor, weights: Tensor, eps: T
     low, direction = _laid_out(low, mean), torch.empty_like(mean)
     inside, size = (low.new_zeros(batch, n) for _ in range(2))
     if low.numel():
-        _adam_kernel[(triton.cdiv(n, BLOCK_B), batch)](
+        _fira_adam_kernel[(triton.cdiv(n, BLOCK_B), batch)](
             low, mean, square, direction, inside, size, weights.contiguous(), eps, n, r, *low.stride(),
             BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
         )  # fmt: skip
@@ -224,11 +224,12 @@ def fira_update(
         weight.copy_(fira_update_reference(weight, g, basis, direction, low, whole, share, factor, keep))
     elif weight.numel():
         low = _laid_out(low, direction)
-        _update_kernel[(triton.cdiv(a, BLOCK_A), triton.cdiv(n, BLOCK_B), batch)](
+        _fira_update_kernel[(triton.cdiv(a, BLOCK_A), triton.cdiv(n, BLOCK_B), batch)](
             weight, gradient, basis, direction, low, share.contiguous(), factor.contiguous(),
             torch.stack([whole, keep], 1), a, n, basis.shape[2],
             *weight.stride(), *gradient.stride(), *basis.stride(), *low.stride(),
             PRECISION=PRECISION, BLOCK_A=BLOCK_A, BLOCK_N=BLOCK_B, BLOCK_R=BLOCK_R,
+            num_stages=2,  # three would need more shared memory than a small GPU has
         )  # fmt: skip
 
 
