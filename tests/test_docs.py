@@ -10,7 +10,7 @@ import pytest
 
 from epochal.config import REPOSITORY
 
-PAGES = ["own_corpus", "asymptotes", "optimizers"]
+PAGES = ["own_corpus", "asymptotes", "optimizers", "cluster"]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
