@@ -14,7 +14,7 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Scale, member_point
-from epochal.scaling import JointLaw, MembersLaw, fit_joint, fit_members
+from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members
 from epochal.search import Search, ensemble_search
 from epochal.tuner import Point
 from recipes import _kinds, heavy_weight_decay
@@ -129,11 +129,12 @@ def best_ensemble(records: Records, scale: Scale, tokens: int) -> Record | None:
 def report(records: Records, scale: Scale) -> Section:
     """Compare ensembles with the best single model, and extrapolate in K."""
     claims: list[Claim] = []
-    tables, figures = [], []
+    tables, figures, notes = [], [], []
     for tokens in scale.unique_tokens:
         done = finished(records, scale, tokens)
         claims += _claims(records, scale, tokens, done)
         claims += _joint_claim(records, scale, tokens, done)
+        notes += _verdicts(records, scale, tokens, done)
         if done:
             tables.append(_table(scale, tokens, done))
             figures.append(_figure(records, scale, tokens, done))
@@ -147,6 +148,7 @@ def report(records: Records, scale: Scale) -> Section:
         claims=tuple(claims),
         tables=tuple(tables),
         figures=tuple(figures),
+        notes=tuple(notes),
     )
 
 
@@ -229,6 +231,21 @@ def _joint_claim(records: Records, scale: Scale, tokens: int, done: Found) -> li
             provisional=reasons if law.interval else (*reasons, law.note.rstrip(".")),
         )
     ]
+
+
+def _verdicts(records: Records, scale: Scale, tokens: int, done: Found) -> list[str]:
+    """Say in a sentence how probable it is that members in the limit are lower than single models in theirs."""
+    single = heavy_weight_decay.size_law(records, scale, tokens)
+    if single is None or not done:
+        return []
+    model, ensemble, record = min(done, key=lambda entry: members_law(entry[2]).E)
+    name = f"the limit in K of {model} members ({ensemble.average})"
+    told = [compare_limits(single, members_law(record), names=("the limit in N of single models", name))]
+    joint = joint_law(done)
+    if joint is not None and joint.nested.outer is not None:
+        names = ("the limit in N of single models", "the double limit of members (logits)")
+        told.append(compare_limits(single, joint.nested.outer, names=names))
+    return [f"D = {tokens:,}: {comparison.sentence}" for comparison in told]
 
 
 def _table(scale: Scale, tokens: int, done: Found) -> Table:

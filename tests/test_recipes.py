@@ -226,6 +226,9 @@ def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path
     records = load_records(workspace)
     sections = {name: load_recipe(name).report(records, scale) for name in ("ensembling", "data_efficiency")}
     assert any("double limit" in claim.text for claim in sections["ensembling"].claims)
+    told = [note for note in sections["ensembling"].notes if "double limit of members" in note]
+    assert len(told) == len(scale.unique_tokens) and all("the limit in N of single models" in note for note in told)
+    assert all(": probability " in note for note in told)
     law = load_recipe("data_efficiency").standard_law(records, scale)
     assert sorted(law.x) == sorted(2 * scale.unique_tokens)  # the best standard run of every budget has both seeds
     assert law.interval is not None

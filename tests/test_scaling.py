@@ -559,6 +559,13 @@ def test_a_stated_penalty_is_one_more_coefficient():
         fit_surface(CHINCHILLA, y, N=N)
 
 
+def test_a_surface_that_cannot_be_fitted_says_why():
+    N, D, y = chinchilla_points()
+    with np.errstate(over="ignore", invalid="ignore"), pytest.raises(ValueError, match="could not be fitted") as caught:
+        fit_surface(CHINCHILLA, y, N=N * 1e-200, D=D)
+    assert "N from 1e-201 to 1e-199" in str(caught.value) and str(caught.value).endswith(".")
+
+
 def test_import_needs_neither_torch_nor_scipy():
     code = "import sys, epochal.scaling; print([m for m in ('torch', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -112,9 +112,10 @@ def compare_limits(a: PowerLaw, b: PowerLaw, *, names: tuple[str, str] = ("A", "
     """Compare two limits through their confidence distributions, taken as independent."""
     first, second = names
     difference = b.E - a.E
+    where = "" if "limit" in first and "limit" in second else " in the limit"
     for name, law in ((first, a), (second, b)):
         if law.interval is None:
-            return Comparison(None, difference, f"Whether {second} is lower than {first} in the limit is open: {name} "
+            return Comparison(None, difference, f"Whether {second} is lower than {first}{where} is open: {name} "
                               f"has no interval ({law.note.rstrip('.')}).")  # fmt: skip
     levels = (np.arange(400) + 0.5) / 400
     qa, qb = a.limit_quantiles(levels), b.limit_quantiles(levels)
@@ -122,9 +123,9 @@ def compare_limits(a: PowerLaw, b: PowerLaw, *, names: tuple[str, str] = ("A", "
     below = np.mean(qb[:, None] < qa[None, :]) + 0.5 * np.mean(qb[:, None] == qa[None, :])
     probability = float(below)
     if probability >= 0.5:
-        sentence = f"{second} is lower than {first} in the limit: probability {_shown(probability)}"
+        sentence = f"{second} is lower than {first}{where}: probability {_shown(probability)}"
     else:
-        sentence = f"{second} is higher than {first} in the limit: probability {_shown(1 - probability)}"
+        sentence = f"{second} is higher than {first}{where}: probability {_shown(1 - probability)}"
     return Comparison(probability, difference, f"{sentence} (difference {difference:+.3f} nats).")
 
 

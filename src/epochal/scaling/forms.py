@@ -4,6 +4,10 @@ Every form here is linear in most of its constants, so it is written as `offset 
 constants; the coefficients (>= 0) come from non-negative least squares and only the shapes are searched, from a grid of
 starts. Written for tens to hundreds of points.
 
+A caller's own penalty (`with_penalty`) is how additive over-fitting enters (arXiv 2605.01640 adds one coefficient to
+Chinchilla's form). That paper's penalty and SoftQ (arXiv 2606.06888, N and D coupled) are not written out here: neither
+formula could be read when this was written, and a guess under their names would be worse than their absence.
+
 Sources: Chinchilla `E + A/N**alpha + B/D**beta` (Hoffmann et al. 2022); repetition (Muennighoff et al. 2023), where
 repeated tokens and excess parameters decay in value with the half-life-like scales R_D and R_N.
 """
@@ -242,7 +246,13 @@ def fit_surface(
     if len(root) != len(y):
         raise ValueError(f"weights has {len(root)} values but loss has {len(y)}: give one per point.")
     parameters = len(form.coefficients) + len(form.shapes)
-    log_shapes = _search(form, data, y, root, None, None)
+    try:
+        log_shapes = _search(form, data, y, root, None, None)
+    except (ValueError, RuntimeError, FloatingPointError) as error:
+        ends = ", ".join(f"{name} from {np.min(values):g} to {np.max(values):g}" for name, values in data.items())
+        raise ValueError(
+            f"{form.name} could not be fitted ({error}); its values overflow at {ends}: give sizes in a larger unit."
+        ) from None
     offset, basis = form.model(np.exp(log_shapes), data)
     coefficients = _linear(offset, basis, y, root)[0]
     if objective == "huber":
