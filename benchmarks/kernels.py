@@ -81,10 +81,14 @@ def softmax_cases(device: str, tiny: bool) -> list[Case]:
 
 def symmetric_cases(device: str, tiny: bool) -> list[Case]:
     cases: list[Case] = []
-    shapes = [(2, 20, 30)] if tiny else [(b, m, m) for m in (768, 1024, 1600, 2048, 4096) for b in (1, 8)]
+    shapes = (
+        [(2, 20, 30)]
+        if tiny
+        else [(b, m, m) for m in (768, 1024, 1600, 2048, 4096) for b in (1, 8, 48) if b * m <= 48 * 1024]
+    )
     for batch, m, k in shapes:
         x = torch.randn(batch, m, k, device=device, dtype=torch.float16)
-        name = f"sym_mm {batch}x{m}x{k} ({sym_mm_path(m, x.dtype, device)})"
+        name = f"sym_mm {batch}x{m}x{k} ({sym_mm_path(batch, m, x.dtype, device)})"
         methods: dict[str, Callable[[], object]] = {
             "kernel": lambda x=x: sym_mm(x, x),
             "torch": lambda x=x: torch.bmm(x, x.mT),

@@ -127,7 +127,7 @@ def _check(logits: Tensor, targets: Tensor, teacher: Tensor | None) -> None:
             f"softmax_loss: targets {tuple(targets.shape)} {targets.dtype} do not match logits "
             f"{tuple(logits.shape)}; pass int64 indices of shape ({logits.shape[0]},)."
         )
-    if teacher is not None and (teacher.shape != logits.shape or teacher.stride(1) not in (0, 1, teacher.shape[1])):
+    if teacher is not None and (teacher.shape != logits.shape or (logits.shape[1] > 1 and teacher.stride(1) != 1)):
         raise ValueError(
             f"softmax_loss: teacher {tuple(teacher.shape)} with strides {teacher.stride()} does not match logits "
             f"{tuple(logits.shape)}; pass contiguous probabilities of the same shape."

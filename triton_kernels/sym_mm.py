@@ -9,8 +9,9 @@ Shapes: b batch, m rows, k inner. A, B (b, m, k), any strides; C and out (b, m, 
 (alpha, beta, delta) of each matrix and stay on the device, so that choosing them makes nobody wait.
 
 The kernel does half the multiplications, and the epilogue saves the passes that would add C and the diagonal.
-Dispatch: small matrices leave half-empty waves of tiles, where cuBLAS wins (flash-muon: 0.90x at 1024, 1.19x at 2048 on
-an H800; fused-muon falls back at 1280). Not yet measured by us; `sym_mm_path` says what is taken.
+Dispatch: a few small matrices leave half-empty waves of tiles, where cuBLAS wins (one matrix on an H800, flash-muon: 0.90x
+at 1024 rows, 1.19x at 2048; fused-muon falls back at 1280). Many of them fill the GPU, so the rule counts tiles. Not yet
+measured by us; `sym_mm_path` says what is taken.
 """
 
 # The arguments of kernels are Triton's own pointers and numbers.
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from triton_kernels.backend import INTERPRETED, backend, jit, tl, triton
 
-KERNEL_FROM_ROWS = 1536
-"""Rows from which one matrix goes to the kernel, between the two published break-even points."""
+KERNEL_FROM_TILES = 78
+"""Tiles of the triangles of a batch from which the kernel runs: one matrix of 1,536 rows, between the published points."""
+KERNEL_FROM_SIDE = 4
+"""Tiles along a side below which the diagonal's whole tiles eat up what the triangle saves."""
 TILES = {torch.float16: (128, 64), torch.bfloat16: (128, 64), torch.float32: (64, 32)}
 """(rows, inner) of a tile: fits the registers of an 8-warp program; to be tuned on the GPU at hand."""
 
@@ -84,12 +87,14 @@ def _sym_mm_kernel(
         tl.store(out + columns[None, :].to(tl.int64) * o_sm + rows[:, None], value, mask=upper)
 
 
-def sym_mm_path(rows: int, dtype: torch.dtype, device: torch.device | str) -> str:
+def sym_mm_path(batch: int, rows: int, dtype: torch.dtype, device: torch.device | str) -> str:
     """Return what `sym_mm` runs on: ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` (cuBLAS on a GPU)."""
     path = backend(device)
-    if dtype not in TILES or (path == "triton" and rows < KERNEL_FROM_ROWS):
+    if dtype not in TILES:
         return "torch"
-    return path
+    side = -(-rows // TILES[dtype][0])
+    fills = side >= KERNEL_FROM_SIDE and batch * side * (side + 1) // 2 >= KERNEL_FROM_TILES
+    return "torch" if path == "triton" and not fills else path
 
 
 @torch.library.custom_op("epochal_kernels::sym_mm", mutates_args=())
@@ -102,7 +107,7 @@ def sym_mm(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients: Tensor |
     """
     _check(a, b, c, coefficients)
     batch, m, k = a.shape
-    path = sym_mm_path(m, a.dtype, a.device)
+    path = sym_mm_path(batch, m, a.dtype, a.device)
     if path == "torch":
         return sym_mm_reference(a, b, c, coefficients)
     out = a.new_empty(batch, m, m)

@@ -54,7 +54,7 @@ def launch(kernel, grid):
 KernelInterface.__getitem__ = launch
 assert not backend.INTERPRETED
 backend.backend = sym.backend = lambda device: "triton"
-sym.KERNEL_FROM_ROWS = 1
+sym.KERNEL_FROM_TILES = sym.KERNEL_FROM_SIDE = 1
 
 V, N, K = 5000, 4, 8
 z, p = torch.randn(N, V, dtype=torch.bfloat16), torch.rand(N, V)

@@ -123,6 +123,8 @@ def test_a_target_outside_the_vocabulary_gives_nan(device):
         (lambda z, y, p: softmax_loss(z, y.int()), "int64"),
         (lambda z, y, p: softmax_loss(z, y[:-1]), "do not match"),
         (lambda z, y, p: softmax_loss(z, y, p[:, :-1]), "teacher"),
+        (lambda z, y, p: softmax_loss(z, y, p[:, :1].expand(4, 6)), "teacher"),
+        (lambda z, y, p: softmax_loss(z, y, p.t().contiguous().t()), "teacher"),
         (lambda z, y, p: softmax_add(p, z[:-1], 1.0, 1.0, True), "do not match"),
         (lambda z, y, p: softmax_add(p.half(), z, 1.0, 1.0, True), "float32"),
         (lambda z, y, p: softmax_add(p.t(), z.t(), 1.0, 1.0, True), "contiguous"),

@@ -54,9 +54,13 @@ def test_bad_numbers_stay_in_their_matrix(device, bad):
     torch.testing.assert_close(out[1], a[1] @ a[1].mT)
 
 
-def test_the_path_is_a_value():
-    assert sym_mm_path(4096, torch.float64, "cpu") == "torch"
-    assert sym_mm_path(64, torch.float16, "meta") == "torch"
+def test_the_path_is_a_value(monkeypatch):
+    assert sym_mm_path(1, 4096, torch.float64, "cpu") == "torch"
+    assert sym_mm_path(1, 64, torch.float16, "meta") == "torch"
+    monkeypatch.setattr("triton_kernels.sym_mm.backend", lambda device: "triton")
+    half = torch.float16
+    for batch, rows, path in [(1, 1024, "torch"), (1, 2048, "triton"), (48, 768, "triton"), (4096, 128, "torch")]:
+        assert sym_mm_path(batch, rows, half, "cuda") == path, (batch, rows)
 
 
 def test_wrong_use():
