@@ -37,6 +37,7 @@ from epochal.optim.base import (
     stack,
     state_dtype,
 )
+from epochal.optim.products import subtract_product_
 from epochal.optim.projection import METHODS, PROJ_TYPES, compute_basis, project, projected_side, rotate_moments
 from triton_kernels.backend import backend
 from triton_kernels.fira_step import fira_adam, fira_project, fira_update
@@ -194,9 +195,9 @@ def _torch_update(
     inner = direction.mul_(factors.whole)
     if factors.share is not None:
         inner = inner.addcmul_(low, factors.share, value=-1)
-    # One product and one pass; the update itself is never in memory.
+    # One product and one pass; the update of a batch is never in memory.
     left, right = (basis, inner) if side == "left" else (inner, basis)
-    weight.baddbmm_(left, right, alpha=-1)
+    subtract_product_(weight, left, right)
     if factors.factor is not None:
         safe = gradient if finite is None else torch.where(per_item(finite, gradient), gradient, 0.0)
         weight.addcmul_(safe, factors.factor, value=-1)
@@ -463,9 +464,10 @@ class Fira(MatrixOptimizer):
         form = _form(parameters[0], group)
         projected = operations(weights).project(gradients, state["basis"], state["exp_avg"], form.side)
         finite = all_finite(projected[1])
-        self.skipped += (~finite).sum().to(self.skipped.device)
         # Looking is free on a CPU and a sync elsewhere; without a look the step masks what may not be finite.
         clean = finite.device.type == "cpu" and bool(finite.all())
+        if not clean:
+            self.skipped += (~finite).sum().to(self.skipped.device)
         hyper = self._hyper(group, weights)
         fira_step_(weights, gradients, state, hyper, form, projected=projected, finite=None if clean else finite)
         if group["stochastic_rounding"] and kept == torch.bfloat16:

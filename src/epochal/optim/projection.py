@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from epochal.optim.base import per_item, state_dtype
+from epochal.optim.products import gram, matmul, upper_gram
 
 METHODS = ("svd", "gram", "subspace")
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
@@ -33,7 +34,7 @@ def projected_side(shape: torch.Size, proj_type: str) -> str:
 
 def project(gradient: Tensor, basis: Tensor, side: str) -> Tensor:
     """Return R of gradients (..., m, n): (..., r, n) for "left", (..., m, r) for "right"."""
-    return basis.mT @ gradient if side == "left" else gradient @ basis.mT
+    return matmul(basis.mT, gradient) if side == "left" else matmul(gradient, basis.mT)
 
 
 def project_back(low: Tensor, basis: Tensor, side: str) -> Tensor:
@@ -52,22 +53,21 @@ def compute_basis(grad: Tensor, rank: int, side: str, *, method: str, previous: 
         raise ValueError(f"refresh={method!r} is not a way to find a basis; use one of {', '.join(METHODS)}.")
     matrix = grad.to(state_dtype(grad.dtype))
     matrix = matrix if side == "left" else matrix.mT
-    old = None if previous is None else previous.to(matrix.dtype)
-    old = old if old is None or side == "left" else old.mT
     # Squares of tiny or huge entries leave the range of a float; directions do not depend on the scale.
     low, high = torch.aminmax(grad)
     largest = torch.maximum(-low, high).to(matrix.dtype)
     scale = largest.clamp(min=torch.finfo(matrix.dtype).tiny)
+    old = None if previous is None else previous.to(matrix.dtype)
     if method == "svd":
         new = _svd_vectors(matrix / scale, rank)
     elif method == "gram" or old is None:
         new = _gram_vectors(matrix / scale, rank)
     else:
-        new = _iterate(matrix, scale, old)
-    new = new * _signs(new, old)
-    if old is not None:
-        new = torch.where(largest > 0, new, old)
-    return (new if side == "left" else new.mT).contiguous()
+        new = _iterate(matrix, scale, old if side == "left" else old.mT)
+    # From here on as the caller has it: both operands in one layout are many times faster to combine.
+    new = (new if side == "left" else new.mT).contiguous()
+    new = new * _signs(new, old, axis=0 if side == "left" else 1)
+    return new if old is None else torch.where(largest > 0, new, old)
 
 
 def _svd_vectors(matrix: Tensor, rank: int) -> Tensor:
@@ -87,13 +87,13 @@ def _gram_vectors(matrix: Tensor, rank: int) -> Tensor:
     if matrix.shape[0] <= matrix.shape[1]:
         return _leading(wide, rank).to(matrix.dtype)
     # The smaller Gram matrix has the right vectors. G V is orthogonal up to rounding; QR makes it so where it is small.
-    return _orthonormal(wide @ _leading(wide.mT, rank)).to(matrix.dtype)
+    return _orthonormal(matmul(wide, _leading(wide.mT, rank))).to(matrix.dtype)
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors of matrix matrix^T, as columns, the largest eigenvalue first."""
-    # "U" takes a seventh off LAPACK's time; eigenvalues come ascending.
-    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.mT, UPLO="U").eigenvectors
+    # "U" takes a seventh off LAPACK's time, and spares the lower half of the product; eigenvalues come ascending.
+    vectors: Tensor = torch.linalg.eigh(upper_gram(matrix), UPLO="U").eigenvectors
     return vectors[:, -rank:].flip(1)
 
 
@@ -103,15 +103,28 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _iterate(matrix: Tensor, scale: Tensor, old: Tensor) -> Tensor:
-    """Return one warm-started power iteration (m, r) with a Rayleigh-Ritz rotation, so that vectors come in order."""
+    """Return one warm-started power iteration (m, r) with a Rayleigh-Ritz rotation, so that vectors come in order.
+
+    Z = G^T P with columns of length 1, Y = G Z = Q R. The Ritz vectors are those of G restricted to the span of Z, and
+    G Z (Z^T Z)^-1 Z^T G^T = Q (R (Z^T Z)^-1 R^T) Q^T needs no third product with G. Z is close to orthogonal, so the
+    small solve is harmless; a multiple of the identity carries it over a Z of lower rank.
+    """
     # The factors with r columns are scaled, the matrix is not copied for it.
-    start = _orthonormal(matrix @ ((matrix.mT @ old) / scale) / scale)
-    return start @ _leading((start.mT @ matrix) / scale, old.shape[1])
+    right = matmul(matrix.mT, old) / scale
+    right = right / torch.linalg.vector_norm(right, dim=0).clamp(min=torch.finfo(right.dtype).tiny)
+    basis, upper = torch.linalg.qr(matmul(matrix, right) / scale)
+    inner = gram(right.mT)
+    inner.diagonal().add_(16 * old.shape[1] * torch.finfo(inner.dtype).eps)
+    lower, _ = torch.linalg.cholesky_ex(inner)
+    half = torch.linalg.solve_triangular(lower, upper.mT, upper=False)
+    return matmul(basis, _leading(half.mT, old.shape[1]))
 
 
-def _signs(new: Tensor, old: Tensor | None) -> Tensor:
-    """Return +-1 for each column of new (m, r)."""
-    reference = new.gather(0, new.abs().argmax(0, keepdim=True))[0] if old is None else (new * old).sum(0)
+def _signs(new: Tensor, old: Tensor | None, *, axis: int) -> Tensor:
+    """Return +-1 for each vector of new, which lie along `axis`; the axis is kept as 1."""
+    reference = (
+        new.gather(axis, new.abs().argmax(axis, keepdim=True)) if old is None else (new * old).sum(axis, keepdim=True)
+    )
     return torch.where(reference < 0, -1.0, 1.0).to(new.dtype)
 
 

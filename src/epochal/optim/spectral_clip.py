@@ -31,6 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epochal.optim.products import gram as full_gram
+from epochal.optim.products import matmul, upper_gram
 from triton_kernels.backend import backend
 from triton_kernels.clip_update import clip_update
 from triton_kernels.sym_mm import sym_mm
@@ -216,7 +218,7 @@ def _exact(
     if torch.compiler.is_compiling() or dtype is not None:
         work = dtype or torch.float64
         return _exact_eigh(x.to(work), c, factor).to(x.dtype)
-    gram = x @ x.mT
+    gram = full_gram(x)
     condition = 1 + gram_bound(gram) / (c * c)
     lowest = 1 if x.dtype == torch.float64 else 0
     kinds = torch.clamp((condition > trusted).int() + (condition > CONDITION_FLOAT64).int(), min=lowest)
@@ -232,10 +234,9 @@ def _exact(
 
 
 def _exact_eigh(x: Tensor, c: Tensor, factor: Callable[[Tensor, Tensor], Tensor], gram: Tensor | None = None) -> Tensor:
-    eigenvalues, vectors = torch.linalg.eigh(x @ x.mT if gram is None else gram)
+    eigenvalues, vectors = torch.linalg.eigh(upper_gram(x) if gram is None else gram, UPLO="U")
     scale = factor(eigenvalues.double().clamp(min=0), c[:, None]).to(x.dtype)
-    out: Tensor = ((vectors * scale[:, None, :]) @ vectors.mT) @ x
-    return out
+    return matmul(full_gram(vectors * scale.sqrt()[:, None, :]), x)
 
 
 def _exact_svd(x: Tensor, c: Tensor, factor: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -333,7 +334,7 @@ class Operations(NamedTuple):
 
 
 def _torch_polynomial(q: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
-    return _identity_plus(alpha, (beta, q), (gamma, q @ q)).to(q.dtype)
+    return _identity_plus(alpha, (beta, q), (gamma, matmul(q, q))).to(q.dtype)
 
 
 def _kernel_polynomial(q: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
@@ -341,7 +342,7 @@ def _kernel_polynomial(q: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) ->
     return out
 
 
-TORCH = Operations(lambda x: x @ x.mT, lambda s: s @ s, _torch_polynomial)
+TORCH = Operations(full_gram, full_gram, _torch_polynomial)
 KERNELS = Operations(lambda x: sym_mm(x, x), lambda s: sym_mm(s, s), _kernel_polynomial)
 
 
@@ -411,17 +412,17 @@ def _iterate(
     alpha, beta, gamma = steps[:, 0].unbind(-1)
     first = (beta * p + 2 * gamma * q * p, gram), (gamma * p * p, square)
     z = _identity_plus(alpha + beta * q + gamma * q * q, *first).to(gram.dtype)
-    y = _identity_plus(q, (p, gram)).to(gram.dtype) @ z if steps.shape[1] > 1 else z
+    y = matmul(_identity_plus(q, (p, gram)).to(gram.dtype), z) if steps.shape[1] > 1 else z
     for k in range(1, steps.shape[1]):
-        t = products.polynomial(z @ y, *steps[:, k].unbind(-1))
-        y = y @ t if k + 1 < steps.shape[1] else y
-        z = t @ z
+        t = products.polynomial(matmul(z, y), *steps[:, k].unbind(-1))
+        y = matmul(y, t) if k + 1 < steps.shape[1] else y
+        z = matmul(t, z)
     return z, q.sqrt()
 
 
 def _scaled(z: Tensor, x: Tensor, factor: Tensor, pick: Tensor | None = None) -> Tensor:
     """Return factor Z X, in float32 at least: the factor may be too small for a half precision."""
-    product = z @ x
+    product = matmul(z, x)
     wide = product.to(torch.promote_types(product.dtype, torch.float32))
     return wide * factor.to(wide.dtype)[:, None, None]
 
