@@ -18,6 +18,7 @@ LAYERS = {"launch": 3, "recipes": 2, "epochal": 1, "triton_kernels": 0}
 LIGHT = (
     "run", "optimizer_config", "records", "scaling", "report", "campaign", "scale", "tuner", "config", "model_size", "schedule",
     "stopping", "cli", "cluster", "executor", "outputs", "worker", "display", "documents", "tokenizer", "results_table",
+    "claims", "search", "points", "compare", "optuna_search",
 )  # fmt: skip
 """Parts of epochal that import no torch at module level."""
 
@@ -30,6 +31,7 @@ OPTIONAL = {
     "matplotlib",
     "submitit",
     "lm_eval",
+    "optuna",
     "pyarrow",
     "zstandard",
 }

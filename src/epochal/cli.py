@@ -201,7 +201,7 @@ def report(
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
     records: Annotated[
-        Path | None, typer.Option(help="Report a CSV of points instead (columns: see epochal.points).")
+        Path | None, typer.Option(help="A CSV instead: recipe, loss, and any of N_params, D_tokens, K.")
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="With --records: the recipe that others are compared with. Default: the first.")
