@@ -162,6 +162,11 @@ def test_text_and_figures_are_readable_in_light_and_dark(page: Browser, dark: bo
         ink = luminance(page.run(color, selector, name))
         contrast = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
         assert contrast >= 4.5, (selector, contrast)
+    labels = (
+        """return [...document.querySelectorAll('#fig-law .plot [id*=text_] > g')].map(g => getComputedStyle(g).fill)"""
+    )
+    inks = [luminance(color) for color in page.run(labels)]
+    assert len(inks) > 5 and all((max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5 for ink in inks)
     drawn = page.run("return getComputedStyle(document.querySelector('#fig-law .plot [id*=patch_2] path')).fill")
     assert (luminance(drawn) < 0.1) == dark  # the plot's own background follows
 

@@ -200,6 +200,14 @@ def test_a_mismatch_names_the_fields_and_the_way_out(workspace: Workspace) -> No
         split([other], load_records(workspace))
 
 
+def test_a_record_that_fitted_once_is_not_taken_for_another_job(workspace: Workspace) -> None:
+    records = Records(workspace, [record_of(A)])
+    assert records.get(A) is not None
+    with pytest.raises(ValueError, match="epochs"):
+        records.get(replace(A, epochs=2))
+    assert records.get(replace(A)) is not None
+
+
 def test_a_mismatch_without_differing_fields_blames_the_files(workspace: Workspace) -> None:
     write_record(workspace, record_of(A, fingerprint="0" * 16))
     with pytest.raises(ValueError, match="a model or data file"):

@@ -165,6 +165,19 @@ def test_optuna_searches_the_same_records_and_ends_with_a_certificate(workspace:
     assert min(certificate.margins.values()) >= 0
 
 
+def test_optuna_learns_from_the_losses() -> None:
+    optuna_search = pytest.importorskip("optuna") and __import__("epochal.optuna_search", fromlist=["sample"])
+    places = tuple(float(2**i) for i in range(12))
+    grid, start = {"wd": places, "lr": places}, Point(lr=64.0, epochs=1, wd=64.0)
+
+    def mean_place(sign: int) -> float:
+        """Where the trials after the first random ones lie on average, for a loss that rises or falls with decay."""
+        visited = optuna_search.sample(lambda p: 50 + sign * places.index(p.wd), start, grid, trials=24).visited
+        return sum(places.index(point.wd) for point in visited[8:24]) / len(visited[8:24])
+
+    assert mean_place(1) + 2 < mean_place(-1)
+
+
 def test_optuna_lives_with_diverged_trials(workspace: Workspace, scale: Scale) -> None:
     optuna_search = pytest.importorskip("optuna") and __import__("epochal.optuna_search", fromlist=["sample"])
     start, grid = Point(lr=0.01, epochs=2, wd=0.1), scale.grid.values("wd", "epochs")
