@@ -302,7 +302,7 @@ def train(
     from epochal.records import write_record
     from epochal.run import Run
     from epochal.stopping import EXIT_STOPPED, Stopped, listen
-    from epochal.worker import Orders, execute
+    from epochal.worker import STOP_NOTE, Orders, execute
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if run.endswith(".json"):
@@ -315,7 +315,7 @@ def train(
     else:
         job = _find_job(run, scale, results, work)
         orders = Orders(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
-    listen()
+    listen(note=orders.workspace.folder(job.name) / STOP_NOTE if run.endswith(".json") else None)
     try:
         record = execute(job, orders)
     except Stopped as stop:

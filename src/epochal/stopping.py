@@ -1,4 +1,4 @@
-"""Stopping on purpose: SIGINT, SIGTERM, SIGUSR1, a time limit, or a parent that is gone.
+"""Stopping on purpose: SIGINT, SIGTERM, SIGUSR1, a time limit, a note, or a parent that is gone.
 
 Long loops call `check_stop()` between steps; it raises `Stopped` once a stop was asked for, and what was running saves
 itself and ends with exit code 75 ("run again to continue").
@@ -7,6 +7,7 @@ itself and ends with exit code 75 ("run again to continue").
 import os
 import signal
 import time
+from pathlib import Path
 
 EXIT_STOPPED = 75
 
@@ -18,12 +19,13 @@ class Stopped(Exception):  # noqa: N818  # it is no error
 _reason: str | None = None
 _deadline = float("inf")
 _parent: int | None = None
+_note: Path | None = None
 
 
-def listen(*, deadline: float = float("inf"), parent: int | None = None) -> None:
-    """Install the handlers in this process. `deadline` is in `time.monotonic()` seconds."""
-    global _reason, _deadline, _parent
-    _reason, _deadline, _parent = None, deadline, parent
+def listen(*, deadline: float = float("inf"), parent: int | None = None, note: Path | None = None) -> None:
+    """Install the handlers in this process. `deadline` is in `time.monotonic()` seconds, `note` a file that asks too."""
+    global _reason, _deadline, _parent, _note
+    _reason, _deadline, _parent, _note = None, deadline, parent, note
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _on_signal)
 
@@ -39,6 +41,8 @@ def stop_reason() -> str | None:
         return "time limit"
     if _reason is None and _parent is not None and os.getppid() != _parent:
         return "parent process is gone"
+    if _reason is None and _note is not None and _note.exists():
+        return "the worker asks"
     return _reason
 
 

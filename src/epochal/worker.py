@@ -207,19 +207,34 @@ def _launch(run: Run, orders: Orders) -> None:
     folder = orders.workspace.folder(run.name)
     path = folder / "run.json"
     write_atomic(path, json.dumps({"run": to_table(run), "orders": asdict(orders)}, indent=1))
+    (folder / STOP_NOTE).unlink(missing_ok=True)
     process = subprocess.Popen(
         [*launch_command(orders), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
     )
     while process.poll() is None:
         if stop_reason() is not None:
-            process.terminate()
-            process.wait()
-            check_stop()
+            _stop_launched(process, folder / STOP_NOTE, orders.grace_seconds)
         time.sleep(0.1)
-    if process.returncode == EXIT_STOPPED:
-        raise Stopped(f"{run.name} was stopped")
     if process.returncode != 0:
+        check_stop()
         raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}")
+
+
+def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds: float) -> None:
+    """Let the processes of a run save themselves: a file asks them, on whatever node; a signal ends what is left.
+
+    A signal to the launcher first would give them 30 seconds (torchrun's own limit), too few for a large checkpoint.
+    """
+    note.touch()
+    try:
+        process.wait(0.8 * grace_seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+
+
+STOP_NOTE = "stop"
+"""A file in a run's folder that asks its processes to stop."""
 
 
 def failed(workspace: Workspace, job: Job, orders: Orders) -> bool:

@@ -19,6 +19,7 @@ from campaigns import Campaign
 
 from epochal.cluster import Cloud, Cluster, check_locks, load_cluster, load_submitted, submission
 from epochal.config import REPOSITORY
+from epochal.executor import _gpus
 from epochal.worker import Orders, launch_command
 from launch import exports, slurm
 
@@ -128,6 +129,21 @@ def test_each_node_reads_its_own_rank_late(tmp_path: Path, monkeypatch: pytest.M
     first, second = done.stdout.splitlines()
     assert "--machine_rank 0 " in first and "--machine_rank 1 " in second
     assert "--num_machines 2 --num_processes 8 " in first and first.endswith("-m epochal.cli")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "launches", "shares"),
+    [
+        (8, False, ["0", "1", "2", "3", "0", "1", "2", "3"]),  # packed: two jobs on each of four GPUs
+        (1, True, ["0,1,2,3"]),  # a profile of several processes sees all
+        (2, True, ["0,2", "1,3"]),
+        (1, False, ["0"]),
+    ],
+)
+def test_workers_share_the_gpus(jobs: int, launches: bool, shares: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    found = [_gpus(number, jobs, launches=launches)["CUDA_VISIBLE_DEVICES"] for number in range(jobs)]
+    assert found == shares
 
 
 def cli(*arguments: str, path: str | None = None) -> "subprocess.CompletedProcess[str]":

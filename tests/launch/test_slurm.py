@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from campaigns import Campaign, make_campaign
@@ -19,6 +20,7 @@ from slurm import Slurm
 from epochal.config import REPOSITORY
 from epochal.records import Workspace
 from epochal.worker import Orders, work
+from launch.watch import state
 
 PATIENCE = 400.0
 pytestmark = pytest.mark.timeout(900)  # on a busy machine; about half a minute each on an idle one
@@ -80,6 +82,17 @@ class OnSlurm:
                 continue
         return [table for table in found if Path(f"/proc/{table['pid']}").exists()]
 
+    def steps(self) -> int:
+        """Lines of training loss that the run in flight has logged."""
+        paths = (self.campaign.workspace.work / "tiny-scale").glob("*/metrics.jsonl")
+        return max((path.read_text().count("train_loss") for path in paths), default=0)
+
+    def watch(self) -> str:
+        """What `epochal plan --watch` shows now."""
+        with mock.patch.dict(os.environ, self.environment):
+            lines, _ = state([self.arguments[1]], self.campaign.workspace, self.campaign.scale)
+        return "\n".join(lines)
+
     def log(self) -> str:
         """All that planners and tasks said."""
         files = sorted((self.campaign.workspace.work / "tiny-scale" / "cluster" / "logs").glob("*"))
@@ -132,7 +145,9 @@ def results_of(campaign: Campaign) -> dict[str, Any]:
     }
 
 
-def test_two_nodes_equal_one_process_though_a_rank_is_killed(slurm: Slurm, tmp_path: Path, prepared: Path) -> None:
+def test_two_nodes_equal_one_process_though_a_rank_is_killed_and_the_time_is_up(
+    slurm: Slurm, tmp_path: Path, prepared: Path
+) -> None:
     alone = here(tmp_path / "alone", prepared, "epoching", epochs=6)
     campaign = make(tmp_path / "slurm", prepared, epochs=6)
     (campaign.folder / "node.yaml").write_text(PROFILE)
@@ -148,6 +163,12 @@ def test_two_nodes_equal_one_process_though_a_rank_is_killed(slurm: Slurm, tmp_p
     there.submit("--checkpoint-every", "0.3s")
     victim = there.until(lambda: ranks(campaign.workspace), "a rank that trains")
     os.kill(victim[-1], signal.SIGKILL)
+    there.until(lambda: "ended with exit code" in there.log(), "somebody to notice")
+    steps = there.steps()
+    there.until(lambda: there.steps() > steps, "a rank that trains again")
+    slurm.run(
+        "scancel", "--signal=USR1", "--batch", there.queue("run", "RUNNING")[0]
+    )  # as Slurm does near a time limit
     there.finish()
 
     theirs, ours = results_of(campaign), results_of(alone)
@@ -158,7 +179,9 @@ def test_two_nodes_equal_one_process_though_a_rank_is_killed(slurm: Slurm, tmp_p
             assert results[key] == pytest.approx(ours[name][3][key], abs=1e-5), name
     worlds = {record.provenance["world_size"] for record in campaign.records}
     assert worlds == {2}
-    assert "ended with exit code" in there.log(), "the killed rank went unnoticed"
+    assert all(record.provenance["resumed_at"] for record in campaign.records), "nothing was saved when time was up"
+    failures = re.findall(r"^     FAILED ", there.log(), flags=re.MULTILINE)
+    assert len(failures) == 1, "only the killed rank is a failure"
 
 
 def ranks(space: Workspace) -> list[int]:
@@ -191,6 +214,12 @@ def test_twenty_runs_and_everything_that_happens_to_them(slurm: Slurm, tmp_path:
     campaign = make(tmp_path / "slurm", prepared, members=16)
     there = OnSlurm(slurm, campaign, "ensembling", CLUSTER)
 
+    # Taken back at once: nothing stays in the queue, nothing comes back.
+    there.submit()
+    assert "stopped" in there.submit("--stop")
+    there.until(lambda: not there.queue("plan") and not there.queue("run"), "an empty queue")
+    assert not there.notes
+
     # Two submitters at once: one campaign.
     both = [there.start("--checkpoint-every", "0.01s") for _ in range(2)]
     texts = [process.communicate(timeout=PATIENCE)[0] for process in both]
@@ -199,6 +228,9 @@ def test_twenty_runs_and_everything_that_happens_to_them(slurm: Slurm, tmp_path:
 
     there.until(lambda: there.attempts(), "a job that runs")
     requeued = there.queue("run", "RUNNING")[0]
+    shown = there.watch()
+    assert re.search(r"^  running  w16-\S+  .*\d+_\d+ on n[12]$", shown, flags=re.MULTILINE), shown
+    assert re.search(r"^  planner  \d+ pending$", shown, flags=re.MULTILINE), shown
     slurm.run("scontrol", "requeue", requeued)
 
     planners = there.until(lambda: there.queue("plan", "PENDING"), "a planner that waits")
@@ -221,5 +253,5 @@ def test_twenty_runs_and_everything_that_happens_to_them(slurm: Slurm, tmp_path:
     assert len(campaign.records) >= 20
     done = Counter(re.findall(r"^ *\d+ done  (\S+)", there.log(), flags=re.MULTILINE))
     assert max(done.values()) == 1, f"a job ran twice: {done}"
-    assert "FAILED" not in there.log()
+    assert "     FAILED " not in there.log()
     assert not list((campaign.workspace.work / "tiny-scale").glob("*/attempt.json")), "a job ended in no good order"
