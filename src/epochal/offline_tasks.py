@@ -19,7 +19,7 @@ from epochal.data import TokenStore
 
 TASKS = ("cloze", "next_passage")
 CHOICES = 4
-MOST_QUESTIONS = 1000
+MOST_QUESTIONS = 500
 FEWEST_WORDS = 4
 """Words of the shortest passage that is asked about."""
 
