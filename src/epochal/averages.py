@@ -172,27 +172,42 @@ def _normalisers(spools: list[_Spool], shares: torch.Tensor) -> torch.Tensor:
         total = torch.full((len(shares), len(hidden[0])), -torch.inf, dtype=torch.float64)
         for first in range(0, vocabulary, fitting):
             heads = [spool.rows("head", first, min(first + fitting, vocabulary)) for spool in spools]
-            torch.logaddexp(total, _block_normalisers(hidden, heads, device_shares), out=total)
+            _add_columns(total, hidden, heads, device_shares)
         sums += total.sum(1)
     return sums
 
 
-def _block_normalisers(hidden: list[torch.Tensor], heads: list[torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
-    """Return log sum_v exp(sum_k w_k z_kv) over the columns of the heads: (S, tokens) float64 on the CPU.
+def _add_columns(
+    total: torch.Tensor, hidden: list[torch.Tensor], heads: list[torch.Tensor], shares: torch.Tensor
+) -> None:
+    """Add exp(sum_k w_k z_kv) of the columns v of some heads to what `total`, (S, tokens) float64, is the log of.
 
-    `hidden` are (tokens, d_k), `heads` (columns, d_k).
+    `hidden` are (tokens, d_k), `heads` (columns, d_k). The two buffers are used again and again: blocks of this size that
+    come and go leave an allocator with holes as large as the members.
     """
     members, columns = len(heads), heads[0].shape[0]
-    rows = max(1, LOGITS // (members * columns))
-    parts = []
-    for begin in range(0, len(hidden[0]), rows):
+    most = max(1, LOGITS // (members * columns))
+    buffers = [heads[0].new_empty(max(LOGITS, members * columns)) for _ in range(2)]
+    for begin in range(0, len(hidden[0]), most):
         check_stop()
-        logits = torch.stack([x[begin : begin + rows] @ w.T for x, w in zip(hidden, heads, strict=True)])
-        flat = logits.view(members, -1)
-        groups = torch.split(shares, max(1, LOGITS // flat.shape[1]))
-        means = [torch.logsumexp((group @ flat).view(len(group), -1, columns), -1) for group in groups]
-        parts.append(torch.cat(means).double().cpu())
-    return torch.cat(parts, 1)
+        rows = min(most, len(hidden[0]) - begin)
+        logits = buffers[0][: members * rows * columns].view(members, rows, columns)
+        for z, x, w in zip(logits, hidden, heads, strict=True):
+            torch.mm(x[begin : begin + rows], w.T, out=z)
+        some = max(1, LOGITS // (rows * columns))
+        for first in range(0, len(shares), some):
+            group = shares[first : first + some]
+            means = buffers[1][: len(group) * rows * columns].view(len(group), rows * columns)
+            torch.mm(group, logits.view(members, -1), out=means)
+            part = total[first : first + some, begin : begin + rows]
+            part.copy_(torch.logaddexp(part, _log_sum_exp_(means.view(-1, rows, columns)).double().cpu()))
+
+
+def _log_sum_exp_(values: torch.Tensor) -> torch.Tensor:
+    """Return log sum exp over the last dimension; `values` are overwritten."""
+    top = values.amax(-1)
+    sums: torch.Tensor = values.sub_(top[..., None]).exp_().sum(-1)
+    return sums.log_().add_(top)
 
 
 def _chunks(sequences: Any, tokens: int) -> tuple[torch.Tensor, ...]:
