@@ -3,6 +3,7 @@
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from epochal.cli import main
 from epochal.data import TokenStore
 from epochal.downstream import continue_text, open_model, score
 from epochal.ensemble import EnsembleForCausalLM
@@ -157,3 +159,28 @@ def test_a_folder_that_is_no_export_has_no_store(made: Made, tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(space.folder("a") / "model")
     _save_model(model, store, tmp_path / "plain")
     assert open_model(str(tmp_path / "plain"), space, records)[2] is None
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_command_line(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Export, score the folder, continue a prompt: by name and by path, each a line to read."""
+    space, _, _ = made
+    options = ["--results", str(space.results), "--work", str(space.work)]
+    monkeypatch.setattr("epochal.scale.load_scale", lambda _: SimpleNamespace(name=space.scale))
+
+    def said(*arguments: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["epochal", *arguments, *options])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return capsys.readouterr().out.splitlines()
+
+    assert "loads it" in said("export", "both", str(tmp_path / "out"))[-1]
+    for name in ("both", str(tmp_path / "out")):
+        lines = said("eval", name, "--tasks", "cloze,next_passage", "--limit", "20")[-3:]
+        assert [line.split(":")[0] for line in lines] == ["cloze", "next_passage", "mean"] and "20 questions" in lines[
+            0
+        ]
+    assert said("generate", "both", "--prompt", "And the king", "--tokens", "5")[0].startswith("And the king")
