@@ -2,6 +2,7 @@
 
     python benchmarks/optimizers.py                                     every question, CPU, into optimizers.csv
     python benchmarks/optimizers.py --question clip --shapes 768x3072
+    python benchmarks/optimizers.py --question step --spectra-code PATH  with SPECTRA's own code, a clone of its repository
 
 One function for a question; the methods of a case are timed in turn in one process, so that `ratio` (time over the
 published way) comes from one run. Rows already in the CSV are skipped.
@@ -13,22 +14,30 @@ in the Frobenius norm, against float64; `ceiling` is the largest singular value 
 fira: one matrix (rows x columns x rank, float32, singular values falling as 1/k), a step between two refreshes and one
 with a refresh, and the refresh alone ("basis"), against the package `fira`; `error` is the share of the best possible
 energy that the basis misses.
+step: a step of each optimizer over the 56 matrices of a 60M model (8 blocks of 4 512x512, 2 1376x512, 1 512x1376), against
+the package `fira` for Fira, torch's AdamW wrapped as SPECTRA's code wraps it for Spectra, torch's Muon for Muon and torch's
+fused AdamW for the others: `ratio` is time, `error` the peak of memory beyond weights, gradients and state in MB (as
+torch's allocator counts it), `ceiling` the state in MB.
+With --spectra-code, the wrapper is the published one (PATH/src/optim/spectra.py); else a rewrite from its description.
 fira_stagger: steps of 56 matrices of a 60M model after the first; `ratio` is the slowest step over the median.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import HERE, append, environment, known, seconds
 from torch import Tensor
 
-from epochal.optim import soft_spectral_clip
+from epochal.optim import AdEMAMix, Lion, Mars, Muon, Signum, Spectra, soft_spectral_clip
 from epochal.optim.fira import Fira, compute_basis
 
 CLIP = 10.0
@@ -198,7 +207,103 @@ def fira_stagger(args: argparse.Namespace) -> None:
             append(args.csv, {**keys, **row, "error": "", "ceiling": ""})
 
 
-QUESTIONS = {"clip": clip, "fira": fira, "fira_stagger": fira_stagger}
+BLOCK = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]
+
+
+class Wrapped:
+    """AdamW with its updates clipped from outside, as SPECTRA's code does it: clone, step, recover U, clip, step again."""
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, wd: float) -> None:
+        self.base = torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=wd, fused=True)
+        self.params, self.lr, self.wd = params, lr, wd
+        self.state = self.base.state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        before = [p.detach().clone() for p in self.params]
+        self.base.step()
+        for p, old in zip(self.params, before, strict=True):
+            update = (old - p) / self.lr - self.wd * old
+            alpha = max(1, p.shape[0] / p.shape[1]) ** 0.5
+            p.copy_((1 - self.lr * self.wd) * old - alpha * self.lr * published_clip(update, CLIP))
+
+
+def published_spectra(path: Path, params: list[torch.nn.Parameter]) -> Any:
+    """The published wrapper around AdamW, out of a clone of its repository; raises ValueError when it is not there."""
+    if not (path / "src" / "optim" / "spectra.py").is_file():
+        raise ValueError(f"{path} holds no src/optim/spectra.py; give the path of a clone of llm-spectral-clipping.")
+    sys.path.insert(0, str(path / "src"))
+    wrapper = importlib.import_module("optim.spectra").SPECTRA
+    base = torch.optim.AdamW(params, 1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return wrapper(base, clip_c=CLIP, base_lr=1e-3)
+
+
+def optimizer_ways(args: argparse.Namespace) -> dict[str, Any]:
+    """Every optimizer over weights of its own; what the others are compared with comes first."""
+    gradients = {shape: one_over_k(*shape).to(args.device) for shape in set(BLOCK)}
+
+    def params() -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(torch.zeros_like(gradients[shape])) for shape in BLOCK * 8]
+        for p, shape in zip(made, BLOCK * 8, strict=True):
+            p.grad = gradients[shape]
+        return made
+
+    def projected(**keys: object) -> list[dict[str, object]]:
+        return [{"params": params(), "rank": 128, "update_proj_gap": 10**9, "alpha": 0.25, "proj_type": "std", **keys}]
+
+    from fira import FiraAdamW
+
+    ways: dict[str, Any] = {
+        f"fira {importlib.metadata.version('fira')}": FiraAdamW(projected(), no_deprecation_warning=True)
+    }
+    ways["Fira"] = Fira(projected())
+    if args.spectra_code:
+        ways["spectra, published"] = published_spectra(args.spectra_code, params())
+    else:
+        ways["spectra, rewritten"] = Wrapped(params(), 1e-3, 0.1)
+    ways["Spectra"] = Spectra(params(), 1e-3)
+    ways["Muon (torch)"] = torch.optim.Muon(params(), 1e-3)
+    ways["Muon"] = Muon(params(), 1e-3)
+    ways["AdamW (torch)"] = torch.optim.AdamW(params(), 1e-3, fused=True)
+    makes = {"Signum": Signum, "AdEMAMix": AdEMAMix, "Mars": Mars, "Lion": Lion}
+    return ways | {name: make(params(), 1e-3) for name, make in makes.items()}
+
+
+def peak_of(function: Callable[[], object]) -> float:
+    """The most that one call holds beyond what was held before, in MB, as torch's allocator counts it."""
+    held = highest = 0
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest / 1e6
+
+
+def step(args: argparse.Namespace) -> None:
+    """How long does a step between refreshes take, how much memory does it need, and how much state does it keep?"""
+    keys = {"question": "step", "shape": "8 blocks", "input": "1/k", **environment(args.device)}
+    if known(args.csv, keys):
+        print("already measured:", *keys.values())
+        return
+    ways = optimizer_ways(args)
+    for way in ways.values():
+        way.step()
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            best[name] = min(best[name], seconds(way.step, args.device, 1))
+    reference = ""
+    for name, way in ways.items():
+        reference = name if name.startswith(("fira ", "spectra,", "AdamW", "Muon (")) else reference
+        tensors = [value for state in way.state.values() for value in state.values() if isinstance(value, Tensor)]
+        memory = {"error": f"{peak_of(way.step):.1f}", "ceiling": f"{sum(t.nbytes for t in tensors) / 1e6:.1f}"}
+        row = {"method": name, "seconds": f"{best[name]:.4g}", "ratio": f"{best[name] / best[reference]:.3f}"}
+        append(args.csv, {**keys, **row, **memory})
+
+
+QUESTIONS = {"clip": clip, "fira": fira, "fira_stagger": fira_stagger, "step": step}
 
 
 def main() -> None:
@@ -208,6 +313,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", help="rows x columns; fira: x rank")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the best of each method counts")
+    parser.add_argument("--spectra-code", type=Path, help="a clone of the repository SPECTRA was published with")
     parser.add_argument("--csv", type=Path, default=HERE / "optimizers.csv")
     args = parser.parse_args()
     args.csv = args.csv if args.csv.is_absolute() else HERE / args.csv

@@ -188,6 +188,27 @@ def test_state_is_as_large_as_the_formula_says(shape, proj_type, dtype):  # inva
     assert state["step"].shape == () and state["step"].item() == 3
 
 
+@pytest.mark.parametrize("rank", [16, 128])
+@pytest.mark.parametrize("shape", [(384, 640), (640, 384)])
+def test_a_plain_step_needs_one_matrix_of_memory(shape, rank):
+    """Beside weights, gradients and state: the product, or the squares, of one matrix at a time, and low-rank factors."""
+    params = [start(shape, seed=i) for i in range(4)]
+    gradient = spread_gradients(shape, 1)[0]
+    for p in params:
+        p.grad = gradient
+    optimizer = Fira(group(*params, rank=rank), lr=1e-2)
+    optimizer.step()
+    current = highest = 0
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            highest = max(highest, current)
+    matrix, low = 4 * shape[0] * shape[1], 4 * rank * max(shape)
+    assert low < highest <= matrix + 4 * low
+
+
 # --- refresh -------------------------------------------------------------------------------------------------------
 
 

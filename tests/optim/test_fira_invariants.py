@@ -1,4 +1,8 @@
-"""The numbered invariants of Fira's mathematics; hypothesis draws shapes, ranks and signs."""
+"""The numbered invariants of docs/fira.md, section 4; hypothesis draws shapes, ranks and signs.
+
+Here: 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 19, 23. In test_fira.py, which needs the published package or the
+class alone: 1, 2, 13, 14, 15, 20, 22. 21 is about several processes. Each test names its number.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""The clips against float64 singular value decompositions; numbers in names are those of the SPECTRA notes, section 4.2."""
+"""The clips against float64 singular value decompositions; numbers in names are those of docs/spectra.md, section 4.2.
+
+| invariant | here                                         | invariant | here or in test_spectra.py                     |
+|-----------|----------------------------------------------|-----------|------------------------------------------------|
+| 1         | test_1_*, test_converged_1_*                 | 12        | test_12_*                                      |
+| 2         | test_2_*                                     | 13        | test_13_*                                      |
+| 3, 4      | test_3_*, test_4_*                           | 14 to 18  | test_spectra.py: test_14_* to test_18_*        |
+| 5         | test_5_*, test_converged_5_*                 | 19        | test_19_*                                      |
+| 6, 7      | test_6_*, test_7_*                           | 20        | test_spectra.py: test_20_*                     |
+| 8         | test_8_*, test_converged_8_*                 | 21        | distributed: not here                          |
+| 9, 10, 11 | test_9_* to test_11_*, test_converged_9_*    | 22        | test_22_*                                      |
+"""
 
 from __future__ import annotations
 
@@ -327,6 +338,79 @@ def test_22_rank_is_kept(rows: int, columns: int, seed: int, rank: int) -> None:
     for method in ("exact", "minimax", "auto"):
         s = torch.linalg.svdvals(soft_spectral_clip(x, norm2(x) / 2, method=method).double())
         assert float(s[rank:].max()) <= 1e-6 * float(s[0])
+
+
+# --- the invariants that need an exact operator, for the iterations run to convergence --------------------------------
+
+CONVERGED = {"minimax": {"iterations": 10}, "newton_schulz": {"iterations": 40}}
+converged = pytest.mark.parametrize("method", CONVERGED)
+
+
+def run_out(x: Tensor, c: float, method: str) -> Tensor:
+    """The clip by an iteration that has converged, in the arithmetic of x."""
+    return soft_spectral_clip(x, c, method=method, dtype=x.dtype, **CONVERGED[method])
+
+
+@converged
+@few
+@given(rows=side, columns=side, seed=seeds, a=st.floats(1.1, 5e3))
+def test_converged_1_agrees_with_svd(method: str, rows: int, columns: int, seed: int, a: float) -> None:
+    x = conditioned(seed, rows, columns, a, 3.0)
+    assert rel(run_out(x, 3.0, method), truth(x, 3.0)) <= 1e-10
+    assert rel(run_out(x.float(), 3.0, method), truth(x.float(), 3.0)) <= 2e-5 * max(1.0, a / 1e3)
+
+
+@converged
+@few
+@given(rows=side, columns=side, seed=seeds)
+def test_converged_5_orthogonal_equivariance(method: str, rows: int, columns: int, seed: int) -> None:
+    x = normal(seed, rows, columns)
+    q = torch.linalg.qr(normal(seed + 1, rows, rows))[0]
+    r = torch.linalg.qr(normal(seed + 2, columns, columns))[0]
+    for dtype, tolerance in ((F64, 1e-10), (F32, 1e-5)):
+        whole = run_out((q @ x @ r).to(dtype), 1.0, method)
+        assert rel(whole, q @ run_out(x.to(dtype), 1.0, method).double() @ r) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@few
+@given(rows=side, columns=side, seed=seeds)
+def test_4_and_5_in_half_precision(dtype: torch.dtype, rows: int, columns: int, seed: int) -> None:
+    x = normal(seed, rows, columns)
+    q = torch.linalg.qr(normal(seed + 1, rows, rows))[0]
+    half = x.to(dtype)
+    out = soft_spectral_clip(half, 1.0)
+    assert rel(soft_spectral_clip(half.mT.contiguous(), 1.0), out.mT) <= 1e-2
+    turned = soft_spectral_clip((q @ half.double()).to(dtype), 1.0)
+    assert rel(turned, q @ out.double()) <= 2e-2
+
+
+@converged
+@few
+@given(rows=side, columns=side, seed=seeds, near=st.booleans())
+def test_converged_8_firm_contraction(method: str, rows: int, columns: int, seed: int, near: bool) -> None:
+    for dtype, slack in ((F64, 1e-10), (F32, 1e-4)):
+        x = normal(seed, rows, columns, dtype=dtype)
+        y = x + (1e-2 if near else 1.0) * normal(seed + 1, rows, columns, dtype=dtype)
+        hx, hy = (run_out(v, 1.0, method).double() for v in (x, y))
+        moved, apart = hx - hy, (x - y).double()
+        assert float(moved.norm()) <= float(apart.norm()) * (1 + slack)
+        assert float((moved * apart).sum()) >= float(moved.norm() ** 2) * (1 - slack) - slack * float(apart.norm() ** 2)
+
+
+@converged
+@few
+@given(rows=side, columns=side, seed=seeds, a=st.floats(0.3, 3), b=st.floats(0.3, 3))
+def test_converged_9_to_11(method: str, rows: int, columns: int, seed: int, a: float, b: float) -> None:
+    d = 1 / math.sqrt(1 / a**2 + 1 / b**2)
+    for dtype, tolerance in ((F64, 1e-11), (F32, 1e-5)):
+        x = normal(seed, rows, columns, dtype=dtype)
+        assert rel(run_out(run_out(x, b, method), a, method), run_out(x, d, method)) <= tolerance
+    x = normal(seed, rows, columns)
+    c = norm2(x) / 9
+    left, s, right = torch.linalg.svd(run_out(x, c, method), full_matrices=False)
+    assert rel((left * (s / torch.sqrt(1 - (s / c) ** 2))) @ right, x) <= 1e-8
+    assert rel(run_out(x, 1e4 * norm2(x), method), x) <= 5.1e-9
 
 
 # --- hard -------------------------------------------------------------------------------------------------------------
