@@ -172,10 +172,10 @@ def test_the_disk_need_is_said_and_refused(
 ) -> None:
     space, _, _ = taught
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(2e6, 1e6, 1e6))
-    with pytest.raises(ValueError, match=r"need up to 1\.0 MB at keep 128, and 1\.0 MB are free.*keep fewer tokens"):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(2e6, 1.9e6, 1e5))
+    with pytest.raises(ValueError, match=r"need up to 0\.5 MB at keep 64, and 0\.1 MB are free.*keep fewer tokens"):
         computed(space, a_job(name="big"))
-    assert "big needs up to 1.0 MB of disk, 1.0 MB are free." in caplog.text
+    assert "big needs up to 0.5 MB of disk, 0.1 MB are free." in caplog.text
     assert load_records(space).named("big") is None
 
 

@@ -283,7 +283,7 @@ class Targets:
     source: str
     unique_tokens: int
     sequence_length: int
-    keep: int = 128
+    keep: int = 64
 
     def __post_init__(self) -> None:
         _check_name(self.name)

@@ -115,7 +115,7 @@ class Soft:
     model: str
     weight: float
     wd: float
-    keep: int = 128
+    keep: int = 64
     seeds: int = 1
     sizes: tuple[str, ...] = ()
 

@@ -230,12 +230,12 @@ def encode(sequence: Sequence, vocab_size: int) -> bytes:
 
 
 def decode(block: bytes, keep: int, vocab_size: int) -> tuple[Tokens, Tokens, float]:
-    """Return (ids (T - 1, k) int64, weights (T - 1, k) float32, missing part of the KL divergence) of a block."""
+    """Return (ids (T - 1, k) int32, weights (T - 1, k) float32, missing part of the KL divergence) of a block."""
     data, kind = zlib.decompress(block), _id_type(vocab_size)
     middle = 8 + (len(data) - 8) // (kind.itemsize + 2) * kind.itemsize
     steps = _unplanes(data[8:middle], kind).reshape(-1, keep)
     weights = _unplanes(data[middle:], np.dtype("<f2")).reshape(-1, keep)
-    return np.cumsum(steps, axis=1, dtype=np.int64), _normalised(weights), struct.unpack("<d", data[:8])[0]
+    return np.cumsum(steps, axis=1, dtype=np.int32), _normalised(weights), struct.unpack("<d", data[:8])[0]
 
 
 def _normalised(weights: Tokens) -> Tokens:
