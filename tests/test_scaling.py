@@ -323,6 +323,14 @@ def test_exact_curves_have_a_joint_limit_without_a_warning():
         assert joint.interval["E"] == pytest.approx((3.0, 3.0), abs=1e-5)
 
 
+def test_quantiles_of_exact_laws_are_the_law():
+    for K in (np.array([1.0, 2, 4, 8]), np.array([1.0, 2, 3, 5, 8])):
+        for N in (0.15, 0.3, 0.6, 1.2):
+            exact = fit_power_law(K, 3.0 + 0.08 * N**-0.9 + 0.4 / K, alpha=1.0, bootstrap=0)
+            assert exact.limit_quantiles([0.001, 0.05, 0.95, 0.999]) == pytest.approx(exact.E, abs=1e-4)
+            assert exact.interval["A"] == pytest.approx((exact.A, exact.A), abs=1e-3)
+
+
 def test_joint_takes_the_errors_of_given_limits():
     N, E = np.array([0.15, 0.3, 0.6, 1.2]), 3.0 + 0.08 * np.array([0.15, 0.3, 0.6, 1.2]) ** -0.9
     few = fit_joint(N, [math.inf] * 4, E)
