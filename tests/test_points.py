@@ -201,8 +201,8 @@ def test_two_campaigns_side_by_side(
     first, *rest = compare_campaigns(*sides)
     rows = {row[1]: row[2:] for row in first.tables[0].rows}
     beats = next(cells for text, cells in rows.items() if "beats the best standard one" in text)
-    assert beats[1].startswith("reproduced") and beats[3].startswith("reproduced")
-    assert beats[0] != beats[2]
+    assert all(cell.startswith("reproduced") and cell.count(".") >= 3 for cell in beats)
+    assert beats[0] != beats[1]
     assert {"Size"} <= {section.title for section in rest}
     with pytest.raises(ValueError, match="both campaigns are called 'A'"):
         compare_campaigns(sides[0], sides[0])

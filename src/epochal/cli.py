@@ -228,13 +228,15 @@ def report(
         if against is not None:
             other_results, other_scale = _campaign_folder(against, results)
             other, theirs, their_sections, _ = _campaign_report(recipes, other_scale, other_results, work)
-            names = setting.name, other.name if other.name != setting.name else f"{other.name} ({other_results})"
+            same = other.name == setting.name
+            names = (f"{setting.name} here", f"{other.name} there") if same else (setting.name, other.name)
             sections = compare_campaigns(
                 Campaign(names[0], setting.data, found, sections),
                 Campaign(names[1], other.data, theirs, their_sections),
             )
             title, folder = f"epochal: {names[0]} against {names[1]}", out or folder / f"against-{other.name}"
-            summary = [f"{len(found)} records of {names[0]}, {len(theirs)} of {names[1]}. Intervals are 90%."]
+            counts = f"{len(found)} records of {names[0]}, {len(theirs)} of {names[1]}"
+            summary = [f"{counts} (from {other_results / other.name}). Losses are nats per token; intervals are 90%."]
     path = write_report(sections, folder, title=title, summary=summary, scale=scale if records is None else "")
     print_summary(sections, Console())
     print(f"report: {path}")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from epochal.claims import Claim, verdict
-from epochal.points import point_sections, points_of
+from epochal.points import KINDS, compared_sections, points_of
 from epochal.records import Records
-from epochal.report import DASH, Section, Table
+from epochal.report import Section, Table
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ def compare_campaigns(first: Campaign, second: Campaign) -> list[Section]:
     if first.name == second.name:
         raise ValueError(f"both campaigns are called {first.name!r}; rename the folder of one.")
     points = [*points_of(first.records, first.name), *points_of(second.records, second.name)]
+    like = {f"{second.name}, {kind}": f"{first.name}, {kind}" for kind in KINDS}
     notes = () if first.data == second.data else (_other_text(first, second),)
-    return [_claims_section(first, second, notes), *(point_sections(points) if points else [])]
+    return [_claims_section(first, second, notes), *(compared_sections(points, like) if points else [])]
 
 
 def _other_text(first: Campaign, second: Campaign) -> str:
@@ -44,10 +45,10 @@ def _claims_section(first: Campaign, second: Campaign, notes: tuple[str, ...]) -
         for side in (first, second)
     )
     rows = [
-        (section, text, *_cells(ours.get((section, text))), *_cells(theirs.get((section, text))))
+        (section, text, _cell(ours.get((section, text))), _cell(theirs.get((section, text))))
         for section, text in dict.fromkeys((*ours, *theirs))
     ]
-    columns = ("section", "claim", first.name, f"{first.name}: verdict", second.name, f"{second.name}: verdict")
+    columns = ("section", "claim", first.name, second.name)
     return Section(
         title="Claims side by side",
         question=f"Do {first.name} and {second.name} agree?",
@@ -56,7 +57,8 @@ def _claims_section(first: Campaign, second: Campaign, notes: tuple[str, ...]) -
     )
 
 
-def _cells(claim: Claim | None) -> tuple[str, str]:
+def _cell(claim: Claim | None) -> str:
     if claim is None:
-        return DASH, "not claimed"
-    return claim.value or DASH, verdict(claim) + (" (provisional)" if claim.provisional else "")
+        return "not claimed"
+    word = verdict(claim) + (" (provisional)" if claim.provisional else "")
+    return f"{word}: {claim.value}" if claim.value else word

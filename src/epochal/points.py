@@ -37,6 +37,9 @@ class Measured:
     K: float | None = None
 
 
+KINDS = ("single", "ensembles")
+"""What the points of a campaign are of: `NAME, single` and `NAME, ensembles`."""
+
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 COLUMNS = {"N_params": "N", "D_tokens": "D", "K": "K"}
 
@@ -207,54 +210,58 @@ def point_sections(points: Sequence[Measured], *, reference: str | None = None) 
     Recipes are compared with `reference`, the first recipe where it is None. Raises ValueError for an unknown one.
     """
     recipes = list(dict.fromkeys(point.recipe for point in points))
-    reference = recipes[0] if reference is None else reference
-    if reference not in recipes:
-        raise ValueError(
-            f"no point is of the recipe {reference!r}{nearest(reference, recipes)}; known: {', '.join(recipes)}."
-        )
+    base = recipes[0] if reference is None else reference
+    if base not in recipes:
+        raise ValueError(f"no point is of the recipe {base!r}{nearest(base, recipes)}; known: {', '.join(recipes)}.")
+    return compared_sections(points, {recipe: base for recipe in recipes if recipe != base})
+
+
+def compared_sections(points: Sequence[Measured], references: Mapping[str, str]) -> list[Section]:
+    """Like `point_sections`, each recipe compared with a reference of its own; those without one are only shown."""
     fits = {axis.field: fit_axis(points, axis) for axis in (SIZE, MEMBERS, DATA)}
-    sections = [_law_section(axis, fits[axis.field], reference) for axis in (SIZE, MEMBERS, DATA) if fits[axis.field]]
-    base = next((fit for fit in fits["D"] if fit.recipe == reference), None)
-    if base is not None and len(recipes) > 1:
-        sections.append(_efficiency_section(points, base))
+    sections = [_law_section(axis, fits[axis.field], references) for axis in (SIZE, MEMBERS, DATA) if fits[axis.field]]
+    bases = list(dict.fromkeys(references.values()))
+    law = next((fit for fit in fits["D"] if fit.recipe in bases), None)
+    if law is not None:
+        sections.append(_efficiency_section(points, law))
     return [*sections, _points_section(points, bool(sections))]
 
 
-def _law_section(axis: Axis, fits: Sequence[Fitted], reference: str) -> Section:
-    rows = []
+def _law_section(axis: Axis, fits: Sequence[Fitted], references: Mapping[str, str]) -> Section:
+    rows, notes = [], dict[str, list[str]]()
     for fit in fits:
-        low, high = fit.law.interval["E"] if fit.law.interval else (None, None)
-        rows.append(
-            (fit.recipe, fit.place, len(fit.xs), fit.law.E, low, high, f"{fit.law.A:.3g}", fit.law.alpha, fit.law.note)
-        )
-    columns = ("recipe", "at", "points", "limit E", "90% low", "90% high", "A", "alpha", "note")
+        interval = "–" if fit.law.interval is None else "{:.4f} to {:.4f}".format(*fit.law.interval["E"])
+        rows.append((fit.recipe, fit.place, len(fit.xs), fit.law.E, interval, f"{fit.law.A:.3g}", fit.law.alpha))
+        if fit.law.note:
+            notes.setdefault(fit.law.note, []).append(f"{fit.recipe} ({fit.place})" if fit.place else fit.recipe)
+    columns = ("recipe", "at", "points", "limit E", "90% interval", "A", "alpha")
     return Section(
         title=axis.title,
         question=axis.question,
-        claims=tuple(_comparisons(axis, fits, reference)),
+        claims=tuple(_comparisons(axis, fits, references)),
         tables=(Table(title=f"Laws E + A / {axis.field}^alpha", columns=columns, rows=tuple(rows)),),
         figures=tuple(_law_figures(axis, fits)),
+        notes=tuple(f"{note} So for {'; '.join(whose)}." for note, whose in notes.items()),
     )
 
 
-def _comparisons(axis: Axis, fits: Sequence[Fitted], reference: str) -> Iterator[Claim]:
-    """Compare the limit of every recipe with the reference's at the same place."""
-    for base in (fit for fit in fits if fit.recipe == reference):
-        for fit in fits:
-            if fit.place == base.place and fit is not base:
-                found = compare_limits(base.law, fit.law, names=(base.recipe, fit.recipe))
-                sure = found.probability is not None and max(found.probability, 1 - found.probability) >= SURE
-                yield Claim(
-                    text=f"{fit.recipe} ends below {base.recipe} as {axis.field} grows"
-                    + (f" ({fit.place})" * bool(fit.place)),
-                    value=f"{found.difference:+.4f} nats" + _chance(found.probability),
-                    holds=None if not sure or found.probability is None else found.probability > 0.5,
-                    provisional=() if found.probability is not None else ("too few points for an interval",),
-                )
-
-
-def _chance(probability: float | None) -> str:
-    return "" if probability is None else f" (probability {probability:.2f})"
+def _comparisons(axis: Axis, fits: Sequence[Fitted], references: Mapping[str, str]) -> Iterator[Claim]:
+    """Compare the limit of every recipe with its reference's at the same place."""
+    known = {(fit.recipe, fit.place): fit for fit in fits}
+    for fit in fits:
+        base = known.get((references.get(fit.recipe, ""), fit.place))
+        if base is None:
+            continue
+        found = compare_limits(base.law, fit.law, names=(base.recipe, fit.recipe))
+        chance = found.probability
+        sure = chance is not None and max(chance, 1 - chance) >= SURE
+        where = f" ({fit.place})" if fit.place else ""
+        yield Claim(
+            text=f"{fit.recipe} ends below {base.recipe} as {axis.field} grows{where}",
+            value=f"{found.difference:+.4f} nats" + ("" if chance is None else f" (probability {chance:.2f})"),
+            holds=chance > 0.5 if chance is not None and sure else None,
+            provisional=() if chance is not None else ("too few points for an interval",),
+        )
 
 
 def _law_figures(axis: Axis, fits: Sequence[Fitted]) -> Iterator[Figure]:

@@ -79,6 +79,7 @@ th:last-child, td:last-child { padding-right: 0; }
 thead th { border-bottom: 1.5px solid var(--ink); vertical-align: bottom; padding-block: 0; }
 .num { text-align: right; }
 .num, .short { white-space: nowrap; }
+.long { min-width: 14rem; }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: .45rem 0; margin: 0;
   cursor: pointer; text-align: inherit; }
 th button::after { content: "\\2195"; opacity: .3; margin-left: .3em; font-size: .85em; }
@@ -281,8 +282,8 @@ def _right(column: int, right: set[int]) -> str:
 
 
 def _short(text: str) -> str:
-    """Keep names such as width-64 on one line: a narrow screen scrolls the table instead."""
-    return ' class="short"' if len(text) <= 24 else ""
+    """Keep names such as width-64 on one line, and sentences from being squeezed: a narrow screen scrolls instead."""
+    return ' class="short"' if len(text) <= 24 else ' class="long"' if len(text) > 60 else ""
 
 
 def _key(value: str | float | int | None) -> str:
