@@ -323,6 +323,9 @@ def train(
     except Stopped as stop:
         print(f"epochal: {stop}; run again to continue.", file=sys.stderr)
         _leave(EXIT_STOPPED)
+    except ValueError as error:
+        print(f"epochal: {error}", file=sys.stderr)
+        _leave(2)
     else:
         if record is not None:
             seal(orders.workspace, job)

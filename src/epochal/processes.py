@@ -75,8 +75,9 @@ class Processes:
 
     def _initialise_deepspeed(self, objective: torch.nn.Module) -> Any:
         engine, _ = self.accelerator.prepare(objective, self.optimizer)
-        stage = int(self.backend.removeprefix("zero"))
-        if engine.zero_optimization_stage() != stage or engine.optimizer.optimizer is not self.optimizer:
+        stage, taken = int(self.backend.removeprefix("zero")), getattr(engine, "zero_optimization_stage", lambda: 0)()
+        # accelerate may train as DDP instead, and DeepSpeed may put another optimizer in; neither says so.
+        if taken != stage or engine.optimizer.optimizer is not self.optimizer:
             raise ValueError(f"DeepSpeed did not take up stage {stage} with the Run's optimizer; use another profile.")
         if stage == 3:
             import deepspeed

@@ -294,13 +294,13 @@ def launch_command(orders: Orders) -> list[str]:
     """
     options = ["--config_file", str(orders.profile)]
     if orders.nodes == 1:
-        return [sys.executable, "-m", "accelerate.commands.launch", *options]
+        return [sys.executable, "-m", "epochal.launcher", *options]
     import yaml
 
     per_node = int(yaml.safe_load(Path(str(orders.profile)).read_text(encoding="utf-8")).get("num_processes", 1))
     options += ["--num_machines", str(orders.nodes), "--num_processes", str(orders.nodes * per_node)]
     options += ["--main_process_ip", socket.gethostname(), "--main_process_port", str(_free_port())]
-    shell = 'exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" "$@"'
+    shell = 'exec "$0" -m epochal.launcher --machine_rank "$SLURM_NODEID" "$@"'
     srun = [
         "srun",
         f"--nodes={orders.nodes}",

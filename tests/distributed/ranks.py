@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-SECONDS = 60
+SECONDS = 240
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
@@ -55,6 +56,7 @@ class Group:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.pipes, self.processes = [], []
+        self.alive = True
         for rank in range(world):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
@@ -66,20 +68,23 @@ class Group:
         """Call a function in every process; returns the results in order of ranks."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
-        results = []
+        self.alive = False  # until all have answered: after a failure nobody knows who waits for whom
+        results, deadline = [], time.monotonic() + SECONDS
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(SECONDS), f"process {rank} did not answer within {SECONDS} s"
+            assert pipe.poll(max(0.0, deadline - time.monotonic())), f"process {rank} did not answer in {SECONDS} s"
             done, result = pipe.recv()
             assert done, f"process {rank}:\n{result}"
             results.append(result)
+        self.alive = True
         return results
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.send(None)
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+            if self.alive:
+                pipe.send(None)
+                process.join(5)
+            process.kill()
+            process.join()
 
 
 @contextmanager

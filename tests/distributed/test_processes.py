@@ -2,32 +2,43 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 
+from epochal.checkpoint import newest_checkpoint
 from epochal.config import REPOSITORY, to_table
-from epochal.records import load_records
+from epochal.launcher import exit_code
+from epochal.records import Workspace, load_records
+from epochal.run import AdamW, Run, Spectra
+from epochal.stopping import EXIT_STOPPED
 from epochal.train import train
 
 ENVIRONMENT = {
     **os.environ,
-    "ACCELERATE_USE_CPU": "true",
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
 
 
-def launch(profile: str, run_json: Path) -> None:
-    """What `epochal.worker` runs for a profile."""
+def command(profile: str, run_json: Path, world: int) -> list[str]:
+    """What `epochal.worker` runs for a profile, on fewer processes where it names eight."""
     config = REPOSITORY / "configs" / "accelerate" / f"{profile}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    done = subprocess.run(
-        [*command, "-m", "epochal.cli", "train", str(run_json)],
+    launcher = [sys.executable, "-m", "epochal.launcher", "--config_file", str(config), "--num_processes", str(world)]
+    return [*launcher, "-m", "epochal.cli", "train", str(run_json)]
+
+
+def launch(profile: str, run_json: Path, world: int) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command(profile, run_json, world),
         env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -35,35 +46,79 @@ def launch(profile: str, run_json: Path) -> None:
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("profile", "world"), [("cpu", 1), ("ddp2", 2)])
-def test_a_launched_run_has_the_losses_of_one_process(tmp_path: Path, profile: str, world: int) -> None:
+def write_job(folder: Path, run: Run, space: Workspace, profile: str, **changes: Any) -> Path:
+    orders = {"session": "s", "scale": "tiny", "recipes": [], "threads": 1, "profile": profile, "micro_batch": 1}
+    orders |= {"results": str(space.results), "work": str(space.work), **changes}
+    run_json = folder / "run.json"
+    run_json.write_text(json.dumps({"run": to_table(run), "orders": orders}), encoding="utf-8")
+    return run_json
+
+
+@pytest.mark.parametrize(
+    ("profile", "world", "sharding"),
+    [("ddp2", 2, "replicated"), ("zero3", 2, "zero3"), ("fsdp2", 2, "fsdp2")],
+)
+def test_a_launched_run_has_the_losses_of_one_process(tmp_path: Path, profile: str, world: int, sharding: str) -> None:
     space, _, config = tiny.workspace(tmp_path)
     # Masks belong to rows of the global batch, so noise is the same on any number of processes.
-    changes = {"epochs": 1, "dropout": 0.1, "mask_inputs": 0.5, "weights": "ema"}
+    noise = {"dropout": 0.1, "mask_inputs": 0.5, "weights": "ema"} if profile == "ddp2" else {}
+    changes = {"epochs": 1, "optimizer": Spectra(base=AdamW(lr=1e-2), clip=1.0), **noise}
     alone = train(tiny.run(config, name="alone", **changes), space)
     assert alone is not None
 
     run = tiny.run(config, name="launched", **changes)
-    orders = {"session": "s", "scale": "tiny", "recipes": [], "threads": 1, "profile": profile, "micro_batch": 1}
-    orders |= {"results": str(space.results), "work": str(space.work)}
-    run_json = tmp_path / "run.json"
-    run_json.write_text(json.dumps({"run": to_table(run), "orders": orders}), encoding="utf-8")
-    launch(profile, run_json)
+    done = launch(profile, write_job(tmp_path, run, space, profile), world)
+    assert done.returncode == 0, done.stderr
 
     record = load_records(space).named("launched")
     assert record is not None and record.status == "done"
     assert record.provenance["world_size"] == world
     assert record.provenance["profile"] == profile
+    assert record.provenance["sharding"] == sharding
+    assert record.provenance["matrices"] == 16
+    assert (record.provenance["update_error"] is None) == (world == 1)
     for key in ("loss", "train_loss", "test_loss", "best_loss"):
         assert record.results[key] == pytest.approx(alone.results[key], abs=1e-5)
+    assert record.results["spectral_norms"] == pytest.approx(alone.results["spectral_norms"], rel=1e-3)
     assert [step for step, _ in record.results["curve"]] == [step for step, _ in alone.results["curve"]]
     assert [loss for _, loss in record.results["curve"]] == pytest.approx(
         [loss for _, loss in alone.results["curve"]], abs=1e-5
     )
-    assert (space.folder("launched") / "model" / "model.safetensors").is_file()
+    weights = [load_file(space.folder(name) / "model" / "model.safetensors") for name in ("alone", "launched")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert float((weight - weights[1][name]).abs().max()) < 1e-4, name
     lines = (space.folder("launched") / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps) and len(lines) == 2 + 4, "one process writes the metrics"
+
+
+@pytest.mark.parametrize(("profile", "number"), [("ddp2", signal.SIGTERM), ("zero2", signal.SIGUSR1)])
+def test_a_signal_saves_on_all_processes_and_ends_with_75(tmp_path: Path, profile: str, number: int) -> None:
+    space, _, config = tiny.workspace(tmp_path)
+    run = tiny.run(config, name="long", epochs=400)
+    job = write_job(tmp_path, run, space, profile)
+    process = subprocess.Popen(
+        command(profile, job, 2), env=ENVIRONMENT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics, deadline = space.folder("long") / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == EXIT_STOPPED, said
+    assert "run again to continue" in said
+    checkpoints = list(space.folder("long").glob("checkpoints/*"))
+    assert len(checkpoints) == 1 and checkpoints[0].name.startswith("step-")
+    assert {file.name for file in checkpoints[0].iterdir()} >= {"optimizer-0.safetensors", "optimizer-1.safetensors"}
+    assert newest_checkpoint(space.folder("long") / "checkpoints", say=pytest.fail) == checkpoints[0]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [([75, 75], 75), ([75, -15], 75), ([2, -9], 2), ([1, 75], 1), ([-9], 1), ([1], 1)]
+)
+def test_the_exit_code_of_a_launch_is_that_of_its_processes(codes: list[int], expected: int) -> None:
+    assert exit_code(codes) == expected

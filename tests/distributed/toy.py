@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from epochal import optim
 from epochal.config import REPOSITORY
 from epochal.processes import Processes
+from epochal.proof import Proof
 
-STEPS, ROWS = 30, 8
-DIMS = [(17, 12), (12, 17), (12, 12), (9, 12)]
+STEPS, ROWS, WORDS, WIDTH = 30, 8, 23, 12
+PEAK = 5e-2
+"""A learning rate at which weights move about as far as they are large: what is compared is then not their rounding."""
+
+NAMES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
+BASES = ("adamw", "signum", "ademamix", "mars", "lion", "sgdm")
 
 
 class Block(nn.Module):
+    """Three matrices, none with a size that two or four processes divide evenly, and a vector."""
+
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.up = nn.Parameter(torch.randn(17, 12, generator=generator) / 4)
-        self.down = nn.Parameter(torch.randn(12, 17, generator=generator) / 4)
-        self.mix = nn.Parameter(torch.randn(12, 12, generator=generator) / 4)
-        self.norm = nn.Parameter(torch.ones(12))
+        self.up = nn.Parameter(torch.randn(17, WIDTH, generator=generator) / 4)
+        self.down = nn.Parameter(torch.randn(WIDTH, 17, generator=generator) / 4)
+        self.mix = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator) / 4)
+        self.norm = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.tanh(x @ self.mix.T) * self.norm
@@ -37,14 +50,14 @@ class Layers(nn.Module):
 
 
 class Toy(nn.Module):
-    """Tied embedding and head, `depth` blocks of three matrices and a vector."""
+    """A tied embedding and head, and blocks, under the names of a transformers Llama."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.embed = nn.Parameter(torch.randn(23, 12, generator=generator) / 2)
+        self.embed = nn.Parameter(torch.randn(WORDS, WIDTH, generator=generator) / 2)
         self.model = Layers(depth, generator)
-        self.lm_head = nn.Linear(12, 23, bias=False)
+        self.lm_head = nn.Linear(WIDTH, WORDS, bias=False)
         self.lm_head.weight = self.embed
 
 
@@ -54,81 +67,179 @@ class Objective(nn.Module):
         self.model = Toy(depth)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = torch.nn.functional.embedding(tokens[:, :-1], self.model.embed)
+        x = nn.functional.embedding(tokens[:, :-1], self.model.lm_head.weight)
         for block in self.model.model.layers:
             x = block(x)
         logits = x @ self.model.lm_head.weight.T
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
-def make_optimizer(kind: str) -> Any:
-    """Return a function from the model to an optimizer; matrices are those of the blocks."""
+class MakeOptimizer:
+    """From a model to an optimizer for which the matrices of the blocks are matrices; eps damps rounding near zero."""
 
-    def build(model: nn.Module) -> torch.optim.Optimizer:
+    def __init__(self, kind: str, eps: float = 1e-3) -> None:
+        self.kind, self.eps = kind, eps
+
+    def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
         named = list(model.named_parameters())
-        inside = [(n, p) for n, p in named if p.ndim == 2 and "layers" in n]
-        others = [(n, p) for n, p in named if not (p.ndim == 2 and "layers" in n)]
-        params = lambda pairs: [p for _, p in pairs]  # noqa: E731
-        decayed, kept = {"params": params(inside), "weight_decay": 0.1}, {"params": params(others), "weight_decay": 0.0}
-        if kind == "adamw":
-            return torch.optim.AdamW([decayed, kept], lr=1e-2, betas=(0.9, 0.95), eps=1e-3, fused=True)
-        if kind == "fira":
-            projected = {**decayed, "rank": 4, "update_proj_gap": 15, "alpha": 0.5}
-            return optim.Fira([projected, kept], lr=1e-2, eps=1e-3)
-        if kind == "muon":
-            return optim.Muon([decayed, {**kept, "orthogonalize": False}], lr=1e-2, eps=1e-3)
-        own = {} if kind in ("signum", "lion", "sgdm") else {"eps": 1e-3}
-        return optim.Spectra([decayed, {**kept, "apply_to": "2d"}], 1e-2, base=kind, clip=0.5, **own)
+        inside = [pair for pair in named if pair[1].ndim == 2 and "layers" in pair[0]]
+        others = [pair for pair in named if not (pair[1].ndim == 2 and "layers" in pair[0])]
+        decayed: dict[str, Any] = {"params": [p for _, p in inside], "weight_decay": 0.1}
+        kept: dict[str, Any] = {"params": [p for _, p in others], "weight_decay": 0.0}
+        if self.kind == "adamw":
+            return torch.optim.AdamW([decayed, kept], lr=1e-2, betas=(0.9, 0.95), eps=self.eps, fused=True)
+        if self.kind == "fira":
+            return optim.Fira([{**decayed, "rank": 4, "update_proj_gap": 15, "alpha": 0.5}, kept], eps=self.eps)
+        if self.kind == "muon":
+            return optim.Muon([decayed, {**kept, "orthogonalize": False}], eps=self.eps)
+        base = self.kind.removesuffix("-spectra")
+        own = {} if base in ("signum", "lion", "sgdm") else {"eps": self.eps}
+        groups = [{**decayed, "params": inside}, {**kept, "params": others}]
+        return optim.Spectra(groups, 1e-2, base=base, clip=0.5, apply_to=["layers.*(up|down|mix)"], **own)
 
-    return build
 
-
-def environment(profile: str) -> dict[str, str]:
-    """What `accelerate launch` would put into the environment for a profile."""
-    if profile.startswith("zero"):
+def choose(profile: str) -> None:
+    """Set what `accelerate launch` would set for a profile: the name of one, or the path of a DeepSpeed config."""
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # the last call in this process may have had another profile
+    for name in NAMES:
+        os.environ.pop(name, None)
+    if profile.startswith("zero") or profile.endswith(".json"):
         path = profile if profile.endswith(".json") else str(REPOSITORY / "configs" / "deepspeed" / f"{profile}.json")
-        return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": path}
-    return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if profile == "fsdp2" else {}
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": path}
+    elif profile == "fsdp2":
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def start(profile: str, **settings: Any) -> Processes:
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
-        os.environ.pop(name, None)
-    os.environ.update(environment(profile))
+    choose(profile)
     return Processes(**{"clip_norm": 1e9, **settings})
 
 
-def batch(step: int) -> torch.Tensor:
-    return torch.randint(23, (ROWS, 9), generator=torch.Generator().manual_seed(step))
-
-
-def take_step(processes: Processes, step: int, parts: int = 1) -> torch.Tensor:
-    rows = batch(step)[processes.rank :: processes.world]
+def take_step(processes: Processes, step: int, parts: int = 1, scale: float = 1.0) -> torch.Tensor:
+    """One step on this process's rows of the batch of a step, in so many micro-batches; returns the gradient norm."""
+    batch = torch.randint(WORDS, (ROWS, 9), generator=torch.Generator().manual_seed(step))
+    rows = batch[processes.rank :: processes.world]
     chunks = rows.chunk(parts)
     for number, chunk in enumerate(chunks, start=1):
         with processes.accumulating(last=number == len(chunks)):
-            processes.backward(processes.objective(chunk) / (len(rows) * 8))
+            processes.backward(scale * processes.objective(chunk) / (len(rows) * 8))
     return processes.step()
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Count the matrices that this process clips, and the bases that it computes."""
+    from epochal.optim import fira, spectra
+
+    counts = {"clips": 0, "refreshes": 0}
+    clip, basis = spectra.clip_matrices, fira.compute_basis
+
+    def counting_clip(update: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        counts["clips"] += len(update)
+        return clip(update, *arguments)
+
+    def counting_basis(*arguments: Any, **options: Any) -> torch.Tensor:
+        counts["refreshes"] += 1
+        return basis(*arguments, **options)
+
+    with (
+        mock.patch.object(spectra, "clip_matrices", counting_clip),
+        mock.patch.object(fira, "compute_basis", counting_basis),
+    ):
+        yield counts
+
+
+def is_on(processes: Processes) -> str:
+    """What really shares the model: the wrapper is asked, not the profile."""
+    if type(processes.objective).__name__ == "DeepSpeedEngine":
+        return f"zero{processes.objective.zero_optimization_stage()}"
+    if all(isinstance(p, torch.distributed.tensor.DTensor) for p in processes.model.parameters()):
+        return "fsdp2"
+    return type(processes.objective).__name__
+
+
 def trained(
-    profile: str, kind: str, steps: int = STEPS, depth: int = 2, parts: int = 1, **settings: Any
+    profile: str, kind: str, steps: int = STEPS, depth: int = 2, parts: int = 1, eps: float = 1e-3, **settings: Any
 ) -> dict[str, Any]:
-    """Train, and return weights, state bytes, and what the optimizer did in this process."""
-    processes = start(profile, **settings)
-    processes.prepare(Objective(depth), make_optimizer(kind))
-    for step in range(steps):
-        for group in processes.optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / steps)
-        take_step(processes, step, parts)
+    """Train, and return weights, what is on, and what the optimizer did in this process."""
+    processes = start(profile, micro_batch=max(1, ROWS // parts), **settings)
+    processes.prepare(Objective(depth), MakeOptimizer(kind, eps))
+    counts_at_start = [int(state["step"]) for state in processes.optimizer.state.values()]
+    proof, norms = Proof(processes, "toy"), []
+    with counted() as counts:
+        for step in range(steps):
+            for group in processes.optimizer.param_groups:
+                group["lr"] = PEAK * (1 - step / steps)
+            norm = take_step(processes, step, parts) if step else _proven(processes, proof, parts, counts)
+            norms.append(float(norm))
+    named = processes.optimizer.named_state()
     return {
-        "weights": {name: weight.clone() for name, weight in processes.whole_weights()},
-        "bytes": processes.optimizer.state_bytes(),
+        "weights": {entry.name: processes.whole_weight(entry.parameter) for entry in processes.optimizer.entries},
+        "on": is_on(processes),
+        "counts_at_start": counts_at_start,
+        "steps": {int(value) for name, value in named.items() if name.endswith(".step")},
+        "matrices": len(processes.optimizer.matrices),
+        "owners": [entry.owner for entry in processes.optimizer.matrices],
+        "bytes": sum(v.numel() * v.element_size() for n, v in named.items() if "@" not in n),
         "sent": processes.optimizer.bytes_sent,
+        "error": proof.error,
+        "norms": norms,
+        **counts,
     }
 
 
-def folder_profile(folder: Path, name: str, text: str) -> str:
-    path = folder / f"{name}.json"
-    path.write_text(text, encoding="utf-8")
+def _proven(processes: Processes, proof: Proof, parts: int, counts: dict[str, int]) -> torch.Tensor:
+    """The first step, with the proof around its update; what the proof itself computes is not counted."""
+    step = processes.step
+
+    def proven() -> torch.Tensor:
+        with proof:
+            norm = step()
+            before = dict(counts)
+        counts.update(before)
+        return norm
+
+    with mock.patch.object(processes, "step", proven):
+        return take_step(processes, 0, parts)
+
+
+def first_weights(depth: int = 2) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in Toy(depth).named_parameters()}
+
+
+def distance(one: dict[str, Any], other: dict[str, Any], *, matrices: bool = True, depth: int = 2) -> float:
+    """The largest difference of two trained models' weights as a share of the largest movement of that weight."""
+    start, found = first_weights(depth), 0.0
+    for name, weight in one["weights"].items():
+        if not matrices or ("layers" in name and "norm" not in name):
+            moved = float((weight - start[name]).abs().max())
+            found = max(found, float((weight - other["weights"][name]).abs().max()) / moved)
+    return found
+
+
+def write_profile(folder: Path, base: str, **zero: Any) -> str:
+    """A DeepSpeed profile like `base` with other keys in zero_optimization; returns its path."""
+    table = json.loads((REPOSITORY / "configs" / "deepspeed" / f"{base}.json").read_text(encoding="utf-8"))
+    table["zero_optimization"] |= zero
+    path = folder / f"{base}-{'-'.join(sorted(zero))}.json"
+    path.write_text(json.dumps(table), encoding="utf-8")
     return str(path)
+
+
+def trained_with(profile: str, kind: str, settings: dict[str, Any], parts: int, steps: int = STEPS) -> dict[str, Any]:
+    return trained(profile, kind, steps, 2, parts, **settings)
+
+
+def skips_what_is_not_finite(profile: str) -> dict[str, bool]:
+    """A NaN that arises on one process only: nobody moves, at the next step everybody does."""
+    processes = start(profile)
+    processes.prepare(Objective(2), MakeOptimizer("fira"))
+    weights = []
+    for scale in (float("nan") if processes.rank == 1 else 1.0, 1.0):
+        weights.append({e.name: processes.whole_weight(e.parameter) for e in processes.optimizer.entries})
+        take_step(processes, 0, scale=scale)
+    weights.append({e.name: processes.whole_weight(e.parameter) for e in processes.optimizer.entries})
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
+    return {"still": same[0], "moves": not same[1]}

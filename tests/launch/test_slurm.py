@@ -194,7 +194,7 @@ def ranks(space: Workspace) -> list[int]:
             words = path.read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "epochal.cli" in words and str(space.work) in "".join(words) and "accelerate.commands.launch" not in words:
+        if "epochal.cli" in words and str(space.work) in "".join(words) and "epochal.launcher" not in words:
             found.append(int(path.parent.name))
     return sorted(found)
 

@@ -93,6 +93,11 @@ class Distributed(torch.optim.Optimizer):
 
     def _entries(self, names: dict[Tensor, str]) -> list[Entry]:
         members = [(group, p) for group in self._groups for p in group["params"]]
+        if any(hasattr(p, "ds_shape") for _, p in members):
+            raise ValueError(
+                "the model was built under deepspeed.zero.Init, where no parameter looks like a matrix; build it outside, "
+                "and let Processes.prepare shard it."
+            )
         whole = [p for group, p in members if needs_whole(self.rule, p, group)]
         owner = dict(zip(whole, assign_owners([p.shape for p in whole], self.world), strict=True))
         return [Entry(names[p], p, group["number"], p.shape, owner.get(p)) for group, p in members]

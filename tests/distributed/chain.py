@@ -1,0 +1,72 @@
+"""A tiny Run trained in parts under one profile after another, as a campaign would after being stopped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tiny
+import toy
+
+from epochal import train as loop
+from epochal.records import Workspace
+from epochal.run import AdamW, Fira, Optimizer, Run, Spectra
+from epochal.stopping import Stopped
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": AdamW(lr=1e-2),
+    "fira": Fira(lr=1e-2, gap=7, eps=1e-3),
+    "spectra": Spectra(base=AdamW(lr=1e-2, eps=1e-3), clip=1.0),
+}
+
+
+def make_run(config: Path, name: str, kind: str, **changes: Any) -> Run:
+    return tiny.run(config, name=name, optimizer=OPTIMIZERS[kind], epochs=2, **changes)
+
+
+def part(profile: str, space: Workspace, run: Run, stop_after: int | None) -> dict[str, Any] | str:
+    """Train until a stop is asked for after so many steps; returns the results of the record, or why it stopped."""
+    toy.choose(profile)
+    looks = itertools.count(1)
+
+    def reason() -> str | None:
+        return "test" if stop_after is not None and next(looks) > stop_after else None
+
+    # Processes confer at least every LOG_STEPS steps.
+    with mock.patch.object(loop, "stop_reason", reason), mock.patch.object(loop, "LOG_STEPS", 2):
+        try:
+            record = loop.train(run, space, loop.Pace(micro_batch=1))
+        except Stopped as stopped:
+            return str(stopped)
+    return {} if record is None else {**record.results, "provenance": record.provenance}
+
+
+def part_with_a_full_disk(profile: str, space: Workspace, run: Run) -> str:
+    """The last process cannot write its state; returns the error that the loop ends with."""
+    from epochal import checkpoint
+
+    save, rank = checkpoint.save_file, int(os.environ["RANK"])
+
+    def full(tensors: Any, path: Path) -> None:
+        if rank == 1:
+            raise OSError("no space left on device")
+        save(tensors, path)
+
+    with mock.patch.object(checkpoint, "save_file", full):
+        try:
+            part(profile, space, run, 3)
+        except OSError as error:
+            return str(error)
+    return "saved"
+
+
+def refusal(profile: str, space: Workspace, run: Run) -> str:
+    """Return the sentence with which a run is refused."""
+    try:
+        part(profile, space, run, None)
+    except ValueError as error:
+        return str(error)
+    return "trained"

@@ -1,0 +1,128 @@
+"""A profile may say how fast, never what: what would change a result is refused by one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epochal.config import REPOSITORY
+from epochal.profile import REASONS, check_deepspeed, deepspeed_config, read_profile
+
+DEEPSPEED = sorted((REPOSITORY / "configs" / "deepspeed").glob("*.json"))
+
+
+def environment(path: Path) -> dict[str, str]:
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
+def test_every_committed_deepspeed_profile_is_accepted_and_clipping_is_written(path: Path) -> None:
+    profile = read_profile(environment(path))
+    assert profile.backend == path.stem.split("-")[0]
+    for clip_norm in (1.0, 0.25, 0.0):
+        config = deepspeed_config(profile, micro_batch=4, world=2, clip_norm=clip_norm)
+        assert config["gradient_clipping"] == clip_norm, "DeepSpeed's own default is 1.0"
+        assert config["gradient_accumulation_steps"] == 1 and config["train_batch_size"] == 8
+
+
+def test_a_profile_is_found_by_the_name_of_its_file_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_profile(environment(Path("configs/deepspeed/zero2.json"))).backend == "zero2"
+
+
+def table(**changes: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 2}, **changes}
+
+
+REFUSED = [
+    (table(optimizer={"type": "AdamW"}), "optimizer"),
+    (table(scheduler={"type": "WarmupLR"}), "scheduler"),
+    (table(bf16={"enabled": True}), "bf16"),
+    (table(fp16={"enabled": True}), "fp16"),
+    (table(torch_autocast={"enabled": True}), "torch_autocast"),
+    (table(gradient_clipping=1.0), "gradient_clipping"),
+    (table(gradient_accumulation_steps=4), "gradient_accumulation_steps"),
+    (table(train_micro_batch_size_per_gpu=4), "train_micro_batch_size_per_gpu"),
+    (table(communication_data_type="bf16"), "communication_data_type"),
+    (table(pipeline={"stages": 2}), "pipeline"),
+    (table(tensor_parallel={"autotp_size": 2}), "tensor_parallel"),
+    (table(something_new=True), "something_new"),
+    ({"zero_optimization": {"stage": 0}}, "stage is 0"),
+    ({}, "stage is None"),
+]
+ZERO_REFUSED = [
+    {"round_robin_gradients": True},
+    {"elastic_checkpoint": True},
+    {"zenflow": {"topk_ratio": 0.1}},
+    {"super_offload": True},
+    {"zero_hpz_partition_size": 8},
+    {"zero_quantized_weights": True},
+    {"zero_quantized_gradients": True},
+    {"offload_optimizer": {"device": "nvme", "nvme_path": "/local"}},
+    {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+    {"offload_param": {"device": "cpu"}},
+    {"stage3_something_new": 1},
+]
+
+
+@pytest.mark.parametrize(("config", "word"), REFUSED, ids=[word for _, word in REFUSED])
+def test_what_would_change_a_result_is_refused_by_name(config: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word) as raised:
+        check_deepspeed(config, "profile.json")
+    assert str(raised.value).startswith("profile.json: ") and str(raised.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("zero", ZERO_REFUSED, ids=lambda zero: next(iter(zero)))
+def test_zero_settings_that_are_broken_or_not_proven_are_refused_by_name(zero: dict[str, Any]) -> None:
+    key = next(iter(zero))
+    with pytest.raises(ValueError, match="nvme|ratio" if "optimizer" in key else key):
+        check_deepspeed(
+            {"zero_optimization": {"stage": 2, **zero}, "zero_force_ds_cpu_optimizer": False}, "profile.json"
+        )
+
+
+def test_settings_that_are_off_are_no_reason_to_refuse() -> None:
+    off = {"round_robin_gradients": False, "zero_quantized_weights": False, "elastic_checkpoint": False}
+    check_deepspeed(table(bf16={"enabled": False}) | {"zero_optimization": {"stage": 3, **off}}, "profile.json")
+
+
+def test_offload_that_would_replace_the_optimizer_is_refused() -> None:
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    for force in ({}, {"zero_force_ds_cpu_optimizer": True}):
+        with pytest.raises(ValueError, match="zero_force_ds_cpu_optimizer"):
+            check_deepspeed(offload | force, "profile.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "gradient_clipping"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed_config_file"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+    ],
+)
+def test_what_accelerate_would_do_to_a_result_is_refused(names: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_profile(names)
+
+
+def test_a_damaged_config_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "half.json"
+    path.write_text(json.dumps({"zero_optimization": {}})[:-3], encoding="utf-8")
+    with pytest.raises(ValueError, match="is no JSON"):
+        read_profile(environment(path))
+
+
+def test_every_reason_is_for_a_key_that_is_refused() -> None:
+    from epochal.profile import DEEPSPEED_KEYS, OFFLOAD_KEYS, ZERO_KEYS
+
+    assert not REASONS.keys() & (DEEPSPEED_KEYS | ZERO_KEYS | OFFLOAD_KEYS)
