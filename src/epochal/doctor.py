@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 
+from epochal import doctor_checks as checks
 from epochal.provenance import device_name, versions
 
 OPTIONAL = {
@@ -18,7 +19,7 @@ OPTIONAL = {
 
 
 def examine() -> int:
-    """Print the findings; returns 0 when training works here, else 1."""
+    """Print the findings; returns 0 when what is installed works here, else 1."""
     import torch
 
     print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -35,6 +36,11 @@ def examine() -> int:
     except RuntimeError as error:
         print(f"a training step fails here: {error}")
         return 1
+    found = [checks.triton_kernel(gpus), checks.two_processes(gpus)]
+    for line in (line for check in found for line in check.lines):
+        print(line)
     suggestion = f"--jobs {max(gpus, 1)}" if gpus else f"--jobs {cores}"
     print(f"a training step works; for many small runs use {suggestion}")
-    return 0
+    if gpus > 1:
+        print("for a run that one GPU does not hold: --profile zero3 or fsdp2, with num_processes as many as GPUs")
+    return int(any(check.failed for check in found))
