@@ -217,6 +217,8 @@ def _launch(run: Run, orders: Orders) -> None:
         time.sleep(0.1)
     if process.returncode != 0:
         check_stop()
+        if process.returncode == EXIT_STOPPED:  # a signal reached the run and not this worker
+            raise Stopped(f"{run.name} was stopped")
         raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}")
 
 
