@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from epochal.campaign import campaign_jobs, load_recipe, outlook, recipe_names
+from epochal.campaign import campaign_jobs, flops_of, load_recipe, outlook, recipe_names
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
 from epochal.report import Section, write_report
 from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint
@@ -415,6 +415,9 @@ def test_kinds_of_members_differ_in_what_they_say_and_cost_the_same(workspace: W
     assert {run.dropout for run in arms["dropout"]} == {0.1}
     assert {(run.mask_inputs, run.epochs) for run in arms["masked"]} == {(0.5, 16)}
     costs = {kind: _kinds.cost(runs) / _kinds.cost(arms["independent"]) for kind, runs in arms.items()}
+    # What `plan` prices is the same, but for the teacher's forward passes.
+    flops = {kind: sum(map(flops_of, runs)) for kind, runs in arms.items()}
+    assert flops["masked"] == flops["independent"] and flops["chain"] == flops["independent"] * (1 + 0.75 + 0.75) / 3
     held = costs.pop("holdout")
     assert list(costs.values()) == pytest.approx([1.0] * len(costs))
     assert held == pytest.approx(1 - 2048 / 24576)

@@ -85,10 +85,14 @@ class Price:
 
 
 def flops_of(job: Job, vocab_size: int | None = None) -> float:
-    """Return the training FLOPs of a Run, 6 N tokens; 0 for evaluation and sampling, which cost little beside it."""
+    """Return the training FLOPs of a Run, 6 N tokens; 0 for evaluation and sampling, which cost little beside it.
+
+    Masked inputs are a second pass over the same tokens. The forward passes of a teacher are not counted.
+    """
     if not isinstance(job, Run):
         return 0.0
-    return 6.0 * _weights(job.model, vocab_size, Path.cwd()) * job.tokens
+    passes = 2 if job.mask_inputs else 1
+    return 6.0 * _weights(job.model, vocab_size, Path.cwd()) * job.tokens * passes
 
 
 @functools.cache
