@@ -23,8 +23,8 @@ TRIES, TRY_SECONDS = 6, 10.0
 """How often a command is tried while the controller does not answer (it restarts, it is busy)."""
 
 
-class SlurmError(OSError):
-    """A Slurm command failed; the message is what it said."""
+class SlurmError(RuntimeError):
+    """A Slurm command failed, or is not there; the message is what it said."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ def submit(script: str, folder: Path, *, dependency: str | None = None) -> str:
     return call(words, script).strip().partition(";")[0]
 
 
+def check(script: str) -> None:
+    """Ask Slurm whether it would take an sbatch file; raises SlurmError when not."""
+    call(["sbatch", "--test-only"], script)
+
+
 def queue(*names: str) -> list[Task]:
     """Return what is alive under these names: pending, running or completing."""
     words = ["squeue", "--noheader", "--array", f"--name={','.join(names)}", "--format=%i|%j|%T|%N|%M|%k"]
@@ -139,7 +144,10 @@ def after_any(tasks: list[str]) -> str:
 def call(words: list[str], text: str | None = None) -> str:
     """Run a Slurm command, again while the controller does not answer; raises SlurmError when it says no."""
     for attempt in range(TRIES):
-        done = subprocess.run(words, input=text, env=_outside(), capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(words, input=text, env=_outside(), capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise SlurmError(f"{words[0]} is not installed here") from None
         if done.returncode == 0:
             return done.stdout
         silent = any(sign in done.stderr for sign in ("Unable to contact", "timed out", "Zero Bytes", "try again"))

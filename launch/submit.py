@@ -1,6 +1,7 @@
 """`epochal run --cluster`: hand a campaign to Slurm, show what would be handed over, or take it back."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from epochal.cluster import Submitted, check_locks
@@ -11,16 +12,17 @@ from launch import slurm
 def submit(campaign: Submitted) -> str:
     """Submit the first planner and return what to tell the user; a campaign that is in flight is left alone.
 
-    Raises ValueError where locks do not hold between machines or an option is unknown.
+    Raises ValueError where locks do not hold between machines, an option is unknown, or Slurm refuses the jobs.
     """
     check_locks(campaign.orders.workspace.work)
-    script = slurm.planner_script(campaign)
-    slurm.array_script(campaign, Path("batch.json"), 1, nodes=campaign.cluster.nodes)
-    waiting = slurm.queue(campaign.planner_name)
-    if waiting and campaign.path.exists():
-        return f"already in flight (planner {waiting[0].job_id}); to change it, stop it first: the same command with --stop."
-    campaign.save()
-    job_id = slurm.submit(script, campaign.folder)
+    script, nodes = slurm.planner_script(campaign), campaign.cluster.nodes
+    with _one_sentence(campaign):
+        waiting = slurm.queue(campaign.planner_name)
+        if waiting and campaign.path.exists():
+            return f"already in flight (planner {waiting[0].job_id}); to change it, stop it first (--stop)."
+        slurm.check(slurm.array_script(campaign, Path("batch.json"), 1, nodes=nodes))
+        campaign.save()
+        job_id = slurm.submit(script, campaign.folder)
     logs = campaign.folder / "logs"
     return f"submitted planner {job_id} as {campaign.planner_name}; epochal plan --watch shows it, logs are in {logs}"
 
@@ -28,9 +30,20 @@ def submit(campaign: Submitted) -> str:
 def stop(campaign: Submitted) -> str:
     """Take a campaign back: nothing more is submitted, what runs saves itself."""
     campaign.path.unlink(missing_ok=True)
-    tasks = slurm.queue(campaign.planner_name, campaign.runs_name)
+    with _one_sentence(campaign):
+        tasks = slurm.queue(campaign.planner_name, campaign.runs_name)
     slurm.cancel(*(task.job_id for task in tasks))
-    return f"stopped: {len(tasks)} jobs of the queue cancelled; runs save themselves and continue when it is submitted again."
+    return f"stopped: {len(tasks)} jobs cancelled; runs save themselves and continue when it is submitted again."
+
+
+@contextmanager
+def _one_sentence(campaign: Submitted) -> Iterator[None]:
+    """Turn what a Slurm command says into a sentence for the user."""
+    try:
+        yield
+    except slurm.SlurmError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"cluster {campaign.cluster.name!r}: {said}; correct the cluster file or try later.") from None
 
 
 def preview(campaign: Submitted, ready: list[Job]) -> Iterator[str]:

@@ -66,7 +66,11 @@ def _queued(workspace: Workspace) -> tuple[dict[str, slurm.Task], list[str]]:
     tasks: dict[str, slurm.Task] = {}
     lines = []
     for campaign in _submitted(workspace):
-        found = slurm.queue(campaign.planner_name, campaign.runs_name)
+        try:
+            found = slurm.queue(campaign.planner_name, campaign.runs_name)
+        except slurm.SlurmError as error:
+            lines.append(f"  planner  unknown: {error}")
+            continue
         planners = [f"{task.job_id} {task.state.lower()}" for task in found if task.name == campaign.planner_name]
         lines.append(
             f"  planner  {', '.join(planners) or 'none: the next task that ends submits one, or run it again'}"

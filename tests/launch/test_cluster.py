@@ -162,6 +162,12 @@ def test_a_dry_run_prints_and_changes_nothing(campaign: Campaign) -> None:
     assert sorted(campaign.folder.rglob("*")) == before
 
 
+def test_without_slurm_it_is_one_sentence(campaign: Campaign) -> None:
+    done = cli("run", "epoching", *campaign.options, "--tracker", "none", "--cluster", "local-test", path="/nowhere")
+    assert done.returncode == 2 and "squeue is not installed here" in done.stderr, done.stderr
+    assert not list(campaign.folder.rglob("campaign-*.json"))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -214,6 +214,13 @@ def test_twenty_runs_and_everything_that_happens_to_them(slurm: Slurm, tmp_path:
     campaign = make(tmp_path / "slurm", prepared, members=16)
     there = OnSlurm(slurm, campaign, "ensembling", CLUSTER)
 
+    # What Slurm would refuse is said at once, and nothing is submitted.
+    wrong = OnSlurm(slurm, campaign, "ensembling", CLUSTER.replace("[slurm]", '[slurm]\npartition = "gpu"'))
+    process = wrong.start()
+    text, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2 and "invalid partition" in text and not there.notes, text
+    there = OnSlurm(slurm, campaign, "ensembling", CLUSTER)
+
     # Taken back at once: nothing stays in the queue, nothing comes back.
     there.submit()
     assert "stopped" in there.submit("--stop")
