@@ -206,9 +206,7 @@ def test_dropout_is_on_the_residual_stream_in_training_and_right_on_average() ->
     dropped = {name for name, output in seen.items() if isinstance(output, torch.Tensor) and (output == 0).any()}
     layers = range(model.config.num_hidden_layers)
     sites = {f"model.layers.{i}.{part}" for i in layers for part in ("self_attn.o_proj", "mlp.down_proj")}
-    assert dropped - {"model.layers.0.self_attn.o_proj"} >= {"model.embed_tokens", *sites} - {
-        "model.layers.0.self_attn.o_proj"
-    }
+    assert dropped >= {"model.embed_tokens", *sites}
     embedded, original = seen["model.embed_tokens"], clean["model.embed_tokens"]
     kept = embedded != 0
     assert 1.0 - kept.float().mean() == pytest.approx(0.25, abs=0.01)
