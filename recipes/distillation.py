@@ -96,6 +96,7 @@ def report(records: Records, scale: Scale) -> Section:
                     provisional=reasons,
                 )
             )
+    claims += _teacher_claim(records, scale, reasons)
     if scale.soft is not None:
         claims += _students.claims(records, scale, reasons)
     steps = _chain(records, scale)
@@ -106,6 +107,24 @@ def report(records: Records, scale: Scale) -> Section:
         tables=(*([_table(steps, tokens)] if steps else []), *_students.tables(records, scale)),
         figures=(_figure(steps, tokens),) if steps else (),
     )
+
+
+def _teacher_claim(records: Records, scale: Scale, reasons: tuple[str, ...]) -> list[Claim]:
+    """Say whether a student of one member beats that member."""
+    jobs = student(records, scale, "self")
+    record = student_record(records, scale, "self")
+    teacher = records.named(next(job.source for job in jobs if isinstance(job, Samples))) if jobs else None
+    if record is None or teacher is None or not math.isfinite(record.loss):
+        return []
+    return [
+        Claim(
+            text="a self-distilled student beats its teacher",
+            value=f"{teacher.loss - record.loss:+.4f} nats ({teacher.loss:.4f} to {record.loss:.4f})",
+            paper="3.71 to 3.43, section 9",
+            holds=record.loss < teacher.loss,
+            provisional=reasons,
+        )
+    ]
 
 
 Chain = list[tuple[str, int | None, Record]]

@@ -17,7 +17,7 @@ from epochal.scale import Scale, member_point
 from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members
 from epochal.search import Search, ensemble_search
 from epochal.tuner import Point
-from recipes import _kinds, heavy_weight_decay
+from recipes import _kinds, _member_claims, heavy_weight_decay
 
 FEWEST_SIZES = 3
 """A law in N of three constants through fewer sizes says nothing."""
@@ -39,6 +39,7 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
         for model in scale.ensemble.models:
             found += members(records, scale, model, tokens)
             found += ensembles(records, scale, model, tokens)
+        found += _member_claims.single_point_ensembles(records, scale, tokens).values()
     return found + _kinds.jobs(records, scale, kinds_point(records, scale))
 
 
@@ -133,6 +134,7 @@ def report(records: Records, scale: Scale) -> Section:
     for tokens in scale.unique_tokens:
         done = finished(records, scale, tokens)
         claims += _claims(records, scale, tokens, done)
+        claims += _member_claims.claims(records, scale, tokens, done)
         claims += _joint_claim(records, scale, tokens, done)
         notes += _verdicts(records, scale, tokens, done)
         if done:

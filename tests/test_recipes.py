@@ -525,3 +525,28 @@ def test_students_report_shares_of_the_gain_and_sizes(workspace: Workspace) -> N
 def test_soft_students_need_an_ensemble_of_their_size() -> None:
     with pytest.raises(ValueError, match="'w16' has no ensemble"):
         replace(with_soft(), soft=Soft(model="w16", weight=0.5, wd=0.1))
+
+
+def test_claims_about_members_and_teachers(workspace: Workspace) -> None:
+    """Made-up curves fall like 1 / K, so the free exponent is near 1; the seeds of the single point form an ensemble."""
+    scale = replace(load_scale("demo"), seeds=2)
+    for _ in simulate(workspace, "distillation", scale):
+        pass
+    records = load_records(workspace)
+    claims = {claim.text: claim for claim in load_recipe("ensembling").report(records, scale).claims}
+    (exponent,) = [claim for text, claim in claims.items() if "falls like 1 / K" in text]
+    assert exponent.holds
+    assert float(exponent.value.split()[1]) == pytest.approx(1.0, abs=0.25)
+    (settings,) = [claim for text, claim in claims.items() if "best single setting" in text]
+    tuned = load_recipe("heavy_weight_decay").best_records(records, scale, "w64", 24576)
+    plain = records.named(tuned[0].job.name.removesuffix("-s0") + "-k2-logits")
+    member = load_recipe("ensembling").ensembles(records, scale, "w64", 24576)[0]
+    curve = records.get(member).results["curve"]["2"]
+    assert settings.value.startswith(f"{plain.loss - sum(curve) / len(curve):+.4f} nats")
+    (teacher,) = [
+        claim
+        for claim in load_recipe("distillation").report(records, scale).claims
+        if "beats its teacher" in claim.text
+    ]
+    student = load_recipe("distillation").student_record(records, scale, "self")
+    assert teacher.holds == (student.loss < records.named(member.runs[0]).loss)
