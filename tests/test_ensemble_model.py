@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from epochal.ensemble import EnsembleForCausalLM
 from epochal.ensemble_model import EnsembleConfig
@@ -121,6 +121,23 @@ def test_left_padding_changes_nothing(paths: list[Path], average: str) -> None:
     found = model.generate(rows, attention_mask=mask, max_new_tokens=10, do_sample=False)
     for text, row in zip(texts, found, strict=True):
         assert torch.equal(row[7 - text.shape[1] :], greedy_by_hand(paths, text, average, 10)[0])
+
+
+def test_a_member_with_learned_positions_counts_them_without_the_padding(paths: list[Path], tmp_path: Path) -> None:
+    """GPT-2 beside Llama: rotations only see distances, learned positions would notice a shift by the padding."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None)
+    made = GPT2LMHeadModel(config).eval()
+    made.transformer.wpe.weight.data.mul_(30.0)
+    made.save_pretrained(tmp_path / "gpt2")
+    mixed, text = [paths[0], tmp_path / "gpt2"], prompts(1, 4)
+    rows = torch.cat([torch.nn.functional.pad(text, (3, 0), value=0), prompts(1, 7, seed=1)])
+    mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
+    found = loaded(mixed, "probs").generate(rows, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    for _ in range(8):
+        best = exact(mixed, text, "probs", (0.5, 0.5))[:, -1].argmax(-1)
+        text = torch.cat([text, best[:, None]], 1)
+    assert torch.equal(found[0, 3:], text[0])
 
 
 @pytest.mark.parametrize("average", AVERAGES)
