@@ -108,6 +108,12 @@ def plan(
         print(f"  {what}: {cost.jobs} jobs, {price}, {cost.disk / 1e9:,.2f} GB of models")
     for line in _search_lines(view.searches, hardware, every=searches):
         print(line)
+    if setting.name == "paper":
+        from epochal.model_size import parameter_counts
+        from epochal.sharded_cost import cost_lines
+
+        largest = parameter_counts(setting.ladder[-1].model)
+        print("\n".join(cost_lines(setting.ladder[-1].model, largest.total, largest.non_embedding)))
     if jobs:
         for job in state.ready:
             print(f"  ready    {job.name}")
