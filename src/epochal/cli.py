@@ -108,7 +108,7 @@ def plan(
         print(f"  {what}: {cost.jobs} jobs, {price}, {cost.disk / 1e9:,.2f} GB of models")
     for line in _search_lines(view.searches, hardware, every=searches):
         print(line)
-    if setting.name == "paper":
+    if hardware.devices > 1:  # a run there is spread over GPUs
         from epochal.model_size import parameter_counts
         from epochal.sharded_cost import cost_lines
 
