@@ -5,7 +5,8 @@ import torch
 
 from epochal import optim
 from epochal.model import build_model
-from epochal.optim.build import build_optimizer, matrices_treated, parameter_groups, spectral_norms, state_bytes
+from epochal.optim.build import build_optimizer, parameter_groups, spectral_norms
+from epochal.optim.sharding import Replicated
 from epochal.run import AdamW, AdEMAMix, DecayGroup, Fira, Lion, Mars, Muon, Optimizer, Signum, Spectra
 
 
@@ -76,11 +77,24 @@ HIDDEN = 2 * 7
 def one_step(choice: Optimizer, **options: object) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     subject = model()
     optimizer = build_optimizer(subject, choice, steps=10, **options)  # type: ignore[arg-type]
+    give_gradients(subject)
+    optimizer.step()
+    return subject, optimizer
+
+
+def give_gradients(subject: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in subject.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step()
-    return subject, optimizer
+
+
+def as_a_run_steps(choice: Optimizer) -> tuple[torch.nn.Module, Replicated]:
+    """One step of the optimizer in the hands of the module that gives matrices to their owners; here there is one."""
+    subject = model()
+    shared = Replicated(build_optimizer(subject, choice, steps=10), subject.named_parameters())
+    give_gradients(subject)
+    shared.step()
+    return subject, shared
 
 
 @pytest.mark.parametrize(
@@ -95,15 +109,15 @@ def one_step(choice: Optimizer, **options: object) -> tuple[torch.nn.Module, tor
         (Fira(lr=0.01), optim.Fira, HIDDEN),
         (Fira(lr=0.01, patterns=("q_proj", "down")), optim.Fira, 4),
         (Spectra(base=AdamW(lr=0.01)), optim.Spectra, HIDDEN + 2),
-        (Spectra(base=Mars(lr=0.01), apply_to="all"), optim.Spectra, HIDDEN + 2),
+        (Spectra(base=Mars(lr=0.01), apply_to="all"), optim.Spectra, HIDDEN + 2 + 5),  # norms too, as 1 x n
         (Spectra(base=Signum(lr=0.01), apply_to=("attn", "mlp")), optim.Spectra, HIDDEN),
     ],
     ids=lambda item: type(item).__name__,
 )
 def test_which_matrices_each_optimizer_treats(choice: Optimizer, expected: type, matrices: int) -> None:
-    _, optimizer = one_step(choice)
-    assert type(optimizer) is expected
-    assert matrices_treated(optimizer) == matrices
+    _, shared = as_a_run_steps(choice)
+    assert type(shared.inner) is expected
+    assert len(shared.matrices) == matrices
 
 
 @pytest.mark.parametrize("choice", [Signum(lr=0.01, wd=0.3), Muon(lr=0.01, wd=0.3), Fira(lr=0.01, wd=0.3, rank=2)])
@@ -150,9 +164,9 @@ def test_spectra_knows_the_peak_rate_the_warmup_and_the_length_of_the_run() -> N
 
 @pytest.mark.parametrize(("choice", "buffers"), [(Signum(lr=0.01), 1), (AdEMAMix(lr=0.01), 3), (AdamW(lr=0.01), 2)])
 def test_state_bytes_are_what_the_formula_says(choice: Optimizer, buffers: int) -> None:
-    subject, optimizer = one_step(choice)
+    subject, shared = as_a_run_steps(choice)
     parameters = list(subject.parameters())
-    assert state_bytes(optimizer) == 4 * sum(buffers * p.numel() + 1 for p in parameters)
+    assert shared.state_bytes() == 4 * sum(buffers * p.numel() + 1 for p in parameters)
 
 
 def test_spectral_norms_are_the_largest_singular_values_by_kind() -> None:

@@ -171,27 +171,6 @@ def optimizer_backend(choice: optimizer_config.Optimizer, device: torch.device) 
 # --- what happened, for log lines and records -----------------------------------------------------------------------
 
 
-def matrices_treated(optimizer: Any) -> int:
-    """Return how many parameters with a state this optimizer treats as whole matrices; 0 for elementwise ones."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps
-    marks = {optim.Fira: "basis", optim.Muon: "momentum_buffer", optim.Mars: "previous"}
-    if isinstance(inner, optim.Spectra):
-        return sum(
-            bool(state) and parameter.ndim >= 2 and inner.selected[parameter]
-            for parameter, state in inner.state.items()
-        )
-    mark = marks.get(type(inner))
-    return sum(mark in state for state in inner.state.values()) if mark else 0
-
-
-def state_bytes(optimizer: Any) -> int:
-    """Return the bytes of all state tensors of this process, storages counted once and whole."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    tensors = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
-    return sum(storages.values())
-
-
 @torch.no_grad()
 def spectral_norms(model: nn.Module) -> dict[str, float]:
     """Return the largest singular value of every kind of matrix (`q_proj`, ..., `lm_head`), the most over its layers."""
