@@ -1,6 +1,7 @@
 """lm-eval on runs, ensembles and exported folders without a network, against accuracies computed by hand."""
 
 import json
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,7 +167,7 @@ def test_the_command_line(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Export, score the folder, continue a prompt: by name and by path, each a line to read."""
-    space, _, _ = made
+    space, _, store = made
     options = ["--results", str(space.results), "--work", str(space.work)]
     monkeypatch.setattr("epochal.scale.load_scale", lambda _: SimpleNamespace(name=space.scale))
 
@@ -183,4 +184,15 @@ def test_the_command_line(
         assert [line.split(":")[0] for line in lines] == ["cloze", "next_passage", "mean"] and "20 questions" in lines[
             0
         ]
+    tokens = torch.from_numpy(store.sequences("validation", 128)).long()
+    chances = []
+    for name in "ab":
+        model = AutoModelForCausalLM.from_pretrained(space.folder(name) / "model").double()
+        with torch.no_grad():
+            chances.append(model(tokens).logits[:, :-1].softmax(-1).gather(2, tokens[:, 1:, None]))
+    for name, chance in (("a", chances[0]), ("both", (chances[0] + chances[1]) / 2)):
+        validation, test = said("eval", name)
+        computed, recorded = map(float, re.findall(r"\d+\.\d+", validation))
+        assert computed == pytest.approx(-chance.log().mean().item(), abs=2e-6)
+        assert recorded == 3.0 and test.startswith("test: ")
     assert said("generate", "both", "--prompt", "And the king", "--tokens", "5")[0].startswith("And the king")

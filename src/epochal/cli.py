@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a job failed, 2 wrong use, 75 stopped early on purpose: run again to continue.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -355,26 +356,18 @@ def evaluate(
     if tasks is not None:
         _score(name, tasks.split(","), scale, results, work, task_folder, limit)
         return
-    from epochal.data import open_store
     from epochal.ensemble import evaluate_ensemble
-    from epochal.generate import load_model
     from epochal.records import load_records
     from epochal.run import Ensemble, Run
-    from epochal.train import evaluate as evaluate_model
 
     workspace, record = _finished(name, scale, results, work)
-    losses: dict[str, float]
-    if isinstance(record.job, Ensemble):
-        found = evaluate_ensemble(record.job, workspace, load_records(workspace)).results
-        losses = {"validation": found["loss"], "test": found.get("test_loss", float("nan"))}
-    elif isinstance(record.job, Run):
-        store, model = open_store(record.job.data, workspace), load_model(workspace, name)
-        splits = [
-            split for split in ("validation", "test") if store.meta["tokens"][split] >= record.job.sequence_length
-        ]
-        losses = {split: evaluate_model(model, store.sequences(split, record.job.sequence_length)) for split in splits}
-    else:
-        raise ValueError(f"{name!r} is sampled text; name a run or an ensemble.")
+    job = record.job
+    if isinstance(job, Run):
+        job = Ensemble(name=name, runs=(name,), average="probs")
+    if not isinstance(job, Ensemble):
+        raise ValueError(f"{name!r} is no model; name a run or an ensemble.")
+    found = evaluate_ensemble(job, workspace, load_records(workspace)).results
+    losses = {"validation": found["loss"], "test": found.get("test_loss", math.nan)}
     for split, loss in losses.items():
         print(
             f"{split}: {loss:.6f} nats per token (record: {record.loss:.6f})"
