@@ -68,7 +68,8 @@ def report(records: Records, scale: Scale) -> Section:
     single = sum(record.loss for record in own) / len(own) if own else math.inf
     ensemble = ensembling.best_ensemble(records, scale, tokens)
     claims: list[Claim] = []
-    reasons = heavy_weight_decay.missing(records, scale, tokens)
+    missing = heavy_weight_decay.missing(records, scale, tokens)
+    reasons = tuple(dict.fromkeys((*missing, "one seed")))  # of each student there is one, whatever the scale's seeds
     for teacher in TEACHERS:
         record = student_record(records, scale, teacher)
         if record is None or not math.isfinite(single):
@@ -98,7 +99,7 @@ def report(records: Records, scale: Scale) -> Section:
             )
     claims += _teacher_claim(records, scale, reasons)
     if scale.soft is not None:
-        claims += _students.claims(records, scale, reasons)
+        claims += _students.claims(records, scale, missing)
     steps = _chain(records, scale)
     return Section(
         title="Distillation",

@@ -177,7 +177,8 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
         law = members_law(record)
         claims.append(
             Claim(
-                text=f"D = {tokens:,}: the limit K to infinity of {size} members ({ensemble.average}), exponent 1",
+                text=f"D = {tokens:,}: the limit K to infinity of {size} members ({ensemble.average}), exponent 1, lies "
+                "under the best single model",
                 value=f"{law.E:.4f} nats",
                 interval=law.interval["E"] if law.interval else None,
                 seeds=len(ensemble.runs),

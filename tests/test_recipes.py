@@ -221,6 +221,8 @@ def test_every_scale_loads_and_is_priced_in_a_second(name: str, tmp_path: Path) 
 def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path: Path) -> None:
     """With four budgets and four ensembled sizes there are data-efficiency multiples and a double limit."""
     scale = replace(load_scale("micro"), seeds=2, kinds=None, soft=None)
+    four = replace(scale.ensemble, models=tuple(rung.model for rung in scale.ladder))
+    scale = replace(scale, ensemble=four)
     for _ in simulate(workspace, "data_efficiency", scale):
         pass
     records = load_records(workspace)
