@@ -19,9 +19,7 @@ check: .venv/test
 	$(BIN)/mypy
 
 bench: .venv/test
-	$(BIN)/python benchmarks/laws.py
-	$(BIN)/python benchmarks/optimizers.py
-	$(BIN)/python benchmarks/losses.py
+	for name in laws records optimizers losses teachers ensembles distributed; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 report: .venv/demo
 	$(BIN)/epochal report --scale micro
