@@ -7,14 +7,15 @@ tokens count as bought, and are not trained on.
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from epochal.records import Record, Records
 from epochal.report import Claim, Table
 from epochal.run import AVERAGES, Ensemble, Job, Run, Teach
 from epochal.scale import Kinds, Scale
+from epochal.scaling import seed_interval
 from epochal.tuner import Point
-from recipes.optimizers import interval
 
 KINDS = {
     "independent": "independent: other weights and order",
@@ -41,18 +42,25 @@ def jobs(records: Records, scale: Scale, point: Point | None) -> list[Job]:
     found: list[Job] = []
     for seed in range(scale.kinds.seeds):
         for kind in TRAINED:
-            found += members(scale, scale.kinds, point, kind, seed)
+            found += members(scale.kinds, plain(scale, point), kind, seed)
         for kind in KINDS:
             found += [job for average in AVERAGES if (job := ensemble(records, scale, point, kind, seed, average))]
     return found
 
 
-def members(scale: Scale, kinds: Kinds, point: Point, kind: str, seed: int) -> list[Run]:
-    """Return the members of one kind for one repetition; independent ones are those of the other recipes."""
+def plain(scale: Scale, point: Point) -> Callable[[int], Run]:
+    """Return what makes an independent member out of its seed: the Run that the other recipes know."""
+    assert scale.kinds is not None
+    model, tokens = scale.kinds.model, scale.unique_tokens[0]
+    return lambda seed: scale.run(model, tokens, point, seed=seed)
+
+
+def members(kinds: Kinds, independent: Callable[[int], Run], kind: str, seed: int) -> list[Run]:
+    """Return the members of one kind for one repetition, each a change of the independent one of its seed."""
     runs: list[Run] = []
     for k in range(kinds.count):
-        base = scale.run(kinds.model, scale.unique_tokens[0], point, seed=seed * kinds.count + k)
         first = seed * kinds.count
+        base = independent(first + k)
         stem = base.name.removesuffix(f"-s{first + k}")
         run = replace(base, name=f"{stem}-{kind}-s{first + k}")
         previous = runs[-1].name if runs else None
@@ -90,19 +98,24 @@ def ensemble(records: Records, scale: Scale, point: Point, kind: str, seed: int,
     """Return the ensemble of one kind, repetition and average; None while what it should weigh is not known."""
     assert scale.kinds is not None
     trained = kind if kind in TRAINED else "holdout"
-    runs = tuple(run.name for run in members(scale, scale.kinds, point, trained, seed))
-    stem = runs[0].removesuffix(f"-s{seed * scale.kinds.count}")
-    plain = Ensemble(name=f"{stem}-r{seed}-k{len(runs)}-{average}", runs=runs, average=average)
+    equal = group(members(scale.kinds, plain(scale, point), trained, seed), seed, average)
     if kind in TRAINED:
-        return plain
-    record = records.get(plain)
+        return equal
+    record = records.get(equal)
     found = record.results.get("holdout") if record is not None else None
     if found is None:
         return None
-    name = plain.name.replace("-holdout-", f"-{kind}-")
+    name = equal.name.replace("-holdout-", f"-{kind}-")
     if kind == "learned":
-        return replace(plain, name=name, weights=tuple(found["weights"]))
-    return replace(plain, name=name, runs=tuple(runs[k] for k in found["selected"]))
+        return replace(equal, name=name, weights=tuple(found["weights"]))
+    return replace(equal, name=name, runs=tuple(equal.runs[k] for k in found["selected"]))
+
+
+def group(runs: list[Run], seed: int, average: str) -> Ensemble:
+    """Return the equally weighted ensemble of the members of one repetition."""
+    stem = runs[0].name.removesuffix(f"-s{seed * len(runs)}")
+    names = tuple(run.name for run in runs)
+    return Ensemble(name=f"{stem}-r{seed}-k{len(runs)}-{average}", runs=names, average=average)
 
 
 @dataclass(frozen=True)
@@ -118,11 +131,11 @@ def rows(records: Records, scale: Scale, point: Point | None) -> dict[tuple[str,
     """Return what has run, by kind and average."""
     if scale.kinds is None or point is None:
         return {}
-    base = cost(members(scale, scale.kinds, point, "independent", 0))
+    base = cost(members(scale.kinds, plain(scale, point), "independent", 0))
     found = {}
     for kind in KINDS:
         runs = [
-            members(scale, scale.kinds, point, kind if kind in TRAINED else "holdout", seed)
+            members(scale.kinds, plain(scale, point), kind if kind in TRAINED else "holdout", seed)
             for seed in range(scale.kinds.seeds)
         ]
         alone = [record.loss for group in runs for run in group if (record := records.get(run)) is not None]
@@ -164,7 +177,7 @@ def claims(found: dict[tuple[str, str], Row], scale: Scale, reasons: tuple[str, 
                 text=f"{scale.kinds.count} {scale.kinds.model} members at equal training cost, {words}: "
                 "better than independent ones (probs)",
                 value=f"{statistics.fmean(values):.4f} nats",
-                interval=interval(values),
+                interval=seed_interval(values),
                 seeds=len(values),
                 holds=statistics.fmean(values) > 0,
                 provisional=(*reasons, *seeds),
@@ -180,7 +193,7 @@ def table(found: dict[tuple[str, str], Row], scale: Scale) -> Table:
     for (kind, average), row in sorted(found.items(), key=lambda item: statistics.fmean(item[1].losses.values())):
         losses, values = list(row.losses.values()), gains(found, kind, average)
         gain = statistics.fmean(values) if values and kind != "independent" else None
-        spread = interval(losses)
+        spread = seed_interval(losses)
         half = None if spread is None else (spread[1] - spread[0]) / 2
         cells.append(
             (KINDS[kind], average, round(row.cost, 3), row.member, statistics.fmean(losses), half, gain, len(losses))

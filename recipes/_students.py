@@ -12,9 +12,9 @@ from epochal.records import Record, Records
 from epochal.report import Claim, Table
 from epochal.run import Ensemble, Job, Run, Samples, Targets, Teach
 from epochal.scale import Scale, Soft
+from epochal.scaling import seed_interval
 from epochal.tuner import Point
 from recipes import ensembling, heavy_weight_decay
-from recipes.optimizers import interval
 
 TEXT = {
     "samples": "text of the members, one by one",
@@ -148,7 +148,7 @@ def claims(records: Records, scale: Scale, reasons: tuple[str, ...]) -> list[Cla
                 + ("as good as" if way == "cached" else "better than")
                 + f" {WAYS[other]}",
                 value=f"{mean:.4f} nats",
-                interval=interval(values),
+                interval=seed_interval(values),
                 seeds=len(values),
                 holds=abs(mean) < 0.01 if way == "cached" else mean > 0,
                 provisional=(*reasons, *(() if len(values) > 1 else ("one seed",))),
@@ -165,7 +165,7 @@ def tables(records: Records, scale: Scale) -> list[Table]:
     found = {way: values for way in WAYS if (values := list(losses(records, scale, way).values()))}
     rows = []
     for way, values in sorted(found.items(), key=lambda item: statistics.fmean(item[1])):
-        mean, spread = statistics.fmean(values), interval(values)
+        mean, spread = statistics.fmean(values), seed_interval(values)
         half = None if spread is None else (spread[1] - spread[0]) / 2
         rows.append((WAYS[way], mean, half, between.single - mean, _percent(between.share(mean)), len(values)))
     models = (scale.soft.model, *scale.soft.sizes)

@@ -6,7 +6,6 @@ Found: recipes/results/<scale>/report.md
 """
 
 import math
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from epochal.records import Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_bars, draw_law, draw_series
 from epochal.run import Job, Run
 from epochal.scale import Scale
-from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law, seed_reach, slowrun_multiple
+from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law, seed_interval, slowrun_multiple
 from epochal.search import Search
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
@@ -85,7 +84,7 @@ def reached(records: Records, scale: Scale, tokens: int) -> dict[str, Reached]:
     loss, model = heavy_weight_decay.best_single(records, scale, tokens)
     if model:
         own = heavy_weight_decay.best_records(records, scale, model, tokens)
-        found["tuned decay"] = Reached(loss, _over_seeds([record.loss for record in own]))
+        found["tuned decay"] = Reached(loss, seed_interval([record.loss for record in own]))
     ensemble = ensembling.best_ensemble(records, scale, tokens)
     if ensemble is not None:
         count, law = ensemble.results["members"], ensembling.members_law(ensemble)
@@ -101,14 +100,6 @@ def reached(records: Records, scale: Scale, tokens: int) -> dict[str, Reached]:
     if student is not None and tokens == scale.unique_tokens[0]:
         found["student of the ensemble"] = Reached(student.loss)
     return {what: value for what, value in found.items() if math.isfinite(value.loss) and value.loss > 0}
-
-
-def _over_seeds(losses: list[float]) -> tuple[float, float] | None:
-    """Student's 90% interval of a mean; None for one seed."""
-    if len(losses) < 2:
-        return None
-    mean, reach = statistics.fmean(losses), seed_reach(losses)
-    return mean - reach, mean + reach
 
 
 def report(records: Records, scale: Scale) -> Section:

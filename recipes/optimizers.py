@@ -20,6 +20,7 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_bars
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Optimizer, Run, Signum, Spectra
 from epochal.scale import Comparison, Scale, Setting
+from epochal.scaling import seed_interval
 from epochal.tuner import Point
 
 Make = Callable[[float, float, float], Optimizer]
@@ -58,9 +59,6 @@ PAIRS = (
 )
 """(better, worse, what the papers report): the papers' claims are about one pass over fresh text."""
 
-T90 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895}
-"""Two-sided 90% quantiles of Student's t by the number of seeds."""
-
 
 def plan(records: Records, scale: Scale) -> list[Job]:
     """Return the jobs still needed whose inputs exist."""
@@ -69,13 +67,17 @@ def plan(records: Records, scale: Scale) -> list[Job]:
 
 def jobs(records: Records, scale: Scale) -> list[Job]:
     """Every job that can be named today: the whole grid of each optimizer, then its seeds at the best point."""
-    found: list[Job] = []
-    for setting in settings(scale):
-        for entry in ENTRIES:
-            found += [run_at(scale, setting, entry, point) for point in grid(scale, setting, entry)]
-            best = tuned(records, scale, setting, entry)
-            if best is not None:
-                found += [run_at(scale, setting, entry, best, seed) for seed in range(1, comparison(scale).seeds)]
+    return [
+        job for setting in settings(scale) for entry in ENTRIES for job in entry_jobs(records, scale, setting, entry)
+    ]
+
+
+def entry_jobs(records: Records, scale: Scale, setting: Setting, entry: Entry) -> list[Job]:
+    """Return the grid of one optimizer in one setting, and its seeds at the best point once the grid is complete."""
+    found: list[Job] = [run_at(scale, setting, entry, point) for point in grid(scale, setting, entry)]
+    best = tuned(records, scale, setting, entry)
+    if best is not None:
+        found += [run_at(scale, setting, entry, best, seed) for seed in range(1, comparison(scale).seeds)]
     return found
 
 
@@ -133,21 +135,13 @@ def best_records(records: Records, scale: Scale, setting: Setting, entry: Entry)
     return {seed: r for seed, r in found.items() if r is not None and math.isfinite(r.loss)}
 
 
-def interval(values: list[float]) -> tuple[float, float] | None:
-    """Return the 90% interval of a mean over seeds (Student's t); None for a single one."""
-    if len(values) < 2:
-        return None
-    half = T90.get(len(values), 1.895) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
 def report(records: Records, scale: Scale) -> Section:
     """Compare the optimizers in each setting, each at its own optimum."""
     claims: list[Claim] = []
     for setting in settings(scale):
         claims += _pair_claims(records, scale, setting)
         claims += _ranking_claim(records, scale, setting)
+        claims += _cost_claims(records, scale, setting) if setting.epochs == 1 else []
     notes = (
         "Every optimizer: the same grid of lr and wd (times and over its factor), then further seeds at its best point. "
         "Seed 0 chose the point, so its loss is low by a selection that is the same for all.",
@@ -165,30 +159,31 @@ def report(records: Records, scale: Scale) -> Section:
     )
 
 
-def _entry(name: str) -> Entry:
+def entry_of(name: str) -> Entry:
+    """Return an optimizer of the comparison by its name."""
     return next(entry for entry in ENTRIES if entry.name == name)
 
 
 def _pair_claims(records: Records, scale: Scale, setting: Setting) -> list[Claim]:
     claims = []
     for better, worse, paper in PAIRS:
-        one, other = (best_records(records, scale, setting, _entry(name)) for name in (better, worse))
+        one, other = (best_records(records, scale, setting, entry_of(name)) for name in (better, worse))
         gains = [other[seed].loss - one[seed].loss for seed in one if seed in other]
         if not gains:
             continue
-        ends = interval(gains)
+        ends = seed_interval(gains)
         mean = statistics.fmean(gains)
         settled = ends is not None and not ends[0] <= 0 <= ends[1]
         claims.append(
             Claim(
-                text=f"{_words(setting)}: {better} has a lower loss than {worse}",
+                text=f"{words(setting)}: {better} has a lower loss than {worse}",
                 value=f"{mean:+.4f} nats",
                 interval=ends,
                 seeds=len(gains),
                 holds=mean > 0,
                 paper=paper if setting.epochs == 1 else "",
                 provisional=(
-                    *_missing(records, scale, setting, (better, worse)),
+                    *missing(records, scale, setting, (better, worse)),
                     *(() if settled else ("within noise",)),
                 ),
             )
@@ -204,16 +199,72 @@ def _ranking_claim(records: Records, scale: Scale, setting: Setting) -> list[Cla
     first = min(means, key=lambda name: means[name])
     return [
         Claim(
-            text=f"{_words(setting)}: another optimizer than AdamW comes first ({first})",
+            text=f"{words(setting)}: another optimizer than AdamW comes first ({first})",
             value=f"{means['AdamW'] - means[first]:.4f} nats below AdamW",
             seeds=min(len(best_records(records, scale, setting, entry)) for entry in ENTRIES),
             holds=first != "AdamW",
-            provisional=_missing(records, scale, setting, (first, "AdamW")),
+            provisional=missing(records, scale, setting, (first, "AdamW")),
         )
     ]
 
 
-def _words(setting: Setting) -> str:
+def _cost_claims(records: Records, scale: Scale, setting: Setting) -> list[Claim]:
+    """What the papers say of memory, weights and time, each at the optimizers' own optimum."""
+    names = ("AdamW", "SPECTRA-AdamW", "Fira")
+    found = {name: list(best_records(records, scale, setting, entry_of(name)).values()) for name in names}
+    if not all(found.values()):
+        return []
+    plain, clipped, projected = (found[name] for name in names)
+    claims = []
+    states = _state(projected[0]), _state(plain[0])
+    if states[0] is not None and states[1] is not None:
+        claims.append(
+            Claim(
+                text=f"Fira's optimizer state is smaller than AdamW's ({comparison(scale).model}, rank a quarter of its width)",
+                value=f"{states[0]:.2f} against {states[1]:.2f} times the weights",
+                seeds=len(projected),
+                holds=states[0] < states[1],
+                paper="0.36 against 0.48 GB at 60M with weights and gradients, fira section 2",
+            )
+        )
+    norms = _norm(clipped), _norm(plain)
+    if norms[0] is not None and norms[1] is not None:
+        claims.append(
+            Claim(
+                text=f"{words(setting)}: SPECTRA-AdamW ends with smaller weights than AdamW (largest singular value)",
+                value=f"{norms[0]:.2f} against {norms[1]:.2f}",
+                seeds=min(len(clipped), len(plain)),
+                holds=norms[0] < norms[1],
+                paper="smaller weight norms (no number), spectra section 3",
+            )
+        )
+    slower = _overhead(clipped, plain)
+    if slower is not None:
+        claims.append(
+            Claim(
+                text="SPECTRA adds little to AdamW's step",
+                value=f"{slower:+.1%} of a step of {comparison(scale).model}",
+                seeds=min(len(clipped), len(plain)),
+                paper="+18.7% at 160M, +1.6% at 780M on four H100, spectra section 3",
+                untestable="a small model on a CPU; the clip alone is in benchmarks/optimizers.csv",
+            )
+        )
+    return claims
+
+
+def _overhead(ours: list[Record], theirs: list[Record]) -> float | None:
+    """Return how much longer a step is with one optimizer than with another whose model passes take the same time."""
+    steps = []
+    for found in (ours, theirs):
+        shares = [float(s) for record in found if (s := record.provenance.get("optimizer_share")) is not None]
+        if not shares:
+            return None
+        steps.append(1 / (1 - min(shares)))
+    return steps[0] / steps[1] - 1
+
+
+def words(setting: Setting) -> str:
+    """Say how a setting feeds the optimizers, as claims do."""
     passes = "one pass" if setting.epochs == 1 else f"{setting.epochs} epochs"
     return f"{passes} over {setting.tokens:,} tokens"
 
@@ -223,14 +274,14 @@ def _means(records: Records, scale: Scale, setting: Setting) -> dict[str, float]
     return {name: statistics.fmean(r.loss for r in seeds.values()) for name, seeds in found.items() if seeds}
 
 
-def _missing(records: Records, scale: Scale, setting: Setting, names: tuple[str, ...]) -> tuple[str, ...]:
+def missing(records: Records, scale: Scale, setting: Setting, names: tuple[str, ...]) -> tuple[str, ...]:
     """Name what stands between two optimizers' losses and a final word."""
     found = []
     for name in names:
-        seeds = len(best_records(records, scale, setting, _entry(name)))
+        seeds = len(best_records(records, scale, setting, entry_of(name)))
         if seeds < comparison(scale).seeds:
             found.append(f"seeds of {name}")
-        if edges := _edges(records, scale, setting, _entry(name)):
+        if edges := _edges(records, scale, setting, entry_of(name)):
             found.append(f"{name} is best at the end of its grid ({edges})")
     if comparison(scale).seeds < 2:
         found.append("one seed")
@@ -259,14 +310,14 @@ def _table(records: Records, scale: Scale, setting: Setting) -> Table:
             rows.append((entry.name, *(None,) * 9, "no result yet"))
             continue
         losses = [record.loss for record in found]
-        low, high = interval(losses) or (None, None)
+        low, high = seed_interval(losses) or (None, None)
         edge = _edges(records, scale, setting, entry)
         measured = (_state(found[0]), _share(found), _norm(found))
-        state = f"grid complete{f'; {edge} at its end' if edge else ''}"
+        state = f"all {len(grid(scale, setting, entry))} points run{f'; best {edge} at its end' if edge else ''}"
         row = (entry.name, point.lr, point.wd, statistics.fmean(losses), low, high, len(found), *measured, state)
         rows.append(row)
     columns = ("optimizer", "lr", "wd", "loss", "low", "high", "seeds", "state", "share", "norm", "search")
-    return Table(title=_words(setting).capitalize(), columns=columns, rows=tuple(rows))
+    return Table(title=words(setting).capitalize(), columns=columns, rows=tuple(rows))
 
 
 def _state(record: Record) -> float | None:
@@ -296,7 +347,8 @@ def _figures(records: Records, scale: Scale, setting: Setting) -> list[Figure]:
         return []
     names = sorted(means, key=lambda name: means[name])
     ends = {
-        name: interval([r.loss for r in best_records(records, scale, setting, _entry(name)).values()]) for name in names
+        name: seed_interval([r.loss for r in best_records(records, scale, setting, entry_of(name)).values()])
+        for name in names
     }
 
     def draw(axes: Any) -> None:
@@ -307,5 +359,5 @@ def _figures(records: Records, scale: Scale, setting: Setting) -> list[Figure]:
         axes.tick_params(axis="x", rotation=35)
         axes.set_ylabel("validation loss (nats per token)")
 
-    caption = f"{_words(setting).capitalize()}: each optimizer at its own optimum, mean over seeds with a 90% interval."
+    caption = f"{words(setting).capitalize()}: each optimizer at its own optimum, mean over seeds with a 90% interval."
     return [Figure(name=f"optimizers-{setting.name}", caption=caption, draw=draw)]

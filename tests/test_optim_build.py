@@ -162,6 +162,17 @@ def test_spectra_knows_the_peak_rate_the_warmup_and_the_length_of_the_run() -> N
         assert [group[key] for key in keys] == [0.01, 4, 10, 3.0, 5, 5, (0.9, 0.999, 0.999)]
 
 
+def test_what_ablations_change_reaches_the_optimizer() -> None:
+    _, spectra = one_step(Spectra(base=AdamW(lr=0.01), iterations=5))
+    assert {(group["method"], group["iterations"]) for group in spectra.param_groups} == {("newton_schulz", 5)}
+    _, fira = one_step(Fira(lr=0.01, scaling="matrix", gamma=None))
+    assert {(group["scaling"], group["gamma"]) for group in fira.param_groups} == {("matrix", None)}
+    with pytest.raises(ValueError, match="of the operator 'soft', not of 'hard'"):
+        Spectra(base=AdamW(lr=0.01), operator="hard", iterations=5)
+    with pytest.raises(ValueError, match="scaling is 'row'"):
+        Fira(lr=0.01, scaling="row")
+
+
 @pytest.mark.parametrize(("choice", "buffers"), [(Signum(lr=0.01), 1), (AdEMAMix(lr=0.01), 3), (AdamW(lr=0.01), 2)])
 def test_state_bytes_are_what_the_formula_says(choice: Optimizer, buffers: int) -> None:
     subject, shared = as_a_run_steps(choice)

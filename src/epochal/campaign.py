@@ -24,10 +24,15 @@ BYTES_PER_WEIGHT = 4
 """Model folders hold float32 weights."""
 
 
+STORY = ("epoching", "heavy_weight_decay", "ensembling", "distillation", "data_efficiency", "continued", "optimizers")
+"""The recipes in the order of a report, where each builds on those before; any others follow by name."""
+
+
 def recipe_names() -> list[str]:
-    """Return the recipes of the current folder, or else of the repository."""
+    """Return the recipes of the current folder, or else of the repository, in the order of a report."""
     folder = REPOSITORY / "recipes"
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(names, key=lambda name: STORY.index(name) if name in STORY else len(STORY))
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -273,12 +273,9 @@ def _campaign_report(
     _say_problems(records.problems)
     if not len(records):
         raise ValueError(f"{records.workspace.records} holds no records; run epochal run --scale {scale} first.")
-    modules = [load_recipe(name) for name in recipes or recipe_names()]
-    order = {"epoching": 0, "heavy_weight_decay": 1, "ensembling": 2, "distillation": 3, "data_efficiency": 4}
-    modules.sort(key=lambda module: order.get(_stem(module), len(order)))
     sections = [
-        replace(module.report(records, setting), command=f"epochal run {_stem(module)} --scale {scale}")
-        for module in modules
+        replace(load_recipe(name).report(records, setting), command=f"epochal run {name} --scale {scale}")
+        for name in recipes or recipe_names()
     ]
     budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
     left_out = f" {len(records.problems)} malformed ones were left out." * bool(records.problems)
@@ -491,10 +488,6 @@ def _search_lines(searches: "Sequence[SearchState]", hardware: "Hardware", *, ev
         round_ = f"; next {cost.jobs} jobs, {_hours(cost, hardware)}{gain}" if cost.jobs else ""
         lines.append(f"    {search.what:{width}}  {search.state}{round_}")
     return lines
-
-
-def _stem(module: Any) -> str:
-    return str(module.__name__).rpartition(".")[2]
 
 
 def _workspace(scale: str, results: Path, work: Path) -> "Workspace":

@@ -145,6 +145,33 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ablations:
+    """Other values of SPECTRA's threshold and steps and of Fira's rank, at the optimum of the first setting."""
+
+    clips: tuple[float, ...] = ()
+    iterations: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Optimizers of the comparison inside the data-constrained recipe, in its first setting of more than one epoch.
+
+    Each is tuned at every size of `models`; at the comparison's own size `members` of each are ensembled, and so are
+    chained members and snapshots in groups of `group`.
+    """
+
+    optimizers: tuple[str, ...]
+    models: tuple[str, ...]
+    members: int
+    group: int = 3
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.group <= self.members:
+            raise ValueError(f"group is {self.group}; give 2 to members ({self.members}).")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Continued:
     """Continued pre-training of the size `model` on a second data set (spec section 11).
 
@@ -208,6 +235,8 @@ class Scale:
     law_tokens: tuple[int, ...] = ()
     law_models: tuple[str, ...] = ()
     optimizers: Comparison | None = None
+    ablations: Ablations | None = None
+    limits: Limits | None = None
     search: str = "together"
     trials: int = 16
     continued: Continued | None = None
@@ -255,6 +284,8 @@ class Scale:
             raise ValueError("law_tokens and law_models go together; give both or neither.")
         for tokens in self.budgets:
             self.run(model, tokens, Point(lr=self.grid.lr[0], epochs=1, wd=0.0))
+        if (self.ablations or self.limits) and self.optimizers is None:
+            raise ValueError("[ablations] and [limits] vary optimizers of [optimizers]; add that table.")
         for setting in self.optimizers.settings if self.optimizers else ():
             self.run(model, setting.tokens, Point(lr=self.grid.lr[0], epochs=setting.epochs, wd=0.0))
 

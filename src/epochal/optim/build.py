@@ -125,14 +125,17 @@ def _keywords(choice: optimizer_config.Optimizer, steps: int, warmup_steps: int)
             others = {"betas": (choice.beta1, choice.beta2), "eps": choice.eps}
             return {**matrix, **others, "adjust_lr_fn": "match_rms_adamw"}
         case optimizer_config.Fira():
-            names = ("variant", "gamma", "refresh", "rotate_states", "stagger", "eps")
+            names = ("variant", "gamma", "scaling", "refresh", "rotate_states", "stagger", "eps")
             return {"betas": (choice.beta1, choice.beta2), **{name: getattr(choice, name) for name in names}}
         case optimizer_config.Spectra():
-            names = ("clip", "apply_to", "operator", "clip_decay", "clip_decay_fraction", "pre_clip")
-            own = {name: getattr(choice, name) for name in names}
+            clip = ("clip", "apply_to", "operator", "clip_decay", "clip_decay_fraction", "pre_clip")
+            own = {name: getattr(choice, name) for name in clip}
             base = type(choice.base).__name__.lower()
             length = {"warmup_steps": warmup_steps, "total_steps": steps}
-            return {"base": base, **own, **length, **_base_keywords(choice.base, steps)}
+            published = (
+                {} if choice.iterations is None else {"method": "newton_schulz", "iterations": choice.iterations}
+            )
+            return {"base": base, **own, **length, **published, **_base_keywords(choice.base, steps)}
         case _:
             return _base_keywords(choice, steps)
 

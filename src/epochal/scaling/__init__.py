@@ -14,6 +14,7 @@ from epochal.scaling.checks import (
     compare_limits,
     held_out_largest,
     leave_one_out,
+    seed_interval,
     seed_reach,
     seed_weights,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "leave_one_out",
     "power_sum",
     "repetition",
+    "seed_interval",
     "seed_reach",
     "seed_weights",
     "slowrun_multiple",

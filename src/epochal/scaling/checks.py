@@ -145,6 +145,14 @@ def seed_reach(losses: npt.ArrayLike) -> float:
     return float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * error
 
 
+def seed_interval(losses: Sequence[float]) -> tuple[float, float] | None:
+    """Give Student's 90% interval of the mean over seeds; None for fewer than two."""
+    if len(losses) < 2:
+        return None
+    mean, reach = float(np.mean(losses)), seed_reach(losses)
+    return mean - reach, mean + reach
+
+
 def seed_weights(losses: Sequence[npt.ArrayLike]) -> tuple[Array, Array]:
     """Give the mean and the weight (inverse variance of the mean) per size from the losses of its seeds.
 
