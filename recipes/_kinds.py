@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from epochal.records import Record, Records
 from epochal.report import Claim, Table
-from epochal.run import AVERAGES, Ensemble, Job, Run, Teach
+from epochal.run import AVERAGES, Ensemble, Job, Run, Teach, without_seed
 from epochal.scale import Kinds, Scale
 from epochal.scaling import seed_interval
 from epochal.tuner import Point
@@ -61,18 +61,17 @@ def members(kinds: Kinds, independent: Callable[[int], Run], kind: str, seed: in
     for k in range(kinds.count):
         first = seed * kinds.count
         base = independent(first + k)
-        stem = base.name.removesuffix(f"-s{first + k}")
-        run = replace(base, name=f"{stem}-{kind}-s{first + k}")
+        run = replace(base, name=f"{without_seed(base.name)}-{kind}-s{base.init_seed}")
         previous = runs[-1].name if runs else None
         match kind:
             case "independent":
                 run = base
             case "init":
-                run = replace(run, order_seed=first)
+                run = replace(run, order_seed=independent(first).order_seed)
             case "order":
-                run = replace(run, init_seed=first)
+                run = replace(run, init_seed=independent(first).init_seed)
             case "snapshot":
-                run = replace(run, init_seed=first, start=previous, wd_schedule="antiphase")
+                run = replace(run, init_seed=independent(first).init_seed, start=previous, wd_schedule="antiphase")
             case "chain" if previous is not None:
                 teach = Teach(source=previous, weight=kinds.chain_weight, temperature=kinds.chain_temperature)
                 run = replace(run, teach=teach, epochs=max(1, round(0.75 * base.epochs)))
@@ -113,9 +112,8 @@ def ensemble(records: Records, scale: Scale, point: Point, kind: str, seed: int,
 
 def group(runs: list[Run], seed: int, average: str) -> Ensemble:
     """Return the equally weighted ensemble of the members of one repetition."""
-    stem = runs[0].name.removesuffix(f"-s{seed * len(runs)}")
     names = tuple(run.name for run in runs)
-    return Ensemble(name=f"{stem}-r{seed}-k{len(runs)}-{average}", runs=names, average=average)
+    return Ensemble(name=f"{without_seed(names[0])}-r{seed}-k{len(runs)}-{average}", runs=names, average=average)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 
 from epochal.claims import Claim
 from epochal.records import Record, Records
-from epochal.run import Ensemble
+from epochal.run import Ensemble, without_seed
 from epochal.scale import Scale
 from epochal.scaling import fit_power_law
 from recipes import heavy_weight_decay
@@ -23,9 +23,8 @@ def single_point_ensembles(records: Records, scale: Scale, tokens: int) -> dict[
         search = heavy_weight_decay.tuned(records, scale, model, tokens)
         if search.certified and search.best is not None:
             runs = [scale.run(model, tokens, search.best, seed=seed) for seed in range(scale.seeds)]
-            stem = runs[0].name.removesuffix("-s0")
             names = tuple(run.name for run in runs)
-            found[model] = Ensemble(name=f"{stem}-k{len(runs)}-logits", runs=names, average="logits")
+            found[model] = Ensemble(name=f"{without_seed(names[0])}-k{len(runs)}-logits", runs=names, average="logits")
     return found
 
 

@@ -67,7 +67,7 @@ def student(records: Records, scale: Scale, way: str, seed: int, model: str = ""
             draw="average" if way == "average" else "members",
         )
         text = scale.student(run.model, run.unique_tokens, samples.name, name=run.name)
-        return [samples, replace(text, init_seed=seed, order_seed=seed)]
+        return [samples, replace(text, init_seed=run.init_seed, order_seed=run.order_seed)]
     if way == "cached":
         targets = Targets(
             name=f"targets-{ensemble.name}",

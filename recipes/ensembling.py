@@ -12,7 +12,7 @@ from typing import Any
 
 from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
-from epochal.run import AVERAGES, Ensemble, Job, Run
+from epochal.run import AVERAGES, Ensemble, Job, Run, without_seed
 from epochal.scale import Scale, member_point
 from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members
 from epochal.search import Search, ensemble_search
@@ -98,7 +98,7 @@ def ensembles(records: Records, scale: Scale, model: str, tokens: int) -> list[E
     runs = members(records, scale, model, tokens)
     if not runs:
         return []
-    stem = runs[0].name.removesuffix("-s0")
+    stem = without_seed(runs[0].name)
     names = tuple(run.name for run in runs)
     return [Ensemble(name=f"{stem}-k{len(runs)}-{average}", runs=names, average=average) for average in AVERAGES]
 

@@ -139,6 +139,25 @@ def test_a_whole_campaign_at_demo_scale(workspace: Workspace) -> None:
     assert len(view.split.done) == len(done)
 
 
+def test_another_first_seed_repeats_the_campaign_on_other_draws(workspace: Workspace, tmp_path: Path) -> None:
+    scale = replace(with_kinds(), students=replace(load_scale("demo").students, model="w32"), epoching="")
+    scale = replace(
+        scale, ladder=tuple(rung for rung in scale.ladder if rung.model == "w32"), law_tokens=(), law_models=()
+    )
+    again = Workspace("again", tmp_path / "results", tmp_path / "again")
+    first = [job for turn in simulate(workspace, "distillation", scale) for job in turn]
+    second = [job for turn in simulate(again, "distillation", replace(scale, first_seed=100)) for job in turn]
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        if isinstance(one, Run) and isinstance(other, Run):
+            assert (other.init_seed, other.order_seed) == (one.init_seed + 100, one.order_seed + 100)
+            assert replace(other, name="x", init_seed=0, order_seed=0, start=None, teach=None, distill=None) == replace(
+                one, name="x", init_seed=0, order_seed=0, start=None, teach=None, distill=None
+            )
+        assert one.name == other.name or fingerprint(one) != fingerprint(other)
+    assert not {fingerprint(job) for job in first} & {fingerprint(job) for job in second if isinstance(job, Run)}
+
+
 def test_members_train_twice_as_long_at_half_the_decay(workspace: Workspace) -> None:
     scale = load_scale("demo")
     list(simulate(workspace, "ensembling", scale))

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,11 @@ def inputs(job: Job) -> tuple[str, ...]:
             return job.runs
         case Samples() | Targets():
             return (job.source,)
+
+
+def without_seed(name: str) -> str:
+    """Return the name of a Run without the seed at its end: what the names of its ensembles start with."""
+    return re.sub(r"-s\d+$", "", name)
 
 
 def fingerprint(job: Job) -> str:

@@ -211,7 +211,8 @@ class Scale:
     """One campaign. `unique_tokens` lists the budgets D; recipes that need one budget use the first.
 
     At the budgets `law_tokens` only the standard recipe runs, with the sizes `law_models`: further points for its data
-    law, at a fraction of the cost of a whole budget.
+    law, at a fraction of the cost of a whole budget. Seeds count from `first_seed`: a campaign with another one repeats
+    the claims, searches and all, on draws that share nothing with the first.
     """
 
     name: str = ""
@@ -231,6 +232,7 @@ class Scale:
     tau: float = 0.35
     standard_wd: float = 0.1
     seeds: int = 1
+    first_seed: int = 0
     epoching: str = ""
     law_tokens: tuple[int, ...] = ()
     law_models: tuple[str, ...] = ()
@@ -303,7 +305,8 @@ class Scale:
         return next(rung for rung in self.ladder if rung.model == model)
 
     def run(self, model: str, unique_tokens: int, point: Point, *, seed: int = 0) -> Run:
-        """Return the Run of one size, budget and point; `seed` draws the weights and orders the data."""
+        """Return the Run of one size, budget and point; `seed`, from `first_seed`, draws the weights and orders the data."""
+        seed += self.first_seed
         stem = f"{Path(model).stem}-{_short(unique_tokens)}-lr{point.lr:g}-ep{point.epochs}-wd{point.wd:g}"
         run = Run(
             name=f"{stem}-s{seed}",

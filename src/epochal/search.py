@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epochal.records import Record, Records
-from epochal.run import Ensemble, Job, Run
+from epochal.run import Ensemble, Job, Run, without_seed
 from epochal.scale import Scale
 from epochal.tuner import (
     NOT_STARTED,
@@ -95,7 +95,7 @@ def ensemble_search(
 
     def jobs_of(point: Point) -> tuple[Job, ...]:
         runs = [scale.run(model, tokens, point, seed=seed) for seed in range(members)]
-        name = f"{runs[0].name.removesuffix('-s0')}-k{members}-logits"
+        name = f"{without_seed(runs[0].name)}-k{members}-logits"
         return (*runs, Ensemble(name=name, runs=tuple(run.name for run in runs), average="logits"))
 
     def loss_of(point: Point) -> float | None:
