@@ -66,8 +66,7 @@ def student(records: Records, scale: Scale, way: str, seed: int, model: str = ""
             max_length=scale.students.max_length,
             draw="average" if way == "average" else "members",
         )
-        text = scale.student(run.model, run.unique_tokens, samples.name, name=run.name)
-        return [samples, replace(text, init_seed=run.init_seed, order_seed=run.order_seed)]
+        return [samples, scale.student(run.model, run.unique_tokens, samples.name, name=run.name, seed=seed)]
     if way == "cached":
         targets = Targets(
             name=f"targets-{ensemble.name}",

@@ -6,6 +6,7 @@ Found: recipes/results/<scale>/report.md
 """
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,9 +97,9 @@ def reached(records: Records, scale: Scale, tokens: int) -> dict[str, Reached]:
     joint = ensembling.joint_law(ensembling.finished(records, scale, tokens))
     if joint is not None:
         found["the limit in K and N"] = Reached(joint.E, joint.interval["E"] if joint.interval else None, limit=True)
-    student = distillation.student_record(records, scale, "ensemble")
-    if student is not None and tokens == scale.unique_tokens[0]:
-        found["student of the ensemble"] = Reached(student.loss)
+    students = [record.loss for record in distillation.student_records(records, scale, "ensemble")]
+    if students and tokens == scale.unique_tokens[0]:
+        found["student of the ensemble"] = Reached(statistics.fmean(students), seed_interval(students))
     return {what: value for what, value in found.items() if math.isfinite(value.loss) and value.loss > 0}
 
 

@@ -8,12 +8,15 @@ Found: recipes/results/<scale>/report.md
 """
 
 import math
+import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_bars
 from epochal.run import Job, Run, Samples
 from epochal.scale import Scale
+from epochal.scaling import seed_interval
 from epochal.search import Search
 from recipes import _students, ensembling, epoching, heavy_weight_decay
 
@@ -29,8 +32,9 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
     """Every job that can be named today: the ensembles, text sampled from them and from one member, and students."""
     found = ensembling.jobs(records, scale)
     for teacher in TEACHERS:
-        found += student(records, scale, teacher)
-    return found + _students.jobs(records, scale)
+        for seed in range(scale.seeds):
+            found += student(records, scale, teacher, seed)
+    return list({job.name: job for job in found}.values()) + _students.jobs(records, scale)
 
 
 def searches(records: Records, scale: Scale) -> list[Search]:
@@ -38,10 +42,11 @@ def searches(records: Records, scale: Scale) -> list[Search]:
     return ensembling.searches(records, scale)
 
 
-def student(records: Records, scale: Scale, teacher: str) -> list[Job]:
-    """Return the Samples of a teacher and the student that learns from them; nothing before the teacher is known.
+def student(records: Records, scale: Scale, teacher: str, seed: int = 0) -> list[Job]:
+    """Return the Samples of a teacher and a student that learns from them; nothing before the teacher is known.
 
-    "ensemble": the members of the largest ensembled size one by one; "self": the first member alone.
+    "ensemble": the members of the largest ensembled size one by one; "self": the first member alone. Students of all
+    seeds read the same sampled text.
     """
     tokens, settings = scale.unique_tokens[0], scale.students
     source_model = scale.ensemble.models[-1] if teacher == "ensemble" else settings.model
@@ -52,13 +57,16 @@ def student(records: Records, scale: Scale, teacher: str) -> list[Job]:
     samples = Samples(
         name=f"text-{teacher}-{source}", source=source, tokens=settings.pool_tokens, max_length=settings.max_length
     )
-    return [samples, scale.student(settings.model, tokens, samples.name, name=f"student-{teacher}-{settings.model}")]
+    name = f"student-{teacher}-{settings.model}" + (f"-s{seed}" if seed else "")
+    return [samples, scale.student(settings.model, tokens, samples.name, name=name, seed=seed)]
 
 
-def student_record(records: Records, scale: Scale, teacher: str) -> Record | None:
-    """Return the record of one student, if it has run."""
-    runs = [job for job in student(records, scale, teacher) if isinstance(job, Run)]
-    return records.get(runs[0]) if runs else None
+def student_records(records: Records, scale: Scale, teacher: str) -> list[Record]:
+    """Return the finite records of one teacher's students, one for each seed that has run."""
+    runs = [
+        job for seed in range(scale.seeds) for job in student(records, scale, teacher, seed) if isinstance(job, Run)
+    ]
+    return [record for run in runs if (record := records.get(run)) is not None and math.isfinite(record.loss)]
 
 
 def report(records: Records, scale: Scale) -> Section:
@@ -69,35 +77,38 @@ def report(records: Records, scale: Scale) -> Section:
     ensemble = ensembling.best_ensemble(records, scale, tokens)
     claims: list[Claim] = []
     missing = heavy_weight_decay.missing(records, scale, tokens)
-    reasons = tuple(dict.fromkeys((*missing, "one seed")))  # of each student there is one, whatever the scale's seeds
     for teacher in TEACHERS:
-        record = student_record(records, scale, teacher)
-        if record is None or not math.isfinite(single):
+        losses = [record.loss for record in student_records(records, scale, teacher)]
+        if not losses or not math.isfinite(single):
             continue
+        loss, ends, reasons = statistics.fmean(losses), seed_interval(losses), _reasons(missing, losses)
         claims.append(
             Claim(
                 text=f"a {size} student of {'the ensemble' if teacher == 'ensemble' else 'one member of its own size'} "
                 f"beats the best single {size}",
-                value=f"{single - record.loss:.4f} nats ({single:.4f} to {record.loss:.4f})",
+                value=f"{single - loss:.4f} nats ({single:.4f} to {loss:.4f})",
+                interval=None if ends is None else (single - ends[1], single - ends[0]),
+                seeds=len(losses),
                 paper="0.21 nats (3.57 to 3.36), section 9"
                 if teacher == "ensemble"
                 else "0.14 nats (3.57 to 3.43), section 9",
-                holds=record.loss < single,
+                holds=loss < single,
                 provisional=reasons,
             )
         )
         if teacher == "ensemble" and ensemble is not None and single > ensemble.loss:
-            share = (single - record.loss) / (single - ensemble.loss)
+            share = (single - loss) / (single - ensemble.loss)
             claims.append(
                 Claim(
                     text="the student keeps more than half of the ensemble's gain",
                     value=f"{100 * share:.0f}%",
+                    seeds=len(losses),
                     paper="83%, section 9",
                     holds=share > 0.5,
                     provisional=reasons,
                 )
             )
-    claims += _teacher_claim(records, scale, reasons)
+    claims += _teacher_claim(records, scale, missing)
     if scale.soft is not None:
         claims += _students.claims(records, scale, missing)
     steps = _chain(records, scale)
@@ -110,67 +121,88 @@ def report(records: Records, scale: Scale) -> Section:
     )
 
 
-def _teacher_claim(records: Records, scale: Scale, reasons: tuple[str, ...]) -> list[Claim]:
-    """Say whether a student of one member beats that member."""
+def _reasons(missing: tuple[str, ...], losses: list[float]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*missing, *(("one seed",) if len(losses) < 2 else ()))))
+
+
+def _teacher_claim(records: Records, scale: Scale, missing: tuple[str, ...]) -> list[Claim]:
+    """Say whether students of one member beat that member."""
     jobs = student(records, scale, "self")
-    record = student_record(records, scale, "self")
+    losses = [record.loss for record in student_records(records, scale, "self")]
     teacher = records.named(next(job.source for job in jobs if isinstance(job, Samples))) if jobs else None
-    if record is None or teacher is None or not math.isfinite(record.loss):
+    if teacher is None or not losses:
         return []
+    loss, ends = statistics.fmean(losses), seed_interval(losses)
     return [
         Claim(
             text="a self-distilled student beats its teacher",
-            value=f"{teacher.loss - record.loss:+.4f} nats ({teacher.loss:.4f} to {record.loss:.4f})",
+            value=f"{teacher.loss - loss:+.4f} nats ({teacher.loss:.4f} to {loss:.4f})",
+            interval=None if ends is None else (teacher.loss - ends[1], teacher.loss - ends[0]),
+            seeds=len(losses),
             paper="3.71 to 3.43, section 9",
-            holds=record.loss < teacher.loss,
-            provisional=reasons,
+            holds=loss < teacher.loss,
+            provisional=_reasons(missing, losses),
         )
     ]
 
 
-Chain = list[tuple[str, int | None, Record]]
+@dataclass(frozen=True)
+class Step:
+    """One step of the chain: what, the models kept in memory to use it, and its records, one for each seed."""
+
+    what: str
+    models: int
+    records: list[Record]
+
+    def mean(self, field: str) -> float | None:
+        """Return the mean over seeds of one result; None where a record lacks it."""
+        values = [value for record in self.records if (value := record.results.get(field)) is not None]
+        return statistics.fmean(values) if len(values) == len(self.records) else None
 
 
-def _chain(records: Records, scale: Scale) -> Chain:
-    """Return the steps of the whole chain that have results: what, models kept in memory to use it, record."""
+def _chain(records: Records, scale: Scale) -> list[Step]:
+    """Return the steps of the whole chain that have results."""
     tokens = scale.unique_tokens[0]
-    steps: Chain = []
+    steps = []
     _, base, _ = epoching.best_standard(records, scale, tokens)
-    if base is not None and (record := records.get(base)) is not None:
-        steps.append((f"standard, best single ({base.model})", 1, record))
+    if base is not None:
+        standard = epoching.best_records(records, scale, tokens)
+        steps.append(Step(f"standard, best single ({base.model})", 1, standard))
     _, model = heavy_weight_decay.best_single(records, scale, tokens)
     if model:
-        steps.append(
-            (
-                f"tuned decay, best single ({model})",
-                1,
-                heavy_weight_decay.best_records(records, scale, model, tokens)[0],
-            )
-        )
+        tuned = heavy_weight_decay.best_records(records, scale, model, tokens)
+        steps.append(Step(f"tuned decay, best single ({model})", 1, tuned))
     ensemble = ensembling.best_ensemble(records, scale, tokens)
     if ensemble is not None:
-        steps.append((f"ensemble of {ensemble.results['members']}", ensemble.results["members"], ensemble))
+        steps.append(Step(f"ensemble of {ensemble.results['members']}", ensemble.results["members"], [ensemble]))
     for teacher in TEACHERS:
-        record = student_record(records, scale, teacher)
-        if record is not None and math.isfinite(record.loss):
-            steps.append((f"student of {'the ensemble' if teacher == 'ensemble' else 'itself'}", 1, record))
+        found = student_records(records, scale, teacher)
+        if found:
+            steps.append(Step(f"student of {'the ensemble' if teacher == 'ensemble' else 'itself'}", 1, found))
     return steps
 
 
-def _table(steps: Chain, tokens: int) -> Table:
+def _table(steps: list[Step], tokens: int) -> Table:
     return Table(
-        title=f"The whole chain, D = {tokens:,} tokens",
-        columns=("step", "models", "parameters", "loss", "test loss"),
+        title=f"The whole chain, D = {tokens:,} tokens, means over seeds",
+        columns=("step", "models", "parameters", "loss", "test loss", "seeds"),
         rows=tuple(
-            (what, models, record.results.get("parameters"), record.loss, record.results.get("test_loss"))
-            for what, models, record in steps
+            (
+                step.what,
+                step.models,
+                step.records[0].results.get("parameters"),
+                step.mean("loss"),
+                step.mean("test_loss"),
+                len(step.records),
+            )
+            for step in steps
         ),
     )
 
 
-def _figure(steps: Chain, tokens: int) -> Figure:
+def _figure(steps: list[Step], tokens: int) -> Figure:
     def draw(axes: Any) -> None:
-        draw_bars(axes, [what for what, _, _ in steps], [record.loss for _, _, record in steps])
+        draw_bars(axes, [step.what for step in steps], [step.mean("loss") for step in steps])
         axes.set_ylabel("validation loss (nats per token)")
 
     return Figure(name="whole-chain", caption=f"The whole chain at D = {tokens:,}, one bar a step.", draw=draw)

@@ -6,11 +6,14 @@ Found: recipes/results/<scale>/report.md
 """
 
 import math
+import statistics
+from dataclasses import dataclass, replace
 
-from epochal.records import Records, needed
+from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_series
 from epochal.run import Job, Run
 from epochal.scale import Scale
+from epochal.scaling import seed_interval
 from epochal.search import Search, seed_noise, single_search
 from epochal.tuner import Descent, Point
 
@@ -22,7 +25,8 @@ def plan(records: Records, scale: Scale) -> list[Job]:
 
 def jobs(records: Records, scale: Scale) -> list[Job]:
     """Every job that can be named today: the searches so far, and one sweep of epochs at the standard decay."""
-    return [*(job for search in searches(records, scale) for job in search.jobs), *sweep(scale)]
+    found: list[Job] = [job for search in searches(records, scale) for job in search.jobs]
+    return list({job.name: job for job in (*found, *sweep(scale), *repeats(records, scale))}.values())
 
 
 def standard(records: Records, scale: Scale, model: str, tokens: int) -> Descent:
@@ -58,6 +62,44 @@ def sweep(scale: Scale) -> list[Run]:
     return [scale.run(scale.epoching, scale.unique_tokens[0], point) for point in points]
 
 
+def repeats(records: Records, scale: Scale) -> list[Run]:
+    """Return the runs that both claims compare, with every seed; none before searches and sweep have shown which."""
+    tokens = scale.unique_tokens[0]
+    searched = all(standard(records, scale, rung.model, tokens).certified for rung in scale.ladder)
+    if not searched or len(_curve(records, sweep(scale))) < len(sweep(scale)):
+        return []
+    compared = (_sweep_ends(records, scale), _size_ends(records, scale, tokens))
+    return [run for pair in compared if pair is not None for run in (*pair.before, *pair.after)]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two settings to compare, each with every seed."""
+
+    before: list[Run]
+    after: list[Run]
+
+    def rises(self, records: Records) -> list[float]:
+        """Return how far the second is above the first, in nats, for each seed that has run both."""
+        found = [(records.get(one), records.get(other)) for one, other in zip(self.before, self.after, strict=True)]
+        rises = [other.loss - one.loss for one, other in found if one is not None and other is not None]
+        return [rise for rise in rises if math.isfinite(rise)]
+
+
+def best_records(records: Records, scale: Scale, tokens: int) -> list[Record]:
+    """Return the finite records of the best standard run of one budget, one for each seed that has run."""
+    _, best, _ = best_standard(records, scale, tokens)
+    point = standard(records, scale, best.model, tokens).best if best is not None else None
+    if best is None or point is None:
+        return []
+    found = [records.get(run) for run in _seeds(scale, best.model, tokens, point)]
+    return [record for record in found if record is not None and math.isfinite(record.loss)]
+
+
+def _seeds(scale: Scale, model: str, tokens: int, point: Point) -> list[Run]:
+    return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.seeds)]
+
+
 def best_standard(records: Records, scale: Scale, tokens: int) -> tuple[float, Run | None, tuple[str, ...]]:
     """Return the best standard loss over all sizes, its Run, and what is missing for calling it an optimum."""
     best, run, missing = math.inf, None, list[str]()
@@ -91,42 +133,75 @@ def _curve(records: Records, runs: list[Run]) -> list[tuple[int, float]]:
     return [(epochs, loss) for epochs, loss in sorted(pairs) if math.isfinite(loss)]
 
 
-def _epochs_claim(records: Records, scale: Scale) -> tuple[Claim, ...]:
+def _sweep_ends(records: Records, scale: Scale) -> Pair | None:
+    """Return the best number of epochs of the sweep and the last one; None with fewer than two results."""
     curve = _curve(records, sweep(scale))
     if len(curve) < 2:
+        return None
+    best, last = min(curve, key=lambda pair: pair[1])[0], curve[-1][0]
+    start = scale.standard_start(scale.rung(scale.epoching))
+    assert start is not None, "Scale refuses an epoching size without a start"
+    points = (replace(start, epochs=epochs) for epochs in (best, last))
+    return Pair(*(_seeds(scale, scale.epoching, scale.unique_tokens[0], point) for point in points))
+
+
+def _epochs_claim(records: Records, scale: Scale) -> tuple[Claim, ...]:
+    pair = _sweep_ends(records, scale)
+    if pair is None:
         return ()
-    epochs, low = min(curve, key=lambda pair: pair[1])
-    last, high = curve[-1]
-    missing = () if len(curve) == len(sweep(scale)) else ("epochs of the sweep",)
+    best, last = pair.before[0].epochs, pair.after[0].epochs
+    missing = () if len(_curve(records, sweep(scale))) == len(sweep(scale)) else ("epochs of the sweep",)
     return (
-        Claim(
-            text=f"{scale.epoching}, wd {scale.standard_wd:g}: more epochs than {epochs} raise the loss again "
-            f"({last} epochs against {epochs})",
-            value=f"{high - low:+.4f} nats",
-            paper="falls, then rises (figure only), section 4",
-            holds=high > low,
-            provisional=(*missing, *_few_seeds(1)),
+        _rise(
+            f"{scale.epoching}, wd {scale.standard_wd:g}: more epochs than {best} raise the loss again "
+            f"({last} epochs against {best})",
+            "falls, then rises (figure only), section 4",
+            pair.rises(records),
+            missing,
         ),
     )
 
 
+def _rise(text: str, paper: str, rises: list[float], missing: tuple[str, ...] = ()) -> Claim:
+    mean = statistics.fmean(rises)
+    return Claim(
+        text=text,
+        value=f"{mean:+.4f} nats",
+        interval=seed_interval(rises),
+        seeds=len(rises),
+        paper=paper,
+        holds=mean > 0,
+        provisional=(*missing, *(("one seed",) if len(rises) < 2 else ())),
+    )
+
+
+def _size_ends(records: Records, scale: Scale, tokens: int) -> Pair | None:
+    """Return the smallest and the largest size at the most epochs that every size was run for."""
+    complete = [
+        epochs for epochs in scale.grid.epochs if len(_losses_at(records, scale, tokens, epochs)) == len(scale.ladder)
+    ]
+    if not complete or len(scale.ladder) < 2:
+        return None
+    ends = []
+    for rung in (scale.ladder[0], scale.ladder[-1]):
+        start = scale.standard_start(rung)
+        assert start is not None, "a size without a start has no loss above"
+        ends.append(_seeds(scale, rung.model, tokens, replace(start, epochs=max(complete))))
+    return Pair(*ends)
+
+
 def _size_claim(records: Records, scale: Scale, tokens: int) -> tuple[Claim, ...]:
     """Say whether the loss rises with size, at the most epochs that every size was run for."""
-    by_epochs = {epochs: _losses_at(records, scale, tokens, epochs) for epochs in scale.grid.epochs}
-    complete = [epochs for epochs, losses in by_epochs.items() if len(losses) == len(scale.ladder)]
-    if not complete or len(scale.ladder) < 2:
+    pair = _size_ends(records, scale, tokens)
+    if pair is None:
         return ()
-    epochs = max(complete)
-    losses = by_epochs[epochs]
-    smallest, largest = scale.ladder[0].model, scale.ladder[-1].model
+    smallest, largest = pair.before[0], pair.after[0]
     return (
-        Claim(
-            text=f"wd {scale.standard_wd:g}, {epochs} epochs: the largest model ({largest}) overfits past the smallest "
-            f"({smallest})",
-            value=f"{losses[largest] - losses[smallest]:+.4f} nats",
-            paper="1.4B above 600M by 0.0146 nats, section 4",
-            holds=losses[largest] > losses[smallest],
-            provisional=_few_seeds(1),
+        _rise(
+            f"wd {scale.standard_wd:g}, {smallest.epochs} epochs: the largest model ({largest.model}) overfits past the "
+            f"smallest ({smallest.model})",
+            "1.4B above 600M by 0.0146 nats, section 4",
+            pair.rises(records),
         ),
     )
 
@@ -142,10 +217,6 @@ def _losses_at(records: Records, scale: Scale, tokens: int, epochs: int) -> dict
         if record is not None and math.isfinite(record.loss):
             losses[rung.model] = record.loss
     return losses
-
-
-def _few_seeds(seeds: int) -> tuple[str, ...]:
-    return ("one seed",) if seeds < 2 else ()
 
 
 def _table(records: Records, scale: Scale, tokens: int) -> Table:

@@ -331,10 +331,10 @@ class Scale:
                 run = replace(changed, name=f"{stem}-s{seed}")
         return run
 
-    def student(self, model: str, unique_tokens: int, samples: str, *, name: str) -> Run:
+    def student(self, model: str, unique_tokens: int, samples: str, *, name: str, seed: int = 0) -> Run:
         """Return the Run of a student that learns from real text and the named Samples."""
         settings = self.students
-        run = self.run(model, unique_tokens, Point(lr=settings.lr, epochs=settings.epochs, wd=settings.wd))
+        run = self.run(model, unique_tokens, Point(lr=settings.lr, epochs=settings.epochs, wd=settings.wd), seed=seed)
         return replace(run, name=name, distill=Distill(samples=samples, fraction=settings.fraction))
 
     def smaller(self, model: str) -> str:
