@@ -83,7 +83,7 @@ def entry_jobs(records: Records, scale: Scale, setting: Setting, entry: Entry) -
 
 def comparison(scale: Scale) -> Comparison:
     """Return the scale's comparison; one without settings where it has none."""
-    return scale.optimizers or Comparison(model="", lr=(), settings=())
+    return scale.optimizers or Comparison(model="", settings=())
 
 
 def settings(scale: Scale) -> tuple[Setting, ...]:
@@ -95,7 +95,7 @@ def grid(scale: Scale, setting: Setting, entry: Entry) -> list[Point]:
     """Return every point that an optimizer is tried at: as many for each."""
     return [
         Point(lr=_short(lr * entry.factor), epochs=setting.epochs, wd=_short(wd / entry.factor))
-        for lr in comparison(scale).lr
+        for lr in setting.lr
         for wd in setting.wd
     ]
 

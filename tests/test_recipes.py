@@ -310,11 +310,12 @@ def test_law_budgets_give_the_standard_law_its_points(workspace: Workspace) -> N
 
 
 def comparing(seeds: int = 3) -> Scale:
+    rates = (0.003, 0.01, 0.03)
     settings = (
-        Setting(name="once", tokens=49152, epochs=1, wd=(0.1,)),
-        Setting(name="repeated", tokens=24576, epochs=16, wd=(0.8, 3.2)),
+        Setting(name="once", tokens=49152, epochs=1, lr=rates, wd=(0.1,)),
+        Setting(name="repeated", tokens=24576, epochs=16, lr=rates, wd=(0.8, 3.2)),
     )
-    comparison = Comparison(model="w32", lr=(0.003, 0.01, 0.03), settings=settings, seeds=seeds, clip=3.0)
+    comparison = Comparison(model="w32", settings=settings, seeds=seeds, clip=3.0)
     return replace(load_scale("demo"), optimizers=comparison)
 
 

@@ -122,23 +122,23 @@ class Soft:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to feed the compared optimizers: how much text, how often, and the decays that AdamW is tried with."""
+    """One way to feed the compared optimizers: how much text, how often, and the rates and decays AdamW is tried with."""
 
     name: str
     tokens: int
     epochs: int
+    lr: tuple[float, ...]
     wd: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The comparison of optimizers on one size: AdamW's learning rates, seeds at the optimum, SPECTRA's threshold.
+    """The comparison of optimizers on one size: its settings, seeds at the optimum, SPECTRA's threshold.
 
     The paper's threshold of 10 is for widths from 768; the norm of a random update goes with the root of the width.
     """
 
     model: str
-    lr: tuple[float, ...]
     settings: tuple[Setting, ...]
     seeds: int = 3
     clip: float = 10.0
