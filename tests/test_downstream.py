@@ -1,8 +1,10 @@
 """lm-eval on runs, ensembles and exported folders without a network, against accuracies computed by hand."""
 
 import json
+import math
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from epochal.cli import main
 from epochal.data import TokenStore
 from epochal.downstream import continue_text, open_model, score
-from epochal.ensemble import EnsembleForCausalLM
+from epochal.ensemble import EnsembleForCausalLM, evaluate_ensemble
 from epochal.export import export
 from epochal.model import build_model
 from epochal.offline_tasks import TASKS, write_tasks
@@ -61,9 +63,9 @@ def questions(store: TokenStore, folder: Path, task: str) -> list[dict[str, Any]
     return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
 
 
-def by_hand(model: Any, tokenizer: Any, asked: list[dict[str, Any]], delimiter: str) -> float:
-    """The share of questions whose true choice has the highest log-probability after the context."""
-    right = 0
+def by_hand(model: Any, tokenizer: Any, asked: list[dict[str, Any]], delimiter: str) -> str:
+    """A 1 for each question whose true choice has the highest log-probability after the context, else a 0."""
+    right = ""
     for question in asked:
         sums = []
         before = tokenizer(question["context"]).input_ids
@@ -72,8 +74,8 @@ def by_hand(model: Any, tokenizer: Any, asked: list[dict[str, Any]], delimiter: 
             with torch.no_grad():
                 log_probs = model(whole).logits[0, :-1].double().log_softmax(-1)
             sums.append(log_probs.gather(1, whole[0, 1:, None])[len(before) - 1 :].sum().item())
-        right += sums.index(max(sums)) == question["answer"]
-    return right / len(asked)
+        right += "01"[sums.index(max(sums)) == question["answer"]]
+    return right
 
 
 @pytest.mark.usefixtures("no_network")
@@ -86,7 +88,24 @@ def test_accuracy_equals_a_count_by_hand(made: Made, tmp_path: Path, name: str) 
     for task, delimiter in zip(TASKS, (" ", "\n"), strict=True):
         asked = questions(store, tmp_path, task)[:40]
         assert found[task].questions == len(asked) > 10
-        assert found[task].value == pytest.approx(by_hand(model, tokenizer, asked, delimiter))
+        assert found[task].right == by_hand(model, tokenizer, asked, delimiter)
+        assert found[task].value == pytest.approx(found[task].right.count("1") / len(asked))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_job_answers_tasks_beside_its_loss(made: Made, tmp_path: Path) -> None:
+    space, records, store = made
+    job = Ensemble(name="asked", runs=("a", "b"), average="logits", tasks=("cloze",))
+    results = evaluate_ensemble(job, space, records).results
+    assert results["loss"] == evaluate_ensemble(replace(job, tasks=()), space, records).results["loss"]
+    members = [AutoModelForCausalLM.from_pretrained(space.folder(name) / "model") for name in "ab"]
+    together = lambda rows: SimpleNamespace(logits=(members[0](rows).logits + members[1](rows).logits) / 2)  # noqa: E731
+    asked = questions(store, tmp_path, "cloze")
+    found, share = results["tasks"]["cloze"], results["tasks"]["cloze"]["value"]
+    assert found["right"] == by_hand(together, open_model("a", space, records)[1], asked, " ")
+    assert list(results["tasks"]) == ["cloze"] and found["questions"] == len(asked)
+    assert share == pytest.approx(found["right"].count("1") / len(asked))
+    assert found["error"] == pytest.approx(math.sqrt(share * (1 - share) / len(asked)))
 
 
 @pytest.mark.usefixtures("no_network")

@@ -150,7 +150,10 @@ def test_a_malformed_record_is_named_and_left_out(workspace: Workspace, damage: 
 def test_each_malformed_record_is_named_with_its_reason(workspace: Workspace) -> None:
     table = json.loads(write_record(workspace, record_of(A)).read_text())
     curve = {**json.loads(write_record(workspace, record_of(E)).read_text()), "results": {"loss": 1, "curve": {"1": 3}}}
+    job = {**curve["job"], "name": "asked", "tasks": ["cloze"]}
+    asked = {**curve, "job": job, "results": {"loss": 1, "tasks": {"cloze": {"right": "012"}}}}
     texts = {
+        "asked": json.dumps(asked),
         "copy": json.dumps(table),
         "e": json.dumps(curve),
         "gap": json.dumps({key: value for key, value in table.items() if key not in ("inputs", "results")}),
@@ -163,6 +166,7 @@ def test_each_malformed_record_is_named_with_its_reason(workspace: Workspace) ->
     found = load_records(workspace)
     assert [record.job for record in found] == [A]
     assert found.problems == (
+        "asked.json: has no answers, a 1 or a 0 each, to the task 'cloze'",
         "copy.json: names the job 'a', whose record is a.json",
         "e.json: has a curve that is no table of losses by number of members",
         "gap.json: misses results and inputs",

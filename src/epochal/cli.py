@@ -353,6 +353,8 @@ def evaluate(
     if tasks is not None:
         _score(name, tasks.split(","), scale, results, work, task_folder, limit)
         return
+    from dataclasses import replace
+
     from epochal.ensemble import evaluate_ensemble
     from epochal.records import load_records
     from epochal.run import Ensemble, Run
@@ -363,7 +365,7 @@ def evaluate(
         job = Ensemble(name=name, runs=(name,), average="probs")
     if not isinstance(job, Ensemble):
         raise ValueError(f"{name!r} is no model; name a run or an ensemble.")
-    found = evaluate_ensemble(job, workspace, load_records(workspace)).results
+    found = evaluate_ensemble(replace(job, tasks=()), workspace, load_records(workspace)).results
     losses = {"validation": found["loss"], "test": found.get("test_loss", math.nan)}
     for split, loss in losses.items():
         print(

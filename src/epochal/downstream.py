@@ -83,11 +83,15 @@ def _store_of(folder: Path, workspace: Workspace) -> TokenStore | None:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of questions answered right, its standard error over questions, and their number."""
+    """Share of questions answered right, its standard error over questions, their number, and each answer.
+
+    `right` has a 1 or a 0 for each question in the task's order: models that answered the same questions compare in pairs.
+    """
 
     value: float
     error: float
     questions: int
+    right: str
 
 
 def score(
@@ -121,10 +125,10 @@ def score(
         num_fewshot=0,
         limit=limit,
         bootstrap_iters=0,
-        log_samples=False,
+        log_samples=True,
         task_manager=manager,
     )
-    return {task: _accuracy(task, found["results"], found["n-samples"]) for task in tasks}
+    return {task: _accuracy(task, found["samples"][task]) for task in tasks}
 
 
 def _manager(folders: tuple[str, ...], tasks: list[str]) -> Any:
@@ -161,9 +165,10 @@ def _load(manager: Any, tasks: list[str]) -> list[Any]:
     return loaded
 
 
-def _accuracy(task: str, results: dict[str, Any], samples: dict[str, Any]) -> Accuracy:
-    table = results.get(task, {})
-    if "acc,none" not in table:
+def _accuracy(task: str, samples: list[dict[str, Any]]) -> Accuracy:
+    if not all("acc" in sample for sample in samples):
         raise ValueError(f"task {task!r} reports no accuracy; choose a multiple-choice task such as {TASKS[0]}.")
-    value, questions = float(table["acc,none"]), int(samples[task]["effective"])
-    return Accuracy(value, math.sqrt(value * (1 - value) / questions), questions)
+    right = [bool(sample["acc"]) for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
+    value, questions = sum(right) / len(right), len(right)
+    error = math.sqrt(value * (1 - value) / questions)
+    return Accuracy(value, error, questions, "".join("01"[answer] for answer in right))

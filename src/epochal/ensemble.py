@@ -39,8 +39,9 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
 
     The subsets of size k are the K runs of k neighbours on the circle of members, so every member counts equally; with
     `weights`, those of a subset are scaled to sum to one. `interval` and `without` are those of `Curve`. `holdout` says
-    what the text that all members held out teaches about their weights (`Learned`), without `weights` of its own.
-    Raises ValueError when members differ in their data or sequence length, or lack weights.
+    what the text that all members held out teaches about their weights (`Learned`), without `weights` of its own;
+    `tasks` how each task went (`Accuracy`). Raises ValueError when members differ in their data or sequence length, or
+    lack weights.
     """
     members = [record for name in ensemble.runs for record in member_records(name, records)]
     run = _common_run(ensemble, members)
@@ -60,6 +61,8 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     if _may_learn(ensemble, members):
         sequences = open_store(run.data, workspace).holdout(run)
         results["holdout"] = {"tokens": sequences.size, **asdict(learn(loaders, sequences, average=ensemble.average))}
+    if ensemble.tasks:
+        results["tasks"] = _answers(ensemble, members, workspace, store)
     parameters = sum(int(record.results["parameters"]) for record in members)
     return Record(
         job=ensemble,
@@ -89,15 +92,36 @@ def load_source(name: str, workspace: Workspace, records: Records) -> Any:
     record = records.named(name)
     if record is None or not isinstance(record.job, Ensemble):
         return load_model(workspace, name)
-    if record.job.average == SOUP:
-        shares = record.job.weights or (1.0 / len(members),) * len(members)
+    return _load_ensemble(record.job, members, workspace)
+
+
+def _load_ensemble(ensemble: Ensemble, members: list[Record], workspace: Workspace) -> Any:
+    """Load the members' models as one; raises ValueError when one has no weights."""
+    if ensemble.average == SOUP:
+        shares = ensemble.weights or (1.0 / len(members),) * len(members)
         return soup([partial(load_model, workspace, member.job.name) for member in members], shares)
     paths = [workspace.folder(member.job.name) / "model" for member in members]
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} does not exist; run {path.parent.name!r} again to make its weights.")
-    model = EnsembleForCausalLM.from_members(paths, average=record.job.average, weights=record.job.weights)
+    model = EnsembleForCausalLM.from_members(paths, average=ensemble.average, weights=ensemble.weights)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _answers(
+    ensemble: Ensemble, members: list[Record], workspace: Workspace, store: TokenStore
+) -> dict[str, dict[str, Any]]:
+    """Return how the ensemble answers each of its tasks, as tables of `Accuracy`."""
+    from transformers import AutoTokenizer
+
+    from epochal.downstream import score
+
+    model, tokenizer = (
+        _load_ensemble(ensemble, members, workspace),
+        AutoTokenizer.from_pretrained(store.tokenizer_folder),
+    )
+    found = score(model, tokenizer, list(ensemble.tasks), store=store)
+    return {task: asdict(accuracy) for task, accuracy in found.items()}
 
 
 def ensemble_losses(

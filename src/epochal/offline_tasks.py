@@ -5,9 +5,12 @@ which word ends this passage? `next_passage`: which passage follows? Each has fo
 other documents, and for `next_passage` they are about as long as the true one, since raw accuracy favours short choices.
 """
 
+import bisect
+import itertools
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from epochal.data import TokenStore
 
 TASKS = ("cloze", "next_passage")
 CHOICES = 4
-MOST_QUESTIONS = 500
+MOST_QUESTIONS = 2000
+DRAWS = 64
+"""Passages looked at for the false choices of one question."""
 FEWEST_WORDS = 4
 """Words of the shortest passage that is asked about."""
 
@@ -39,15 +44,22 @@ def write_tasks(store: TokenStore, folder: Path) -> None:
     The same store gives the same files. Raises ValueError when the test split is too small to ask anything.
     """
     passages = [passage for number, text in enumerate(_documents(store)) for passage in _passages(text, number)]
-    for task, questions in (("cloze", _cloze(passages)), ("next_passage", _next_passage(passages))):
+    for task, made in (("cloze", _cloze(passages)), ("next_passage", _next_passage(passages))):
+        questions = list(itertools.islice(made, MOST_QUESTIONS))
         if not questions:
             raise ValueError(
                 f"the test split of {store.folder.name} is too small for the task {task!r}; use more text."
             )
-        rows = "".join(json.dumps(question) + "\n" for question in questions[:MOST_QUESTIONS])
-        write_atomic(folder / f"{task}.jsonl", rows)
+        rows = "".join(json.dumps(question) + "\n" for question in questions)
+        _write(folder / f"{task}.jsonl", rows)
         # A TaskManager reads YAML, of which JSON is a part.
-        write_atomic(folder / f"{task}.yaml", json.dumps(_task(task, (folder / f"{task}.jsonl").resolve()), indent=1))
+        _write(folder / f"{task}.yaml", json.dumps(_task(task, (folder / f"{task}.jsonl").resolve()), indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file unless it holds the text already: `datasets` caches by the time of the last change."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text)
 
 
 def _task(name: str, questions: Path) -> dict[str, Any]:
@@ -89,18 +101,18 @@ def _passages(text: str, document: int) -> list[Passage]:
     ]
 
 
-def _cloze(passages: list[Passage]) -> list[dict[str, Any]]:
-    """Leave the last word out; the false choices end passages of other documents."""
+def _cloze(passages: list[Passage]) -> Iterator[dict[str, Any]]:
+    """Leave the last word out; the false choices end passages of other documents.
+
+    They are drawn as often as they end one, so a common word is no better guess than a rare one.
+    """
     split = [(passage, *_last_word(passage.text)) for passage in passages]
-    words = sorted({(word, passage.document) for passage, _, word in split if word})
-    questions = []
+    words = [(word, passage.document) for passage, _, word in split if word]
     for number, (passage, context, word) in enumerate(split):
-        false = sorted({other for other, document in words if document != passage.document} - {word})
-        if word and len(false) >= CHOICES - 1:
-            questions.append(
-                _question(context, word, random.Random(f"cloze/{number}").sample(false, CHOICES - 1), number)
-            )
-    return questions
+        drawn = random.Random(f"cloze/{number}").choices(words, k=DRAWS) if word else []
+        false = list(dict.fromkeys(o for o, document in drawn if document != passage.document and o != word))
+        if len(false) >= CHOICES - 1:
+            yield _question(context, word, false[: CHOICES - 1], number)
 
 
 def _last_word(text: str) -> tuple[str, str]:
@@ -110,23 +122,20 @@ def _last_word(text: str) -> tuple[str, str]:
     return context, word if word.isalpha() and len(word) > 2 else ""
 
 
-def _next_passage(passages: list[Passage]) -> list[dict[str, Any]]:
+def _next_passage(passages: list[Passage]) -> Iterator[dict[str, Any]]:
     """Choose among the passage that follows and three of about its length from other documents."""
-    questions = []
+    ordered = sorted({(len(passage.text), passage.text, passage.document) for passage in passages})
     for number, passage in enumerate(passages):
         true = passage.following
         if true is None or len(true.split()) < FEWEST_WORDS:
             continue
-        others = sorted({other.text for other in passages if other.document != passage.document} - {true})
-        near = _of_length(len(true), others)[: 4 * CHOICES]
+        place = bisect.bisect(ordered, (len(true),))
+        around = ordered[max(0, place - DRAWS) : place + DRAWS]
+        others = sorted({text for _, text, document in around if document != passage.document} - {true})
+        near = sorted(others, key=lambda text: abs(len(text) - len(true)))[: 4 * CHOICES]
         if len(near) >= CHOICES - 1:
             false = random.Random(f"next/{number}").sample(near, CHOICES - 1)
-            questions.append(_question(passage.text, true, false, number))
-    return questions
-
-
-def _of_length(length: int, texts: list[str]) -> list[str]:
-    return sorted(texts, key=lambda text: abs(len(text) - length))
+            yield _question(passage.text, true, false, number)
 
 
 def _question(context: str, true: str, false: list[str], number: int) -> dict[str, Any]:

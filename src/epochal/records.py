@@ -207,6 +207,10 @@ def _check_results(record: Record) -> None:
         sound = isinstance(curve, dict) and all(isinstance(losses, list) and losses for losses in curve.values())
         if not sound or not all(k.isdecimal() and all(map(_is_number, losses)) for k, losses in curve.items()):
             raise ValueError("has a curve that is no table of losses by number of members")
+    for task in record.job.tasks if isinstance(record.job, Ensemble) else ():
+        answers = record.results.get("tasks", {}).get(task, {}).get("right")
+        if not isinstance(answers, str) or not answers or set(answers) - {"0", "1"}:
+            raise ValueError(f"has no answers, a 1 or a 0 each, to the task {task!r}")
 
 
 def _is_number(value: Any) -> bool:

@@ -224,7 +224,8 @@ class Ensemble:
 
     There is no default for `average`: the two have different limits. "weights" is the mean of the members' weights, one
     model (a soup): of use only where all members started from the same weights (spec sections 10 and 11).
-    `data` names another data set, of the same tokenizer, on whose held-out text to judge them.
+    `data` names another data set, of the same tokenizer, on whose held-out text to judge them. `tasks` are multiple-choice
+    tasks that they answer beside it (`epochal.downstream`); an ensemble of one is how a single model answers.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Ensemble:
     average: str
     weights: tuple[float, ...] | None = None
     data: str | None = None
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.name)

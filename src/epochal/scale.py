@@ -212,7 +212,8 @@ class Scale:
 
     At the budgets `law_tokens` only the standard recipe runs, with the sizes `law_models`: further points for its data
     law, at a fraction of the cost of a whole budget. Seeds count from `first_seed`: a campaign with another one repeats
-    the claims, searches and all, on draws that share nothing with the first.
+    the claims, searches and all, on draws that share nothing with the first. `tasks` are those of lm-eval that the recipe
+    `downstream` asks, by name; cloze and next_passage need no network.
     """
 
     name: str = ""
@@ -244,6 +245,7 @@ class Scale:
     continued: Continued | None = None
     kinds: Kinds | None = None
     soft: Soft | None = None
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, values in (
