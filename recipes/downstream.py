@@ -61,7 +61,7 @@ class Entry:
 
 
 def entries(records: Records, scale: Scale) -> list[Entry]:
-    """Return what answers, at the first budget: single models of every size, K members for every K, both students."""
+    """Return what answers, at the first budget: single models of every size, K members for every K, students."""
     tokens = scale.unique_tokens[0]
     found: list[Entry] = []
     for rung in scale.ladder:
@@ -75,11 +75,11 @@ def entries(records: Records, scale: Scale) -> list[Entry]:
     for model in scale.ensemble.models:
         members = ensembling.members(records, scale, model, tokens)
         found += [_entry("members", f"{k} x {model}", members[:k], scale) for k in range(1, len(members) + 1)]
-    for teacher in distillation.TEACHERS:
-        for student in distillation.student(records, scale, teacher):
-            if isinstance(student, Run):
-                words = "of the ensemble" if teacher == "ensemble" else "of one member"
-                found.append(_entry("student", f"{student.model} {words}", [student], scale))
+    for teacher, words in (("ensemble", "the ensemble"), ("self", "one member")):
+        for seed in range(scale.seeds):
+            for student in distillation.student(records, scale, teacher, seed):
+                if isinstance(student, Run):
+                    found.append(_entry("student", f"{student.model} of {words}, seed {seed}", [student], scale))
     unique = {entry.job.name: entry for entry in reversed(found)}  # a tuned run may be the standard one: once, as that
     return [entry for entry in found if unique[entry.job.name] is entry]
 

@@ -59,8 +59,8 @@ def test_every_size_every_k_and_both_students_are_asked_once(finished: tuple[Rec
         assert len(best) == 2 and all((record.job.name,) in groups for record in best)
     members = [run.name for run in ensembling.members(records, scale, "w64", tokens)]
     assert [tuple(members[:k]) for k in (1, 2, 3, 4)] == [group for group in groups if group[0] == members[0]]
-    students = [distillation.student_record(records, scale, teacher) for teacher in distillation.TEACHERS]
-    assert all(student is not None and (student.job.name,) in groups for student in students)
+    students = [distillation.student_records(records, scale, teacher) for teacher in distillation.TEACHERS]
+    assert all(len(seeds) == 2 and all((seed.job.name,) in groups for seed in seeds) for seeds in students)
     assert {rung.model: 1 for rung in scale.ladder} == {
         entry.what: 1 for entry in downstream.entries(records, scale) if entry.kind == "standard"
     }
