@@ -19,7 +19,7 @@ check: .venv/test
 	$(BIN)/mypy
 
 bench: .venv/test
-	for name in laws records optimizers losses teachers ensembles distributed; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in laws records optimizers losses teachers ensembles distributed parity; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 report: .venv/demo
 	$(BIN)/epochal report --scale micro

@@ -7,6 +7,7 @@ objective, so no backend keeps 16-bit weights.
 """
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,7 @@ class Processes:
     def prepare(self, objective: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
         """Share an objective, whose `model` holds all parameters, out over the processes, with its optimizer."""
         model: Any = objective.model
+        self._bare, self._make_optimizer = _bare_copy(model, {}), make_optimizer
         if not self.backend.startswith("zero"):
             objective.to(self.device)
         if self.backend == "fsdp2":
@@ -112,6 +114,11 @@ class Processes:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return self.norm
+
+    def fresh_optimizer(self, name: str, weight: Tensor) -> tuple[torch.optim.Optimizer, Tensor]:
+        """Return the optimizer as a process alone would build it, and that of its parameters which has data: a copy of `weight`."""
+        model = _bare_copy(self._bare, {name: weight.clone()})
+        return self._make_optimizer(model), dict(model.named_parameters())[name]
 
     # --- among processes ---------------------------------------------------------------------------------------------
 
@@ -184,6 +191,15 @@ class Processes:
 def whole(tensor: Tensor) -> Tensor:
     """Return a DTensor as a whole tensor, another as it is."""
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+def _bare_copy(model: torch.nn.Module, data: dict[str, Tensor]) -> Any:
+    """Return a copy of a model whose parameters have their shapes, and memory only where data is given."""
+    parameters = {
+        id(p): torch.nn.Parameter(data[name] if name in data else p.detach().new_zeros(()).expand(p.shape))
+        for name, p in model.named_parameters()
+    }
+    return copy.deepcopy(model, parameters)  # the memo: what has been copied already
 
 
 def _shard_by_rows(objective: torch.nn.Module, reshard: bool) -> None:

@@ -9,6 +9,8 @@ any process, or does not end, fails the test with that process's error.
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import time
@@ -16,10 +18,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
 SECONDS = 240
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+IMPORTED = ["epochal.train", "deepspeed", "torch._inductor.compile_fx", "transformers.models.llama.modeling_llama"]
+"""What every process needs and takes seconds to import: once, by a server from which all processes are forked."""
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
@@ -30,8 +36,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
+        **ENVIRONMENT,
     }
     torch.set_num_threads(1)
     while True:
@@ -51,7 +56,10 @@ class Group:
     """Processes that wait for calls."""
 
     def __init__(self, world: int) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        with mock.patch.dict(os.environ, ENVIRONMENT):
+            multiprocessing.forkserver.ensure_running()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -1,8 +1,10 @@
 """Matrix optimizers give the weights of one process under DDP, ZeRO-1, -2, -3 and FSDP2; each rank does its share.
 
-The oracle is the same optimizer in one process, which the tests in tests/optim compare with published code.
+The oracle is a plain loop in one process; the tests in tests/optim compare its optimizers with published code. The whole
+matrix (every optimizer, 33 matrices, bars and shares) is in benchmarks/parity.csv.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,10 @@ PROFILES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 SHARDED = PROFILES[1:]
 
 
-@pytest.fixture(scope="module")
-def alone(processes: Processes) -> Callable[..., dict[str, Any]]:
-    """What one process makes of it, computed once for each setting."""
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-    def get(*setting: Any) -> dict[str, Any]:
-        if setting not in known:
-            known[setting] = processes(1).run("toy:trained", "cpu", *setting)[0]
-        return known[setting]
-
-    return get
+@functools.cache
+def alone(kind: str, steps: int = toy.STEPS, depth: int = 2, clip_norm: float = 1e9) -> dict[str, Any]:
+    """What a plain loop in this process makes of it, computed once for each setting."""
+    return toy.alone(kind, steps, depth, clip_norm=clip_norm)
 
 
 def same_everywhere(results: list[dict[str, Any]]) -> None:
@@ -52,9 +47,7 @@ def check(results: list[dict[str, Any]], one: dict[str, Any], profile: str, step
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("kind", ["adamw", "fira", "spectra"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_many_processes_train_as_one(
-    processes: Processes, alone: Callable[..., dict[str, Any]], profile: str, kind: str, world: int
-) -> None:
+def test_many_processes_train_as_one(processes: Processes, profile: str, kind: str, world: int) -> None:
     kind = "adamw-spectra" if kind == "spectra" else kind
     one = alone(kind)
     results = processes(world).run("toy:trained", profile, kind)
@@ -63,30 +56,26 @@ def test_many_processes_train_as_one(
         assert one["refreshes"] == 2 * one["matrices"] == 12
     if kind == "adamw-spectra":
         assert one["clips"] == toy.STEPS * one["matrices"]
-    if kind != "adamw" and world > 1:
-        assert results[0]["error"] is not None and results[0]["error"] < 1e-4
+    if profile != "ddp" or world > 1:
+        assert results[0]["error"] is not None and results[0]["error"] < 1e-4, "every such run proves itself"
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("kind", [f"{base}-spectra" for base in toy.BASES[1:]] + ["muon"])
-def test_every_base_of_spectra_and_muon_trains_as_one(
-    processes: Processes, alone: Callable[..., dict[str, Any]], profile: str, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", [f"{base}-spectra" for base in toy.BASES[1:]] + ["muon-float32"])
+def test_every_base_of_spectra_and_muon_trains_as_one(processes: Processes, profile: str, kind: str) -> None:
     steps = 6
     check(processes(2).run("toy:trained", profile, kind, steps), alone(kind, steps), profile, steps)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("kind", ["fira", "adamw-spectra"])
-def test_each_rank_holds_and_does_its_share(
-    processes: Processes, alone: Callable[..., dict[str, Any]], profile: str, kind: str
-) -> None:
+def test_each_rank_holds_and_does_its_share(processes: Processes, profile: str, kind: str) -> None:
     steps, depth, world = 2, 11, 4
     one = alone(kind, steps, depth)
     assert one["matrices"] >= 8 * world
     share = 1 / world + 0.1
     for result in processes(world).run("toy:trained", profile, kind, steps, depth):
-        assert result["bytes"] <= share * one["bytes"]
+        assert result["bytes"] <= share * sum(one["state"][name] for name in result["whole"])
         assert result["clips"] <= share * one["clips"]
         assert result["refreshes"] <= share * one["refreshes"]
     if profile != "ddp":
@@ -95,11 +84,9 @@ def test_each_rank_holds_and_does_its_share(
 
 
 @pytest.mark.parametrize("profile", SHARDED)
-def test_clipping_and_accumulation_are_no_further_off_than_twice_ddp(
-    processes: Processes, alone: Callable[..., dict[str, Any]], profile: str
-) -> None:
+def test_clipping_and_accumulation_are_no_further_off_than_twice_ddp(processes: Processes, profile: str) -> None:
     setting = {"clip_norm": 0.05}
-    one = processes(1).run("toy:trained_with", "cpu", "adamw-spectra", setting, 2)[0]
+    one = alone("adamw-spectra", **setting)
     ddp = processes(2).run("toy:trained_with", "ddp", "adamw-spectra", setting, 2)[0]
     other = processes(2).run("toy:trained_with", profile, "adamw-spectra", setting, 2)[0]
     assert min(one["norms"]) > 0.05, "clipping must act"
@@ -108,24 +95,6 @@ def test_clipping_and_accumulation_are_no_further_off_than_twice_ddp(
         floor = 2e-6  # a few roundings of float32
         allowed = 2 * toy.distance(one, ddp, matrices=matrices) + floor
         assert toy.distance(one, other, matrices=matrices) <= allowed
-
-
-def test_a_profile_that_omits_clipping_does_not_clip(processes: Processes) -> None:
-    """DeepSpeed's own default is 1.0, so a config without the key would clip these gradients."""
-    one = processes(1).run("toy:trained", "cpu", "adamw", 6)[0]
-    assert max(one["norms"]) > 1.0
-    for result in processes(2).run("toy:trained", "zero2", "adamw", 6):
-        assert toy.distance(one, result) < 1e-5
-
-
-def test_clipping_comes_before_the_matrix_step(processes: Processes) -> None:
-    """DeepSpeed's own Muon is clipped after it: there the step shrinks with the clip; orthogonalised, it must not."""
-    start = toy.first_weights()
-    moved = []
-    for clip_norm in (1e9, 1e-3):
-        results = processes(2).run("toy:trained_with", "zero2", "muon", {"clip_norm": clip_norm}, 1, 1)
-        moved.append(float((results[0]["weights"]["model.layers.0.mix"] - start["model.layers.0.mix"]).norm()))
-    assert moved[1] == pytest.approx(moved[0], rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +112,13 @@ def test_clipping_comes_before_the_matrix_step(processes: Processes) -> None:
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_a_profile_may_choose_changes_nothing(
-    processes: Processes, alone: Callable[..., dict[str, Any]], tmp_path: Path, base: str, zero: dict[str, Any]
+    processes: Processes, tmp_path: Path, base: str, zero: dict[str, Any]
 ) -> None:
     steps = 6
     profile = toy.write_profile(tmp_path, base, **zero)
-    check(processes(2).run("toy:trained", profile, "fira", steps), alone("fira", steps), base, steps)
+    results = processes(2).run("toy:trained", profile, "fira", steps)
+    check(results, alone("fira", steps), base, steps)
+    assert [result["offloaded"] for result in results] == ["offload_optimizer" in zero] * 2
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,12 @@ BASES = ("adamw", "signum", "ademamix", "mars", "lion", "sgdm")
 class Block(nn.Module):
     """Three matrices, none with a size that two or four processes divide evenly, and a vector."""
 
+    inner = 17
+
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.up = nn.Parameter(torch.randn(17, WIDTH, generator=generator) / 4)
-        self.down = nn.Parameter(torch.randn(WIDTH, 17, generator=generator) / 4)
+        self.up = nn.Parameter(torch.randn(self.inner, WIDTH, generator=generator) / 4)
+        self.down = nn.Parameter(torch.randn(WIDTH, self.inner, generator=generator) / 4)
         self.mix = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator) / 4)
         self.norm = nn.Parameter(torch.ones(WIDTH))
 
@@ -77,20 +80,22 @@ class Objective(nn.Module):
 class MakeOptimizer:
     """From a model to an optimizer for which the matrices of the blocks are matrices; eps damps rounding near zero."""
 
-    def __init__(self, kind: str, eps: float = 1e-3) -> None:
-        self.kind, self.eps = kind, eps
+    eps = 1e-3
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
     def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
         named = list(model.named_parameters())
-        inside = [pair for pair in named if pair[1].ndim == 2 and "layers" in pair[0]]
-        others = [pair for pair in named if not (pair[1].ndim == 2 and "layers" in pair[0])]
+        inside = [pair for pair in named if is_matrix(pair[0])]
+        others = [pair for pair in named if not is_matrix(pair[0])]
         decayed: dict[str, Any] = {"params": [p for _, p in inside], "weight_decay": 0.1}
         kept: dict[str, Any] = {"params": [p for _, p in others], "weight_decay": 0.0}
         if self.kind == "adamw":
             return torch.optim.AdamW([decayed, kept], lr=1e-2, betas=(0.9, 0.95), eps=self.eps, fused=True)
         if self.kind == "fira":
             return optim.Fira([{**decayed, "rank": 4, "update_proj_gap": 15, "alpha": 0.5}, kept], eps=self.eps)
-        if self.kind == "muon":
+        if self.kind.startswith("muon"):
             return optim.Muon([decayed, {**kept, "orthogonalize": False}], eps=self.eps)
         base = self.kind.removesuffix("-spectra")
         own = {} if base in ("signum", "lion", "sgdm") else {"eps": self.eps}
@@ -117,10 +122,14 @@ def start(profile: str, **settings: Any) -> Processes:
     return Processes(**{"clip_norm": 1e9, **settings})
 
 
+def batch(step: int) -> torch.Tensor:
+    """The rows of a step, the same whoever takes them."""
+    return torch.randint(WORDS, (ROWS, 9), generator=torch.Generator().manual_seed(step))
+
+
 def take_step(processes: Processes, step: int, parts: int = 1, scale: float = 1.0) -> torch.Tensor:
     """One step on this process's rows of the batch of a step, in so many micro-batches; returns the gradient norm."""
-    batch = torch.randint(WORDS, (ROWS, 9), generator=torch.Generator().manual_seed(step))
-    rows = batch[processes.rank :: processes.world]
+    rows = batch(step)[processes.rank :: processes.world]
     chunks = rows.chunk(parts)
     for number, chunk in enumerate(chunks, start=1):
         with processes.accumulating(last=number == len(chunks)):
@@ -129,12 +138,15 @@ def take_step(processes: Processes, step: int, parts: int = 1, scale: float = 1.
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """Count the matrices that this process clips, and the bases that it computes."""
-    from epochal.optim import fira, spectra
+def counted(kind: str) -> Iterator[dict[str, int]]:
+    """Count the matrices that this process clips or orthogonalises, and the bases that it computes.
+
+    Muon's products are in bfloat16, where a last bit becomes 2^-8; as "muon-float32" they are not.
+    """
+    from epochal.optim import fira, muon, spectra
 
     counts = {"clips": 0, "refreshes": 0}
-    clip, basis = spectra.clip_matrices, fira.compute_basis
+    clip, basis, polar = spectra.clip_matrices, fira.compute_basis, muon.orthogonalize
 
     def counting_clip(update: torch.Tensor, *arguments: Any) -> torch.Tensor:
         counts["clips"] += len(update)
@@ -144,7 +156,12 @@ def counted() -> Iterator[dict[str, int]]:
         counts["refreshes"] += 1
         return basis(*arguments, **options)
 
+    def counting_polar(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        counts["clips"] += len(x)
+        return polar(x, **options, **({"dtype": torch.float32} if kind == "muon-float32" else {}))
+
     with (
+        mock.patch.object(muon, "orthogonalize", counting_polar),
         mock.patch.object(spectra, "clip_matrices", counting_clip),
         mock.patch.object(fira, "compute_basis", counting_basis),
     ):
@@ -160,28 +177,73 @@ def is_on(processes: Processes) -> str:
     return type(processes.objective).__name__
 
 
+def is_offloaded(processes: Processes) -> bool:
+    """Whether DeepSpeed itself says that the optimizer's state lies in the memory of the machine."""
+    inner = getattr(processes.objective, "optimizer", None)
+    return bool(getattr(inner, "cpu_offload", False) or getattr(inner, "offload_optimizer", False))
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """The learning rate of a step: a straight line down from the peak."""
+    return peak * (1 - step / steps)
+
+
+def alone(
+    kind: str, steps: int = STEPS, depth: int = 2, *, sums: int = 1, clip_norm: float = 1e9, peak: float = PEAK
+) -> dict[str, Any]:
+    """The oracle: a plain loop in this process, with an optimizer and nothing else of epochal.
+
+    `sums`: in how many parts the gradient is summed, rows dealt out as to processes; what that changes is rounding.
+    """
+    objective = Objective(depth)
+    optimizer, norms = MakeOptimizer(kind)(objective.model), []
+    with counted(kind) as counts:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, steps, peak)
+            optimizer.zero_grad()
+            rows = batch(step)
+            for part in range(sums):
+                (objective(rows[part::sums]) / (ROWS * 8)).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(objective.parameters(), clip_norm)))
+            optimizer.step()
+    weights = {name: p.detach() for name, p in objective.model.named_parameters()}
+    state = {
+        name: sum(value.numel() * value.element_size() for value in optimizer.state[p].values())
+        for name, p in objective.model.named_parameters()
+    }
+    return {"weights": weights, "matrices": sum(map(is_matrix, weights)), "state": state, "norms": norms, **counts}
+
+
 def trained(
-    profile: str, kind: str, steps: int = STEPS, depth: int = 2, parts: int = 1, eps: float = 1e-3, **settings: Any
+    profile: str,
+    kind: str,
+    steps: int = STEPS,
+    depth: int = 2,
+    parts: int = 1,
+    peak: float = PEAK,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train, and return weights, what is on, and what the optimizer did in this process."""
     processes = start(profile, micro_batch=max(1, ROWS // parts), **settings)
-    processes.prepare(Objective(depth), MakeOptimizer(kind, eps))
+    processes.prepare(Objective(depth), MakeOptimizer(kind))
     counts_at_start = [int(state["step"]) for state in processes.optimizer.state.values()]
     proof, norms = Proof(processes, "toy"), []
-    with counted() as counts:
+    with counted(kind) as counts:
         for step in range(steps):
             for group in processes.optimizer.param_groups:
-                group["lr"] = PEAK * (1 - step / steps)
+                group["lr"] = rate(step, steps, peak)
             norm = take_step(processes, step, parts) if step else _proven(processes, proof, parts, counts)
             norms.append(float(norm))
     named = processes.optimizer.named_state()
     return {
         "weights": {entry.name: processes.whole_weight(entry.parameter) for entry in processes.optimizer.entries},
         "on": is_on(processes),
+        "offloaded": is_offloaded(processes),
         "counts_at_start": counts_at_start,
         "steps": {int(value) for name, value in named.items() if name.endswith(".step")},
         "matrices": len(processes.optimizer.matrices),
-        "owners": [entry.owner for entry in processes.optimizer.matrices],
+        "whole": [entry.name for entry in processes.optimizer.matrices],
         "bytes": sum(v.numel() * v.element_size() for n, v in named.items() if "@" not in n),
         "sent": processes.optimizer.bytes_sent,
         "error": proof.error,
@@ -205,31 +267,43 @@ def _proven(processes: Processes, proof: Proof, parts: int, counts: dict[str, in
         return take_step(processes, 0, parts)
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix for the matrix optimizers: those of the blocks, not the embedding."""
+    return "layers" in name and "norm" not in name
+
+
 def first_weights(depth: int = 2) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in Toy(depth).named_parameters()}
 
 
-def distance(one: dict[str, Any], other: dict[str, Any], *, matrices: bool = True, depth: int = 2) -> float:
-    """The largest difference of two trained models' weights as a share of the largest movement of that weight."""
-    start, found = first_weights(depth), 0.0
+def distance(one: dict[str, Any], other: dict[str, Any], *, matrices: bool = True, bits: bool = False) -> float:
+    """The largest difference of two trained models' weights as a share of the largest movement of that weight.
+
+    With `bits`: in units of the last bit of its largest element, which is all that float32 can tell apart.
+    """
+    start, found = first_weights(len(one["weights"]) // 4), 0.0
     for name, weight in one["weights"].items():
-        if not matrices or ("layers" in name and "norm" not in name):
+        if not matrices or is_matrix(name):
             moved = float((weight - start[name]).abs().max())
-            found = max(found, float((weight - other["weights"][name]).abs().max()) / moved)
+            last_bit = 2.0 ** (math.floor(math.log2(float(weight.abs().max()))) - 23)
+            found = max(found, float((weight - other["weights"][name]).abs().max()) / (last_bit if bits else moved))
     return found
 
 
-def write_profile(folder: Path, base: str, **zero: Any) -> str:
-    """A DeepSpeed profile like `base` with other keys in zero_optimization; returns its path."""
+def write_profile(folder: Path, base: str, without: tuple[str, ...] = (), **zero: Any) -> str:
+    """A DeepSpeed profile like `base` with other keys in zero_optimization, less some of its own; returns its path."""
     table = json.loads((REPOSITORY / "configs" / "deepspeed" / f"{base}.json").read_text(encoding="utf-8"))
+    table = {key: value for key, value in table.items() if key not in without}
     table["zero_optimization"] |= zero
-    path = folder / f"{base}-{'-'.join(sorted(zero))}.json"
+    path = folder / f"{base}-{'-'.join(sorted([*zero, *without]))}.json"
     path.write_text(json.dumps(table), encoding="utf-8")
     return str(path)
 
 
-def trained_with(profile: str, kind: str, settings: dict[str, Any], parts: int, steps: int = STEPS) -> dict[str, Any]:
-    return trained(profile, kind, steps, 2, parts, **settings)
+def trained_with(
+    profile: str, kind: str, settings: dict[str, Any], parts: int, steps: int = STEPS, depth: int = 2
+) -> dict[str, Any]:
+    return trained(profile, kind, steps, depth, parts, **settings)
 
 
 def skips_what_is_not_finite(profile: str) -> dict[str, bool]:

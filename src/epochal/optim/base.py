@@ -91,7 +91,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def move(self, weights: Tensor, update: Tensor, step: Tensor, group: Group) -> Tensor:
         """Return the new weights of a bucket, (1 - lr wd) W - lr U; step (B,) counts the steps before this one."""
         lr = scalar(group["lr"], weights)
-        return torch.addcmul(weights * (1 - lr * group["weight_decay"]), update, lr, value=-1)
+        return torch.addcmul(weights * self.kept(weights, group), update, lr, value=-1)
+
+    @staticmethod
+    def kept(like: Tensor, group: Group) -> Tensor:
+        """Return the share of a weight that decay leaves in one step, 1 - lr wd, 0-d: rounded alike wherever weights lie."""
+        return 1 - scalar(group["lr"], like) * float(group["weight_decay"])
 
     def bucket_key(self, parameter: Tensor, group: Group) -> Hashable:
         """Return what, beside shape, dtype and device, parameters updated together must share."""

@@ -65,7 +65,7 @@ def _numbers(group: Group) -> Group:
 
 
 class Distributed(torch.optim.Optimizer):
-    """What `Replicated` and `Sharded` share: owners, groups, state by name, and the reference for the proof.
+    """What `Replicated` and `Sharded` share: owners, groups, and state by name.
 
     optimizer: a `MatrixOptimizer` or torch's AdamW, built over whole parameters and not stepped yet.
     names: (name, parameter) pairs of all its parameters. Raises ValueError for an optimizer that cannot be shared out.
@@ -163,23 +163,26 @@ class Distributed(torch.optim.Optimizer):
 
     # --- what the proof at the start needs ---------------------------------------------------------------------------
 
-    def owned_state(self, index: int) -> dict[str, Tensor]:
-        """Return a copy of the state of a matrix that this process owns; empty before the first step of a run."""
-        stand_in = self.stand_ins.get(index)
-        if stand_in is None or self.inner is None:
-            return {} if self._saved is None else self._saved.whole(self.entries[index].name)
-        return {key: value.clone() for key, value in self.inner.state.get(stand_in, {}).items()}
+    def state_of(self, index: int) -> tuple[int, dict[str, Tensor]]:
+        """Return where this process's part of a parameter begins, flat, and a copy of its state; nothing where it has none.
 
-    def reference_step(self, index: int, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Return what one process alone makes of a whole weight (m, n): nothing of the exchange is used."""
-        alone = torch.nn.Parameter(weight.clone())
-        optimizer = over(self.rule, {self.entries[index].parameter: alone})
-        self._copy_numbers(optimizer)
-        if state:
-            optimizer.state[alone] = {key: value.to(weight.device, copy=True) for key, value in state.items()}
-        alone.grad = gradient.clone()
-        optimizer.step()
-        return alone.detach()
+        Before the first step of a run that goes on, it is the checkpoint's, which each process can read whole.
+        """
+        entry, stand_in = self.entries[index], self.stand_ins.get(index)
+        if stand_in is not None and self.inner is not None:
+            state = {key: value.clone() for key, value in self.inner.state.get(stand_in, {}).items()}
+            return (0 if entry.owner is not None else self._range(index)[0]), state
+        if self._saved is None or self.stand_ins:
+            return 0, {}
+        saved = self._saved
+        return 0, saved.whole(entry.name) if entry.owner is not None else saved.piece(
+            entry.name, 0, entry.shape.numel()
+        )
+
+    @property
+    def numbers(self) -> list[Group]:
+        """Today's learning rate, weight decay and all else that a schedule may have moved, group by group."""
+        return [_numbers(group) for group in self._groups]
 
     def _copy_numbers(self, optimizer: torch.optim.Optimizer) -> None:
         """Give another optimizer today's learning rate, weight decay and all else that a schedule may have moved."""
@@ -390,9 +393,8 @@ class Sharded(Distributed):
 
     def _keep(self, index: int, before: Tensor) -> Tensor:
         """Return the share of the old weight that stays, (1,): 1 - lr wd, or 1 if the owner skipped the matrix."""
-        group = self._groups[self.entries[index].group]
-        decayed = (self._count(index) > before) * float(group["lr"]) * float(group["weight_decay"])
-        return (1.0 - decayed.double()).to(self.stand_ins[index].dtype).reshape(1)
+        kept = MatrixOptimizer.kept(self.stand_ins[index], self._groups[self.entries[index].group])
+        return torch.where(self._count(index) > before, kept, 1.0).reshape(1)
 
     def _gather_gradients(
         self, layout: list[list[Span]], mine: dict[Span, Tensor], device: torch.device

@@ -1,0 +1,186 @@
+"""Many processes against one: every profile and optimizer on 1, 2 and 4 gloo processes, and every accelerate YAML launched.
+
+    python benchmarks/parity.py [--sets plain small clipped launched]      appends what benchmarks/parity.csv lacks
+
+The oracle is a plain loop in one process. A model of 33 odd matrices (8 for each of 4 processes) takes 30 steps, in which
+Fira computes its bases twice.
+
+    plain      lr 0.02          bar: 1e-5
+    small      lr 0.01          the same; weights move so little that a few of their last bits may be more than that
+    clipped    clipped at 0.05 in every step, two micro-batches         bar: twice what DDP is off, or 1e-5
+    launched   a Run under `accelerate launch` with the committed YAML, its `-nodes` as two machines; bar: 1e-5
+
+Muon's products are in bfloat16, where a last bit becomes 2^-8: its bar is twice `rounding`, and it has a second entry with
+float32 in their place.
+
+deviation      the largest difference of a matrix from the oracle's, as a share of its largest movement; `all_deviation` with
+               the embedding and the norms; `last_bits` in units of the last bit of its largest element, a float32's limit.
+               Launched: of losses, in nats per token.
+rounding       the largest deviation of the same plain loop when it sums the gradient in 2, 4 or 8 parts
+state_share    bytes of the matrices' state on the fullest process, of those in one process
+work_share     clips, orthogonalisations and new bases of the busiest process, of those in one process
+proof          the largest difference that the run itself found at its first step
+"""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "tests" / "distributed"), str(HERE.parent / "tests"), str(HERE)]
+
+import torch  # noqa: E402
+import toy  # noqa: E402
+from measure import append, environment, known  # noqa: E402
+from ranks import Group, group  # noqa: E402
+
+TABLE = HERE / "parity.csv"
+PROFILES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+KINDS = ("adamw", "fira", *(f"{base}-spectra" for base in toy.BASES), "muon", "muon-float32")
+DEPTH = 11
+BAR = 1e-5
+RATES = {"plain": 0.02, "small": 0.01, "clipped": 0.02}
+YAMLS = sorted(path.stem for path in (HERE.parent / "configs" / "accelerate").glob("*.yaml"))
+
+
+def cells(name: str) -> Iterator[dict[str, Any]]:
+    """What a set consists of, as the keys of its rows; DDP comes before what is compared with it."""
+    if name == "launched":
+        for profile in YAMLS:
+            yield {
+                "set": name,
+                "processes": 1 if profile in ("cpu", "gpu") else 2,
+                "profile": profile,
+                "optimizer": "fira",
+            }
+        return
+    for world in {"plain": (1, 2, 4), "small": (2,), "clipped": (2, 4)}[name]:
+        for kind in KINDS:
+            for profile in PROFILES:
+                yield {"set": name, "processes": world, "profile": profile, "optimizer": kind}
+
+
+class Oracle:
+    """What one process makes of an optimizer, computed once."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._known = name, dict[tuple[str, int], dict[str, Any]]()
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {"clip_norm": 0.05} if self.name == "clipped" else {}
+
+    def __call__(self, kind: str, sums: int = 1) -> dict[str, Any]:
+        if (kind, sums) not in self._known:
+            rate = RATES[self.name]
+            self._known[kind, sums] = toy.alone(kind, toy.STEPS, DEPTH, sums=sums, peak=rate, **self.setting)
+        return self._known[kind, sums]
+
+
+def measured(
+    cell: dict[str, Any], oracle: Oracle, processes: Group, ddp: dict[tuple[int, str], float]
+) -> dict[str, Any]:
+    """Train one cell and return its row; `ddp` remembers how far DDP was off, by (processes, optimizer)."""
+    kind, world, parts = cell["optimizer"], cell["processes"], 2 if cell["set"] == "clipped" else 1
+    setting = {"peak": RATES[cell["set"]], **oracle.setting}
+    results = processes.run("toy:trained_with", cell["profile"], kind, setting, parts, toy.STEPS, DEPTH)
+    one, first = oracle(kind), results[0]
+    deviation = toy.distance(one, first)
+    rounding = max(toy.distance(one, oracle(kind, sums)) for sums in (2, 4, 8))
+    if cell["profile"] == "ddp":
+        ddp[world, kind] = deviation
+    bar = max(BAR, 2 * ddp[world, kind]) if cell["set"] == "clipped" else BAR
+    bar = max(bar, 2 * rounding) if kind == "muon" else bar
+    work = [result["clips"] + result["refreshes"] for result in results]
+    same = all(torch.equal(weight, other["weights"][n]) for other in results for n, weight in first["weights"].items())
+    state = sum(one["state"][n] for n in first["whole"])  # nothing for AdamW, of which no matrix is stepped whole
+    return {
+        **cell,
+        "lr": RATES[cell["set"]],
+        "on": first["on"],
+        "matrices": first["matrices"],
+        "deviation": f"{deviation:.2e}",
+        "all_deviation": f"{toy.distance(one, first, matrices=False):.2e}",
+        "last_bits": f"{toy.distance(one, first, bits=True):.1f}",
+        "rounding": f"{rounding:.2e}",
+        "bar": f"{bar:.2e}",
+        "ranks_identical": same,
+        "state_share": f"{max(r['bytes'] for r in results) / state:.3f}" if state else "",
+        "work_share": f"{max(work) / (one['clips'] + one['refreshes']):.3f}" if state else "",
+        "work_counted": sum(work) == one["clips"] + one["refreshes"],
+        "proof": "" if first["error"] is None else f"{first['error']:.1e}",
+    }
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether a row shows what it must: the profile on, the bar kept, all processes alike, nothing done twice, its share."""
+    expected = {"ddp": "DistributedDataParallel"}.get(row["profile"], row["profile"])
+    shares = [float(row[name]) for name in ("state_share", "work_share") if row[name] != ""]
+    sound = {
+        "off": row["set"] != "launched" and row["on"] != expected,
+        "too far": not float(row["deviation"]) <= float(row["bar"]),
+        "ranks differ": str(row["ranks_identical"]) != "True",
+        "counts differ": str(row["work_counted"]) != "True",
+        "no share": any(share > 1 / int(row["processes"]) + 0.1 for share in shares),
+    }
+    return next((name for name, wrong in sound.items() if wrong), "met")
+
+
+def launched(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Launch a Run with a committed YAML and compare its losses with those of one process."""
+    import launching
+
+    found = launching.launched_and_alone(cell["profile"], folder, cell["processes"])
+    return {
+        **cell,
+        "lr": 0.01,
+        "on": found["on"],
+        "matrices": found["matrices"],
+        "deviation": f"{found['deviation']:.2e}",
+        "all_deviation": "",
+        "last_bits": "",
+        "rounding": "",
+        "bar": f"{BAR:.2e}",
+        "ranks_identical": True,
+        "state_share": "",
+        "work_share": "",
+        "work_counted": True,
+        "proof": "" if found["proof"] is None else f"{found['proof']:.1e}",
+    }
+
+
+def write(row: dict[str, Any]) -> None:
+    versions = {name: importlib.metadata.version(name) for name in ("accelerate", "deepspeed")}
+    append(TABLE, {**row, "verdict": verdict(row), **environment("cpu"), **versions})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sets", nargs="*", default=[*RATES, "launched"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that are started: torch renames its collectives
+    for name in options.sets:
+        missing = [cell for cell in cells(name) if not known(TABLE, cell)]
+        if name == "launched":
+            for cell in missing:
+                with tempfile.TemporaryDirectory() as folder:
+                    write(launched(cell, Path(folder)))
+            continue
+        oracle, off = Oracle(name), dict[tuple[int, str], float]()
+        for world in sorted({cell["processes"] for cell in missing}):
+            with group(world) as processes:
+                for cell in missing:
+                    if cell["processes"] == world:
+                        if name == "clipped" and cell["profile"] != "ddp" and (world, cell["optimizer"]) not in off:
+                            measured({**cell, "profile": "ddp"}, oracle, processes, off)
+                        write(measured(cell, oracle, processes, off))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What DeepSpeed does with an optimizer that only writes down what it is given: nothing of epochal.optim is in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import toy
+
+CLIP, PARTS, PEAK = 0.05, 2, 0.5
+
+
+class Recorder(torch.optim.Optimizer):
+    """Takes notes of every call of `step` and moves nothing."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.calls: list[list[dict[str, Any]]] = []
+        super().__init__(groups, {"lr": PEAK})
+
+    def step(self, closure: Any = None) -> None:
+        self.calls.append(
+            [
+                {
+                    "number": group.get("number"),
+                    "shape": tuple(shard.shape),
+                    "gradient_shape": None if shard.grad is None else tuple(shard.grad.shape),
+                    "values": shard.detach().clone(),
+                    "gradient": None if shard.grad is None else shard.grad.clone(),
+                }
+                for group in self.param_groups
+                for shard in group["params"]
+            ]
+        )
+
+
+def objective() -> toy.Objective:
+    """A model in which every element has a value of its own, so that it is known wherever it turns up."""
+    found, generator = toy.Objective(2), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    values = torch.cat([p.detach().flatten() for p in found.model.parameters()])
+    assert len(values.unique()) == len(values)
+    return found
+
+
+def record(profile: str) -> dict[str, Any]:
+    """One step in two micro-batches, clipped; returns what the optimizer saw and where the parameters lie."""
+    processes = toy.start(profile, clip_norm=CLIP, micro_batch=toy.ROWS // PARTS)
+    model = objective()
+    named = list(model.model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if toy.is_matrix(n) == whole], "number": k}
+        for k, whole in ((0, True), (1, False))
+    ]
+    recorder = Recorder(groups)
+    engine, _ = processes.accelerator.prepare(model, recorder)
+    at_construction = len(recorder.calls)
+    rows = toy.batch(0)[processes.rank :: processes.world]
+    for number, chunk in enumerate(rows.chunk(PARTS)):
+        engine.set_gradient_accumulation_boundary(number == PARTS - 1)
+        engine.backward(engine(chunk) / (len(rows) * 8), scale_wrt_gas=False)
+    between = [len(group["params"]) for group in recorder.param_groups]
+    engine.step()
+    return {
+        "at_construction": at_construction,
+        "calls": recorder.calls,
+        "same_objects": [id(p) for p in engine.module.model.parameters()] == [id(p) for _, p in named],
+        "offsets": {name: p.storage_offset() for name, p in named},
+        "parameters_between": between,
+        "stage": engine.zero_optimization_stage(),
+        "taken": engine.optimizer.optimizer is recorder,
+    }
