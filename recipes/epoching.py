@@ -226,12 +226,13 @@ def _table(records: Records, scale: Scale, tokens: int) -> Table:
         point, certificate = here.descent.best, here.certificate(seed_noise(records, model, tokens))
         record = records.get(scale.run(model, tokens, point)) if point else None
         if point is None or record is None:
-            rows.append((model, None, None, None, None, "no result yet"))
+            rows.append((model, None, None, None, None, here.descent.tried, "no result yet"))
             continue
-        rows.append((model, record.results["parameters"], point.lr, point.epochs, record.loss, str(certificate)))
+        size, tried = record.results["parameters"], here.descent.tried
+        rows.append((model, size, point.lr, point.epochs, record.loss, tried, str(certificate)))
     return Table(
         title=f"Best standard runs, D = {tokens:,} tokens, wd {scale.standard_wd:g}",
-        columns=("model", "N", "lr", "epochs", "loss", "search"),
+        columns=("model", "N", "lr", "epochs", "loss", "runs tried", "search"),
         rows=tuple(rows),
     )
 

@@ -110,9 +110,7 @@ def report(records: Records, scale: Scale) -> Section:
     stops = early_stops(records, searches(records, scale))
     if stops:
         tables.append(_early_table(stops))
-        notes.append(
-            "Runs are stopped early only when they diverge: a comparison before the end of the schedule misleads."
-        )
+        notes.append(_early_note(stops))
     return Section(
         title="Heavy weight decay",
         question="With lr, epochs and weight decay tuned together, does loss fall with size again, and to which limit?",
@@ -187,7 +185,7 @@ def _table(records: Records, scale: Scale, tokens: int) -> Table:
         here = search(records, scale, rung.model, tokens)
         found, point = best_records(records, scale, rung.model, tokens), here.descent.best
         if point is None or not found:
-            rows.append((rung.model, None, None, None, None, None, None, 0, "no result yet"))
+            rows.append((rung.model, *(None,) * 6, 0, here.descent.tried, "no result yet"))
             continue
         run = scale.run(rung.model, tokens, point)
         size = found[0].results["parameters"]
@@ -201,12 +199,13 @@ def _table(records: Records, scale: Scale, tokens: int) -> Table:
                 round(run.tau, 3),
                 _mean(found),
                 len(found),
+                here.descent.tried,
                 str(here.certificate(seed_noise(records, rung.model, tokens))),
             )
         )
     return Table(
         title=f"Tuned single models, D = {tokens:,} tokens (tau: averaging window in epochs)",
-        columns=("model", "N", "lr", "epochs", "wd", "tau", "loss", "seeds", "search"),
+        columns=("model", "N", "lr", "epochs", "wd", "tau", "loss", "seeds", "runs tried", "search"),
         rows=tuple(rows),
     )
 

@@ -307,16 +307,30 @@ def _table(records: Records, scale: Scale, setting: Setting) -> Table:
         point = tuned(records, scale, setting, entry)
         found = list(best_records(records, scale, setting, entry).values())
         if point is None or not found:
-            rows.append((entry.name, *(None,) * 9, "no result yet"))
+            rows.append((entry.name, *(None,) * 10, "no result yet"))
             continue
         losses = [record.loss for record in found]
         low, high = seed_interval(losses) or (None, None)
         edge = _edges(records, scale, setting, entry)
         measured = (_state(found[0]), _share(found), _norm(found))
-        state = f"all {len(grid(scale, setting, entry))} points run{f'; best {edge} at its end' if edge else ''}"
-        row = (entry.name, point.lr, point.wd, statistics.fmean(losses), low, high, len(found), *measured, state)
+        state = f"grid complete{f'; best {edge} at its end' if edge else ''}"
+        tried = len(grid(scale, setting, entry))
+        row = (entry.name, point.lr, point.wd, statistics.fmean(losses), low, high, len(found), *measured, tried, state)
         rows.append(row)
-    columns = ("optimizer", "lr", "wd", "loss", "low", "high", "seeds", "state", "share", "norm", "search")
+    columns = (
+        "optimizer",
+        "lr",
+        "wd",
+        "loss",
+        "low",
+        "high",
+        "seeds",
+        "state",
+        "share",
+        "norm",
+        "runs tried",
+        "search",
+    )
     return Table(title=words(setting).capitalize(), columns=columns, rows=tuple(rows))
 
 

@@ -173,6 +173,30 @@ def test_claims_of_epoching_rest_on_every_seed_of_what_they_compare(workspace: W
     assert best and best[0].loss == recipe.best_standard(records, scale, scale.unique_tokens[0])[0]
 
 
+def test_the_tables_say_how_many_runs_each_search_tried(workspace: Workspace) -> None:
+    scale, recipe = load_scale("demo"), load_recipe("heavy_weight_decay")
+    first = recipe.plan(Records(workspace), scale)
+    for job in first[: len(first) // 2]:
+        finish(workspace, job, Records(workspace))
+    for records in (
+        load_records(workspace),
+        [*simulate(workspace, "heavy_weight_decay", scale)] and load_records(workspace),
+    ):
+        table = recipe.report(records, scale).tables[0]
+        tried = dict(
+            zip(
+                [row[0] for row in table.rows],
+                [row[table.columns.index("runs tried")] for row in table.rows],
+                strict=True,
+            )
+        )
+        for rung in scale.ladder:
+            asked = recipe.tuned(records, scale, rung.model, scale.unique_tokens[0]).visited
+            runs = [scale.run(rung.model, scale.unique_tokens[0], point) for point in asked]
+            assert tried[rung.model] == sum(records.get(run) is not None for run in runs)
+            assert tried[rung.model] or len(records) < len(first)
+
+
 def test_members_train_twice_as_long_at_half_the_decay(workspace: Workspace) -> None:
     scale = load_scale("demo")
     list(simulate(workspace, "ensembling", scale))
@@ -370,6 +394,8 @@ def test_optimizers_report_paired_differences_with_intervals(workspace: Workspac
     row = next(row for row in section.tables[0].rows if row[0] == "SPECTRA-AdamW")
     cells = dict(zip(section.tables[0].columns, row, strict=True))
     assert (cells["seeds"], cells["state"], cells["share"], cells["norm"]) == (3, 2.0, "25%", 2.0)
+    assert [row[-2] for row in section.tables[0].rows] == [3] * 11, "every optimizer was tried as often"
+    assert [row[-2] for row in section.tables[1].rows] == [6] * 11
     write_report([section], tmp_path / "report", title="made up")
     drawn = {path.stem for path in (tmp_path / "report" / "figures").glob("*.svg")}
     assert drawn == {"optimizers-once", "optimizers-repeated"}

@@ -62,6 +62,11 @@ class Descent:
         """Whether every neighbour of `best` was run and is not better."""
         return self.best is not None and not self.wanted
 
+    @property
+    def tried(self) -> int:
+        """How many points have results: what the search has cost in runs of the first seed."""
+        return len(self.visited) - len(self.wanted)
+
 
 NOT_STARTED = Descent(None, (), (), ())
 """A search that waits for the optimum of the next smaller size."""
