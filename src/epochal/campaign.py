@@ -24,7 +24,16 @@ BYTES_PER_WEIGHT = 4
 """Model folders hold float32 weights."""
 
 
-STORY = ("epoching", "heavy_weight_decay", "ensembling", "distillation", "data_efficiency", "continued", "optimizers")
+STORY = (
+    "epoching",
+    "heavy_weight_decay",
+    "ensembling",
+    "distillation",
+    "data_efficiency",
+    "downstream",
+    "continued",
+    "optimizers",
+)
 """The recipes in the order of a report, where each builds on those before; any others follow by name."""
 
 
