@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from scipy.optimize import curve_fit, least_squares
 
 from epochal.scaling import (
     CHINCHILLA,
+    COUPLED,
+    Form,
     aicc,
     choose,
     compare_limits,
@@ -28,6 +31,7 @@ from epochal.scaling import (
     held_out_largest,
     law_from_constants,
     leave_one_out,
+    overfitting,
     repetition,
     seed_weights,
     slowrun_multiple,
@@ -160,14 +164,14 @@ def test_exact_laws_are_recovered_in_any_unit(E, A, alpha, scale):
 def test_recovery_within_the_nominal_interval():
     x, hits = EIGHT, {"constant": np.zeros(3), "excess": np.zeros(3)}
     rng = np.random.default_rng(7)
-    for _ in range(100):
+    for _ in range(50):
         y = 3.2 + 0.3 * x**-0.6 * (1 + 0.01 * rng.standard_normal(8))
         for noise, count in hits.items():
             found = fit_power_law(x, y, noise=noise, bootstrap=0)
             ends = [found.interval[name] for name in ("E", "A", "alpha")]
             count += [low <= true <= high for (low, high), true in zip(ends, (3.2, 0.3, 0.6), strict=True)]
-    assert np.all(hits["constant"] >= 80)
-    assert np.all(hits["excess"] >= 80)
+    assert np.all(hits["constant"] >= 40)
+    assert np.all(hits["excess"] >= 40)
 
 
 def test_profile_interval_against_brute_force():
@@ -559,12 +563,98 @@ def test_repetition_recovers_its_scales_and_is_chinchilla_in_one_epoch():
 
 def test_a_stated_penalty_is_one_more_coefficient():
     N, D, y = chinchilla_points()
-    form = with_penalty(CHINCHILLA, lambda data: data["N"] / data["D"])
+    form = with_penalty(CHINCHILLA, lambda _, data: data["N"] / data["D"])
     assert fit_surface(form, y + 0.02 * N / D, N=N, D=D).constants["P"] == pytest.approx(0.02, rel=1e-3)
     short = fit_surface(form, y[:6], N=N[:6], D=D[:6])
     assert short.interval is None and "Too few points" in short.note
     with pytest.raises(ValueError, match="do not match"):
         fit_surface(CHINCHILLA, y, N=N)
+
+
+def test_overfitting_recovers_its_penalty_which_one_epoch_does_not_pay():
+    N, D, y = chinchilla_points()
+    U = np.where(np.arange(25) % 3 == 0, D, D / (1 + np.arange(25) % 7))
+    repeated = D / U - 1
+
+    def truth(P):
+        return y + P * repeated**0.7 * (N / U) ** 0.5
+
+    found = fit_surface(overfitting(), truth(0.03), N=N, D=D, U=U)
+    assert found.constants == pytest.approx(
+        {"E": 1.7, "A": 0.4, "B": 1.1, "P": 0.03, "alpha": 0.34, "beta": 0.28, "delta": 0.7, "kappa": 0.5}, rel=0.01
+    )
+    assert found.predict(N=2.0, D=5.0, U=5.0) == pytest.approx([1.7 + 0.4 * 2**-0.34 + 1.1 * 5**-0.28], rel=1e-4)
+    # With the exponents given one coefficient compares two recipes.
+    one = overfitting(delta=0.7, kappa=0.5)
+    weak, strong = (fit_surface(one, truth(P), N=N, D=D, U=U).constants["P"] for P in (0.04, 0.012))
+    assert 1 - strong / weak == pytest.approx(0.7, rel=1e-3)
+
+
+def test_the_coupled_form_is_that_of_kaplan():
+    # arXiv 2001.08361, equation 1.5 with its table 1: ((N_c / N)^(a_N / a_D) + D_c / D)^a_D
+    a_N, a_D, N_c, D_c = 0.076, 0.103, 6.4e13, 1.8e13
+    N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 6), np.geomspace(1e8, 2e10, 6), indexing="ij"))
+    published = ((N_c / N) ** (a_N / a_D) + D_c / D) ** a_D
+    shapes = np.array([a_N, a_D, D_c / N_c ** (a_N / a_D)])
+    offset, basis = COUPLED.model(shapes, {"N": N, "D": D})
+    assert offset + basis @ [0.0, N_c**a_N] == pytest.approx(published, rel=1e-12)
+    found = fit_surface(COUPLED, 1.0 + published, N=N / 1e9, D=D / 1e9)
+    assert (found.E, found.constants["alpha"], found.constants["beta"]) == pytest.approx((1.0, a_N, a_D), rel=0.02)
+    # Where data are short, more parameters are worth less than a sum of two laws says.
+    gains = [float(np.ptp(found.predict(N=[0.1, 1.0], D=[d, d]))) for d in (0.01, 10.0)]
+    assert gains[0] < 0.5 * gains[1]
+
+
+def datablations():
+    table = rows("datablations_runs.csv")
+    columns = ("parameters_billions", "tokens_billions", "unique_tokens_billions", "loss")
+    return [np.array([float(r[name]) for r in table]) for name in columns]
+
+
+def r_squared(predicted, y):
+    return 1 - np.sum((predicted - y) ** 2) / np.sum((y - y.mean()) ** 2)
+
+
+def test_published_runs_give_the_published_value_of_repetition():
+    """182 runs of arXiv 2305.16264 with its constants of C4: R_D = 15.39, R_N = 5.31, loss 0.015825937, R^2 0.7722."""
+    N, D, U, y = datablations()
+    sizes = {"N": 1e9 * N, "D": 1e9 * D, "U": 1e9 * U}
+    form = repetition(math.exp(0.6254804), math.exp(6.255414), math.exp(7.3049974), 0.3526596, 0.3526596)
+
+    def huber(predicted):
+        off = np.abs(np.log(predicted / y))
+        return np.sum(np.where(off <= 1e-3, off**2 / 2, 1e-3 * (off - 5e-4)))
+
+    published = form.model(np.array([15.387756, 5.309743]), sizes)[0]
+    assert huber(published) == pytest.approx(0.015825937, abs=2e-9)
+    assert r_squared(published, y) == pytest.approx(0.7722, abs=5e-5)
+    near = replace(form, shapes={"R_D": (4.0, 40.0), "R_N": (3.5, 20.0)})
+    found = fit_surface(near, y, objective="huber", **sizes)
+    assert found.constants == pytest.approx({"R_D": 15.387756, "R_N": 5.309743}, rel=0.002)
+    # That is one of several basins of almost the same depth: these runs do not determine the two constants.
+    best = fit_surface(form, y, objective="huber", **sizes)
+    assert 0.9985 * huber(published) < huber(best.predict(**sizes)) < 0.999 * huber(published)
+    assert best.constants == pytest.approx({"R_D": 47.0, "R_N": 2.33}, rel=0.01)
+
+
+def test_published_runs_prefer_a_penalty_to_decaying_value():
+    """On the same runs over-fitting fits better than value that only decays: some of them get worse with more epochs."""
+    N, D, U, y = datablations()
+    sizes = {"N": N, "D": D, "U": U}
+    plain = fit_surface(CHINCHILLA, y, N=N, D=D)
+    penalised = fit_surface(overfitting(), y, **sizes)
+    assert r_squared(plain.predict(N=N, D=D), y) == pytest.approx(0.913, abs=0.002)
+    assert r_squared(penalised.predict(**sizes), y) == pytest.approx(0.969, abs=0.002)
+    assert aicc(penalised.residuals, 8) < aicc(plain.residuals, 5) - 100
+    # With the one-epoch law of C4 held, three constants beat the two of decay (R^2 0.7722) too.
+    A, B, E = math.exp(6.255414), math.exp(7.3049974), math.exp(0.6254804)
+
+    def c4(_, data):
+        powers = (1e9 * data["N"]) ** -0.3526596, (1e9 * data["D"]) ** -0.3526596
+        return E + A * powers[0] + B * powers[1], np.empty((len(y), 0))
+
+    held = fit_surface(overfitting(Form("C4", ("N", "D"), (), {}, c4)), y, objective="huber", **sizes)
+    assert r_squared(held.predict(**sizes), y) == pytest.approx(0.790, abs=0.002)
 
 
 def test_a_surface_that_cannot_be_fitted_says_why():

@@ -19,13 +19,25 @@ from epochal.scaling.checks import (
     seed_weights,
 )
 from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants, slowrun_multiple
-from epochal.scaling.forms import CHINCHILLA, JOINT, Form, SurfaceLaw, fit_surface, power_sum, repetition, with_penalty
+from epochal.scaling.forms import (
+    CHINCHILLA,
+    COUPLED,
+    JOINT,
+    Form,
+    SurfaceLaw,
+    fit_surface,
+    overfitting,
+    power_sum,
+    repetition,
+    with_penalty,
+)
 from epochal.scaling.joint import JointLaw, NestedLimit, fit_joint
 from epochal.scaling.members import MembersLaw, fit_members
 from epochal.scaling.power import PowerLaw, fit_power_law
 
 __all__ = [
     "CHINCHILLA",
+    "COUPLED",
     "JOINT",
     "Choice",
     "Comparison",
@@ -48,6 +60,7 @@ __all__ = [
     "held_out_largest",
     "law_from_constants",
     "leave_one_out",
+    "overfitting",
     "power_sum",
     "repetition",
     "seed_interval",

@@ -4,18 +4,20 @@ Every form here is linear in most of its constants, so it is written as `offset 
 constants; the coefficients (>= 0) come from non-negative least squares and only the shapes are searched, from a grid of
 starts. Written for tens to hundreds of points.
 
-A caller's own penalty (`with_penalty`) is how additive over-fitting enters (arXiv 2605.01640 adds one coefficient to
-Chinchilla's form). That paper's penalty and SoftQ (arXiv 2606.06888, N and D coupled) are not written out here: neither
-formula could be read when this was written, and a guess under their names would be worse than their absence.
+Sources: Chinchilla `E + A/N**alpha + B/D**beta` (Hoffmann et al. 2022). Repetition (Muennighoff et al. 2023): repeated
+tokens and excess parameters decay in value with the half-life-like scales R_D and R_N. Over-fitting (Lovelace et al.
+2026, arXiv 2605.01640): repetition adds a penalty that grows with passes and with parameters per unique token; the
+formula is that of L. Weng's survey "Scaling Laws, Carefully" (June 2026). Coupled (Kaplan et al. 2020, arXiv 2001.08361,
+equation 1.5): N and D under one power instead of a sum, so that more of one is worth less where the other is short.
 
-Sources: Chinchilla `E + A/N**alpha + B/D**beta` (Hoffmann et al. 2022); repetition (Muennighoff et al. 2023), where
-repeated tokens and excess parameters decay in value with the half-life-like scales R_D and R_N.
+SoftQ (arXiv 2606.06888) couples N and D too, by five constants of its own. Its formula could not be read when this was
+written: there is no SoftQ here, and `COUPLED` is the older law and must not be cited as it.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -136,14 +138,59 @@ CHINCHILLA = power_sum("N", "D")
 JOINT = power_sum("N", "K")
 
 
-def with_penalty(base: Form, penalty: Callable[[Data], Array], *, sizes: tuple[str, ...] = ()) -> Form:
-    """Add `P * penalty(data)`, P >= 0, to a form: additive over-fitting with the penalty shape of the caller."""
-
+def _coupled() -> Form:
     def model(shapes: Array, data: Data) -> tuple[Array, Array]:
-        offset, basis = base.model(shapes, data)
-        return offset, np.column_stack([basis, penalty(data)])
+        alpha, beta, ratio = shapes
+        inner = np.exp(-alpha / beta * np.log(data["N"])) + ratio / data["D"]
+        return np.zeros(len(inner)), np.stack([np.ones(len(inner)), inner**beta], axis=1)
 
-    return Form(f"{base.name} + P*penalty", (*base.sizes, *sizes), (*base.coefficients, "P"), base.shapes, model)
+    shapes = {"alpha": (0.02, 4.0), "beta": (0.02, 4.0), "ratio": (1e-4, 1e4)}
+    return Form("E + A*(N^(-alpha/beta) + ratio/D)^beta", ("N", "D"), ("E", "A"), shapes, model)
+
+
+COUPLED = _coupled()
+"""Kaplan's form with a limit: `E + A (N**(-alpha/beta) + ratio / D)**beta`, five constants as Chinchilla's.
+
+With D endless it is `E + A / N**alpha`, with N endless `E + A ratio**beta / D**beta`. `ratio` is searched from 1e-4 to 1e4:
+give N and D in units in which they are of like size.
+"""
+
+
+def with_penalty(
+    base: Form,
+    penalty: Callable[[Array, Data], Array],
+    *,
+    sizes: tuple[str, ...] = (),
+    shapes: Mapping[str, Interval] | None = None,
+) -> Form:
+    """Add `P * penalty(shapes, data)`, P >= 0, to a form; `sizes` and `shapes` are what the penalty needs beyond it."""
+    own = shapes or {}
+    count = len(base.shapes)
+
+    def model(values: Array, data: Data) -> tuple[Array, Array]:
+        offset, basis = base.model(values[:count], data)
+        return offset, np.column_stack([basis, penalty(values[count:], data)])
+
+    names = (*base.sizes, *(size for size in sizes if size not in base.sizes))
+    return Form(f"{base.name} + P*penalty", names, (*base.coefficients, "P"), {**base.shapes, **own}, model)
+
+
+def overfitting(base: Form = CHINCHILLA, *, delta: float | None = None, kappa: float | None = None) -> Form:
+    """Give the additive over-fitting form: `base + P R**delta (N / U)**kappa` with R = D / U - 1 repetitions.
+
+    D tokens seen, U unique tokens, N parameters. delta and kappa are fitted unless they are given; with both given one
+    coefficient, P, says how much a recipe over-fits, so that recipes can be compared by it.
+    """
+    held = {name: value for name, value in (("delta", delta), ("kappa", kappa)) if value is not None}
+    free = {name: (0.1, 4.0) for name in ("delta", "kappa") if name not in held}
+
+    def penalty(shapes: Array, data: Data) -> Array:
+        power = held | dict(zip(free, shapes, strict=True))
+        repeated = np.maximum(data["D"] / data["U"] - 1.0, 0.0)
+        return np.asarray(repeated ** power["delta"] * (data["N"] / data["U"]) ** power["kappa"])
+
+    form = with_penalty(base, penalty, sizes=("U",), shapes=free)
+    return replace(form, name=f"{base.name} + P*R^delta*(N/U)^kappa")
 
 
 def repetition(E: float, A: float, B: float, alpha: float, beta: float) -> Form:
@@ -181,11 +228,23 @@ def _linear(offset: Array, basis: Array, y: Array, root: Array) -> tuple[Array, 
     return coefficients, rest - weighted @ coefficients
 
 
+def _bounds(form: Form) -> tuple[Array, Array]:
+    """Give the logs of the ends of every shape's range."""
+    ends = np.log(np.array(list(form.shapes.values()), dtype=np.float64).reshape(-1, 2))
+    return ends[:, 0], ends[:, 1]
+
+
+def _grid(form: Form) -> list[Array]:
+    """Give the starts of a search: STARTS interior points of each range, evenly in the log, in all combinations."""
+    axes = [np.linspace(a, b, STARTS + 2)[1:-1] for a, b in zip(*_bounds(form), strict=True)]
+    return [np.array(point) for point in itertools.product(*axes)]
+
+
 def _search(form: Form, data: Data, y: Array, root: Array, starts: list[Array] | None, fixed_E: float | None) -> Array:
     """Find the shapes of the least weighted sum of squares, with E held where `fixed_E` is given."""
     from scipy.optimize import least_squares
 
-    low, high = (np.log([ends[i] for ends in form.shapes.values()]) for i in (0, 1))
+    low, high = _bounds(form)
 
     def residual(log_shapes: Array) -> Array:
         offset, basis = form.model(np.exp(log_shapes), data)
@@ -194,10 +253,7 @@ def _search(form: Form, data: Data, y: Array, root: Array, starts: list[Array] |
         return _linear(offset, basis, y, root)[1]
 
     if starts is None:
-        axes = [np.linspace(a, b, STARTS + 2)[1:-1] for a, b in zip(low, high, strict=True)]
-        grid = [np.array(point) for point in itertools.product(*axes)]
-        grid.sort(key=lambda point: float(np.sum(residual(point) ** 2)))
-        starts = grid[:POLISHED]
+        starts = sorted(_grid(form), key=lambda point: float(np.sum(residual(point) ** 2)))[:POLISHED]
     fits = [
         least_squares(residual, np.clip(s, low + 1e-9, high - 1e-9), bounds=(low, high), xtol=1e-12, ftol=1e-12)
         for s in starts
@@ -206,19 +262,38 @@ def _search(form: Form, data: Data, y: Array, root: Array, starts: list[Array] |
 
 
 def _huber(form: Form, data: Data, y: Array, root: Array, log_shapes: Array, delta: float) -> tuple[Array, Array]:
-    """Polish all constants under Huber's loss of log residuals, from the least-squares solution."""
+    """Polish all constants under Huber's loss of log residuals, from least squares and from the best of the grid.
+
+    Huber's loss is flat far away and has more basins than least squares: one start finds one of them.
+    """
     from scipy.optimize import least_squares
 
-    offset, basis = form.model(np.exp(log_shapes), data)
-    coefficients = _linear(offset, basis, y, root)[0]
     count = len(log_shapes)
+    low, high = _bounds(form)
 
     def residual(theta: Array) -> Array:
         level, columns = form.model(np.exp(theta[:count]), data)
-        return np.asarray(root * np.log(y / (level + columns @ np.exp(theta[count:]))))
+        return np.asarray(root * np.log(y / np.maximum(level + columns @ np.exp(theta[count:]), 1e-300)))
 
-    start = np.append(log_shapes, np.log(np.maximum(coefficients, 1e-12)))
-    found = least_squares(residual, start, loss="huber", f_scale=delta, x_scale="jac", xtol=1e-12, ftol=1e-12).x
+    def start(shapes: Array) -> Array:
+        offset, basis = form.model(np.exp(shapes), data)
+        return np.append(shapes, np.log(np.maximum(_linear(offset, basis, y, root)[0], 1e-12)))
+
+    def cost(theta: Array) -> float:
+        off = np.abs(residual(theta))
+        return float(np.sum(np.where(off <= delta, off**2 / 2, delta * (off - delta / 2))))
+
+    free = np.full(len(form.coefficients), np.inf)
+    ends = np.append(low, -free), np.append(high, free)
+    starts = [
+        start(np.clip(log_shapes, low + 1e-9, high - 1e-9)),
+        *sorted(map(start, _grid(form)), key=cost)[:POLISHED],
+    ]
+    polished = [
+        least_squares(residual, s, bounds=ends, loss="huber", f_scale=delta, x_scale="jac", xtol=1e-12, ftol=1e-12).x
+        for s in starts
+    ]
+    found = min(polished, key=cost)
     return found[:count], np.exp(found[count:])
 
 
