@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import json
 import math
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from epochal import report_figures
-from epochal.claims import read_claims
+from epochal.claims import placed, read_claims, render_claims
 from epochal.report import (
     Claim,
     Figure,
@@ -198,6 +199,18 @@ def test_claims_are_left_for_other_tables(tmp_path):
     (tmp_path / "claims.json").write_text('[{"text": 3}]')
     with pytest.raises(ValueError, match="claim 1"):
         read_claims(tmp_path / "claims.json")
+
+
+def test_an_open_interval_is_null_in_claims_json_and_infinite_again(tmp_path):
+    ends = [(1.2, math.inf), (-math.inf, 0.5), None]
+    rows = [placed(Claim(text="a", value="b", interval=e), scale="s", section="t", command="c") for e in ends]
+    (tmp_path / "claims.json").write_text(render_claims(rows), encoding="utf-8")
+    assert [row["interval"] for row in json.loads((tmp_path / "claims.json").read_text())] == [
+        [1.2, None],
+        [None, 0.5],
+        None,
+    ]
+    assert [row.interval for row in read_claims(tmp_path / "claims.json")] == ends
 
 
 def test_a_claim_is_judged_or_untestable():

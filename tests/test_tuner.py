@@ -51,7 +51,7 @@ def noise(seed: int) -> Surface:
 
 
 def search(
-    surface: Surface, start: Point, choose: Callable[[tuple[Point, ...]], list[Point]], way: str = "together"
+    surface: Surface, start: Point, choose: Callable[[tuple[Point, ...]], list[Point]], way: str = "in turn"
 ) -> tuple[Descent, Surface]:
     """Run a whole search, answering the wanted points that `choose` picks in each turn."""
     known: Surface = {}
@@ -69,7 +69,7 @@ def is_star(surface: Surface, best: Point) -> bool:
     return all(surface[best] <= surface[point] for point in neighbours(best, GRID))
 
 
-WAYS = ("together", "in turn")
+WAYS = ("in turn", "together")
 
 
 @given(st.integers(0, 10**6), st.sampled_from(POINTS), st.sampled_from(WAYS))
@@ -101,13 +101,78 @@ def test_any_surface_ends_and_the_order_of_results_does_not_matter(
         assert is_star(surface, together.best)
 
 
-def test_the_first_question_is_the_star_of_the_start() -> None:
+def test_together_the_first_question_is_the_star_of_the_start() -> None:
     start = POINTS[0]
-    state = descend(lambda point: None, start, GRID)
+    state = descend(lambda point: None, start, GRID, "together")
     assert state.best is None
     assert not state.certified
-    assert state.wanted == (start, *neighbours(start, GRID))
+    assert set(state.wanted) == {start, *neighbours(start, GRID)}
     assert len(state.wanted) == 4
+
+
+def test_in_turn_one_neighbour_while_a_field_is_open_then_the_rest_at_once() -> None:
+    """From (0.003, 4, 0.4): lr is right, epochs and decay each want one step up."""
+    start = Point(lr=0.003, epochs=4, wd=0.4)
+    away = {"lr": (0.003, 0.4), "epochs": (8, 0.2), "wd": (1.6, 0.1)}
+
+    def loss(point: Point) -> float:
+        return sum(abs(math.log(point.get(field) / best)) * cost for field, (best, cost) in away.items())
+
+    known, rounds = dict[Point, float](), []
+    while (state := descend(known.get, start, GRID)).wanted:
+        rounds.append(list(state.wanted))
+        known |= {point: loss(point) for point in state.wanted}
+    at = [[(point.lr, point.epochs, point.wd) for point in batch] for batch in rounds]
+    assert at == [
+        [(0.003, 4, 0.4), (0.01, 4, 0.4)],  # the first two are asked whatever comes
+        [(0.001, 4, 0.4)],  # lr is settled
+        [(0.003, 8, 0.4)],  # better: the centre moves
+        [(0.003, 8, 1.6)],  # decay is open and comes before the next step of epochs; better again
+        [(0.003, 8, 6.4)],  # on in the same direction
+        [(0.01, 8, 1.6), (0.001, 8, 1.6), (0.003, 16, 1.6), (0.003, 4, 1.6)],  # what the certificate lacks
+    ]
+    assert state.certified and state.best == Point(lr=0.003, epochs=8, wd=1.6)
+
+
+def test_certificates_found_in_another_way_are_kept() -> None:
+    """A walk that lacks a result accepts the end of a walk of another way: with all its neighbours, and lower."""
+    kept = 0
+    for seed in range(40):
+        surface, start = bowl(seed), POINTS[seed]
+        for way, other in (WAYS, WAYS[::-1]):
+            ended, known = search(surface, start, list, way)
+            state = descend(known.get, start, GRID, other)
+            assert state.certified and state.best == ended.best
+            assert {state.best, *neighbours(state.best, GRID)} <= set(state.visited)
+            unfinished = [point for point in neighbours(state.best, GRID) if point not in (start, state.best)]
+            for point in unfinished:
+                assert not descend({p: known[p] for p in known if p != point}.get, start, GRID, other).certified
+            own = {point: known[point] for point in known if point in state.visited}
+            kept += state.visited != search(own | surface, start, list, other)[0].visited
+    assert kept > 10  # in these the own walk would have gone elsewhere
+
+
+def test_a_search_left_to_itself_asks_the_same_whatever_comes_first() -> None:
+    """A star that is complete by chance before its round is: it must not cut the round short (one surface in 6,000)."""
+    surface, start = noise(293), Point(lr=0.003, epochs=16, wd=1.6)
+    _, known = search(surface, start, list, "together")
+    for seed in range(40):
+        source = random.Random(seed)
+        _, one_by_one = search(surface, start, lambda wanted: [source.choice(wanted)], "together")  # noqa: B023
+        assert one_by_one == known
+
+
+def test_only_a_lower_certificate_ends_a_walk() -> None:
+    """The walk goes to a higher rate; others went to a higher decay and know all around it."""
+    grid = {"lr": (0.001, 0.003, 0.01, 0.03), "wd": (0.1, 0.2, 0.4)}
+    start = Point(lr=0.003, epochs=4, wd=0.1)
+    ahead, end = start.at("lr", 0.01), start.at("wd", 0.2)
+    others = {start: 1.0, **dict.fromkeys(neighbours(start, grid), 2.0), **dict.fromkeys(neighbours(end, grid), 2.0)}
+    others |= {start: 1.0, end: 0.8, ahead: 0.9}
+    kept = descend(others.get, start, grid)
+    assert kept.certified and kept.best == end and set(neighbours(end, grid)) <= set(kept.visited)
+    further = descend((others | {ahead.at("wd", 0.2): 2.0, ahead.at("lr", 0.03): 0.7}).get, start, grid)
+    assert not further.certified and further.best == ahead.at("lr", 0.03)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -125,7 +190,7 @@ def test_no_certificate_without_every_neighbour(way: str) -> None:
 def test_nothing_is_forgotten_while_results_are_missing() -> None:
     start = Point(lr=0.003, epochs=4, wd=0.4)
     better = neighbours(start, GRID)[0]
-    state = descend({start: 2.0, better: 1.0}.get, start, GRID)
+    state = descend({start: 2.0, better: 1.0}.get, start, GRID, "together")
     assert state.best == better
     assert not state.certified
     assert better not in state.wanted
@@ -144,7 +209,7 @@ def test_a_diverged_start_moves_to_what_did_not_diverge() -> None:
     start = Point(lr=0.01, epochs=4, wd=0.4)
     calm = Point(lr=0.003, epochs=4, wd=0.4)
     losses = {start: math.inf, **dict.fromkeys(neighbours(start, GRID), math.inf), calm: 3.0}
-    state = descend(losses.get, start, GRID)
+    state = descend(losses.get, start, GRID, "together")
     assert state.best == calm
     assert set(state.wanted) == set(neighbours(calm, GRID)) - {start}
 
@@ -228,23 +293,30 @@ class Noisy:
         return self.at(tuple(min(max(place, 0), end) for place, end in zip(moved, ends, strict=True)))
 
 
-@pytest.mark.parametrize(("way", "limit"), [("in turn", 1.5), ("together", 2.2)])
-def test_noisy_surfaces_need_few_more_runs_than_a_star_around_the_optimum(way: str, limit: float) -> None:
+@pytest.mark.parametrize(("way", "limit", "rounds_limit"), [("in turn", 1.5, 8.0), ("together", 2.2, 3.0)])
+def test_noisy_surfaces_need_few_more_runs_than_a_star_around_the_optimum(
+    way: str, limit: float, rounds_limit: float
+) -> None:
     """Runs of all searches over those of an oracle that only certifies; every end is certified and near the optimum."""
-    runs, oracle, regrets = 0, 0, []
+    runs, oracle, rounds, regrets = [], [], 0, []
     for seed in range(200):
         surface = Noisy(seed)
         start, known = surface.start(), dict[Point, float]()
         while (state := descend(known.get, start, WIDE, way)).wanted:
             assert not state.certified
             known |= {point: surface.measured(point) for point in state.wanted}
+            rounds += 1
         assert state.certified and state.best is not None
         assert set(neighbours(state.best, WIDE)) <= surface.asked == set(known)
         around = min(surface.true(point) for point in neighbours(state.best, WIDE))
         assert surface.true(state.best) < around + 4.5 * math.sqrt(2) * SPREAD  # no better one beyond noise
         regrets.append(surface.true(state.best) - surface.true(surface.best))
-        runs, oracle = runs + len(known), oracle + 1 + len(neighbours(surface.best, WIDE))
-    assert runs / oracle < limit
+        runs.append(len(known))
+        oracle.append(1 + len(neighbours(surface.best, WIDE)))
+    assert sum(runs) / sum(oracle) < limit
+    if way == "in turn":  # the default: for most surfaces, too
+        assert sum(run <= 1.5 * star for run, star in zip(runs, oracle, strict=True)) > 100
+    assert rounds / 200 < rounds_limit
     assert sorted(regrets)[190] < 2 * SPREAD
 
 

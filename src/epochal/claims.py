@@ -4,9 +4,11 @@ A claim with a number of the paper is reproduced or not; a claim of our own hold
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from epochal.config import from_table
 
@@ -87,7 +89,11 @@ class ClaimRow(Claim):
 
 def render_claims(rows: Iterable[ClaimRow]) -> str:
     """Render claims.json."""
-    return json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    tables = [asdict(row) for row in rows]
+    for table in tables:
+        if table["interval"] is not None:  # JSON knows no infinity: null is an end that is open
+            table["interval"] = [end if math.isfinite(end) else None for end in table["interval"]]
+    return json.dumps(tables, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def placed(claim: Claim, *, scale: str, section: str, command: str) -> ClaimRow:
@@ -106,4 +112,14 @@ def read_claims(path: Path) -> list[ClaimRow]:
         raise ValueError(f"{path} cannot be read ({error}); run epochal report to write it again.") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds no list of claims; run epochal report to write it again.")
-    return [from_table(row, ClaimRow, where=f"{path}: claim {number}") for number, row in enumerate(rows, start=1)]
+    return [from_table(_closed(row), ClaimRow, where=f"{path}: claim {number}") for number, row in enumerate(rows, 1)]
+
+
+def _closed(row: Any) -> Any:
+    """Return a row of claims.json whose open ends are infinite again; anything else as it is."""
+    ends = row.get("interval") if isinstance(row, dict) else None
+    if not isinstance(ends, list) or len(ends) != 2:
+        return row
+    return row | {
+        "interval": [far if end is None else end for end, far in zip(ends, (-math.inf, math.inf), strict=True)]
+    }

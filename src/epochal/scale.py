@@ -8,7 +8,7 @@ from epochal.config import find_config, load_toml, nearest
 from epochal.run import AdamW, Distill, Run
 from epochal.tuner import Point, decay_for_window
 
-SEARCHES = ("together", "in turn", "optuna")
+SEARCHES = ("in turn", "together", "optuna")
 """How the tuner asks for runs: whole stars, one neighbour at a time, or through Optuna first (`tuner.py`)."""
 
 
@@ -240,7 +240,7 @@ class Scale:
     optimizers: Comparison | None = None
     ablations: Ablations | None = None
     limits: Limits | None = None
-    search: str = "together"
+    search: str = "in turn"
     trials: int = 16
     continued: Continued | None = None
     kinds: Kinds | None = None

@@ -1,17 +1,18 @@
 """Coordinate descent on a grid, as a pure function of the results so far.
 
-Together (the default): a round asks for the centre and all its one-step neighbours, and only when every one of them is
-known does the centre move to the best: fewest rounds, for many workers. In turn: one neighbour at a time, moving at
-once: fewest runs, for few workers. Either way the points that get asked for do not depend on which finished first, on
-interruptions or on the number of workers, and the search ends with a certificate: every neighbour was run and none is
-better (spec section 5).
+A search goes in rounds. When every point of a round is known, the centre moves to the best known point, and the next
+round asks for neighbours of the centre that have not run. In turn (the default): one neighbour while a field is still
+open, and all that is left of the star at once when it is only a matter of the certificate: few runs. Together: always
+the whole star: fewest rounds, for more workers than searches. Either way the points that get asked for do not depend on
+which finished first, on interruptions or on the number of workers, and the search ends with a certificate: every
+neighbour was run and none is better (spec section 5).
 
 Noise moves nothing here: which point is best is decided at equal seeds, and the spread over seeds says afterwards how
 sure that is (`Certificate`). A threshold would make the jobs of a campaign depend on how many seeds have run so far.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +73,7 @@ NOT_STARTED = Descent(None, (), (), ())
 """A search that waits for the optimum of the next smaller size."""
 
 
-def descend(loss_of: LossOf, start: Point, grid: Grid, way: str = "together") -> Descent:
+def descend(loss_of: LossOf, start: Point, grid: Grid, way: str = "in turn") -> Descent:
     """Follow the descent as far as results are known.
 
     `loss_of` returns the loss of a point (inf for a diverged one) or None. `grid` names the values of each field that
@@ -81,10 +82,14 @@ def descend(loss_of: LossOf, start: Point, grid: Grid, way: str = "together") ->
     for field, values in grid.items():
         if start.get(field) not in values:
             raise ValueError(f"start {field} {start.get(field)} is not on its grid {list(values)}; use a grid value.")
-    walk = _in_turn if way == "in turn" else _together
-    centre, wanted, visited = walk(loss_of, start, grid)
+    centre, wanted, visited = _walk(loss_of, start, grid, together=way == "together")
     known = {point: loss for point in visited if (loss := loss_of(point)) is not None}
     best = min(known, key=lambda point: (known[point], point), default=None)
+    if wanted and best is not None:
+        loss, star = _downhill(loss_of, start, grid)
+        # Others asked for what the walk did not: a search left to itself knows no such points, and its order stands.
+        if math.isfinite(loss) and loss <= known[best] and not set(star) <= set(visited):
+            return Descent(star[0], (), tuple(dict.fromkeys((*visited, *star))), _edges(star[0], grid))
     if wanted:
         return Descent(best, wanted, visited, ())
     return Descent(centre, (), visited, _edges(centre, grid))
@@ -93,50 +98,76 @@ def descend(loss_of: LossOf, start: Point, grid: Grid, way: str = "together") ->
 Walk = tuple[Point, tuple[Point, ...], tuple[Point, ...]]  # where it stands, what it lacks, all it asked for
 
 
-def _together(loss_of: LossOf, centre: Point, grid: Grid) -> Walk:
-    """Ask for whole stars; move to the best of a star."""
-    visited = dict.fromkeys((centre,))
-    while True:
-        star = (centre, *neighbours(centre, grid))
-        visited.update(dict.fromkeys(star))
-        losses = {point: loss_of(point) for point in star}
-        known = {point: loss for point, loss in losses.items() if loss is not None}
-        if len(known) < len(star):
-            return centre, tuple(point for point in star if point not in known), tuple(visited)
-        leader = min(star, key=lambda point: (known[point], point != centre, point))
-        if leader == centre or not math.isfinite(known[leader]):
-            return centre, (), tuple(visited)
-        centre = leader
-
-
-def _in_turn(loss_of: LossOf, centre: Point, grid: Grid) -> Walk:
-    """Ask for one neighbour at a time and move to it as soon as it is better.
-
-    Fields that were never looked at come first, then on in the direction of the last move, then fields that were
-    settled at an earlier centre: those seldom change, and their questions belong to the certificate anyway.
-    """
+def _walk(loss_of: LossOf, centre: Point, grid: Grid, *, together: bool) -> Walk:
+    """Replay the rounds. A field is settled once the centre moved along it, or was the better of both its sides."""
     asked: dict[Point, float] = {}
-    settled, ahead, question = set[str](), ("", 0), ("", 0, centre)
+    settled, ahead = set[str](), ("", 0)
+    around = _questions(centre, grid, asked)
+    batch = [centre, *(point for _, _, point in (around if together else around[:1]))]  # the first is asked in any case
     while True:
-        field, side, point = question
-        loss = loss_of(point)
-        if loss is None:
-            return centre, (point,), (*asked, point)
-        asked[point] = loss
-        if loss < asked[centre]:
-            centre, ahead = point, (field, side)
-            settled.add(field)
-        questions = [
-            (name, way, other)
-            for name, values in grid.items()
-            for way, other in zip((1, -1), reversed(_pair(centre, name, values)), strict=True)
-            if other is not None and other not in asked
-        ]
-        open_fields = {name for name, _, _ in questions}
-        settled |= set(grid) - open_fields
-        if not questions:
+        losses = {point: loss_of(point) for point in batch}
+        missing = tuple(point for point, loss in losses.items() if loss is None)
+        if missing:
+            return centre, missing, (*asked, *batch)
+        asked |= {point: loss for point, loss in losses.items() if loss is not None}
+        leader = min(batch, key=lambda point: (asked[point], point != centre, point))
+        if asked[leader] < asked[centre]:
+            ahead = next((field, side) for field, side, point in around if point == leader)
+            settled.add(ahead[0])
+            centre = leader
+        around = _questions(centre, grid, asked)
+        if not around:
             return centre, (), tuple(asked)
-        question = min(questions, key=lambda q: (q[0] in settled and q[:2] != ahead, q[0] in settled))
+        settled |= set(grid) - {field for field, _, _ in around}
+        batch = [point for _, _, point in (around if together else _next(around, settled, ahead))]
+
+
+def _downhill(loss_of: LossOf, point: Point, grid: Grid) -> tuple[float, tuple[Point, ...]]:
+    """Go down over points that ran already; return loss and star of the end where it is a certificate, else inf.
+
+    So a campaign that was searched in another way keeps the certificates that it has.
+    """
+    while True:
+        star = (point, *neighbours(point, grid))
+        losses = {other: loss for other in star if (loss := loss_of(other)) is not None}
+        lowest = min(star, key=lambda other: (losses.get(other, math.inf), other != point, other))
+        if lowest == point:
+            return (losses[point] if len(losses) == len(star) else math.inf), star
+        point = lowest
+
+
+Question = tuple[str, int, Point]  # a field, a side of it, and the neighbour there
+
+
+def _questions(centre: Point, grid: Grid, asked: Mapping[Point, float]) -> list[Question]:
+    """Return the neighbours of a point that were not asked for, up before down."""
+    sides = [
+        (field, side, point)
+        for field, values in grid.items()
+        for side, point in zip((1, -1), reversed(_pair(centre, field, values)), strict=True)
+    ]
+    return [(field, side, point) for field, side, point in sides if point is not None and point not in asked]
+
+
+def _next(
+    around: Sequence[Question],
+    settled: Set[str],
+    ahead: tuple[str, int],
+) -> Sequence[Question]:
+    """Choose what to ask next: an open field first, then on in the direction of the last move, then all that is left.
+
+    What is left are fields that were settled at an earlier centre: those seldom change, and their questions belong to the
+    certificate in any case, so nothing is lost by asking them at once.
+    """
+
+    def completes(question: Question) -> bool:
+        """Whether no other side of the field is left to ask for."""
+        return not any(field == question[0] and side != question[1] for field, side, _ in around)
+
+    still_open = [question for question in around if question[0] not in settled]
+    if still_open:
+        return [min(still_open, key=lambda question: not completes(question))]
+    return [question for question in around if question[:2] == ahead] or around
 
 
 def neighbours(point: Point, grid: Grid) -> list[Point]:
