@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,51 @@ def test_a_killed_save_is_not_taken_for_a_checkpoint(
     model, optimizer = made(1)
     load_checkpoint(folder, model, optimizer, say=pytest.fail)
     assert_same(weights(model), after[4])
+
+
+class Rank:
+    """One of two processes, played by a thread."""
+
+    def __init__(self, rank: int, box: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self._box, self._barrier = rank, box, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self._box[self.rank] = value
+        self._barrier.wait(20)
+        found = list(self._box)
+        self._barrier.wait(20)
+        return found
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_shard_of_the_second_process_is_said_and_the_checkpoint_before_used(
+    tmp_path: Path, damage: str
+) -> None:
+    box, barrier = [None, None], threading.Barrier(2)
+    for step in (2, 4):
+        ranks = [
+            threading.Thread(
+                target=checkpoint.save_checkpoint,
+                args=(tmp_path, step, {"w": torch.ones(8)}, {f"w@{4 * rank}.exp_avg": torch.full((4,), rank)}, {}),
+                kwargs={"group": Rank(rank, box, barrier)},
+            )
+            for rank in range(2)
+        ]
+        for thread in ranks:
+            thread.start()
+        for thread in ranks:
+            thread.join(30)
+    newest = tmp_path / "step-00000004"
+    assert newest_checkpoint(tmp_path, say=pytest.fail) == newest
+    assert Checkpoint(newest).piece("w", 2, 6)["exp_avg"].tolist() == [0, 0, 1, 1]
+
+    shard = newest / "optimizer-1.safetensors"
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[-3] ^= 1
+    shard.write_bytes(data[:-3] if damage == "cut" else data)
+    if damage == "delete":
+        shard.unlink()
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, say=said.append) == tmp_path / "step-00000002"
+    assert len(said) == 1 and "optimizer-1.safetensors" in said[0]

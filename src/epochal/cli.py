@@ -308,7 +308,7 @@ def train(
     from epochal.records import write_record
     from epochal.run import Run
     from epochal.stopping import EXIT_STOPPED, Stopped, listen
-    from epochal.worker import STOP_NOTE, Orders, execute
+    from epochal.worker import STOP_NOTE, Orders, execute, leave_last_word
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if run.endswith(".json"):
@@ -321,7 +321,9 @@ def train(
     else:
         job = _find_job(run, scale, results, work)
         orders = Orders(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
-    listen(note=orders.workspace.folder(job.name) / STOP_NOTE if run.endswith(".json") else None)
+    folder = orders.workspace.folder(job.name)
+    launched = run.endswith(".json")
+    listen(note=folder / STOP_NOTE if launched else None)
     try:
         record = execute(job, orders)
     except Stopped as stop:
@@ -329,7 +331,13 @@ def train(
         _leave(EXIT_STOPPED)
     except ValueError as error:
         print(f"epochal: {error}", file=sys.stderr)
+        if launched:
+            leave_last_word(folder, error)
         _leave(2)
+    except Exception as error:
+        if launched:
+            leave_last_word(folder, error)
+        raise
     else:
         if record is not None:
             seal(orders.workspace, job)

@@ -5,6 +5,7 @@ lock file, which the kernel drops when the process ends however it ends, so ther
 result is a record that is renamed into place. Workers speak to their parent in JSON lines on standard output.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -207,7 +208,8 @@ def _launch(run: Run, orders: Orders) -> None:
     folder = orders.workspace.folder(run.name)
     path = folder / "run.json"
     write_atomic(path, json.dumps({"run": to_table(run), "orders": asdict(orders)}, indent=1))
-    (folder / STOP_NOTE).unlink(missing_ok=True)
+    for note in (STOP_NOTE, LAST_WORD):
+        (folder / note).unlink(missing_ok=True)
     process = subprocess.Popen(
         [*launch_command(orders), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
     )
@@ -219,7 +221,11 @@ def _launch(run: Run, orders: Orders) -> None:
         check_stop()
         if process.returncode == EXIT_STOPPED:  # a signal reached the run and not this worker
             raise Stopped(f"{run.name} was stopped")
-        raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}")
+        said = _take_last_word(folder)
+        if process.returncode == 2 and said:  # a refusal is a sentence for people
+            raise ValueError(said)
+        said = said or "without a word (killed, or it could not start); see the worker's log"
+        raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}: {said}")
 
 
 def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds: float) -> None:
@@ -237,6 +243,25 @@ def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds
 
 STOP_NOTE = "stop"
 """A file in a run's folder that asks its processes to stop."""
+
+LAST_WORD = "last-word"
+"""A file in a run's folder with the error of the first of its processes that failed, for the worker that launched them."""
+
+
+def leave_last_word(folder: Path, error: BaseException) -> None:
+    """Write the error of a launched process, unless another has; what fails after the first fails because of it."""
+    with contextlib.suppress(OSError), (folder / LAST_WORD).open("x", encoding="utf-8") as file:
+        file.write(str(error) or type(error).__name__)
+
+
+def _take_last_word(folder: Path) -> str:
+    """Return the error that a launched process left, and remove it; empty when there is none."""
+    try:
+        said = (folder / LAST_WORD).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+    (folder / LAST_WORD).unlink(missing_ok=True)
+    return said
 
 
 def failed(workspace: Workspace, job: Job, orders: Orders) -> bool:

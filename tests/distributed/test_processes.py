@@ -3,14 +3,17 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from launching import ENVIRONMENT, command, launch, write_job
 from safetensors.torch import load_file
 
+from epochal import worker
 from epochal.checkpoint import newest_checkpoint
 from epochal.launcher import exit_code
 from epochal.records import load_records
@@ -86,3 +89,24 @@ def test_a_signal_saves_on_all_processes_and_ends_with_75(tmp_path: Path, profil
 )
 def test_the_exit_code_of_a_launch_is_that_of_its_processes(codes: list[int], expected: int) -> None:
     assert exit_code(codes) == expected
+
+
+def test_why_a_launched_run_was_refused_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event that a worker sends, which is what `epochal run` prints, is the sentence and not an exit code."""
+    space, _, config = tiny.workspace(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate hands a profile over
+    monkeypatch.setattr(worker, "launch_command", lambda orders: [sys.executable])
+    orders = worker.Orders(
+        session="s", scale="tiny", recipes=(), results=str(space.results), work=str(space.work), threads=1, profile="p"
+    )
+    said: list[dict[str, Any]] = []
+    worker.run_job(tiny.run(config, name="refused"), orders, said.append)
+    assert [event["event"] for event in said] == ["started", "failed"]
+    assert said[1]["message"] == "the profile sets mixed_precision to 'bf16'; a Run names its own: write 'no'."
+    assert sorted(file.name for file in space.folder("refused").iterdir()) == ["failure.json", "run.json"]
+
+
+def test_the_first_error_of_a_launched_run_is_the_one_that_counts(tmp_path: Path) -> None:
+    worker.leave_last_word(tmp_path, RuntimeError("no space left"))
+    worker.leave_last_word(tmp_path, RuntimeError("connection closed by peer"))
+    assert worker._take_last_word(tmp_path) == "no space left" and worker._take_last_word(tmp_path) == ""
