@@ -23,7 +23,8 @@ bench: .venv/test
 
 report: .venv/demo
 	$(BIN)/epochal report --scale micro
-	$(BIN)/python -m epochal.results_table micro
+	$(BIN)/epochal report --scale micro-again
+	$(BIN)/python -m epochal.results_table micro micro-again
 
 clean:
 	rm -rf .venv work recipes/results/demo

@@ -454,7 +454,7 @@ def test_ablations_change_one_thing_at_the_optimum(workspace: Workspace) -> None
         return 4.1 + noise + worse + {1: 0.2, 4: 0.1}.get(optimizer.rank or 0, 0.0)
 
     claims = {claim.text: claim for claim in recipe.report(judged(workspace, loss), scale).claims}
-    threshold = claims["SPECTRA-AdamW: thresholds from 1.5 to 6 differ by less than 0.3 does from the best"]
+    threshold = claims["SPECTRA-AdamW: thresholds from 1.5 to 6 differ by less than half of what 0.3 loses"]
     assert (threshold.value, threshold.holds) == ("0.0000 against +0.0500 nats", True)
     steps = next(claim for text, claim in claims.items() if "rougher steps" in text)
     assert (steps.value, steps.holds, steps.seeds) == ("5 steps +0.0020 nats", True, 3)

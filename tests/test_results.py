@@ -11,6 +11,7 @@ import pytest
 from test_recipes import simulate
 
 from epochal import results_table
+from epochal.claims import ClaimRow
 from epochal.config import REPOSITORY
 from epochal.records import Workspace
 from epochal.scale import load_scale
@@ -89,6 +90,26 @@ def test_every_claim_stands_in_the_table_with_its_command(tmp_path: Path, monkey
     assert "The whole chain, D = 24,576 tokens" in readme
     for figure in ("loss-against-epochs", "loss-against-size-24576", "loss-against-members-24576"):
         assert f"(recipes/results/demo/figures/{figure}.svg)" in readme
+
+
+def row(text: str, value: str, interval: tuple[float, float] | None, scale: str) -> ClaimRow:
+    where = {"scale": scale, "section": "Optimizers", "verdict": "holds", "command": "epochal run"}
+    return ClaimRow(text=text, value=value, interval=interval, holds=True, **where)
+
+
+def test_a_repetition_on_other_seeds_stands_beside_the_first_campaign() -> None:
+    first = [row("a", "1.0 nats", (0.9, 1.1), "s"), row("b", "2.0 nats", (1.9, 2.1), "s"), row("c", "3", None, "s")]
+    again = [row("a", "1.2 nats", (1.0, 1.3), "s-again"), row("b", "2.4 nats", (2.2, 2.6), "s-again")]
+    again += [row("c", "3", None, "s-again"), row("d", "4.0", (3.0, 5.0), "s-again")]
+    page = results_table.claims_page({"s": first, "s-again": again})
+    below = page.split("### s and its repetition on other seeds")[1]
+    assert "1 of 2 intervals meet." in below
+    assert [line.split(" | ")[-1] for line in below.splitlines() if line.startswith(("| a", "| b"))] == [
+        "yes |",
+        "no |",
+    ]
+    assert "| c" not in below and "| d" not in below
+    assert "repetition" not in results_table.claims_page({"s": first})
 
 
 def test_a_readme_without_marks_and_a_scale_without_report_are_refused(

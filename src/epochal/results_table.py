@@ -17,6 +17,8 @@ from epochal.scale import load_scale
 
 RESULTS = Path("recipes/results")
 BEGIN, END = "<!-- results: written by make report -->", "<!-- end of results -->"
+AGAIN = "-again"
+"""How the name of a scale ends that repeats rows of another one on other seeds."""
 FIGURES = ("loss-against-epochs", "loss-against-size-{tokens}", "loss-against-members-{tokens}")
 
 
@@ -43,7 +45,30 @@ def claims_page(rows: dict[str, list[ClaimRow]]) -> str:
         for section in dict.fromkeys(row.section for row in found):
             chosen = [row for row in found if row.section == section]
             lines += ["", f"### {section}", "", markdown_table(_claims_table(chosen))]
+        if scale.removesuffix(AGAIN) in rows and scale.endswith(AGAIN):
+            lines += ["", *_again(scale, rows[scale.removesuffix(AGAIN)], found)]
     return "\n".join(lines) + "\n"
+
+
+def _again(scale: str, first: list[ClaimRow], second: list[ClaimRow]) -> list[str]:
+    """Compare the numbers of a campaign and of its repetition on other seeds, where both have an interval."""
+    by_text = {row.text: row for row in first}
+    cells = []
+    for row in second:
+        before = by_text.get(row.text)
+        if before is not None and before.interval is not None and row.interval is not None:
+            meet = before.interval[0] <= row.interval[1] and row.interval[0] <= before.interval[1]
+            shown = (before.value, format_interval(before), row.value, format_interval(row))
+            cells.append((row.text, *shown, "yes" if meet else "no"))
+    agree = sum(cell[-1] == "yes" for cell in cells)
+    columns = ("Claim", "First", "90% interval", "Again", "90% interval again", "Intervals meet")
+    return [
+        f"### {scale.removesuffix(AGAIN)} and its repetition on other seeds",
+        "",
+        f"{agree} of {len(cells)} intervals meet.",
+        "",
+        markdown_table(Table(title="", columns=columns, rows=tuple(cells))),
+    ]
 
 
 def _claims_table(rows: list[ClaimRow]) -> Table:
