@@ -36,3 +36,30 @@ def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     for language, text in found:
         done = run(language, text, tmp_path)
         assert done.returncode == 0, f"{text}\n--- ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+
+
+READERS_OWN = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=2))
+rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (8, 16))]
+batches = [{name: torch.stack([row[name] for row in rows]) for name in rows[0]}] * 8
+arguments = TrainingArguments("out", per_device_train_batch_size=8, max_steps=8, report_to="none", use_cpu=True,
+                              disable_tqdm=True)
+def loss(): return model(**batches[0]).loss.item()
+first = loss()
+"""
+LOWER = """
+assert loss() < first - 0.1, (loss(), first)
+"""
+
+
+def test_what_the_readme_shows_of_the_optimizers_runs_as_it_stands(tmp_path: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (block,) = [body for language, body in BLOCK.findall(text) if language == "python"]
+    loop, trainer = block.split("\n\noptimizer = Spectra")
+    for part in (loop, f"from epochal.optim import Spectra\noptimizer = Spectra{trainer}"):
+        done = run("python", READERS_OWN + part + LOWER, tmp_path)
+        assert done.returncode == 0, done.stderr
