@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from epochal.campaign import campaign_jobs, flops_of, load_recipe, outlook, recipe_names
+from epochal.model_size import parameter_counts
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
 from epochal.report import Section, write_report
-from epochal.run import Ensemble, Fira, Job, Muon, Run, Samples, Spectra, Targets, fingerprint
+from epochal.run import Ensemble, Fira, Job, Muon, Run, Samples, Spectra, Targets, Teach, fingerprint, inputs
 from epochal.scale import Ablations, Comparison, Kinds, Limits, Scale, Setting, Soft, load_scale
 from epochal.tuner import Point
 from recipes import _kinds, _students
@@ -578,9 +579,9 @@ def test_kinds_of_members_differ_in_what_they_say_and_cost_the_same(workspace: W
     assert {run.dropout for run in arms["dropout"]} == {0.1}
     assert {(run.mask_inputs, run.epochs) for run in arms["masked"]} == {(0.5, 16)}
     costs = {kind: _kinds.cost(runs) / _kinds.cost(arms["independent"]) for kind, runs in arms.items()}
-    # What `plan` prices is the same, but for the teacher's forward passes.
-    flops = {kind: sum(map(flops_of, runs)) for kind, runs in arms.items()}
-    assert flops["masked"] == flops["independent"] and flops["chain"] == flops["independent"] * (1 + 0.75 + 0.75) / 3
+    named = {run.name: run for runs in arms.values() for run in runs}
+    flops = {kind: sum(flops_of(run, jobs=named) for run in runs) for kind, runs in arms.items()}  # what `plan` prices
+    assert flops["masked"] == flops["independent"] == pytest.approx(flops["chain"])
     held = costs.pop("holdout")
     assert list(costs.values()) == pytest.approx([1.0] * len(costs))
     assert held == pytest.approx(1 - 2048 / 24576)
@@ -588,6 +589,47 @@ def test_kinds_of_members_differ_in_what_they_say_and_cost_the_same(workspace: W
         for run, other in zip(runs, arms["independent"], strict=True):
             assert (run.model, run.optimizer, run.unique_tokens) == (other.model, other.optimizer, other.unique_tokens)
             assert (run == other) == (kind == "independent")
+
+
+def test_a_teacher_is_priced_by_its_forward_passes() -> None:
+    """6 N a token for the student, twice with masked inputs; 2 N' a token for each model that reads beside it."""
+    scale = load_scale("demo")
+    point = Point(lr=0.01, epochs=4, wd=0.1)
+    student = replace(scale.run("w16", 24576, point), name="student", teach=Teach(source="both"))
+    small, large = scale.run("w32", 24576, point), scale.run("w64", 24576, point)
+    both = Ensemble(name="both", runs=(small.name, large.name), average="probs")
+    targets = Targets(name="cache", source="both", unique_tokens=24576, sequence_length=128)
+    jobs = {job.name: job for job in (student, small, large, both, targets)}
+    size = {model: parameter_counts(model, vocab_size=300).total for model in ("w16", "w32", "w64")}
+    tokens = 4 * 24576
+    teachers = 2 * (size["w32"] + size["w64"])
+    assert flops_of(student, 300, jobs) == tokens * (6 * size["w16"] + teachers)
+    assert flops_of(replace(student, mask_inputs=0.5), 300, jobs) == tokens * (12 * size["w16"] + teachers)
+    single = replace(student, teach=Teach(source=large.name))
+    assert flops_of(single, 300, jobs) == tokens * (6 * size["w16"] + 2 * size["w64"])
+    cached = replace(student, order="fixed", teach=Teach(source="cache", mode="cached"))
+    assert flops_of(cached, 300, jobs) == tokens * 6 * size["w16"] == flops_of(single, 300)
+    assert [flops_of(job, 300, jobs) for job in (both, targets)] == [0, 0]
+
+
+def test_a_plan_prices_teachers(workspace: Workspace) -> None:
+    """Online students of five members cost more than the cached one in `plan`, whether the teacher has run or not."""
+    scale = with_soft()
+    for _ in simulate(workspace, "ensembling", scale):
+        pass
+    records = load_records(workspace)
+    jobs = {job.name: job for job in load_recipe("distillation").jobs(records, scale)}
+    ready = needed(jobs.values(), records)
+    view = outlook(("distillation",), records, scale)
+    plain = sum(flops_of(job) for job in jobs.values() if records.get(job) is None)
+    teachers = sum(
+        2 * parameter_counts(jobs[name].model).total * run.tokens  # type: ignore[union-attr]
+        for run in jobs.values()
+        if isinstance(run, Run) and run.teach is not None and run.teach.mode == "online"
+        for name in (inputs(jobs[run.teach.source]) or (run.teach.source,))
+    )
+    assert ready and teachers > 0
+    assert view.today.flops == pytest.approx(plain + teachers)
 
 
 def test_kinds_get_a_row_each_with_paired_gains(workspace: Workspace) -> None:

@@ -7,7 +7,7 @@ campaign before anything has run.
 import functools
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -98,15 +98,28 @@ class Price:
     disk: int
 
 
-def flops_of(job: Job, vocab_size: int | None = None) -> float:
+def flops_of(job: Job, vocab_size: int | None = None, jobs: Mapping[str, Job] | None = None) -> float:
     """Return the training FLOPs of a Run, 6 N tokens; 0 for evaluation and sampling, which cost little beside it.
 
-    Masked inputs are a second pass over the same tokens. The forward passes of a teacher are not counted.
+    Masked inputs are a second pass over the same tokens. Each model of an online teacher reads them too, forward alone:
+    2 N of its own. `jobs` by name say which models those are; a teacher that is not there is not counted.
     """
     if not isinstance(job, Run):
         return 0.0
     passes = 2 if job.mask_inputs else 1
-    return 6.0 * _weights(job.model, vocab_size, Path.cwd()) * job.tokens * passes
+    per_token = 6.0 * passes * _weights(job.model, vocab_size, Path.cwd())
+    if job.teach is not None and job.teach.mode == "online":
+        models = _models_of(job.teach.source, jobs or {})
+        per_token += sum(2.0 * _weights(model, vocab_size, Path.cwd()) for model in models)
+    return per_token * job.tokens
+
+
+def _models_of(source: str, jobs: Mapping[str, Job]) -> list[str]:
+    """Return the model of a Run, or those of an Ensemble's members."""
+    job = jobs.get(source)
+    if isinstance(job, Ensemble):
+        return [model for name in job.runs for model in _models_of(name, jobs)]
+    return [job.model] if isinstance(job, Run) else []
 
 
 @functools.cache
@@ -115,12 +128,14 @@ def _weights(model: str, vocab_size: int | None, folder: Path) -> int:
     return parameter_counts(model, vocab_size=vocab_size).total
 
 
-def price(jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None) -> Price:
-    """Add up the cost of jobs on the hardware of their scale."""
+def price(
+    jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None, among: Mapping[str, Job] | None = None
+) -> Price:
+    """Add up the cost of jobs on the hardware of their scale; `among` are the jobs by name that they may read."""
     flops, disk, count = 0.0, 0, 0
     for job in jobs:
         count += 1
-        flops += flops_of(job, vocab_size)
+        flops += flops_of(job, vocab_size, among)
         match job:
             case Run():
                 disk += BYTES_PER_WEIGHT * parameter_counts(job.model, vocab_size=vocab_size).total
@@ -166,7 +181,9 @@ def outlook(recipes: Sequence[str], records: Records, scale: Scale, vocab_size: 
     known = {job.name for job in jobs}
     later = [job for job in future if job.name not in known and records.named(job.name) is None]
     searches = search_states(recipes, records, scale, vocab_size)
-    return Outlook(state, price(unfinished, scale, vocab_size), price(later, scale, vocab_size), searches)
+    among = {job.name: job for job in future} | by_name
+    today, coming = (price(these, scale, vocab_size, among) for these in (unfinished, later))
+    return Outlook(state, today, coming, searches)
 
 
 def search_states(

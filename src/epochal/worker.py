@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ def work(orders: Orders, say: Any) -> int:
             with claim(workspace, job) as mine:
                 if mine and _still_needed(job, records):
                     if _inputs_are_sound(job, records, say):
-                        run_job(job, orders, say)
+                        run_job(job, orders, say, {other.name: other for other in jobs})
                     break
         else:  # every ready job is in other hands
             if orders.only:
@@ -140,8 +140,11 @@ def claim(workspace: Workspace, job: Job) -> Iterator[bool]:
         yield True
 
 
-def run_job(job: Job, orders: Orders, say: Any) -> None:
-    """Run one claimed job and write its record; a failure is written to the job's folder, not raised."""
+def run_job(job: Job, orders: Orders, say: Any, jobs: Mapping[str, Job]) -> None:
+    """Run one claimed job and write its record; a failure is written to the job's folder, not raised.
+
+    `jobs` are those of the campaign by name, for what a teacher among them costs.
+    """
     workspace, started = orders.workspace, time.monotonic()
     attempt = workspace.folder(job.name) / "attempt.json"
     try:
@@ -175,7 +178,7 @@ def run_job(job: Job, orders: Orders, say: Any) -> None:
             "loss": record.results.get("loss"),
             "status": record.status,
             "seconds": seconds,
-            "flops": flops_of(job),
+            "flops": flops_of(job, jobs=jobs),
         }
     )
 
