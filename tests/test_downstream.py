@@ -19,6 +19,7 @@ from epochal.data import TokenStore
 from epochal.downstream import continue_text, open_model, score
 from epochal.ensemble import EnsembleForCausalLM, evaluate_ensemble
 from epochal.export import export
+from epochal.generate import sample_texts
 from epochal.model import build_model
 from epochal.offline_tasks import TASKS, write_tasks
 from epochal.records import Record, Records, Workspace, load_records, write_record
@@ -186,7 +187,7 @@ def test_the_command_line(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Export, score the folder, continue a prompt: by name and by path, each a line to read."""
-    space, _, store = made
+    space, records, store = made
     options = ["--results", str(space.results), "--work", str(space.work)]
     monkeypatch.setattr("epochal.scale.load_scale", lambda _: SimpleNamespace(name=space.scale))
 
@@ -215,3 +216,7 @@ def test_the_command_line(
         assert computed == pytest.approx(-chance.log().mean().item(), abs=2e-6)
         assert recorded == 3.0 and test.startswith("test: ")
     assert said("generate", "both", "--prompt", "And the king", "--tokens", "5")[0].startswith("And the king")
+    text = Samples(name="text", source="both", tokens=40, max_length=40, draw="average")
+    one_voice = "\n".join(sample_texts(text, space, records))
+    assert one_voice != "\n".join(sample_texts(replace(text, draw="members"), space, records))
+    assert "\n".join(said("generate", "both", "--tokens", "40")) == one_voice

@@ -129,6 +129,45 @@ def test_members_of_an_ensemble_speak_in_equal_parts(campaign: tuple[Workspace, 
     assert set(record.inputs) == {"a", "b"}
 
 
+def test_members_speak_in_proportion_to_their_weights(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, _, records = campaign
+
+    def alone(tokens: int) -> Any:
+        sample(job(tokens=tokens), space, records)
+        return np.load(space.folder("s") / "samples.npy")
+
+    def drawn(*weights: float) -> tuple[Any, Record]:
+        uneven = Ensemble(name="uneven", runs=("a", "b"), average="logits", weights=weights)
+        known = Records(space, [*records, Record(uneven, fingerprint(uneven), "done", {"loss": 3.0})])
+        record = sample(job(tokens=601, source="uneven"), space, known)
+        return np.load(space.folder("s") / "samples.npy"), record
+
+    uneven, record = drawn(0.25, 0.75)
+    assert len(uneven) == 601 and np.array_equal(uneven[:150], alone(150))
+    assert uneven[150] == uneven[0] == BOS
+    assert set(record.inputs) == {"uneven", "a", "b"}, "another weighting is another text"
+    sample(job(tokens=601, source="both"), space, records)
+    assert np.array_equal(drawn(0.5, 0.5)[0], np.load(space.folder("s") / "samples.npy"))
+    (space.folder("b") / "model").rename(space.folder("b") / "gone")  # who weighs nothing is not asked
+    assert np.array_equal(drawn(1.0, 0.0)[0], alone(601))
+
+
+def test_a_soup_speaks_as_the_one_model_that_it_is(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, store, records = campaign
+    soup = Ensemble(name="soup", runs=("a", "b"), average="weights")
+    records = Records(space, [*records, Record(soup, fingerprint(soup), "done", {"loss": 3.0})])
+    sample(job(tokens=100, source="soup", draw="average"), space, records)
+    found = np.load(space.folder("s") / "samples.npy")
+    mean, other = model(0, store.vocab_size, 32), model(1, store.vocab_size, 32)
+    with torch.no_grad():
+        for mine, its in zip(mean.parameters(), other.parameters(), strict=True):
+            mine.add_(its).mul_(0.5)
+    bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
+    generator = torch.Generator().manual_seed(0)
+    texts = draw(mean, job(), 3, context=32, bos=bos, eos=eos, generator=generator)
+    assert np.array_equal(found, np.concatenate([next(texts) for _ in range(50)])[:100])
+
+
 @pytest.mark.parametrize("average", ["logits", "probs"])
 def test_the_average_speaks_with_one_voice(campaign: tuple[Workspace, TokenStore, Records], average: str) -> None:
     """First tokens follow the averaged distribution, written out in float64."""

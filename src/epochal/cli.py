@@ -387,21 +387,27 @@ def evaluate(
 def generate(
     name: str,
     scale: ScaleName = "demo",
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; an ensemble continues it as one model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: int = 0,
     temperature: float = 1.0,
     results: Results = Path("recipes/results"),
     work: Work = Path("work"),
 ) -> None:
-    """Print text sampled from a finished run or ensemble; without a prompt, from an ensemble's members in turn."""
+    """Print text sampled from a finished run or ensemble, which speaks as one model."""
     from epochal.generate import sample_texts
     from epochal.records import load_records
     from epochal.run import Samples
 
     workspace, _ = _finished(name, scale, results, work)
     samples = Samples(
-        name="text", source=name, tokens=tokens, max_length=max(2, tokens), seed=seed, temperature=temperature
+        name="text",
+        source=name,
+        tokens=tokens,
+        max_length=max(2, tokens),
+        seed=seed,
+        temperature=temperature,
+        draw="average",
     )
     if prompt is not None:
         from epochal.downstream import continue_text

@@ -5,6 +5,7 @@ when the context is full, generation goes on from its second half, the way a sli
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ BATCH = 256
 
 
 def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
-    """Draw the tokens of a Samples job, from members in equal parts or from their average, and write `samples.npy`.
+    """Draw the tokens of a Samples job, from members one by one or from their average, and write `samples.npy`.
 
     The file holds one flat row of tokens, every text from its start token to its end token (or `max_length`).
     Raises ValueError when a source has no finished model.
@@ -58,15 +59,18 @@ def sample_texts(samples: Samples, workspace: Workspace, records: Records) -> li
 def _draw_all(
     samples: Samples, members: list[Record], workspace: Workspace, records: Records
 ) -> tuple[TokenStore, list[Tokens]]:
-    """Return the members' token store and the texts, each voice its equal part of the tokens."""
+    """Return the members' token store and the texts, each voice its part of the tokens."""
     run = members[0].job
     assert isinstance(run, Run)
     store = open_store(run.data, workspace)
     bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
     drawn: list[Tokens] = []
     voices = _voices(samples, members, workspace, records)
-    for index, load in enumerate(voices):
-        share = samples.tokens * (index + 1) // len(voices) - samples.tokens * index // len(voices)
+    ends = _ends(samples, len(voices), records)
+    for index, (load, begin, end) in enumerate(zip(voices, [0, *ends], ends, strict=False)):
+        share = end - begin
+        if not share:
+            continue
         model = load()
         generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
         rows = min(BATCH, math.ceil(share / samples.max_length))
@@ -75,9 +79,26 @@ def _draw_all(
     return store, drawn
 
 
+def _ends(samples: Samples, voices: int, records: Records) -> list[int]:
+    """Return where the part of each voice ends, in tokens: parts in proportion to the weights of the members."""
+    weights = _weights(samples, records)
+    if voices == 1 or weights is None:
+        return [samples.tokens * (index + 1) // voices for index in range(voices)]
+    return [math.floor(samples.tokens * total + 1e-6) for total in itertools.accumulate(weights)]
+
+
+def _weights(samples: Samples, records: Records) -> tuple[float, ...] | None:
+    """Return the weights that the source gives its members; None where it gives none."""
+    source = records.named(samples.source)
+    return source.job.weights if source is not None and isinstance(source.job, Ensemble) else None
+
+
 def _marks(samples: Samples, members: list[Record], records: Records) -> dict[str, str]:
-    """Return the fingerprints of what was read: members one by one do not depend on how their ensemble averages."""
-    if samples.draw == "average":
+    """Return the fingerprints of what was read.
+
+    Members one by one do not depend on how their ensemble averages, only on the weights that it may give them.
+    """
+    if samples.draw == "average" or _weights(samples, records) is not None:
         return input_marks(samples, records)
     return {member.job.name: member.fingerprint for member in members}
 
@@ -87,11 +108,9 @@ def _voices(samples: Samples, members: list[Record], workspace: Workspace, recor
     source = records.named(samples.source)
     if samples.draw == "members" or source is None or not isinstance(source.job, Ensemble):
         return [functools.partial(load_model, workspace, member.job.name) for member in members]
-    from epochal.ensemble_model import EnsembleForCausalLM
+    from epochal.ensemble import load_source
 
-    paths = [workspace.folder(member.job.name) / "model" for member in members]
-    average, weights = source.job.average, source.job.weights
-    return [functools.partial(EnsembleForCausalLM.from_members, paths, average=average, weights=weights)]
+    return [functools.partial(load_source, samples.source, workspace, records)]
 
 
 def member_records(source: str, records: Records) -> list[Record]:

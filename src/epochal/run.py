@@ -252,9 +252,9 @@ class Ensemble:
 class Samples:
     """Tokens drawn from a Run, or from an Ensemble (spec section 9).
 
-    draw "members": from the members one by one in equal parts, as the paper did; "average": every token from the
-    averaged distribution. Unconditional: each text begins with the tokenizer's start token and ends at its end token or
-    at `max_length` tokens.
+    draw "members": from the members one by one, each in proportion to its weight (equal parts, as in the paper, where
+    the ensemble has none); "average": every token from the averaged distribution. Unconditional: each text begins with
+    the tokenizer's start token and ends at its end token or at `max_length` tokens.
     """
 
     name: str
