@@ -156,6 +156,24 @@ def claims(records: Records, scale: Scale, reasons: tuple[str, ...]) -> list[Cla
     return made
 
 
+def notes(records: Records, scale: Scale) -> list[str]:
+    """Say what is equal between the ways to teach and how each got its settings; nothing before a student has run."""
+    if scale.soft is None or not any(losses(records, scale, way) for way in WAYS):
+        return []
+    runs = [run for way in WAYS for run in student(records, scale, way, 0) if isinstance(run, Run)]
+    costs = sorted({run.tokens for run in runs})
+    text, soft = scale.students, scale.soft
+    equal = "Every way costs the student the same" if len(costs) == 1 else "The ways do NOT cost the student the same"
+    return [
+        f"{equal}: {' to '.join(f'{cost:,}' for cost in costs)} tokens of {soft.model}, lr {text.lr:g}. Text: a share of "
+        f"{text.fraction:g} sampled, wd {text.wd:g}; soft targets: weight {soft.weight:g}, wd {soft.wd:g}. What the "
+        "teacher costs is left out.",
+        "No student is tuned here: the settings are the scale's. Those of soft targets were chosen on validation loss, "
+        "those of text follow the paper (a low decay beside sampled text) and were not searched alike, so a difference "
+        "between text and soft targets may be one of tuning; differences within either are not.",
+    ]
+
+
 def tables(records: Records, scale: Scale) -> list[Table]:
     """The ways to teach, the best first, and the sizes taught by the cache, the largest first."""
     between = ends(records, scale)

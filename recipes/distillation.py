@@ -118,6 +118,7 @@ def report(records: Records, scale: Scale) -> Section:
         claims=tuple(claims),
         tables=(*([_table(steps, tokens)] if steps else []), *_students.tables(records, scale)),
         figures=(_figure(steps, tokens),) if steps else (),
+        notes=tuple(_students.notes(records, scale)),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from epochal.campaign import campaign_jobs, flops_of, load_recipe, outlook, recipe_names
+from epochal.campaign import Hypothetical, campaign_jobs, flops_of, load_recipe, outlook, recipe_names
 from epochal.model_size import parameter_counts
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
 from epochal.report import Section, write_report
@@ -723,6 +723,13 @@ def test_students_report_shares_of_the_gain_and_sizes(workspace: Workspace) -> N
         ("w32", 1.0, 0.25),
         ("w10", 0.2, 0.05),
     ]
+    told = " ".join(section.notes)
+    assert (
+        f"the same: {64 * 48 * 512:,} tokens of w32, lr 0.01." in told and "soft targets: weight 0.9, wd 0.4." in told
+    )
+    assert f"a share of {scale.students.fraction:g} sampled, wd {scale.students.wd:g}" in told
+    uneven = replace(scale, students=replace(scale.students, fraction=0.7))  # 16 / 0.3 is no whole number of epochs
+    assert "do NOT cost the student the same" in _students.notes(Hypothetical(Records(workspace)), uneven)[0]
     claim = next(claim for claim in section.claims if "cached: as good as" in claim.text)
     assert claim.value == "0.0000 nats" and claim.holds
 
