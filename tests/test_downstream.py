@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from epochal.cli import main
+from epochal.config import REPOSITORY
 from epochal.data import TokenStore
 from epochal.downstream import continue_text, open_model, score
 from epochal.ensemble import EnsembleForCausalLM, evaluate_ensemble
@@ -23,8 +24,8 @@ from epochal.generate import sample_texts
 from epochal.model import build_model
 from epochal.offline_tasks import TASKS, write_tasks
 from epochal.records import Record, Records, Workspace, load_records, write_record
-from epochal.run import Ensemble, Samples, fingerprint
-from epochal.train import _save_model
+from epochal.run import Ensemble, Run, Samples, Teach, fingerprint
+from epochal.train import _save_model, train
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -122,6 +123,32 @@ def test_an_exported_folder_scores_as_the_job_does(made: Made, tmp_path: Path, n
     assert score(model, tokenizer, ["next_passage"], store=found_store, limit=20) == expected
 
 
+@pytest.mark.usefixtures("no_network")
+def test_a_student_of_another_architecture_is_exported_and_scored(made: Made, tmp_path: Path) -> None:
+    """Other width and depth, fewer heads for keys, a tied head: taught by the ensemble, then a folder for lm-eval."""
+    space, records, store = made
+    shape = json.loads((REPOSITORY / "configs" / "models" / "w16.json").read_text())
+    shape |= {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}
+    (tmp_path / "other.json").write_text(json.dumps(shape))
+    teacher = records.named("a")
+    assert teacher is not None and isinstance(teacher.job, Run)
+    teach = Teach(source="both", weight=0.5)
+    student = replace(teacher.job, name="student", model=str(tmp_path / "other.json"), epochs=1, teach=teach)
+    record = train(student, space)
+    assert record is not None and record.inputs.keys() == {"both", "a", "b"}
+    write_record(space, record)
+    export("student", tmp_path / "out", space, load_records(space))
+    (space.records / "student.json").unlink()
+    model, tokenizer, found_store = open_model(str(tmp_path / "out"), space, records)
+    assert (model.config.hidden_size, model.config.num_key_value_heads) == (24, 2)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert found_store is not None
+    found = score(model, tokenizer, list(TASKS), store=found_store, limit=20)
+    for task, delimiter in zip(TASKS, (" ", "\n"), strict=True):
+        assert found[task].right == by_hand(model, tokenizer, questions(store, tmp_path, task)[:20], delimiter)
+
+
 def test_questions_are_fair_and_the_same_every_time(made: Made, tmp_path: Path) -> None:
     _, _, store = made
     for task in TASKS:
@@ -161,6 +188,84 @@ def test_tasks_that_cannot_be_scored_are_refused(made: Made) -> None:
         score(model, tokenizer, ["next_pasage"])
     with pytest.raises(ValueError, match="the data of task 'sciq' cannot be loaded"):
         score(model, tokenizer, ["sciq"])
+
+
+PUBLIC = {
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
+    "piqa": ("baber/piqa", "default", "validation"),
+    "sciq": ("allenai/sciq", "default", "test"),
+}
+"""The paper's tasks: data set, configuration and split by which lm-eval knows them."""
+
+
+def public_rows() -> dict[str, list[dict[str, Any]]]:
+    """A few questions in the columns of each data set."""
+    asked = [
+        (f"Who saw {thing}?", [f"the {who}" for who in tiny.SPEAKERS[k : k + 4]])
+        for k, thing in enumerate(tiny.THINGS[:3])
+    ]
+    return {
+        "arc_easy": [
+            {"question": q, "choices": {"text": c, "label": [*"ABCD"]}, "answerKey": "ABCD"[k]}
+            for k, (q, c) in enumerate(asked)
+        ],
+        "piqa": [{"goal": q, "sol1": c[0], "sol2": c[1], "label": k % 2} for k, (q, c) in enumerate(asked)],
+        "sciq": [
+            {"support": "", "question": q, "correct_answer": c[0], **{f"distractor{k}": c[k] for k in (1, 2, 3)}}
+            for q, c in asked
+        ],
+    }
+
+
+def as_questions(task: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The question that lm-eval 0.4 makes of a row, written out by hand."""
+    if task == "arc_easy":
+        answer = row["choices"]["label"].index(row["answerKey"])
+        return {"context": f"Question: {row['question']}\nAnswer:", "choices": row["choices"]["text"], "answer": answer}
+    if task == "piqa":
+        return {
+            "context": f"Question: {row['goal']}\nAnswer:",
+            "choices": [row["sol1"], row["sol2"]],
+            "answer": row["label"],
+        }
+    choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
+    return {"context": f"\nQuestion: {row['question']}\nAnswer:", "choices": choices, "answer": 3}
+
+
+def fill_cache(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
+    """Leave the data sets in a Hugging Face cache as a download with a network would."""
+    from datasets import load_dataset
+
+    for task, (repository, configuration, split) in PUBLIC.items():
+        source = folder / "source" / repository.split("/")[1]
+        source.mkdir(parents=True)
+        for part in ("train", split):  # lm-eval opens the training split too, for examples that nobody asks for
+            (source / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
+        files = ", ".join(f"{{split: {part}, path: {part}.jsonl}}" for part in ("train", split))
+        (source / "README.md").write_text(
+            f"---\nconfigs: [{{config_name: {configuration}, data_files: [{files}]}}]\n---\n"
+        )
+        load_dataset(str(source), configuration, cache_dir=str(folder / "made"))
+        (made,) = (path.parent for path in (folder / "made" / source.name).rglob("dataset_info.json"))
+        target = folder / "cache" / repository.replace("/", "___") / configuration / "0.0.0" / ("0" * 40)
+        target.parent.mkdir(parents=True)
+        made.rename(target)
+    return folder / "cache"
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_papers_tasks_run_by_name_from_the_cache(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """arc_easy, piqa and sciq, zero-shot, raw accuracy: as by hand, on questions made here."""
+    space, records, _ = made
+    rows = public_rows()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", fill_cache(tmp_path, rows))
+    model, tokenizer, _ = open_model("both", space, records)
+    found = score(model, tokenizer, list(PUBLIC))
+    assert list(found) == ["arc_easy", "piqa", "sciq"]
+    for task, accuracy in found.items():
+        assert accuracy.right == by_hand(model, tokenizer, [as_questions(task, row) for row in rows[task]], " "), task
 
 
 @pytest.mark.parametrize("name", ["a", "both"])

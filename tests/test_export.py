@@ -1,6 +1,7 @@
 """Exported folders: the same numbers as before, a card, a record, and GGUF read back by another reader."""
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,33 @@ def test_gguf_read_back_by_transformers(
     assert (
         read(text, add_special_tokens=False).input_ids == AutoTokenizer.from_pretrained(tmp_path / "a")(text).input_ids
     )
+
+
+def test_llama_cpp_reads_what_was_written(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    """llama.cpp itself, where its bindings `xllamacpp` are installed: the same tokens and the same next-token chances."""
+    llama = pytest.importorskip("xllamacpp")
+    space, records, store = made
+    export("a", tmp_path / "a", space, records, gguf=True)
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(tmp_path / "a" / "model.gguf"), 256, 1
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it takes half precision
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    server, rows = llama.Server(settings), tokens(tmp_path / "a")
+
+    def ask(path: str, **body: Any) -> Any:
+        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    assert ask("/tokenize", content=TEXT, add_special=False)["tokens"] == rows[0].tolist()
+    answer = ask(
+        "/completion", prompt=rows[0].tolist(), n_predict=1, n_probs=store.vocab_size, temperature=1.0, samplers=[]
+    )
+    found = {one["id"]: one["logprob"] for one in answer["completion_probabilities"][0]["top_logprobs"]}
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "a")(rows).logits[0, -1].log_softmax(-1)
+    assert len(found) > 50
+    assert max(abs(chance - float(expected[token])) for token, chance in found.items()) < 1e-4
 
 
 def test_the_head_of_a_gguf_file(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
