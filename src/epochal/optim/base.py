@@ -22,6 +22,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from epochal.optim.products import largest_magnitude
+
 State = dict[str, Tensor]
 Group = dict[str, Any]
 
@@ -160,7 +162,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         old = {name: stack([state[name] for state in states]) for name in states[0]}
 
         # The largest magnitude is NaN or infinite exactly when an entry is; one pass, no mask in memory.
-        finite = torch.isfinite(torch.linalg.vector_norm(gradients.reshape(len(parameters), -1), ord=torch.inf, dim=1))
+        finite = torch.isfinite(largest_magnitude(gradients.reshape(len(parameters), -1), 1))
         self.skipped += (~finite).sum().to(self.skipped.device)
         # On a CPU looking costs nothing, and the masks below are then hardly ever made; elsewhere it would be a sync.
         clean = finite.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite.all())

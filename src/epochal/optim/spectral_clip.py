@@ -12,7 +12,8 @@ polynomial iteration for P^(-1/2) can be optimal with nothing guessed.
 | exact         | eigh of S in float32, float64 or (a > 1e8) an SVD            | rounding                       |
 | minimax       | coupled quintic minimax steps on [1/a, 1], count chosen by a | 0 to -0.5% on a singular value |
 | newton_schulz | the published 10 cubic steps in bfloat16                     | grows with a; 47% at a = 1e4   |
-| auto          | CPU: exact, in float32 up to a = 1e5; elsewhere: minimax     | below 1%                       |
+| auto          | CPU: exact below 256 rows, in float32 up to a = 1e5; then    | below 1%; 0 to -0.5% on a      |
+|               | best rational approximations; elsewhere: minimax             | singular value from 256 rows   |
 
 Shapes: x (..., m, n), flattened to X (B, m, n) with m <= n; S, P, Y, Z, T (B, m, m); c, a, b one number per matrix.
 A matrix with a NaN or an infinity comes back as NaN, its neighbours in the batch as if it were not there.
@@ -31,8 +32,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epochal.optim.base import stack
 from epochal.optim.products import gram as full_gram
-from epochal.optim.products import matmul, upper_gram
+from epochal.optim.products import largest_magnitude, matmul, upper_gram
+from epochal.optim.rational import largest_eigenvalue_bound, soft_clip
 from triton_kernels.backend import backend
 from triton_kernels.clip_update import clip_update
 from triton_kernels.sym_mm import sym_mm
@@ -44,6 +47,11 @@ CONDITION_FLOAT16 = 2.0**8
 CONDITION_FLOAT32_EXACT = 300.0
 CONDITION_FLOAT32 = 1e5
 CONDITION_FLOAT64 = 1e8
+CONDITION_RATIONAL = 2.0**15
+# Squares of singular values that are far from overflow and underflow of float32 in every product made of them.
+MODERATE = (2.0**-60, 2.0**60)
+# Rows from which a few inverses cost less than one decomposition.
+RATIONAL_FROM = 256
 LEVELS = 20
 # Highest level 2^l of the condition that the steps survive in each arithmetic; beyond, small singular values shrink.
 SAFE_LEVELS = {torch.float16: 12, torch.bfloat16: 8}
@@ -84,8 +92,11 @@ def soft_spectral_clip(
     if method == "newton_schulz":
         steps, work = iterations or 10, dtype or torch.bfloat16
         return _over_matrices(x, c, functools.partial(_newton_schulz, iterations=steps, dtype=work))
-    trusted = CONDITION_FLOAT32 if method == "auto" else CONDITION_FLOAT32_EXACT
-    return _over_matrices(x, c, functools.partial(_exact, factor=_soft_factor, trusted=trusted, dtype=dtype))
+    if method == "auto":
+        small = min(x.shape[-2:]) < RATIONAL_FROM or x.dtype == torch.float64
+        return _over_matrices(x, c, _trusting_exact) if small else _rational(x, c)
+    solve = functools.partial(_exact, factor=_soft_factor, trusted=CONDITION_FLOAT32_EXACT, dtype=dtype)
+    return _over_matrices(x, c, solve)
 
 
 def hard_spectral_clip(x: Tensor, c: float | Tensor, *, method: str = "auto") -> Tensor:
@@ -135,7 +146,7 @@ def _prepare(x: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = batch.mT if rows > columns else batch
     threshold = torch.as_tensor(c, dtype=torch.float64, device=x.device).expand(x.shape[:-2]).reshape(-1)
 
-    largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=(-2, -1)).double()
+    largest = largest_magnitude(wide, (-2, -1)).double()
     finite = torch.isfinite(largest)
     if torch.compiler.is_compiling() or finite.device.type != "cpu" or not bool(finite.all()):
         wide = torch.where(finite[:, None, None], wide, 0)
@@ -244,6 +255,48 @@ def _exact_svd(x: Tensor, c: Tensor, factor: Callable[[Tensor, Tensor], Tensor])
     left, values, right = torch.linalg.svd(x, full_matrices=False)
     out: Tensor = (left * (values * factor(values * values, c[:, None]))[:, None, :]) @ right
     return out
+
+
+# --- auto on a CPU ---------------------------------------------------------------------------------------------------
+
+
+def _trusting_exact(x: Tensor, c: Tensor) -> Tensor:
+    return _exact(x, c, factor=_soft_factor, trusted=CONDITION_FLOAT32, dtype=None)
+
+
+def _rational(x: Tensor, c: float | Tensor) -> Tensor:
+    """Take each matrix of x (..., m, n) by the best rational approximation that its bound asks for.
+
+    Most need no scaling, which would be two passes over x.
+    """
+    wide = x.mT if x.shape[-2] > x.shape[-1] else x
+    thresholds = torch.as_tensor(c, dtype=torch.float64).expand(x.shape[:-2]).flatten().tolist()
+    out = []
+    for matrix, threshold in zip(wide.reshape(-1, *wide.shape[-2:]), thresholds, strict=True):
+        matrix = matrix.float().contiguous()
+        gram = full_gram(matrix)
+        bound = largest_eigenvalue_bound(gram)
+        if MODERATE[0] < bound < MODERATE[1]:  # not true of a NaN
+            out.append(_rational_one(matrix, gram, bound, threshold))
+        else:
+            out.append(_over_matrices(matrix, threshold, _rational_scaled))
+    stacked = stack(out)
+    return (stacked.mT if x.shape[-2] > x.shape[-1] else stacked).to(x.dtype).reshape(x.shape)
+
+
+def _rational_scaled(x: Tensor, c: Tensor) -> Tensor:
+    gram = full_gram(x[0])
+    return _rational_one(x[0], gram, largest_eigenvalue_bound(gram), float(c))[None]
+
+
+def _rational_one(matrix: Tensor, gram: Tensor, bound: float, c: float) -> Tensor:
+    # The bound was computed with rounding; a little more is still a bound.
+    excess = (1 + 1e-5) * bound / c**2
+    if excess < 1e-7:
+        return matrix.clone()  # no singular value moves by half a float32's rounding
+    if excess < CONDITION_RATIONAL:
+        return soft_clip(matrix, gram, c, 1 + excess, TOLERANCE)
+    return _trusting_exact(matrix[None], torch.tensor([c], dtype=torch.float64))[0]
 
 
 # --- minimax ---------------------------------------------------------------------------------------------------------
