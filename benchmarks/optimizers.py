@@ -18,7 +18,8 @@ step: a step of each optimizer over the 56 matrices of a 60M model (8 blocks of 
 the package `fira` for Fira, torch's AdamW wrapped as SPECTRA's code wraps it for Spectra, torch's Muon for Muon and torch's
 fused AdamW for the others: `ratio` is time, `error` the peak of memory beyond weights, gradients and state in MB (as
 torch's allocator counts it), `ceiling` the state in MB.
-With --spectra-code, the wrapper is the published one (PATH/src/optim/spectra.py); else a rewrite from its description.
+With --spectra-code, the wrapper is the published one (PATH/src/optim/spectra.py), and clip has a row of the published
+function; else a rewrite from its description.
 fira_stagger: steps of 56 matrices of a 60M model after the first; `ratio` is the slowest step over the median.
 """
 
@@ -87,6 +88,9 @@ def clip(args: argparse.Namespace) -> None:
             truth = true_clip(x, CLIP)
             x = x.to(args.device)
             ways: dict[str, Callable[[], Tensor]] = {"published": lambda x=x: published_clip(x, CLIP)}
+            if args.spectra_code:
+                theirs = published_module(args.spectra_code, "post_process").clip_sigvals
+                ways["published code"] = lambda x=x, theirs=theirs: theirs(x, CLIP)
             for method in CLIP_METHODS[1:]:
                 ways[method] = lambda x=x, method=method: soft_spectral_clip(x, CLIP, method=method)
             outs = {method: way().double().cpu() for method, way in ways.items()}
@@ -228,14 +232,19 @@ class Wrapped:
             p.copy_((1 - self.lr * self.wd) * old - alpha * self.lr * published_clip(update, CLIP))
 
 
+def published_module(path: Path, name: str) -> Any:
+    """A module of the published code, out of a clone of its repository; raises ValueError when it is not there."""
+    if not (path / "src" / "optim" / f"{name}.py").is_file():
+        raise ValueError(f"{path} holds no src/optim/{name}.py; give the path of a clone of llm-spectral-clipping.")
+    if str(path / "src") not in sys.path:
+        sys.path.insert(0, str(path / "src"))
+    return importlib.import_module(f"optim.{name}")
+
+
 def published_spectra(path: Path, params: list[torch.nn.Parameter]) -> Any:
-    """The published wrapper around AdamW, out of a clone of its repository; raises ValueError when it is not there."""
-    if not (path / "src" / "optim" / "spectra.py").is_file():
-        raise ValueError(f"{path} holds no src/optim/spectra.py; give the path of a clone of llm-spectral-clipping.")
-    sys.path.insert(0, str(path / "src"))
-    wrapper = importlib.import_module("optim.spectra").SPECTRA
+    """The published wrapper around AdamW."""
     base = torch.optim.AdamW(params, 1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return wrapper(base, clip_c=CLIP, base_lr=1e-3)
+    return published_module(path, "spectra").SPECTRA(base, clip_c=CLIP, base_lr=1e-3)
 
 
 def optimizer_ways(args: argparse.Namespace) -> dict[str, Any]:

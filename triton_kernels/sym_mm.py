@@ -6,7 +6,8 @@ for A B^T symmetric: B = A (a Gram matrix, "X X^T"), or A and B symmetric and co
 16 bits rounded factors commute only roughly; see spectral_clip.py for what that costs.
 
 Shapes: b batch, m rows, k inner. A, B (b, m, k), any strides; C and out (b, m, m); coefficients (b, 3) float32 hold
-(alpha, beta, delta) of each matrix and stay on the device, so that choosing them makes nobody wait.
+(alpha, beta, delta) of each matrix and stay on the device, so that choosing them makes nobody wait; so does `active`
+(b,) int32, which says whose product is wanted: the programs of the others return at once.
 
 The kernel does half the multiplications, and the epilogue saves the passes that would add C and the diagonal.
 Dispatch: a few small matrices leave half-empty waves of tiles, where cuBLAS wins (one matrix on an H800, flash-muon: 0.90x
@@ -47,14 +48,19 @@ def sym_mm_reference(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients
 
 @jit
 def _sym_mm_kernel(
-    a_bmk, b_bmk, c_bmm, w_b3, out_bmm, M, K,
-    a_sb, a_sm, a_sk, b_sb, b_sm, b_sk, c_sb, c_sm, c_sn, o_sb, o_sm,
-    HAS_C: tl.constexpr, HAS_W: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_bmk, b_bmk, c_bmm, w_b3, on_b, out_bmm, M, K,
+    a_sb, a_sm, a_sk, b_sb, b_sm, b_sk, c_sb, c_sm, c_sn, o_sb, o_sm, HAS_C: tl.constexpr, HAS_W: tl.constexpr,
+    HAS_ON: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     # Tiles above the diagonal return at once: an idle program costs less than a square root in the index.
     tile_m, tile_n = tl.program_id(0), tl.program_id(1)
-    if tile_n <= tile_m:
+    wanted = tile_n <= tile_m
+    if WHOLE:
+        wanted = tile_n >= 0
+    if HAS_ON:
+        wanted = wanted & (tl.load(on_b + batch) != 0)
+    if wanted:
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
         inner = tl.arange(0, BLOCK_K)
@@ -80,11 +86,14 @@ def _sym_mm_kernel(
             total += tl.where(rows[:, None] == columns[None, :], tl.load(w_b3 + batch * 3 + 2), 0.0)
         out = out_bmm + batch * o_sb
         value = total.to(out_bmm.dtype.element_ty)
-        # Two entries that mirror each other are one number, in the tiles on the diagonal too.
-        lower = inside & (rows[:, None] >= columns[None, :])
-        upper = inside & (rows[:, None] > columns[None, :])
-        tl.store(out + rows[:, None].to(tl.int64) * o_sm + columns[None, :], value, mask=lower)
-        tl.store(out + columns[None, :].to(tl.int64) * o_sm + rows[:, None], value, mask=upper)
+        if WHOLE:
+            tl.store(out + rows[:, None].to(tl.int64) * o_sm + columns[None, :], value, mask=inside)
+        else:
+            # Two entries that mirror each other are one number, in the tiles on the diagonal too.
+            lower = inside & (rows[:, None] >= columns[None, :])
+            upper = inside & (rows[:, None] > columns[None, :])
+            tl.store(out + rows[:, None].to(tl.int64) * o_sm + columns[None, :], value, mask=lower)
+            tl.store(out + columns[None, :].to(tl.int64) * o_sm + rows[:, None], value, mask=upper)
 
 
 def sym_mm_path(batch: int, rows: int, dtype: torch.dtype, device: torch.device | str) -> str:
@@ -98,16 +107,26 @@ def sym_mm_path(batch: int, rows: int, dtype: torch.dtype, device: torch.device 
 
 
 @torch.library.custom_op("epochal_kernels::sym_mm", mutates_args=())
-def sym_mm(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients: Tensor | None = None) -> Tensor:
+def sym_mm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    active: Tensor | None = None,
+    whole: bool = False,
+) -> Tensor:
     """Return alpha A B^T + beta C + delta I, (b, m, m) in the dtype of ``a``; without coefficients A B^T.
 
-    The caller promises that A B^T and C are symmetric: only one triangle is looked at. On the kernel path the result
-    is symmetric bit by bit. Raises ValueError for shapes or dtypes that do not fit, or for
-    a C without coefficients.
+    The caller promises that A B^T and C are symmetric: only one triangle is looked at, and on the kernel path the
+    result is symmetric bit by bit; `whole` looks at all of it. With `active` (b,) int32 only the matrices with a number
+    other than 0 are computed, and what the others hold is not defined; a kernel is then always taken where there is one.
+    Raises ValueError for shapes or dtypes that do not fit, or for a C without coefficients.
     """
     _check(a, b, c, coefficients)
     batch, m, k = a.shape
     path = sym_mm_path(batch, m, a.dtype, a.device)
+    if active is not None:  # cuBLAS could leave nothing out
+        path = backend(a.device) if a.dtype in TILES else "torch"
     if path == "torch":
         return sym_mm_reference(a, b, c, coefficients)
     out = a.new_empty(batch, m, m)
@@ -116,16 +135,17 @@ def sym_mm(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients: Tensor |
     block, inner = TILES[a.dtype]
     tiles = triton.cdiv(m, block)
     c_like, w_like = out if c is None else c, out if coefficients is None else coefficients.float().contiguous()
+    on_like = out if active is None else active.contiguous()
     _sym_mm_kernel[(tiles, tiles, batch)](
-        a, b, c_like, w_like, out, m, k, *a.stride(), *b.stride(), *c_like.stride(), *out.stride()[:2],
-        HAS_C=c is not None, HAS_W=coefficients is not None, UPCAST=INTERPRETED and a.dtype == torch.bfloat16,
-        BLOCK_M=block, BLOCK_K=inner, num_warps=8, num_stages=3,
+        a, b, c_like, w_like, on_like, out, m, k, *a.stride(), *b.stride(), *c_like.stride(), *out.stride()[:2],
+        HAS_C=c is not None, HAS_W=coefficients is not None, HAS_ON=active is not None, WHOLE=whole,
+        UPCAST=INTERPRETED and a.dtype == torch.bfloat16, BLOCK_M=block, BLOCK_K=inner, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
 
 @sym_mm.register_fake
-def _(a, b, c=None, coefficients=None):
+def _(a, b, c=None, coefficients=None, active=None, whole=False):
     return a.new_empty(a.shape[0], a.shape[1], a.shape[1])
 
 

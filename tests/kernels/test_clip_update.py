@@ -9,7 +9,8 @@ import torch
 
 from epochal.optim import Spectra, soft_spectral_clip, spectral_clip
 from epochal.optim.spectral_clip import KERNELS, TORCH, operations, soft_clip_step
-from triton_kernels.clip_update import clip_update, clip_update_reference
+from triton_kernels.clip_update import clip_update, clip_update_reference, clip_update_where_
+from triton_kernels.sym_mm import sym_mm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -100,13 +101,39 @@ def test_nothing_and_zero(kernels):
     assert torch.equal(moved, torch.full_like(weight, 0.5))
 
 
-def test_a_step_with_a_fixed_count_waits_for_nothing(kernels):
-    """A tensor on the device "meta" has no value: reading one, or a shape that depends on one, raises."""
-    x, one = torch.zeros(3, 12, 8, device="meta"), torch.ones(3, device="meta")
-    options = {"keep": one, "rate": one, "dtype": torch.float16}
-    assert soft_clip_step(x, x, one, **options, iterations=5).shape == x.shape
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # it would tell
-        soft_clip_step(x, x, one, **options)
+def test_each_matrix_is_done_in_the_arithmetic_that_its_condition_asks_for(kernels, monkeypatch):
+    """Conditions of 10 to 30,000 in one stack, nothing chosen by the host: all within 1%, none above its threshold."""
+    conditions = torch.tensor([10.0, 200.0, 2e3, 3e4])
+    done = []
+    some_ = spectral_clip.clip_update_where_
+    monkeypatch.setattr(spectral_clip, "clip_update_where_", lambda *a: done.append(a[-1].tolist()) or some_(*a))
+    u, v = (torch.linalg.qr(randn(4, n, 40, seed=n)).Q for n in (40, 70))
+    s = torch.logspace(0, -2, 40, dtype=torch.float64) * (conditions - 1).double().sqrt()[:, None]
+    x = ((u * s[:, None, :]) @ v.mT).to(kernels, torch.float32)
+    c, weight = torch.ones(4, device=kernels), randn(4, 40, 70, seed=9).to(kernels, torch.float32)
+    true = exact(x, c)
+    moved = soft_clip_step(weight, x, c, keep=0.9 * c, rate=0.5 * c)
+    alone = soft_spectral_clip(x, c, method="minimax")
+    for out in ((0.9 * weight.double() - moved.double()) / 0.5, alone.double()):
+        assert (error(out, true) <= 1e-2).all()
+        assert (torch.linalg.matrix_norm(out, 2) <= 1 + 1e-2).all()
+    # The bound is above the largest singular value, so the second is on either side; the others are clear.
+    assert [(first, last) for first, _, *last in done] == [(0, [1, 1])] * 2
+
+
+def test_nothing_is_computed_for_a_matrix_that_is_not_active(device):
+    """Numbers that would show: what is left out stays as it was, or is not what a product would be."""
+    a, z = randn(3, 33, 33).to(device, torch.float32), torch.full((3, 33, 33), math.nan, device=device)
+    z[1] = torch.eye(33)
+    on, f = torch.tensor([0, 1, 0], dtype=torch.int32, device=device), torch.ones(3, 2, device=device)
+    out = a.clone()
+    clip_update_where_(out, a, z, a, f, on)
+    torch.testing.assert_close(out, a * torch.tensor([1.0, 2.0, 1.0])[:, None, None])
+    product = sym_mm(a, a.mT, active=torch.ones_like(on), whole=True)  # not symmetric
+    torch.testing.assert_close(product, a @ a, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sym_mm(a, a, active=on)[1], a[1] @ a[1].mT, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(torch.ops.epochal_kernels.clip_update_where_.default, (a.clone(), a, a, a, f, on))
+    torch.library.opcheck(torch.ops.epochal_kernels.sym_mm.default, (a, a, None, None, torch.ones_like(on), True))
 
 
 def models(device, dtype):

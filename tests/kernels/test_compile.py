@@ -21,13 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import KernelInterface
 from triton_kernels import backend, sym_mm as sym
-from triton_kernels.clip_update import clip_update
+from triton_kernels.clip_update import clip_update, clip_update_where_
 from triton_kernels.fira_step import fira_adam, fira_project, fira_update
 from triton_kernels.softmax_add import softmax_add_
 from triton_kernels.softmax_loss import softmax_loss
 from triton_kernels.sparse_loss import sparse_loss
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 OPTIONS = ("num_warps", "num_stages")
 compiled = []
 
@@ -68,6 +68,9 @@ for dtype in (torch.float16, torch.float32):
     sym.sym_mm(x.to(dtype), x.to(dtype))
     sym.sym_mm(small.to(dtype), small.to(dtype), small.to(dtype), w)
     clip_update(x, small.to(dtype), x.to(dtype), w[:, :2])
+    on = torch.ones(2, dtype=torch.int32)
+    sym.sym_mm(small.to(dtype), small.to(dtype), active=on, whole=True)
+    clip_update_where_(x.clone(), x, small.to(dtype), x.to(dtype), w[:, :2], on)
 low, basis = torch.zeros(2, 70, 400), torch.randn(2, 300, 70)
 fira_project(x.bfloat16(), basis, low)
 column, one = torch.ones(2, 400), torch.ones(2)

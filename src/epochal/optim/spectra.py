@@ -319,13 +319,12 @@ class Spectra(MatrixOptimizer):
 
     def _pre_clip(self, group: Group) -> None:
         """Clip the gradients of all matrices of a group in place, whatever `apply_to` says."""
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
         for bucket in self.buckets(group):
             if bucket[0].ndim != 2:
                 continue
             gradients = torch.stack([p.grad for p in bucket if p.grad is not None])
             step = torch.stack([self.state[p]["step"] for p in bucket])
-            c = pre_clip_threshold(step, lr.to(step.device), group)
+            c = pre_clip_threshold(step, scalar(group["lr"], step.double()), group)
             options = {name: group[name] for name in ("method", "iterations", "dtype")}
             clipped = soft_spectral_clip(gradients, c, **options)
             torch._foreach_copy_([p.grad for p in bucket if p.grad is not None], list(clipped.unbind(0)))

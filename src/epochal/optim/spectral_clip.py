@@ -37,7 +37,7 @@ from epochal.optim.products import gram as full_gram
 from epochal.optim.products import largest_magnitude, matmul, upper_gram
 from epochal.optim.rational import largest_eigenvalue_bound, soft_clip
 from triton_kernels.backend import backend
-from triton_kernels.clip_update import clip_update
+from triton_kernels.clip_update import clip_update, clip_update_where_
 from triton_kernels.sym_mm import sym_mm
 
 # Largest relative shortfall of a singular value that the minimax steps are designed for; they never overshoot.
@@ -71,10 +71,11 @@ def soft_spectral_clip(
 
     `c` > 0 is in units of x, one number or one for each matrix. `iterations` (minimax, newton_schulz) overrides the
     count; `dtype` overrides the arithmetic (newton_schulz: bfloat16; else chosen by the condition number).
-    Choosing by value lets a GPU's queue run empty once in a call. With `iterations`, or under torch.compile, nothing is
-    read back, so that a CUDA graph can hold the call: minimax then takes that many steps (compiled: 6) in `dtype` or
-    float32, and above a condition of 4,096 (float16) or 256 (bfloat16) it shrinks what it cannot resolve; exact works
-    in float64.
+    minimax looks at values on a CPU only. Elsewhere, and under torch.compile, nothing is read back and no shape depends
+    on a value, so that a CUDA graph can hold the call (after one before it, which makes the table of coefficients). With
+    Triton every matrix is done in float16, and those with a condition above 256 again in float32; without, or with
+    `dtype` or `iterations`, all in one arithmetic, and above a condition of 1,048,576 (float16: 4,096, bfloat16: 256)
+    it shrinks what it cannot resolve. exact reads back; compiled, it works in float64.
     Raises ValueError for a tensor without two axes, c <= 0, an unknown method, or an option the method has no use for.
     Source: section 1.2 of the SPECTRA paper; newton_schulz follows the published code (section 1.6 of our notes on it).
     """
@@ -88,7 +89,7 @@ def soft_spectral_clip(
         iterate = iterations is not None or dtype is not None or x.device.type != "cpu" or torch.compiler.is_compiling()
         method = "minimax" if iterate else "auto"
     if method == "minimax":
-        return _over_matrices(x, c, functools.partial(_minimax, iterations=iterations, dtype=dtype, finish=_scaled))
+        return _over_matrices(x, c, functools.partial(_minimax, iterations=iterations, dtype=dtype, finish=SCALED))
     if method == "newton_schulz":
         steps, work = iterations or 10, dtype or torch.bfloat16
         return _over_matrices(x, c, functools.partial(_newton_schulz, iterations=steps, dtype=work))
@@ -144,7 +145,9 @@ def _prepare(x: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape[-2:]
     batch = x.reshape(-1, rows, columns)
     wide = batch.mT if rows > columns else batch
-    threshold = torch.as_tensor(c, dtype=torch.float64, device=x.device).expand(x.shape[:-2]).reshape(-1)
+    # Not as_tensor: on a GPU that is a copy, which a CUDA graph refuses.
+    given = c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=x.device)
+    threshold = given.to(device=x.device, dtype=torch.float64).expand(x.shape[:-2]).reshape(-1)
 
     largest = largest_magnitude(wide, (-2, -1)).double()
     finite = torch.isfinite(largest)
@@ -345,26 +348,24 @@ def schedule(level: int, iterations: int | None) -> tuple[tuple[float, float, fl
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _padded_schedules(iterations: int | None) -> Tensor:
-    """Stack the schedules of all levels (LEVELS, K, 3); a step (1, 0, 0) does nothing."""
-    rows = [schedule(level, iterations) for level in range(1, LEVELS + 1)]
-    longest = max(len(row) for row in rows)
-    idle = (1.0, 0.0, 0.0)
-    return torch.tensor([row + (idle,) * (longest - len(row)) for row in rows], dtype=torch.float64)
+def _schedules(iterations: int | None, levels: int) -> Tensor:
+    """Stack the schedules of the first levels (levels, K, 3), all with the count of the last one."""
+    count = iterations or len(schedule(levels, None))
+    return torch.tensor([schedule(level, count) for level in range(1, levels + 1)], dtype=torch.float64)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_schedules(iterations: int | None, device: torch.device) -> Tensor:
-    table: Tensor = _padded_schedules(iterations)
+def _kept_schedules(iterations: int | None, levels: int, device: torch.device) -> Tensor:
+    table: Tensor = _schedules(iterations, levels)
     return table.to(device)
 
 
-def _schedules_on(iterations: int | None, device: torch.device) -> Tensor:
+def _schedules_on(iterations: int | None, levels: int, device: torch.device) -> Tensor:
     # A copy to a GPU makes the host wait, and a CUDA graph refuses it; a compiler makes a constant of it.
     if torch.compiler.is_compiling():
-        table: Tensor = _padded_schedules(iterations)
+        table: Tensor = _schedules(iterations, levels)
         return table.to(device)
-    return _kept_schedules(iterations, device)
+    return _kept_schedules(iterations, levels, device)
 
 
 def _minimax_bound(x: Tensor, gram: Tensor, square: Tensor) -> Tensor:
@@ -375,28 +376,50 @@ def _minimax_bound(x: Tensor, gram: Tensor, square: Tensor) -> Tensor:
 
 
 class Operations(NamedTuple):
-    """The symmetric products of the iteration, on stacks of one shape and dtype; the others are torch.matmul.
+    """The products of the iteration, on stacks of one shape and dtype.
 
-    gram: X (B, m, n) -> X X^T. square: symmetric S (B, m, m) -> S^2. polynomial: Q (B, m, m), alpha, beta, gamma (B,)
-    -> alpha I + beta Q + gamma Q^2.
+    gram: X (B, m, n) -> X X^T. square: symmetric S (B, m, m) -> S^2. product: A, B (B, m, m) -> A B. polynomial:
+    Q (B, m, m), alpha, beta, gamma (B,) -> alpha I + beta Q + gamma Q^2. `active` (B,) int32 or None: the matrices whose
+    result is wanted; kernels spend nothing on the others, torch does not look at it.
     """
 
-    gram: Callable[[Tensor], Tensor]
-    square: Callable[[Tensor], Tensor]
-    polynomial: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    gram: Callable[[Tensor, Tensor | None], Tensor]
+    square: Callable[[Tensor, Tensor | None], Tensor]
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    polynomial: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _torch_polynomial(q: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
+def _torch_gram(x: Tensor, active: Tensor | None) -> Tensor:
+    return full_gram(x)
+
+
+def _torch_product(a: Tensor, b: Tensor, active: Tensor | None) -> Tensor:
+    return matmul(a, b)
+
+
+def _torch_polynomial(q: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, active: Tensor | None) -> Tensor:
     return _identity_plus(alpha, (beta, q), (gamma, matmul(q, q))).to(q.dtype)
 
 
-def _kernel_polynomial(q: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
-    out: Tensor = sym_mm(q, q, q, torch.stack([gamma, beta, alpha], 1).float())
+def _kernel_gram(x: Tensor, active: Tensor | None) -> Tensor:
+    out: Tensor = sym_mm(x, x, active=active)
     return out
 
 
-TORCH = Operations(full_gram, full_gram, _torch_polynomial)
-KERNELS = Operations(lambda x: sym_mm(x, x), lambda s: sym_mm(s, s), _kernel_polynomial)
+def _kernel_product(a: Tensor, b: Tensor, active: Tensor | None) -> Tensor:
+    if active is None:
+        return matmul(a, b)  # cuBLAS's, which no kernel of ours has been shown to beat
+    out: Tensor = sym_mm(a, b.mT, active=active, whole=True)
+    return out
+
+
+def _kernel_polynomial(q: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, active: Tensor | None) -> Tensor:
+    out: Tensor = sym_mm(q, q, q, torch.stack([gamma, beta, alpha], 1).float(), active)
+    return out
+
+
+TORCH = Operations(_torch_gram, _torch_gram, _torch_product, _torch_polynomial)
+KERNELS = Operations(_kernel_gram, _kernel_gram, _kernel_product, _kernel_polynomial)
 
 
 def operations(device: torch.device) -> Operations:
@@ -404,54 +427,87 @@ def operations(device: torch.device) -> Operations:
     return KERNELS if backend(device) == "triton" and not torch.compiler.is_compiling() else TORCH
 
 
-# What ends the iteration: (Z (b, m, m), X (b, m, n), factor (b,), which of the matrices, None for all) -> (b, m, n).
-Finish = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+class Finish(NamedTuple):
+    """What ends the iteration, with Z (b, m, m), X (b, m, n), factor (b,).
+
+    all: (Z, X, factor, which of the matrices, None for every one) -> (b, m, n). some_: (out, Z, X, factor, active (b,)
+    int32) -> None, writes the active ones of what `all` would return into out.
+    """
+
+    all: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    some_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _minimax(x: Tensor, c: Tensor, *, iterations: int | None, dtype: torch.dtype | None, finish: Finish) -> Tensor:
     """Choose arithmetic and step count of each matrix from its bound, then iterate."""
-    by_value = iterations is None and not torch.compiler.is_compiling()
-    # Tensor cores take float16, and its error is a tenth of bfloat16's; a CPU gains nothing by it.
-    halve = dtype is None and x.device.type == "cuda" and x.dtype == torch.float32 and by_value
-    y = x.to(torch.float16 if halve else dtype or x.dtype)
     products = operations(x.device)
-    gram = products.gram(y)
-    square = products.square(gram)
-    # The bound was computed with rounding, in products that were rounded; a little more is still a bound.
-    bound = _minimax_bound(y, gram, square) * (1 + 8 * torch.finfo(y.dtype).eps)
-    if not by_value:
-        # A threshold that the arithmetic can carry, made good in the factor.
-        trusted = torch.maximum(c, (bound / (2.0 ** SAFE_LEVELS.get(y.dtype, LEVELS) - 1)).sqrt())
-        steps = _schedules_on(iterations, x.device)[_level(bound, trusted) - 1]
-        z, factor = _iterate(gram, square, trusted, bound, steps, products)
-        return finish(z, y, factor * c / trusted, None).to(x.dtype)
+    if products is TORCH and x.device.type == "cpu" and iterations is None and not torch.compiler.is_compiling():
+        return _minimax_by_value(x, c, dtype=dtype, finish=finish)
+    # Elsewhere looking at a value would empty the queue: a fixed sequence of products, with coefficients out of a table
+    # by the bound on the device.
+    if products is TORCH or dtype is not None or iterations is not None or x.dtype != torch.float32:
+        y = x.to(dtype or x.dtype)
+        z, factor, _ = _minimax_unseen(y, c, iterations, SAFE_LEVELS.get(y.dtype, LEVELS), products)
+        return finish.all(z, y, factor, None).to(x.dtype)
+    # Tensor cores take float16, and its error is a tenth of bfloat16's. What its condition is too high for is done again
+    # in float32; the programs of the others return at once.
+    half = x.half()
+    z, factor, bound = _minimax_unseen(half, c, None, int(math.log2(CONDITION_FLOAT16)), products)
+    out = finish.all(z, half, factor, None).to(x.dtype)
+    hard = (~(1 + bound / (c * c) <= CONDITION_FLOAT16)).int()
+    z, factor, _ = _minimax_unseen(x, c, None, LEVELS, products, hard)
+    finish.some_(out, z, x, factor, hard)
+    return out
+
+
+def _minimax_by_value(x: Tensor, c: Tensor, *, dtype: torch.dtype | None, finish: Finish) -> Tensor:
+    y = x.to(dtype or x.dtype)
+    gram, square, bound = _bounded(y, TORCH, None)
 
     def solve(kind: int, pick: Tensor | None) -> Tensor:
-        if halve and 2.0**kind > CONDITION_FLOAT16:
-            wide = functools.partial(_finish_picked, finish, pick)
-            return _minimax(_pick(x, pick), _pick(c, pick), iterations=None, dtype=torch.float32, finish=wide)
         part, s, s2, threshold, b = (_pick(tensor, pick) for tensor in (y, gram, square, c, bound))
         steps = torch.tensor(schedule(kind, None), dtype=torch.float64, device=x.device)
-        z, factor = _iterate(s, s2, threshold, b, steps.expand(len(part), -1, -1), products)
-        return finish(z, part, factor, pick)
+        z, factor = _iterate(s, s2, threshold, b, steps.expand(len(part), -1, -1), TORCH, None)
+        return finish.all(z, part, factor, pick)
 
     return _by_kind(_level(bound, c), solve).to(x.dtype)
+
+
+def _minimax_unseen(
+    y: Tensor, c: Tensor, iterations: int | None, levels: int, products: Operations, active: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (Z, factor, bound) by as many steps as conditions up to 2^levels ask for, or by `iterations`.
+
+    Above that condition the threshold is raised to one that the arithmetic can carry, and made good in the factor:
+    no singular value grows, small ones shrink.
+    """
+    gram, square, bound = _bounded(y, products, active)
+    trusted = torch.maximum(c, (bound / (2.0**levels - 1)).sqrt())
+    steps = _schedules_on(iterations, levels, y.device)[(_level(bound, trusted) - 1).clamp(max=levels - 1)]
+    z, factor = _iterate(gram, square, trusted, bound, steps, products, active)
+    return z, factor * c / trusted, bound
+
+
+def _bounded(y: Tensor, products: Operations, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return S = Y Y^T, S^2 and a bound on ||S||_2."""
+    gram = products.gram(y, active)
+    square = products.square(gram, active)
+    # The bound was computed with rounding, in products that were rounded; a little more is still a bound.
+    return gram, square, _minimax_bound(y, gram, square) * (1 + 8 * torch.finfo(y.dtype).eps)
 
 
 def _level(bound: Tensor, c: Tensor) -> Tensor:
     return torch.ceil(torch.log2(1 + bound / (c * c))).clamp(1, LEVELS).long()
 
 
-def _finish_picked(
-    finish: Finish, outer: Tensor | None, z: Tensor, x: Tensor, factor: Tensor, pick: Tensor | None
-) -> Tensor:
-    """Finish a choice out of a choice."""
-    both = pick if outer is None else outer if pick is None else outer[pick]
-    return finish(z, x, factor, both)
-
-
 def _iterate(
-    gram: Tensor, square: Tensor, c: Tensor, bound: Tensor, steps: Tensor, products: Operations
+    gram: Tensor,
+    square: Tensor,
+    c: Tensor,
+    bound: Tensor,
+    steps: Tensor,
+    products: Operations,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return Z, f with f Z = c (c^2 I + S)^(-1/2), by coupled steps Y <- Y T, Z <- T Z; T = alpha I + beta Q + gamma Q^2, Q = Z Y.
 
@@ -465,11 +521,16 @@ def _iterate(
     alpha, beta, gamma = steps[:, 0].unbind(-1)
     first = (beta * p + 2 * gamma * q * p, gram), (gamma * p * p, square)
     z = _identity_plus(alpha + beta * q + gamma * q * q, *first).to(gram.dtype)
-    y = matmul(_identity_plus(q, (p, gram)).to(gram.dtype), z) if steps.shape[1] > 1 else z
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return products.product(a, b, active)
+
+    y = product(_identity_plus(q, (p, gram)).to(gram.dtype), z) if steps.shape[1] > 1 else z
     for k in range(1, steps.shape[1]):
-        t = products.polynomial(matmul(z, y), *steps[:, k].unbind(-1))
-        y = matmul(y, t) if k + 1 < steps.shape[1] else y
-        z = matmul(t, z)
+        alpha, beta, gamma = steps[:, k].unbind(-1)
+        t = products.polynomial(product(z, y), alpha, beta, gamma, active)
+        y = product(y, t) if k + 1 < steps.shape[1] else y
+        z = product(t, z)
     return z, q.sqrt()
 
 
@@ -478,6 +539,13 @@ def _scaled(z: Tensor, x: Tensor, factor: Tensor, pick: Tensor | None = None) ->
     product = matmul(z, x)
     wide = product.to(torch.promote_types(product.dtype, torch.float32))
     return wide * factor.to(wide.dtype)[:, None, None]
+
+
+def _some_scaled_(out: Tensor, z: Tensor, x: Tensor, factor: Tensor, active: Tensor) -> None:
+    clip_update_where_(out, x, z, x, torch.stack([torch.zeros_like(factor), factor], 1), active)
+
+
+SCALED = Finish(_scaled, _some_scaled_)
 
 
 def soft_clip_step(
@@ -499,12 +567,15 @@ def soft_clip_step(
     tall = x.shape[1] > x.shape[2]
     w, add = weight.mT if tall else weight, -rate.double() * unit
 
-    def finish(z: Tensor, y: Tensor, factor: Tensor, pick: Tensor | None) -> Tensor:
+    def every(z: Tensor, y: Tensor, factor: Tensor, pick: Tensor | None) -> Tensor:
         factors = torch.stack([_pick(keep.double(), pick), _pick(add, pick) * factor], 1)
         out: Tensor = clip_update(_pick(w, pick), z, y, factors)
         return out
 
-    out = _minimax(scaled, threshold, iterations=iterations, dtype=dtype, finish=finish)
+    def some_(out: Tensor, z: Tensor, y: Tensor, factor: Tensor, active: Tensor) -> None:
+        clip_update_where_(out, w, z, y, torch.stack([keep.double(), add * factor], 1), active)
+
+    out = _minimax(scaled, threshold, iterations=iterations, dtype=dtype, finish=Finish(every, some_))
     return (out.mT if tall else out).to(weight.dtype)
 
 
