@@ -113,6 +113,15 @@ def test_limits_are_compared_with_the_reference() -> None:
         point_sections(points, reference="ol")
 
 
+def test_nested_ensembles_give_a_law_in_members_without_an_interval() -> None:
+    points = [Measured("ours", 4.0 + 0.3 / k, 1e6, 1e5, k) for k in range(1, 9)]
+    (fitted,) = fit_axis(points, MEMBERS)
+    assert fitted.law.E == pytest.approx(4.0, abs=1e-4)
+    assert fitted.law.interval is None and "share members" in fitted.law.note
+    grown = [Measured("ours", 4.0 + 0.3 / n, 1e6 * n, 1e5, 1) for n in range(1, 9)]
+    assert fit_axis(grown, SIZE)[0].law.interval is not None
+
+
 def test_data_efficiency_against_the_reference() -> None:
     data = law(2.0, 300.0, 0.3)
     points = [Measured("base", data(d), None, d) for d in SIZES]
@@ -199,11 +208,16 @@ def test_two_campaigns_side_by_side(
         for name, records in (("A", load_records(ours)), ("B", load_records(theirs)))
     ]
     first, *rest = compare_campaigns(*sides)
+    assert len(first.tables) == 1 and first.tables[0].title.endswith("claims of both")
     rows = {row[1]: row[2:] for row in first.tables[0].rows}
     beats = next(cells for text, cells in rows.items() if "beats the best standard one" in text)
     assert all(cell.startswith("reproduced") and cell.count(".") >= 3 for cell in beats)
     assert beats[0] != beats[1]
     assert {"Size"} <= {section.title for section in rest}
+    alone = compare_campaigns(sides[0], replace(sides[1], sections=sides[1].sections[:1]))[0].tables
+    assert [table.columns for table in alone] == [("section", "claim", "A", "B"), ("section", "claim", "A")]
+    assert {row[0] for row in alone[1].rows} == {"Heavy weight decay"}
+    assert sum(len(table.rows) for table in alone) == len(first.tables[0].rows)
     with pytest.raises(ValueError, match="both campaigns are called 'A'"):
         compare_campaigns(sides[0], sides[0])
     assert "differ" in compare_campaigns(sides[0], replace(sides[1], data="other"))[0].notes[0]

@@ -253,6 +253,19 @@ def test_seeds_add_freedom_unless_sizes_scatter_more():
     assert scattered.dof == 2 and "sizes alone" in scattered.note
 
 
+def test_seeds_that_scatter_less_near_the_limit_weigh_more():
+    x, rng = np.repeat(np.geomspace(1, 32, 6), 3), np.random.default_rng(5)
+    falling, even = 0.5 / x * 0.01 * rng.standard_normal(18), 0.003 * rng.standard_normal(18)
+    found, steady = (fit_power_law(x, 3.0 + 0.5 / x + noise, bootstrap=0) for noise in (falling, even))
+    assert "scatter less near the limit" in found.note and "scatter less" not in steady.note
+    assert found.weights[-1] > 100 * found.weights[0] and np.all(steady.weights == 1)
+    blind = fit_power_law(x, 3.0 + 0.5 / x + falling, weights=np.ones(18), bootstrap=0)
+    assert np.ptp(found.interval["E"]) < 0.5 * np.ptp(blind.interval["E"])
+    assert found.interval["E"][0] < 3.0 < found.interval["E"][1]
+    # One seed a size tells nothing of this, however small the residuals near the limit.
+    assert "scatter" not in fit_power_law(x[::3], 3.0 + 0.5 / x[::3] + falling[::3], bootstrap=0).note
+
+
 @pytest.mark.parametrize(("count", "alpha"), [(2, None), (3, None), (3, 1.0)])
 def test_too_few_points_give_a_sentence_and_no_interval(count, alpha):
     found = fit_power_law(EIGHT[:count], law(EIGHT[:count]), alpha=alpha)

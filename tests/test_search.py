@@ -8,6 +8,7 @@ import pytest
 from test_recipes import finish, made_up_loss, simulate
 
 from epochal.campaign import load_recipe, outlook, search_states
+from epochal.cli import _hours, _search_lines
 from epochal.records import Record, Records, Workspace, load_records
 from epochal.run import Ensemble, Job, Run, fingerprint
 from epochal.scale import Grid, Members, Rung, Scale, load_scale
@@ -237,6 +238,15 @@ def test_plan_says_what_the_next_round_costs_and_can_gain(workspace: Workspace, 
     assert state.next_round.jobs == 1 and state.next_round.flops > 0
     assert state.gain is not None and state.gain > 0
     assert "wd 6.4" in state.state
+    lines = "\n".join(_search_lines(tuple(states.values()), scale.hardware, every=True))
+    assert f"next 1 job, {_hours(state.next_round, scale.hardware)}, to gain {state.gain:.4f} nats at most" in lines
+    for _ in simulate(workspace, "heavy_weight_decay", scale):
+        pass
+    records = load_records(workspace)
+    lines = "\n".join(_search_lines(search_states([recipe.__name__[8:]], records, scale), scale.hardware, every=True))
+    finer = [search.finer for search in recipe.searches(records, scale)]
+    assert None not in finer
+    assert all(f"a finer grid could gain {gain:.4f} nats" in lines for gain in finer)
 
 
 def test_the_grid_of_a_scale() -> None:

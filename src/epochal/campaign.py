@@ -150,7 +150,10 @@ def price(
 
 @dataclass(frozen=True)
 class SearchState:
-    """Where one search stands in words, what its next round costs, and a bound on what that can gain (nats, or None)."""
+    """Where one search stands in words, what its next round costs, and a bound on what that can gain (nats, or None).
+
+    `finer` is what a finer grid around the best point could gain, by the quadratic through its star (nats, or None).
+    """
 
     what: str
     state: str
@@ -158,6 +161,7 @@ class SearchState:
     certified: bool
     next_round: Price
     gain: float | None
+    finer: float | None
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,7 @@ def _state(search: Search, records: Records, scale: Scale, vocab_size: int | Non
         certified=search.descent.certified,
         next_round=price(unfinished, scale, vocab_size),
         gain=search.gain,
+        finer=search.finer,
     )
 
 

@@ -500,9 +500,13 @@ def _search_lines(searches: "Sequence[SearchState]", hardware: "Hardware", *, ev
     shown = [search for search in searches if every or (search.begun and not search.certified)]
     width = max((len(search.what) for search in shown), default=0)
     for search in shown:
-        cost, gain = search.next_round, "" if search.gain is None else f", to gain {search.gain:.4f} nats at most"
-        round_ = f"; next {cost.jobs} jobs, {_hours(cost, hardware)}{gain}" if cost.jobs else ""
-        lines.append(f"    {search.what:{width}}  {search.state}{round_}")
+        cost, finer = search.next_round, ""
+        gain = "nothing bounds its gain yet" if search.gain is None else f"to gain {search.gain:.4f} nats at most"
+        jobs = f"{cost.jobs} job{'s' * (cost.jobs > 1)}"
+        round_ = f"; next {jobs}, {_hours(cost, hardware)}, {gain}" if cost.jobs else ""
+        if search.certified and search.finer is not None:
+            finer = f"; a finer grid could gain {search.finer:.4f} nats"
+        lines.append(f"    {search.what:{width}}  {search.state}{round_}{finer}")
     return lines
 
 

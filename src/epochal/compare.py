@@ -44,21 +44,26 @@ def _claims_section(first: Campaign, second: Campaign, notes: tuple[str, ...]) -
         {(section.title, claim.text): claim for section in side.sections for claim in section.claims}
         for side in (first, second)
     )
-    rows = [
-        (section, text, _cell(ours.get((section, text))), _cell(theirs.get((section, text))))
-        for section, text in dict.fromkeys((*ours, *theirs))
-    ]
-    columns = ("section", "claim", first.name, second.name)
+    names = first.name, second.name
+    both = [(*place, _cell(claim), _cell(theirs[place])) for place, claim in ours.items() if place in theirs]
+    tables = [Table(title=_count(len(both), "both"), columns=("section", "claim", *names), rows=tuple(both))]
+    for name, mine, others in ((first.name, ours, theirs), (second.name, theirs, ours)):
+        rows = tuple((*place, _cell(claim)) for place, claim in mine.items() if place not in others)
+        if rows:
+            table = Table(title=_count(len(rows), f"{name} alone"), columns=("section", "claim", name), rows=rows)
+            tables.append(table)
     return Section(
         title="Claims side by side",
         question=f"Do {first.name} and {second.name} agree?",
-        tables=(Table(title=f"{len(rows)} claims", columns=columns, rows=tuple(rows)),),
+        tables=tuple(tables),
         notes=notes,
     )
 
 
-def _cell(claim: Claim | None) -> str:
-    if claim is None:
-        return "not claimed"
+def _count(claims: int, whose: str) -> str:
+    return f"{claims} claim{'s' * (claims != 1)} of {whose}"
+
+
+def _cell(claim: Claim) -> str:
     word = verdict(claim) + (" (provisional)" if claim.provisional else "")
     return f"{word}: {claim.value}" if claim.value else word

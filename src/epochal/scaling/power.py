@@ -22,6 +22,8 @@ FEWEST = 4  # distinct x below which no interval is given, whatever the number o
 FEWEST_FREE = 2  # points beyond the constants below which no interval is given: four points, three constants, one seed
 HUBER_ROUNDS = 60
 POOLING = 0.5  # seeds and sizes share one variance where the F test is less sure than this; see _noise
+POOLING_EXCESS = 0.1  # the same where the seeds showed how their noise falls: their scatter then says more
+FALLS = 2.0  # log-likelihood by which the seeds must prefer noise that falls with the excess
 EXCESS_ROUNDS = 4
 EXCESS_FLOOR = 0.05
 Interval = tuple[float, float]
@@ -182,7 +184,8 @@ def fit_power_law(
     `alpha` fixes the exponent (1.0 for an ensemble of independent members, section 4 of the paper). `loss="huber"`
     takes Huber's loss of log residuals with threshold `delta`, as Chinchilla's third approach does; points far off the
     law then count less. `noise="excess"` weighs for noise that shrinks with the excess over the limit (members of
-    ensembles, relative errors). `bootstrap` draws (0: none) are reproducible by `seed`.
+    ensembles, relative errors); where several seeds of a size plainly scatter less near the limit, the default takes it
+    too and says so. `bootstrap` draws (0: none) are reproducible by `seed`.
 
     Raises ValueError on values that are not finite and positive, on unequal lengths, on fewer than two distinct x.
     """
@@ -198,9 +201,13 @@ def fit_power_law(
     too_few = _too_few(xs, law.parameters, alpha, error_dof)
     if too_few:
         return replace(law, note=too_few)
-    interval = _profile_intervals(law)
+    other = None
     if noise == "constant" and loss == "squares" and errors is None:
         other = _fit(xs, ys, ws, 0, alpha=alpha, noise="excess", loss=loss, delta=delta, alpha_bounds=alpha_bounds)
+        if weights is None and _falls_with_excess(xs, ys, other.weights):
+            law, other = _pooled(other), law
+    interval = _profile_intervals(law)
+    if other is not None:
         interval |= {
             name: _hull(interval[name], ends) for name, ends in _profile_intervals(other).items() if name != "E"
         }
@@ -283,7 +290,9 @@ def _too_few(x: Array, parameters: int, alpha: float | None, error_dof: int) -> 
     return ""
 
 
-def _noise(x: Array, residual: Array, weights: Array, parameters: int, error_dof: int) -> tuple[float, int, str]:
+def _noise(
+    x: Array, residual: Array, weights: Array, parameters: int, error_dof: int, pooling: float = POOLING
+) -> tuple[float, int, str]:
     """Variance of a point of weight 1 and its degrees of freedom.
 
     Seeds of one size tell the seed noise (and known errors the same); the scatter of sizes about the law also holds what
@@ -305,10 +314,30 @@ def _noise(x: Array, residual: Array, weights: Array, parameters: int, error_dof
         dof = max(len(x) + error_dof - parameters, 0)
         return total / max(dof, 1), dof, ""
     between, pure = max(total - within, 0.0) / dof_between, within / dof_within
-    if pure == 0.0 or fdtrc(dof_between, dof_within, between / pure) < POOLING:
+    if pure == 0.0 or fdtrc(dof_between, dof_within, between / pure) < pooling:
         note = "Sizes scatter about the law more than their own noise, so the interval rests on the sizes alone."
         return between, dof_between, note
     return total / (dof_between + dof_within), dof_between + dof_within, ""
+
+
+def _falls_with_excess(x: Array, y: Array, weights: Array) -> bool:
+    """Whether seeds of one size scatter as `weights` say rather than evenly, by the likelihood of their deviations alone."""
+    even = fall = logs = freedom = 0.0
+    for value in np.unique(x):
+        here = x == value
+        count = float(np.sum(here)) - 1
+        squares = float(np.sum((y[here] - np.mean(y[here])) ** 2))
+        weight = float(np.mean(weights[here]))
+        freedom, logs = freedom + count, logs + count * math.log(weight)
+        even, fall = even + squares, fall + weight * squares
+    return even > 0 and (freedom * math.log(even / fall) + logs) / 2 > FALLS
+
+
+def _pooled(law: PowerLaw) -> PowerLaw:
+    """Return a law fitted with falling noise that its seeds showed: their scatter counts unless sizes plainly differ."""
+    variance, dof, note = _noise(law.x, law.residuals, law.weights, law.parameters, 0, pooling=POOLING_EXCESS)
+    seen = "Seeds scatter less near the limit, so the points there weigh more."
+    return replace(law, variance=variance, dof=dof, note=f"{seen} {note}".strip())
 
 
 def _profile_intervals(law: PowerLaw) -> dict[str, Interval]:
