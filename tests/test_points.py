@@ -116,7 +116,7 @@ def test_limits_are_compared_with_the_reference() -> None:
 def test_nested_ensembles_give_a_law_in_members_without_an_interval() -> None:
     points = [Measured("ours", 4.0 + 0.3 / k, 1e6, 1e5, k) for k in range(1, 9)]
     (fitted,) = fit_axis(points, MEMBERS)
-    assert fitted.law.E == pytest.approx(4.0, abs=1e-4)
+    assert abs(fitted.law.E - 4.0) < 1e-4
     assert fitted.law.interval is None and "share members" in fitted.law.note
     grown = [Measured("ours", 4.0 + 0.3 / n, 1e6 * n, 1e5, 1) for n in range(1, 9)]
     assert fit_axis(grown, SIZE)[0].law.interval is not None

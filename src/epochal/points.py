@@ -292,7 +292,8 @@ def _drawer(axis: Axis, group: Sequence[Fitted]) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for fit in group:
             line = draw_series(axes, fit.xs, fit.ys, label=fit.recipe, join=False)
-            draw_law(axes, fit.law, min(fit.xs), 4 * max(fit.xs), color=line.get_color())
+            # A limit at its bound 0 is none, and its line would press all points together.
+            draw_law(axes, fit.law, min(fit.xs), 4 * max(fit.xs), color=line.get_color(), limit=fit.law.E > 0)
         axes.set_xscale("log", base=2 if axis is MEMBERS else 10)
         axes.set_xlabel(axis.label)
         axes.set_ylabel("loss (nats per token)")
