@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import toy
@@ -34,8 +35,9 @@ class Recorder(torch.optim.Optimizer):
 
 
 def objective() -> toy.Objective:
-    """A model in which every element has a value of its own, so that it is known wherever it turns up."""
-    found, generator = toy.Objective(2), torch.Generator().manual_seed(1)
+    """A model in which every element has a value of its own, so that it is known wherever it turns up; its shards are padded."""
+    with mock.patch.object(toy, "WIDTH", toy.ODD):
+        found, generator = toy.Objective(2), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)

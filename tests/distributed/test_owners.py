@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epochal.optim import Fira, Muon, Spectra
-from epochal.optim.layout import Entry, Span, assign_owners, matrix_cost, uncovered
+from epochal.optim.layout import Entry, Span, assign_owners, locate_slices, matrix_cost, uncovered
 from epochal.optim.sharding import Replicated, Sharded, needs_whole
 
 
@@ -105,3 +105,17 @@ def test_stand_ins_keep_numbers_and_leave_the_original_alone() -> None:
     stand_in.grad = torch.ones(4, 3)
     other.step()
     assert stand_in.abs().min() > 0 and not optimizer.state and torch.equal(named[0][1], torch.ones(4, 3))
+
+
+def test_padding_that_nobody_has_written_is_no_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last process of ZeRO-3 holds padding, and its copies of it need not be equal: it may be NaN."""
+    import deepspeed.utils
+
+    parameter = torch.nn.Parameter(torch.arange(5.0))
+    entry = Entry("p", parameter, 0, parameter.shape, None)
+    monkeypatch.setattr(deepspeed.utils, "safe_get_local_fp32_param", lambda p: torch.tensor([3.0, 4.0, torch.nan]))
+    shard = torch.tensor([3.0, 4.0, 7.0])
+    assert locate_slices(shard, [(0, entry)], 1) == ([Span(0, 3, 5, 0)], None)
+    shard[1] = 5.0
+    assert locate_slices(shard, [(0, entry)], 1)[1] == "the shard holds other values than p"
+    assert locate_slices(shard[:2], [(0, entry)], 1)[1] == "the shard holds other values than p"

@@ -84,6 +84,17 @@ def test_each_rank_holds_and_does_its_share(processes: Processes, profile: str, 
 
 
 @pytest.mark.parametrize("profile", SHARDED)
+@pytest.mark.parametrize("world", [2, 4])
+def test_parameters_whose_elements_do_not_divide_are_padded(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, profile: str, world: int
+) -> None:
+    monkeypatch.setattr(toy, "WIDTH", toy.ODD)
+    assert all(weight.numel() % 2 for weight in toy.first_weights().values())
+    steps = 3
+    check(processes(world).run("toy:trained_odd", profile, "fira", steps), toy.alone("fira", steps), profile, steps)
+
+
+@pytest.mark.parametrize("profile", SHARDED)
 def test_clipping_and_accumulation_are_no_further_off_than_twice_ddp(processes: Processes, profile: str) -> None:
     setting = {"clip_norm": 0.05}
     one = alone("adamw-spectra", **setting)

@@ -46,7 +46,7 @@ def test_an_array_asks_for_what_the_file_says() -> None:
     text = slurm.array_script(submission(ORDERS, cluster), Path("/x/abc.json"), 40, nodes=2)
     found = options_of(text)
     assert found["array"] == "0-39%7" and found["nodes"] == "2" and found["ntasks-per-node"] == "1"
-    assert found["time"] == "720" and found["signal"] == "B:USR1@300" and "requeue" in found
+    assert found["time"] == "720" and found["signal"] == "B:USR1@300" and found["requeue"] == "", "a flag"
     assert (found["partition"], found["gpus-per-node"], found["mem"]) == ("gpu", "8", "400GB")
     assert found["comment"] == "abc"
     assert text.index("module load cuda") < text.index("exec ")
