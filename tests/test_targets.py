@@ -216,6 +216,24 @@ def test_online_and_cached_losses_are_those_of_whole_distributions(taught: Any, 
     assert found["cached"] == pytest.approx(found["exact"], abs=1e-3)
 
 
+def test_a_warm_teacher_softens_both_sides(taught: Any) -> None:
+    """0.6 CE + 0.4 T^2 KL at T = 2 from whole logits of one teacher, with the hard part at T = 1."""
+    space, store, student = taught
+    run = replace(student, teach=Teach(source="m1", weight=0.4, temperature=2.0))
+    batches = _batches(run, store, space)
+    teacher, model = load_teacher(run, batches, store, space, load_records(space)), load_model(space, "m0")
+    assert teacher is not None
+    rows = torch.from_numpy(batches(0))
+    with torch.no_grad():
+        hidden, targets = next_token(model, rows)
+        loss = teacher.loss(hidden, model.lm_head.weight, targets, rows, range(4), 124.0)
+        logits = (hidden @ model.lm_head.weight.T).double()
+        p = torch.softmax(load_model(space, "m1").double()(input_ids=rows).logits[:, :-1].flatten(0, 1) / 2, -1)
+    hard = torch.nn.functional.cross_entropy(logits, targets)
+    soft = (torch.xlogy(p, p) - p * torch.log_softmax(logits / 2, 1)).sum(1).mean()
+    assert float(loss) == pytest.approx(float(0.6 * hard + 0.4 * 4 * soft), abs=1e-5)
+
+
 def test_a_student_of_the_cache_ends_where_the_student_of_the_models_ends(taught: Any) -> None:
     space, _, student = taught
     computed(space, a_job(name="all", keep=300))
