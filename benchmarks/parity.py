@@ -39,6 +39,9 @@ import toy  # noqa: E402
 from measure import append, environment, known  # noqa: E402
 from ranks import Group, group  # noqa: E402
 
+# This folder has a kernels.py, which transformers would take for the package of that name.
+sys.path[:] = [folder for folder in sys.path if folder != str(HERE)]
+
 TABLE = HERE / "parity.csv"
 PROFILES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 KINDS = ("adamw", "fira", *(f"{base}-spectra" for base in toy.BASES), "muon", "muon-float32")

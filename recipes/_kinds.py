@@ -14,7 +14,7 @@ from epochal.records import Record, Records
 from epochal.report import Claim, Table
 from epochal.run import AVERAGES, Ensemble, Job, Run, Teach, without_seed
 from epochal.scale import Kinds, Scale
-from epochal.scaling import seed_interval
+from epochal.scaling import seed_interval, unsettled
 from epochal.tuner import Point
 
 KINDS = {
@@ -169,7 +169,6 @@ def claims(found: dict[tuple[str, str], Row], scale: Scale, reasons: tuple[str, 
         values = gains(found, kind, "probs")
         if kind == "independent" or not values:
             continue
-        seeds = () if len(values) > 1 else ("one seed",)
         made.append(
             Claim(
                 text=f"{scale.kinds.count} {scale.kinds.model} members at equal training cost, {words}: "
@@ -178,7 +177,7 @@ def claims(found: dict[tuple[str, str], Row], scale: Scale, reasons: tuple[str, 
                 interval=seed_interval(values),
                 seeds=len(values),
                 holds=statistics.fmean(values) > 0,
-                provisional=(*reasons, *seeds),
+                provisional=(*reasons, *unsettled(values)),
             )
         )
     return made

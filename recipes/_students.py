@@ -12,7 +12,7 @@ from epochal.records import Record, Records
 from epochal.report import Claim, Table
 from epochal.run import Ensemble, Job, Run, Samples, Targets, Teach
 from epochal.scale import Scale, Soft
-from epochal.scaling import seed_interval
+from epochal.scaling import seed_interval, unsettled
 from epochal.tuner import Point
 from recipes import ensembling, heavy_weight_decay
 
@@ -150,7 +150,8 @@ def claims(records: Records, scale: Scale, reasons: tuple[str, ...]) -> list[Cla
                 interval=seed_interval(values),
                 seeds=len(values),
                 holds=abs(mean) < 0.01 if way == "cached" else mean > 0,
-                provisional=(*reasons, *(() if len(values) > 1 else ("one seed",))),
+                # two that are meant to be equal are not in doubt because they are
+                provisional=(*reasons, *(u for u in unsettled(values) if way != "cached" or u == "one seed")),
             )
         )
     return made

@@ -11,7 +11,7 @@ tuned again: differences are paired by seed with the unchanged optimizer.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Ablations, Scale, Setting
-from epochal.scaling import seed_interval
+from epochal.scaling import seed_interval, unsettled
 from recipes import optimizers
 
 NOISE = 0.003
@@ -196,15 +196,10 @@ def _steps_claim(records: Records, scale: Scale, found: Losses) -> Claim | None:
         value=", ".join(f"{count} steps {mean:+.4f}" for count, mean in means.items()) + " nats",
         interval=seed_interval(changed[worst]),
         seeds=len(changed[worst]),
-        holds=all(abs(means[count]) <= NOISE or _contains_zero(values) for count, values in changed.items()),
+        holds=all(abs(means[count]) <= NOISE or bool(unsettled(values)) for count, values in changed.items()),
         paper="2.939, 2.936, 2.937 for 5, 10 and 15 steps at 160M, spectra section 3",
         provisional=_few(scale, min(len(values) for values in changed.values())),
     )
-
-
-def _contains_zero(values: Sequence[float]) -> bool:
-    ends = seed_interval(values)
-    return ends is not None and ends[0] <= 0 <= ends[1]
 
 
 def _fira_claims(records: Records, scale: Scale, found: Losses) -> list[Claim]:
@@ -218,7 +213,6 @@ def _fira_claims(records: Records, scale: Scale, found: Losses) -> list[Claim]:
         values = differences(losses, plain)
         if (change.field, change.value) not in papers or not values:
             continue
-        settled = () if not _contains_zero(values) and len(values) > 1 else ("within noise",)
         claims.append(
             Claim(
                 text=f"Fira: {change.words} raises the loss",
@@ -227,7 +221,7 @@ def _fira_claims(records: Records, scale: Scale, found: Losses) -> list[Claim]:
                 seeds=len(values),
                 holds=statistics.fmean(values) > 0,
                 paper=papers[change.field, change.value],
-                provisional=(*_few(scale, len(values)), *settled),
+                provisional=(*_few(scale, len(values)), *unsettled(values)),
             )
         )
     by_rank = {change.value: list(losses.values()) for change, losses in found.items() if change.field == "rank"}

@@ -18,7 +18,7 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_series
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Kinds, Limits, Scale, Setting, member_point
-from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval
+from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval, unsettled
 from recipes import _kinds, optimizers
 from recipes.ensembling import members_law
 
@@ -194,7 +194,7 @@ def _tuned_claims(records: Records, scale: Scale, name: str) -> list[Claim]:
             interval=seed_interval(list(large.values())),
             seeds=seeds,
             holds=all(mean > 0 for mean in means.values()),
-            provisional=(*reasons, *_noise(list(large.values()))),
+            provisional=tuple(dict.fromkeys((*reasons, *unsettled(list(large.values()))))),
         ),
         Claim(
             text=f"what {name} gains over {BASE} does not shrink from {models[0]} to {models[-1]}",
@@ -202,7 +202,7 @@ def _tuned_claims(records: Records, scale: Scale, name: str) -> list[Claim]:
             interval=seed_interval(change),
             seeds=len(change),
             holds=statistics.fmean(change) >= 0,
-            provisional=(*reasons, *_noise(change)),
+            provisional=tuple(dict.fromkeys((*reasons, *unsettled(change)))),
         ),
         Claim(
             text=f"{name} has its lowest loss at the decay at which {BASE} has it",
@@ -211,11 +211,6 @@ def _tuned_claims(records: Records, scale: Scale, name: str) -> list[Claim]:
             provisional=(*reasons, "one seed chose the decay"),
         ),
     ]
-
-
-def _noise(values: list[float]) -> tuple[str, ...]:
-    ends = seed_interval(values)
-    return ("within noise",) if ends is None or ends[0] <= 0 <= ends[1] else ()
 
 
 def _tuned_table(records: Records, scale: Scale) -> Table:
@@ -415,7 +410,7 @@ def _kind_claims(records: Records, scale: Scale, name: str, kind: str) -> list[C
             interval=seed_interval(values),
             seeds=len(values),
             holds=statistics.fmean(values) > 0,
-            provisional=_noise(values),
+            provisional=unsettled(values),
         )
     ]
 

@@ -20,7 +20,7 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_bars
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Optimizer, Run, Signum, Spectra
 from epochal.scale import Comparison, Scale, Setting
-from epochal.scaling import seed_interval
+from epochal.scaling import seed_interval, unsettled
 from epochal.tuner import Point
 
 Make = Callable[[float, float, float], Optimizer]
@@ -171,20 +171,17 @@ def _pair_claims(records: Records, scale: Scale, setting: Setting) -> list[Claim
         gains = [other[seed].loss - one[seed].loss for seed in one if seed in other]
         if not gains:
             continue
-        ends = seed_interval(gains)
         mean = statistics.fmean(gains)
-        settled = ends is not None and not ends[0] <= 0 <= ends[1]
         claims.append(
             Claim(
                 text=f"{words(setting)}: {better} has a lower loss than {worse}",
                 value=f"{mean:+.4f} nats",
-                interval=ends,
+                interval=seed_interval(gains),
                 seeds=len(gains),
                 holds=mean > 0,
                 paper=paper if setting.epochs == 1 else "",
-                provisional=(
-                    *missing(records, scale, setting, (better, worse)),
-                    *(() if settled else ("within noise",)),
+                provisional=tuple(
+                    dict.fromkeys((*missing(records, scale, setting, (better, worse)), *unsettled(gains)))
                 ),
             )
         )

@@ -33,8 +33,10 @@ from epochal.scaling import (
     leave_one_out,
     overfitting,
     repetition,
+    seed_interval,
     seed_weights,
     slowrun_multiple,
+    unsettled,
     with_penalty,
 )
 
@@ -699,3 +701,12 @@ def test_a_surface_that_cannot_be_fitted_says_why():
 def test_import_needs_neither_torch_nor_scipy():
     code = "import sys, epochal.scaling; print([m for m in ('torch', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_difference_over_seeds_says_what_it_lacks_to_have_a_sign() -> None:
+    assert unsettled([0.3]) == ("one seed",)
+    assert unsettled([0.03, 0.02, 0.04]) == ()  # 0.03 -+ 2.92 * 0.01 / sqrt(3) = 0.013 to 0.047
+    assert unsettled([0.03, -0.02, 0.04]) == ("within noise",)
+    assert unsettled([-0.03, -0.02, -0.04]) == ()
+    assert seed_interval([0.03, 0.02, 0.04]) == pytest.approx((0.0131414, 0.0468586), abs=1e-6)
+    assert seed_interval([0.03]) is None

@@ -17,6 +17,7 @@ from epochal.scaling.checks import (
     seed_interval,
     seed_reach,
     seed_weights,
+    unsettled,
 )
 from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants, slowrun_multiple
 from epochal.scaling.forms import (
@@ -67,5 +68,6 @@ __all__ = [
     "seed_reach",
     "seed_weights",
     "slowrun_multiple",
+    "unsettled",
     "with_penalty",
 ]

@@ -153,6 +153,14 @@ def seed_interval(losses: Sequence[float]) -> tuple[float, float] | None:
     return mean - reach, mean + reach
 
 
+def unsettled(differences: Sequence[float]) -> tuple[str, ...]:
+    """Say what a mean difference over seeds lacks to have a sign: a second seed, or an interval without zero."""
+    ends = seed_interval(differences)
+    if ends is None:
+        return ("one seed",)
+    return ("within noise",) if ends[0] <= 0 <= ends[1] else ()
+
+
 def seed_weights(losses: Sequence[npt.ArrayLike]) -> tuple[Array, Array]:
     """Give the mean and the weight (inverse variance of the mean) per size from the losses of its seeds.
 
