@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import torch
 import toy
@@ -35,9 +34,11 @@ class Recorder(torch.optim.Optimizer):
 
 
 def objective() -> toy.Objective:
-    """A model in which every element has a value of its own, so that it is known wherever it turns up; its shards are padded."""
-    with mock.patch.object(toy, "WIDTH", toy.ODD):
-        found, generator = toy.Objective(2), torch.Generator().manual_seed(1)
+    """A model in which every element has a value of its own, so that it is known wherever it turns up.
+
+    No shard of it is padded: unwritten padding may hold a stale copy of any element.
+    """
+    found, generator = toy.Objective(2), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)

@@ -100,7 +100,7 @@ def test_why_a_launched_run_was_refused_reaches_the_user(tmp_path: Path, monkeyp
         session="s", scale="tiny", recipes=(), results=str(space.results), work=str(space.work), threads=1, profile="p"
     )
     said: list[dict[str, Any]] = []
-    worker.run_job(tiny.run(config, name="refused"), orders, said.append)
+    worker.run_job(tiny.run(config, name="refused"), orders, said.append, {})
     assert [event["event"] for event in said] == ["started", "failed"]
     assert said[1]["message"] == "the profile sets mixed_precision to 'bf16'; a Run names its own: write 'no'."
     assert sorted(file.name for file in space.folder("refused").iterdir()) == ["failure.json", "run.json"]
