@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+# The scales whose records are committed; the demo's are not.
+COMMITTED := $(filter-out demo,$(sort $(notdir $(patsubst %/records,%,$(wildcard recipes/results/*/records)))))
 
 .PHONY: demo test check bench report clean
 
@@ -22,9 +24,8 @@ bench: .venv/test
 	for name in laws records optimizers losses teachers ensembles distributed parity; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 report: .venv/demo
-	$(BIN)/epochal report --scale micro
-	$(BIN)/epochal report --scale micro-again
-	$(BIN)/python -m epochal.results_table micro micro-again
+	for scale in $(COMMITTED); do $(BIN)/epochal report --scale $$scale || exit 1; done
+	$(BIN)/python -m epochal.results_table $(COMMITTED)
 
 clean:
 	rm -rf .venv work recipes/results/demo
