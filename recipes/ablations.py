@@ -22,6 +22,7 @@ from epochal.run import Job, Run
 from epochal.scale import Ablations, Scale, Setting
 from epochal.scaling import seed_interval, unsettled
 from recipes import optimizers
+from recipes._differences import difference_claim
 
 NOISE = 0.003
 """Nats between 5, 10 and 15 steps in the paper's own table of one seed: less than this is called no difference."""
@@ -47,8 +48,6 @@ class Change:
                 return "no limiter"
             case "scaling", "matrix":
                 return "one factor for a matrix"
-            case "variant", "galore":
-                return "no residual (GaLore)"
         return f"{self.field} {self.value}"
 
     @property
@@ -214,14 +213,11 @@ def _fira_claims(records: Records, scale: Scale, found: Losses) -> list[Claim]:
         if (change.field, change.value) not in papers or not values:
             continue
         claims.append(
-            Claim(
-                text=f"Fira: {change.words} raises the loss",
-                value=f"{statistics.fmean(values):+.4f} nats",
-                interval=seed_interval(values),
-                seeds=len(values),
-                holds=statistics.fmean(values) > 0,
+            difference_claim(
+                f"Fira: {change.words} raises the loss",
+                values,
                 paper=papers[change.field, change.value],
-                provisional=(*_few(scale, len(values)), *unsettled(values)),
+                reasons=_few(scale, len(values)),
             )
         )
     by_rank = {change.value: list(losses.values()) for change, losses in found.items() if change.field == "rank"}

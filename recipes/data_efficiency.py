@@ -42,12 +42,8 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
 
 def seeds(records: Records, scale: Scale, tokens: int) -> list[Run]:
     """Return the best standard run of one budget with every seed; nothing before its searches have certificates."""
-    _, best, missing = epoching.best_standard(records, scale, tokens)
-    if best is None or missing:
-        return []
-    point = epoching.standard(records, scale, best.model, tokens).best
-    assert point is not None
-    return [scale.run(best.model, tokens, point, seed=seed) for seed in range(scale.seeds)]
+    _, _, missing = epoching.best_standard(records, scale, tokens)
+    return [] if missing else epoching.best_runs(records, scale, tokens)
 
 
 def searches(records: Records, scale: Scale) -> list[Search]:

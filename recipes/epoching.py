@@ -6,16 +6,15 @@ Found: recipes/results/<scale>/report.md
 """
 
 import math
-import statistics
 from dataclasses import dataclass, replace
 
 from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_series
 from epochal.run import Job, Run
 from epochal.scale import Scale
-from epochal.scaling import seed_interval
 from epochal.search import Search, seed_noise, single_search
 from epochal.tuner import Descent, Point
+from recipes._differences import difference_claim
 
 
 def plan(records: Records, scale: Scale) -> list[Job]:
@@ -86,13 +85,16 @@ class Pair:
         return [rise for rise in rises if math.isfinite(rise)]
 
 
-def best_records(records: Records, scale: Scale, tokens: int) -> list[Record]:
-    """Return the finite records of the best standard run of one budget, one for each seed that has run."""
+def best_runs(records: Records, scale: Scale, tokens: int) -> list[Run]:
+    """Return the best standard run of one budget with every seed; none before any has run."""
     _, best, _ = best_standard(records, scale, tokens)
     point = standard(records, scale, best.model, tokens).best if best is not None else None
-    if best is None or point is None:
-        return []
-    found = [records.get(run) for run in _seeds(scale, best.model, tokens, point)]
+    return [] if best is None or point is None else _seeds(scale, best.model, tokens, point)
+
+
+def best_records(records: Records, scale: Scale, tokens: int) -> list[Record]:
+    """Return the finite records of the best standard run of one budget, one for each seed that has run."""
+    found = [records.get(run) for run in best_runs(records, scale, tokens)]
     return [record for record in found if record is not None and math.isfinite(record.loss)]
 
 
@@ -152,26 +154,13 @@ def _epochs_claim(records: Records, scale: Scale) -> tuple[Claim, ...]:
     best, last = pair.before[0].epochs, pair.after[0].epochs
     missing = () if len(_curve(records, sweep(scale))) == len(sweep(scale)) else ("epochs of the sweep",)
     return (
-        _rise(
+        difference_claim(
             f"{scale.epoching}, wd {scale.standard_wd:g}: more epochs than {best} raise the loss again "
             f"({last} epochs against {best})",
-            "falls, then rises (figure only), section 4",
             pair.rises(records),
-            missing,
+            paper="falls, then rises (figure only), section 4",
+            reasons=missing,
         ),
-    )
-
-
-def _rise(text: str, paper: str, rises: list[float], missing: tuple[str, ...] = ()) -> Claim:
-    mean = statistics.fmean(rises)
-    return Claim(
-        text=text,
-        value=f"{mean:+.4f} nats",
-        interval=seed_interval(rises),
-        seeds=len(rises),
-        paper=paper,
-        holds=mean > 0,
-        provisional=(*missing, *(("one seed",) if len(rises) < 2 else ())),
     )
 
 
@@ -197,11 +186,11 @@ def _size_claim(records: Records, scale: Scale, tokens: int) -> tuple[Claim, ...
         return ()
     smallest, largest = pair.before[0], pair.after[0]
     return (
-        _rise(
+        difference_claim(
             f"wd {scale.standard_wd:g}, {smallest.epochs} epochs: the largest model ({largest.model}) overfits past the "
             f"smallest ({smallest.model})",
-            "1.4B above 600M by 0.0146 nats, section 4",
             pair.rises(records),
+            paper="1.4B above 600M by 0.0146 nats, section 4",
         ),
     )
 

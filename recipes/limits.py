@@ -20,6 +20,7 @@ from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Kinds, Limits, Scale, Setting, member_point
 from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval, unsettled
 from recipes import _kinds, optimizers
+from recipes._differences import difference_claim
 from recipes.ensembling import members_law
 
 BASE = "AdamW"
@@ -133,10 +134,14 @@ def report(records: Records, scale: Scale) -> Section:
 # --- tuned, at every size ---------------------------------------------------------------------------------------------
 
 
+def records_at(records: Records, scale: Scale, name: str, model: str) -> dict[int, Record]:
+    """Return the records of one optimizer at its best point for one size, by seed."""
+    return optimizers.best_records(records, at(scale, model), setting_of(scale), optimizers.entry_of(name))
+
+
 def losses_at(records: Records, scale: Scale, name: str, model: str) -> dict[int, float]:
     """Return the losses of one optimizer at its best point for one size, by seed."""
-    found = optimizers.best_records(records, at(scale, model), setting_of(scale), optimizers.entry_of(name))
-    return {seed: record.loss for seed, record in found.items()}
+    return {seed: record.loss for seed, record in records_at(records, scale, name, model).items()}
 
 
 def gains_at(records: Records, scale: Scale, name: str, model: str) -> dict[int, float]:
@@ -150,7 +155,7 @@ def size_law(records: Records, scale: Scale, name: str) -> PowerLaw | None:
     assert scale.limits is not None
     points: list[tuple[float, float]] = []
     for model in scale.limits.models:
-        found = optimizers.best_records(records, at(scale, model), setting_of(scale), optimizers.entry_of(name))
+        found = records_at(records, scale, name, model)
         points += [(float(record.results["parameters"]), record.loss) for record in found.values()]
     if len({size for size, _ in points}) < FEWEST_SIZES:
         return None
@@ -253,7 +258,7 @@ def _figures(records: Records, scale: Scale) -> tuple[Figure, ...]:
     series: dict[str, list[tuple[float, float]]] = {}
     for name in scale.limits.optimizers:
         for model in scale.limits.models:
-            found = optimizers.best_records(records, at(scale, model), setting_of(scale), optimizers.entry_of(name))
+            found = records_at(records, scale, name, model)
             if found:
                 size = float(found[min(found)].results["parameters"])
                 mean = statistics.fmean(record.loss for record in found.values())
@@ -403,16 +408,8 @@ def _kind_claims(records: Records, scale: Scale, name: str, kind: str) -> list[C
     values = kind_gains(records, scale, name, kind)
     if not values:
         return []
-    return [
-        Claim(
-            text=f"members with {name} at equal training cost, {_kinds.KINDS[kind]}: better than independent ones (probs)",
-            value=f"{statistics.fmean(values):+.4f} nats",
-            interval=seed_interval(values),
-            seeds=len(values),
-            holds=statistics.fmean(values) > 0,
-            provisional=unsettled(values),
-        )
-    ]
+    text = f"members with {name} at equal training cost, {_kinds.KINDS[kind]}: better than independent ones (probs)"
+    return [difference_claim(text, values)]
 
 
 def _kind_table(records: Records, scale: Scale) -> Table:

@@ -20,8 +20,9 @@ from epochal.records import Record, Records, needed
 from epochal.report import Claim, Figure, Section, Table, draw_bars
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Optimizer, Run, Signum, Spectra
 from epochal.scale import Comparison, Scale, Setting
-from epochal.scaling import seed_interval, unsettled
+from epochal.scaling import seed_interval
 from epochal.tuner import Point
+from recipes._differences import difference_claim
 
 Make = Callable[[float, float, float], Optimizer]
 """(lr, wd, SPECTRA's threshold) -> optimizer."""
@@ -169,22 +170,15 @@ def _pair_claims(records: Records, scale: Scale, setting: Setting) -> list[Claim
     for better, worse, paper in PAIRS:
         one, other = (best_records(records, scale, setting, entry_of(name)) for name in (better, worse))
         gains = [other[seed].loss - one[seed].loss for seed in one if seed in other]
-        if not gains:
-            continue
-        mean = statistics.fmean(gains)
-        claims.append(
-            Claim(
-                text=f"{words(setting)}: {better} has a lower loss than {worse}",
-                value=f"{mean:+.4f} nats",
-                interval=seed_interval(gains),
-                seeds=len(gains),
-                holds=mean > 0,
-                paper=paper if setting.epochs == 1 else "",
-                provisional=tuple(
-                    dict.fromkeys((*missing(records, scale, setting, (better, worse)), *unsettled(gains)))
-                ),
+        if gains:
+            claims.append(
+                difference_claim(
+                    f"{words(setting)}: {better} has a lower loss than {worse}",
+                    gains,
+                    paper=paper if setting.epochs == 1 else "",
+                    reasons=missing(records, scale, setting, (better, worse)),
+                )
             )
-        )
     return claims
 
 
