@@ -99,6 +99,7 @@ def test_the_order_is_that_of_scipy_and_gains_are_counted(finished: tuple[Record
     ]
     assert gain.value == f"{counted[1] - counted[0]:+.2f} points ({counted[0]:.2f} to {counted[1]:.2f}%)"
     assert gain.interval is not None and gain.holds == (gain.interval[0] > 0)
+    assert gain.interval[0] < counted[1] - counted[0] < gain.interval[1]
     one = found[0]
     mean = {task: one.right[task].mean() for task in TASKS}
     variance = sum(mean[task] * (1 - mean[task]) / QUESTIONS[task] for task in TASKS) / 4

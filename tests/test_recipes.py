@@ -167,6 +167,11 @@ def test_claims_of_epoching_rest_on_every_seed_of_what_they_compare(workspace: W
     assert not any(run.init_seed for turn in turns[:-1] for run in turn if isinstance(run, Run))
     claims = recipe.report(load_records(workspace), scale).claims
     assert [(claim.seeds, claim.provisional) for claim in claims] == [(3, ()), (3, ())]
+    curve = {run.epochs: made_up_loss(run) for run in recipe.sweep(scale)}
+    assert claims[0].value == f"{curve[max(curve)] - min(curve.values()):+.4f} nats"
+    at_most = Point(lr=scale.ladder[0].lr or 0.0, epochs=int(claims[1].text.split()[2]), wd=scale.standard_wd)
+    small, large = (made_up_loss(scale.run(rung.model, 24576, at_most)) for rung in (scale.ladder[0], scale.ladder[-1]))
+    assert claims[1].value == f"{large - small:+.4f} nats" and claims[1].holds == (large > small)
     # the made-up loss of a seed is the same shift in both settings, so the differences do not scatter
     assert all(claim.interval == pytest.approx((float(claim.value.split()[0]),) * 2, abs=1e-4) for claim in claims)
     records = load_records(workspace)
@@ -384,6 +389,11 @@ def test_optimizers_report_paired_differences_with_intervals(workspace: Workspac
         }
         provenance = {"state_bytes": 8 * results["parameters"], "optimizer_share": 0.25}
         write_record(workspace, replace(clipped[seed], results=results, provenance=provenance))
+        for name, state, share, norm in (("AdamW", 8, 0.1, 3.0), ("Fira", 6, 0.1, 3.0)):
+            record = recipe.best_records(records, scale, setting, entries[name])[seed]
+            measured = {"state_bytes": state * record.results["parameters"], "optimizer_share": share}
+            found = record.results | {"spectral_norms": {"q_proj": norm}}
+            write_record(workspace, replace(record, results=found, provenance=measured))
     section = recipe.report(load_records(workspace), scale)
     claims = {claim.text: claim for claim in section.claims}
     claim = claims["one pass over 49,152 tokens: SPECTRA-AdamW has a lower loss than AdamW"]
@@ -392,6 +402,12 @@ def test_optimizers_report_paired_differences_with_intervals(workspace: Workspac
     assert "780M" in claim.paper and not any("noise" in reason for reason in claim.provisional)
     other = claims["16 epochs over 24,576 tokens: SPECTRA-AdamW has a lower loss than AdamW"]
     assert other.paper == "" and other.value == "+0.0000 nats" and "within noise" in other.provisional
+    state = next(claim for text, claim in claims.items() if "optimizer state is smaller" in text)
+    assert (state.value, state.holds) == ("1.50 against 2.00 times the weights", True)
+    weights = next(claim for text, claim in claims.items() if "smaller weights than AdamW" in text)
+    assert (weights.value, weights.holds) == ("2.00 against 3.00", True)
+    slower = claims["SPECTRA adds little to AdamW's step"]  # 1 / 0.75 over 1 / 0.9
+    assert slower.value.startswith("+20.0% of a step") and slower.untestable
     row = next(row for row in section.tables[0].rows if row[0] == "SPECTRA-AdamW")
     cells = dict(zip(section.tables[0].columns, row, strict=True))
     assert (cells["seeds"], cells["state"], cells["share"], cells["norm"]) == (3, 2.0, "25%", 2.0)
@@ -511,6 +527,26 @@ def test_limits_compare_optimizers_at_every_size_and_as_members(workspace: Works
     assert same.holds is True
     assert any("cannot bear a law in N" in note for note in section.notes)
     assert len([text for text in claims if "gains on the mean of logits" in text]) == 2
+    loss_of = {record.job.name: record for record in load_records(workspace) if isinstance(record.job, Ensemble)}
+    for name in wanted.optimizers:
+        averaged = {
+            job.average: loss_of[job.name].results["curve"] for job in groups if f"limits-{name.lower()}-" in job.name
+        }
+        first, last = (
+            sum(averaged["logits"][k]) / len(averaged["logits"][k])
+            - sum(averaged["probs"][k]) / len(averaged["probs"][k])
+            for k in ("2", "6")
+        )
+        claim = claims[f"w32 members with {name}: the mean of probabilities gains on the mean of logits as K grows"]
+        assert claim.value == f"{first:+.4f} nats at K = 2, {last:+.4f} at K = 6" and claim.holds == (last > first)
+    member = recipe.independent(load_records(workspace), scale, "Muon")
+    losses = {
+        kind: [loss_of[recipe.grouped(member, scale, kind, seed).name].loss for seed in (0, 1)]
+        for kind in ("independent", "chain")
+    }
+    gain = (sum(losses["independent"]) - sum(losses["chain"])) / 2
+    (chain,) = [claim for text, claim in claims.items() if "with Muon at equal" in text and "chain" in text]
+    assert chain.value == f"{gain:+.4f} nats" and chain.holds == (gain > 0)
     assert len([text for text in claims if "equal training cost" in text]) == 4
     assert [len(table.rows) for table in section.tables] == [6, 4, 6]
 
@@ -764,4 +800,6 @@ def test_claims_about_members_and_teachers(workspace: Workspace) -> None:
     assert [record.job.init_seed for record in students] == list(range(scale.seeds))
     mean = sum(record.loss for record in students) / len(students)
     assert teacher.value.startswith(f"{records.named(member.runs[0]).loss - mean:+.4f} nats")
-    assert teacher.seeds == scale.seeds and teacher.interval is not None and teacher.provisional == ()
+    assert teacher.seeds == scale.seeds and teacher.provisional == ()
+    spread = [claim.interval for claim in load_recipe("distillation").report(records, scale).claims if claim.interval]
+    assert len(spread) == 3 and all(low < high for low, high in spread)
