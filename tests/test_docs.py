@@ -1,5 +1,6 @@
 """Each page of the documentation that promises to run is run, block by block, as a reader would paste it."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -15,8 +16,18 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """The shell and python blocks of a page, in order."""
-    return BLOCK.findall((REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8"))
+    """The shell and python blocks of a page, in order.
+
+    Neighbours in python share an interpreter, since most of their time goes into the same imports, but no names.
+    """
+    text = (REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    found: list[tuple[str, str]] = []
+    for language, bodies in itertools.groupby(BLOCK.findall(text), key=lambda block: str(block[0])):
+        if language == "sh":
+            found += bodies
+        else:
+            found.append((language, "\n".join(f"exec({body!r}, {{'__name__': '__main__'}})" for _, body in bodies)))
+    return found
 
 
 def run(language: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
