@@ -3,7 +3,7 @@
     project   R = P^T G,  energy_j = ||G_j||^2
     adam      M <- M + w_1 (R - M),  V <- V + w_2 (R R - V),  N = M / (sqrt(V) + eps),
               inside_j = ||R_j||^2,  size_j = ||N_j||^2
-    update    W <- keep (W - P (whole N - share_j R_j) - factor_j G_j)
+    update    W <- keep W - P (whole N - share_j R_j) - factor_j G_j
 
 What lies between, a few numbers for each column or matrix, is epochal.optim.fira's and stays on the device: nothing
 waits, and a CUDA graph can hold a step.
@@ -53,7 +53,7 @@ def fira_update_reference(
     wide = direction.dtype
     inner = whole[:, None, None] * direction - share[:, None] * low
     step = basis.to(wide) @ inner + factor[:, None] * gradient.to(wide)
-    return keep[:, None, None] * (weight.to(wide) - step)
+    return keep[:, None, None] * weight.to(wide) - step
 
 
 @jit
@@ -139,7 +139,7 @@ def _fira_update_kernel(
     g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
     g = tl.where(factor[None, :] == 0.0, 0.0, g)  # a gradient that is not finite is skipped by a factor of 0
-    w = keep * (w - total - factor[None, :] * g)
+    w = keep * w - (total + factor[None, :] * g)
     tl.store(w_at, w.to(w_bab.dtype.element_ty), mask=mask)
 
 

@@ -218,25 +218,31 @@ def test_closure_and_a_plain_loop_learns(name: str) -> None:
 @every
 def test_memory_of_a_step_is_that_of_one_bucket(name: str) -> None:
     """Doubling the number of buckets must not raise the peak: temporaries of one bucket are freed before the next."""
-
-    def peak(count: int) -> int:
-        shapes = [(64, 96 + i) for i in range(count)]
-        params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
-        optimizer = OPTIMIZERS[name](params)
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-        high = held = 0
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            optimizer.step()
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                high = max(high, held)
-        return high
-
-    one, many = peak(1), peak(6)
+    one, many = (peak_of_a_step(name, [(64, 96 + i) for i in range(count)]) for count in (1, 6))
     assert many <= 1.6 * one
+
+
+@every
+def test_a_step_over_many_equal_shapes_holds_less_than_one_of_them_all(name: str) -> None:
+    peak = peak_of_a_step(name, [(256, 512)] * 16)
+    assert peak <= 16 * 4 * 256 * 512
+
+
+def peak_of_a_step(name: str, shapes: list[tuple[int, int]]) -> int:
+    """Return the most bytes that a step holds beyond what it found."""
+    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    optimizer = OPTIMIZERS[name](params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    high = held = 0
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            high = max(high, held)
+    return high
 
 
 def test_sparse_gradient_is_refused() -> None:

@@ -37,16 +37,13 @@ from epochal.optim.base import (
     stack,
     state_dtype,
 )
-from epochal.optim.products import subtract_product_
+from epochal.optim.products import matmul
 from epochal.optim.projection import METHODS, PROJ_TYPES, compute_basis, project, projected_side, rotate_moments
 from triton_kernels.backend import backend
 from triton_kernels.fira_step import fira_adam, fira_project, fira_update
 
 VARIANTS = ("code", "paper", "galore")
 FLOOR = 1e-8  # of the two ratios, phi and the limiter's; a literal in the published code
-# Matrices are stacked up to this many elements; beyond it copying costs more than dispatching. A GPU copies a million of
-# them in the time of three launches, and a step is about thirty.
-STACKED_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +143,7 @@ def residual_scale(size: Tensor, inside: Tensor, form: Form) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """The step in numbers: W <- keep (W - back(whole N - share R) - factor G).
+    """The step in numbers: W <- keep W - (back(whole N - share R) + factor G), with `keep` in the other three too.
 
     whole: (B, 1, 1). share, factor: as `square_sums`, or (B, 1, 1); None for variant "galore". keep: (B, 1, 1), 0-d, or
     None where nothing decays.
@@ -195,14 +192,13 @@ def _torch_update(
     inner = direction.mul_(factors.whole)
     if factors.share is not None:
         inner = inner.addcmul_(low, factors.share, value=-1)
-    # One product and one pass; the update of a batch is never in memory.
-    left, right = (basis, inner) if side == "left" else (inner, basis)
-    subtract_product_(weight, left, right)
+    step = matmul(basis, inner) if side == "left" else matmul(inner, basis)
     if factors.factor is not None:
         safe = gradient if finite is None else torch.where(per_item(finite, gradient), gradient, 0.0)
-        weight.addcmul_(safe, factors.factor, value=-1)
+        step.addcmul_(safe, factors.factor)
     if factors.keep is not None:
         weight.mul_(factors.keep)
+    weight.sub_(step)
 
 
 def _turned(tensor: Tensor, side: str) -> Tensor:
@@ -283,9 +279,11 @@ def fira_step_(
     correction = bias_correction(state["step"], hyper, form.correct_bias)
     if finite is not None:
         correction = torch.where(finite, correction, 0.0)  # 0/0 before the first step
-    whole, keep = per_item(hyper.low_lr * correction, low).to(dtype), None
+    lr, low_lr, keep = hyper.lr, hyper.low_lr, None
     if form.decays:
+        lr, low_lr = lr * hyper.decay, low_lr * hyper.decay
         keep = hyper.decay if finite is None else per_item(torch.where(finite, hyper.decay, 1.0), weight)
+    whole = per_item(low_lr * correction, low).to(dtype)
     if form.variant == "galore":
         passes.update(weight, gradient, basis, direction, low, Factors(whole, None, None, keep), finite, form.side)
         return
@@ -293,9 +291,9 @@ def fira_step_(
     scale = residual_scale(size, inside, form)
     if form.variant == "paper":
         scale = scale * per_item(correction, low).to(dtype)
-        rest, outer = energy - inside, hyper.low_lr.expand_as(correction)
+        rest, outer = energy - inside, low_lr.expand_as(correction)
     else:
-        rest, outer = energy - hyper.removed * inside, hyper.lr * correction
+        rest, outer = energy - hyper.removed * inside, lr * correction
     norm = (scale.square() * rest.clamp_(min=0)).sum((-2, -1)).sqrt()
     divisor, kept = limit(norm, state["limiter"], first, hyper.gamma, form.limiter)
     state["limiter"].copy_(kept if finite is None else torch.where(finite, kept, state["limiter"]))
@@ -406,7 +404,7 @@ class Fira(MatrixOptimizer):
         for p in group["params"]:
             if p.grad is not None and p.numel() > 0 and self._due(p, group):
                 self._refresh(p, group)
-        return [part for bucket in found for part in _split(bucket)]
+        return found
 
     def _due(self, p: Tensor, group: Group) -> bool:
         """Whether p's completed steps are a multiple of the gap, without a device sync unless it is likely.
@@ -500,12 +498,6 @@ class Fira(MatrixOptimizer):
         return direction.mul_(per_item(factor, direction) * hyper.decay), new
 
 
-def _split(bucket: list[Tensor]) -> list[list[Tensor]]:
-    elements = STACKED_ELEMENTS.get(bucket[0].device.type, STACKED_ELEMENTS["cuda"])
-    size = max(1, elements // bucket[0].numel())
-    return [bucket[i : i + size] for i in range(0, len(bucket), size)]
-
-
 def _form(p: Tensor, group: Group) -> Form:
     side = projected_side(p.shape, group["proj_type"])
     limiter = "off" if group["gamma"] is None else group["limiter"]
@@ -517,7 +509,7 @@ def make_hyper(group: Group, like: Tensor) -> Hyper:
     lr, alpha, (beta1, beta2) = group["lr"], group.get("alpha", 1.0), group["betas"]
     gamma = 1.0 if group["gamma"] is None else group["gamma"]
     exact = (lr, lr * alpha, beta1, beta2)
-    decay = 1 - lr * group["weight_decay"]
+    decay = MatrixOptimizer.kept(like, group)
     broad = (1 - beta1, 1 - beta2, max(group["eps"], 1e-30), alpha, alpha * (2 - alpha), gamma, decay)
     scalars = [_scalar(value, like.device, torch.float64) for value in exact]
     return Hyper(*scalars, *(_scalar(value, like.device, like.dtype) for value in broad))

@@ -24,18 +24,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if not _worth_it(a, b):
         return a @ b
     if a.ndim > 2:
-        return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b).mT, None, "none", [], "")
-    return found
-
-
-def subtract_product_(weight: Tensor, a: Tensor, b: Tensor) -> None:
-    """Subtract A B from a batch in place; beyond the batch at most one matrix of its size is in memory."""
-    if not _worth_it(a, b):
-        weight.baddbmm_(a, b, alpha=-1)
-        return
-    for w, x, y in zip(weight, a, b, strict=True):
-        w.sub_(matmul(x, y))
+        found = [matmul(x, y) for x, y in zip(a, b, strict=True)]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b).mT, None, "none", [], "")
+    return product
 
 
 def _worth_it(a: Tensor, b: Tensor) -> bool:
