@@ -179,7 +179,8 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
             Claim(
                 text=f"D = {tokens:,}: the limit K to infinity of {size} members ({ensemble.average}), exponent 1, lies "
                 "under the best single model",
-                value=f"{law.E:.4f} nats",
+                # The search chose the setting, and the interval is that of members at it.
+                value=f"{law.E:.4f} nats ({ensemble.name})",
                 interval=law.interval["E"] if law.interval else None,
                 seeds=len(ensemble.runs),
                 holds=None if law.interval is None else law.interval["E"][1] < single,

@@ -153,15 +153,18 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
             holds=point.wd > scale.standard_wd,
             provisional=open_ends,
         ),
-        Claim(
-            text=f"D = {tokens:,}: tuned loss falls monotonically with N over {len(losses)} sizes",
-            value=" > ".join(f"{loss:.4f}" for loss in losses) if falls else ", ".join(f"{x:.4f}" for x in losses),
-            paper="monotone over four sizes, section 5",
-            seeds=seeds,
-            holds=falls if all(math.isfinite(loss) for loss in losses) else None,
-            provisional=open_ends,
-        ),
     ]
+    if len(losses) > 1:
+        claims.append(
+            Claim(
+                text=f"D = {tokens:,}: tuned loss falls monotonically with N over {len(losses)} sizes",
+                value=" > ".join(f"{loss:.4f}" for loss in losses) if falls else ", ".join(f"{x:.4f}" for x in losses),
+                paper="monotone over four sizes, section 5",
+                seeds=seeds,
+                holds=falls if all(math.isfinite(loss) for loss in losses) else None,
+                provisional=open_ends,
+            )
+        )
     if law is not None:
         interval = law.interval["E"] if law.interval else None
         reasons = open_ends if law.interval else (*open_ends, law.note.rstrip("."))

@@ -65,7 +65,8 @@ def _again(scale: str, first: list[ClaimRow], second: list[ClaimRow]) -> list[st
     return [
         f"### {scale.removesuffix(AGAIN)} and its repetition on other seeds",
         "",
-        f"{agree} of {len(cells)} intervals meet.",
+        f"{agree} of {len(cells)} intervals meet. The searches were made again too, so that a row may rest on another "
+        "setting; an interval is over seeds or members, not over what a search may choose.",
         "",
         markdown_table(Table(title="", columns=columns, rows=tuple(cells))),
     ]
