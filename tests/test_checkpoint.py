@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from epochal import checkpoint
 from epochal.checkpoint import Checkpoint, newest_checkpoint
@@ -150,9 +151,10 @@ def test_a_damaged_newest_is_said_and_the_one_before_used(
     assert_same(weights(model), after[2])
 
 
-def test_when_all_are_damaged_each_is_said(saved: tuple[Path, dict[int, dict[str, torch.Tensor]]]) -> None:
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_when_all_are_damaged_each_is_said(saved: tuple[Path, dict[int, dict[str, torch.Tensor]]], name: str) -> None:
     folder, _ = saved
-    for path in folder.glob("step-*/state.json"):
+    for path in folder.glob(f"step-*/{name}"):
         path.write_text("{}")
     said: list[str] = []
     model, optimizer = made(1)
@@ -188,15 +190,54 @@ def test_only_safetensors_and_json_are_written(saved: tuple[Path, dict[int, dict
         assert head[:1] in (b"{", b"[") or head[8:9] == b"{", f"{path.name} is neither JSON nor safetensors"
 
 
-def test_a_killed_save_is_not_taken_for_a_checkpoint(
-    saved: tuple[Path, dict[int, dict[str, torch.Tensor]]],
+class Killed(BaseException):
+    """What a killed process does: nothing more, no cleaning up either."""
+
+
+@pytest.mark.parametrize("moment", ["save_file", "file_hash"])
+def test_what_a_killed_save_leaves_is_no_checkpoint_and_no_part_of_the_next(
+    saved: tuple[Path, dict[int, dict[str, torch.Tensor]]], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
+    """Of four processes, killed in the middle; one alone goes on and saves the same step."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
     folder, after = saved
-    shutil.copytree(folder / "step-00000004", folder / ".step-00000006.tmp")
-    (folder / ".step-00000006.tmp" / "manifest.json").unlink()
     model, optimizer = made(1)
     load_checkpoint(folder, model, optimizer, say=pytest.fail)
-    assert_same(weights(model), after[4])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(checkpoint, moment, killed)
+        with pytest.raises(Killed):
+            save_checkpoint(folder, 6, model, optimizer, {})
+    (left,) = [item for item in folder.iterdir() if item.name not in ("step-00000002", "step-00000004")]
+    (left / "optimizer-3.safetensors").write_bytes(b"of a process that is no more")
+    again, resumed = made(1)
+    load_checkpoint(folder, again, resumed, say=pytest.fail)
+    assert_same(weights(again), after[4])
+
+    path = save_checkpoint(folder, 6, again, resumed, {})
+    found = {"model.safetensors", "optimizer-0.safetensors", "state.json", "manifest.json"}
+    assert {item.name for item in path.iterdir()} == found
+    assert sorted(item.name for item in folder.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_pieces_of_twelve_processes_are_put_together_and_a_lost_one_is_named(tmp_path: Path) -> None:
+    """By their places: the names of their files sort 0, 1, 10, 11, 2, ..."""
+    (tmp_path / "state.json").write_text("{}")
+    whole = torch.arange(30.0)
+    for rank in range(12):
+        start = 30 * rank // 12
+        piece = {f"w@{start}.step": torch.tensor(7.0), f"w@{start}.m": whole[start : 30 * (rank + 1) // 12]}
+        save_file(piece, tmp_path / f"optimizer-{rank}.safetensors")
+    for start, stop in ((0, 30), (3, 28), (10, 15), (29, 30)):
+        found = Checkpoint(tmp_path).piece("w", start, stop)
+        assert torch.equal(found["m"], whole[start:stop]) and found["step"] == 7.0
+    (tmp_path / "optimizer-5.safetensors").unlink()
+    assert torch.equal(Checkpoint(tmp_path).piece("w", 15, 30)["m"], whole[15:])
+    with pytest.raises(ValueError, match=r"elements up to 12 of w@\d+.m, not to 30"):
+        Checkpoint(tmp_path).piece("w", 0, 30)
 
 
 class Rank:

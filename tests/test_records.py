@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from epochal.records import Record, Records, Workspace, load_records, needed, split, write_record
+from epochal.records import Record, Records, Workspace, input_marks, load_records, needed, split, write_record
 from epochal.run import AdamW, Distill, Ensemble, Job, Run, Samples, fingerprint
 
 WEIGHTS = Path("model/model.safetensors")
@@ -97,6 +99,28 @@ def test_a_record_is_never_written_with_nan(workspace: Workspace) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_record(workspace, record_of(A, results={"loss": math.nan}))
     assert not list(workspace.records.glob("*"))
+
+
+def test_readers_see_the_old_record_until_the_new_one_is_whole(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_record(workspace, record_of(A))
+    seen: list[Records] = []
+    monkeypatch.setattr("os.fsync", lambda _: seen.append(load_records(workspace)))
+    write_record(workspace, record_of(A, results={"loss": 2.5}))
+    assert [(found.problems, [record.loss for record in found]) for found in seen] == [((), [1.5])]
+    assert [record.loss for record in load_records(workspace)] == [2.5]
+
+
+def test_a_replaced_record_is_read_again_whatever_the_clock_says(workspace: Workspace) -> None:
+    """Of the same length and with the same time of change, as after a clock that was set back."""
+    path = write_record(workspace, record_of(A))
+    assert [record.loss for record in load_records(workspace)] == [1.5]
+    before = path.stat()
+    assert write_record(workspace, record_of(A, results={"loss": 2.5, "parameters": 3})) == path
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert [record.loss for record in load_records(workspace)] == [2.5]
 
 
 def test_no_folder_is_no_record(workspace: Workspace) -> None:
@@ -264,6 +288,25 @@ def test_missing_weights_are_made_again_only_for_unfinished_readers(workspace: W
 
     finish(workspace, A, B)
     assert names(needed(CHAIN, load_records(workspace))) == ["s"]
+
+
+def test_lost_weights_are_made_again_from_the_first_of_a_line_of_runs(workspace: Workspace) -> None:
+    """Each starts from the one before; what the last needs is nowhere on this disk."""
+    line = [A, *(run_named(name, start=before) for before, name in pairwise("acde"))]
+    for job in line[:-1]:
+        write_record(workspace, record_of(job))
+    state = split(line, load_records(workspace))
+    assert names(state.ready) == ["a"] and state.waiting == {"c": ("a",), "d": ("c",), "e": ("d",)}
+
+
+def test_marks_are_those_of_all_that_is_read_and_a_diverged_run_leaves_nothing_to_read(workspace: Workspace) -> None:
+    marks = {job.name: fingerprint(job) for job in (A, B, E)}
+    assert input_marks(S, Records(workspace, [record_of(job) for job in (A, B, E)])) == marks
+    with pytest.raises(ValueError, match=r"'e' reads 'b', which has no record; run it first"):
+        input_marks(S, Records(workspace, [record_of(job) for job in (A, E)]))
+    gone = record_of(B, status="diverged", results={"loss": None})
+    with pytest.raises(ValueError, match=r"'e' reads 'b', which diverged and left no weights"):
+        input_marks(E, Records(workspace, [record_of(A), gone]))
 
 
 def test_a_lost_file_of_samples_is_drawn_again_for_a_student(workspace: Workspace) -> None:
