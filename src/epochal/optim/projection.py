@@ -37,11 +37,6 @@ def project(gradient: Tensor, basis: Tensor, side: str) -> Tensor:
     return matmul(basis.mT, gradient) if side == "left" else matmul(gradient, basis.mT)
 
 
-def project_back(low: Tensor, basis: Tensor, side: str) -> Tensor:
-    """Return (..., m, n) of low-rank factors shaped as `project` returns them."""
-    return basis @ low if side == "left" else low @ basis
-
-
 @torch.no_grad()
 def compute_basis(grad: Tensor, rank: int, side: str, *, method: str, previous: Tensor | None = None) -> Tensor:
     """Return the basis of one finite gradient (m, n): (m, r) for side "left", (r, n) for "right", r <= min(m, n).
