@@ -9,6 +9,8 @@ import pytest
 import tiny
 from ranks import Group
 
+from epochal.optimizer_config import AdamW, Spectra
+
 Processes = Callable[[int], Group]
 
 
@@ -41,10 +43,12 @@ def test_a_run_moves_between_numbers_of_processes_and_profiles(
 
 
 def test_profiles_agree_in_bf16_at_equal_world_size(processes: Processes, tmp_path: Path) -> None:
+    """At lr 3e-3, where they are within 8e-4; at 1e-2 a last bit of float32 alone can grow to 5e-3 in this short run."""
     space, _, config = tiny.workspace(tmp_path)
     losses: dict[str, Any] = {}
+    optimizer = Spectra(base=AdamW(lr=3e-3, eps=1e-3), clip=1.0)
     for profile in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
-        run = chain.make_run(config, profile, "spectra", precision="bf16")
+        run = tiny.run(config, name=profile, optimizer=optimizer, epochs=2, precision="bf16")
         losses[profile] = processes(2).run("chain:part", profile, space, run, None)[0]["loss"]
     for profile, loss in losses.items():
         assert loss == pytest.approx(losses["ddp"], abs=2e-3), profile
