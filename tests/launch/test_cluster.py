@@ -94,10 +94,26 @@ def test_a_submitted_campaign_is_read_back(tmp_path: Path) -> None:
     assert other.runs_name == campaign.runs_name, "what works in one folder must be seen by all who plan for it"
 
 
+def test_orders_come_before_the_cluster_file_and_a_folder_has_its_own_names(tmp_path: Path) -> None:
+    cluster = Cluster(name="c", profile="ddp2", micro_batch=4, retries=5, grace="90s")
+    there = submission(ORDERS, cluster)
+    assert there.orders.profile == str(REPOSITORY / "configs" / "accelerate" / "ddp2.yaml")
+    assert (there.orders.micro_batch, there.orders.retries, there.orders.grace_seconds) == (4, 5, 90.0)
+    profile = str(tmp_path / "mine.yaml")
+    told = submission(replace(ORDERS, profile=profile, micro_batch=1), cluster).orders
+    assert (told.profile, told.micro_batch) == (profile, 1)
+    assert submission(ORDERS, Cluster()).orders.profile is None
+    names = {there.runs_name}
+    for place in ({"work": "elsewhere"}, {"results": "elsewhere"}, {"scale": "micro"}):
+        names.add(submission(replace(ORDERS, **place), cluster).runs_name)  # type: ignore[arg-type]
+    assert len(names) == 4, "what works in one folder must not be taken for what works in another"
+
+
 @pytest.mark.parametrize(
     ("mount", "shared"),
     [
         ("server:/x {} nfs4 rw,vers=4.2,local_lock=none 0 0", True),
+        ("server:/x {} nfs4 rw,nolock 0 0", True),  # version 4 does not read it
         ("server:/x {} nfs rw,vers=3,local_lock=all 0 0", False),
         ("server:/x {} nfs rw,vers=3,nolock 0 0", False),
         ("mds:/x {} lustre rw,flock 0 0", True),

@@ -1,0 +1,369 @@
+"""Rounds of planning and their tasks, on a queue that is played: what is submitted, what waits for what, what ends.
+
+The real Slurm is in test_slurm.py; here its commands are answered from a list, and files say what has been done.
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from campaigns import Campaign
+
+from epochal.campaign import campaign_jobs
+from epochal.cluster import Cluster, Submitted, submission
+from epochal.config import write_atomic
+from epochal.records import Record, write_record
+from epochal.run import Ensemble, Job, Run, fingerprint
+from epochal.worker import Orders, claim
+from launch import element, planner, slurm, submit
+
+
+@dataclass
+class Queue:
+    """squeue, sbatch, scontrol and scancel: job ids to what was asked for, arrays task by task."""
+
+    jobs: dict[str, dict[str, str]] = field(default_factory=dict)
+    scripts: list[dict[str, str]] = field(default_factory=list)
+    busy: int = 0
+    environments: list[dict[str, str]] = field(default_factory=list)
+
+    def run(self, words: list[str], *, env: dict[str, str], input: str | None = None, **_: Any) -> Any:
+        self.environments.append(env)
+        if self.busy:
+            self.busy -= 1
+            return subprocess.CompletedProcess(
+                words, 1, "", "slurm_load_jobs error: Unable to contact slurm controller"
+            )
+        code, text = getattr(self, words[0])(words[1:], input)
+        return subprocess.CompletedProcess(words, code, text, "no such job" if code else "")
+
+    def squeue(self, words: list[str], _: str | None) -> tuple[int, str]:
+        options = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+        assert "array" in options and "noheader" in options
+        rows = [job for job in self.jobs.values() if job["name"] in options["name"].split(",")]
+        letters = {"%i": "id", "%j": "name", "%T": "state", "%N": "node", "%M": "elapsed", "%k": "comment"}
+        columns = [letters[column] for column in options["format"].split("|")]
+        return 0, "".join("|".join(row[column] for column in columns) + "\n" for row in rows)
+
+    def sbatch(self, words: list[str], script: str | None) -> tuple[int, str]:
+        assert script is not None and ("--parsable" in words or words == ["--test-only"])
+        lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+        options = dict(line.partition("=")[::2] for line in lines)
+        waits = [word.removeprefix("--dependency=") for word in words if word.startswith("--dependency=")]
+        number = str(100 + len(self.scripts))
+        self.scripts.append({**options, "test-only": "yes" * (words == ["--test-only"])})
+        if words == ["--test-only"]:
+            return 0, ""
+        first, last = map(int, re.match(r"(\d+)-(\d+)", options.get("array", "0-0")).groups())  # type: ignore[union-attr]
+        for index in range(first, last + 1):
+            self.add(f"{number}_{index}" if "array" in options else number, options["job-name"], *waits)
+            self.jobs[list(self.jobs)[-1]]["comment"] = options.get("comment", "")
+        return 0, f"{number};cluster\n"
+
+    def scontrol(self, words: list[str], _: str | None) -> tuple[int, str]:
+        what, *values = words
+        changes = dict(value.partition("=")[::2] for value in values)
+        job = self.jobs.get(changes.pop("JobId"), {"state": "gone"})
+        if what != "update" or job["state"] != "PENDING":
+            return 1, ""
+        job.update(changes)
+        return 0, ""
+
+    def scancel(self, words: list[str], _: str | None) -> tuple[int, str]:
+        for number in words:
+            self.jobs.pop(number, None)
+        return 0, ""
+
+    def add(self, number: str, name: str, dependency: str = "", state: str = "PENDING") -> None:
+        row = {"id": number, "name": name, "state": state, "node": "n1", "elapsed": "0:01", "comment": ""}
+        self.jobs[number] = {**row, "Dependency": dependency, "StartTime": ""}
+
+    def named(self, kind: str) -> list[str]:
+        return [number for number, job in self.jobs.items() if job["name"].startswith(f"epochal-{kind}-")]
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    made = Queue()
+    monkeypatch.setattr(slurm.subprocess, "run", made.run)  # type: ignore[attr-defined]
+    return made
+
+
+Make = Callable[..., tuple[Submitted, list[Job]]]
+
+
+@pytest.fixture
+def make(campaign: Campaign, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Five runs of unlike length and an ensemble of the first two, submitted with some settings of a cluster."""
+    space = campaign.workspace
+    one = campaign_jobs(["epoching"], campaign.records, campaign.scale)[0]
+    assert isinstance(one, Run)
+    jobs: list[Job] = [replace(one, name=f"r{epochs}", epochs=epochs) for epochs in (1, 2, 3, 4, 5)]
+    jobs.append(Ensemble(name="both", runs=("r1", "r2"), average="logits"))
+
+    def begin(**settings: Any) -> tuple[Submitted, list[Job]]:
+        orders = Orders(
+            session="s", scale=str(campaign.scale_path), recipes=("epoching", "limits"), results=str(space.results),
+            work=str(space.work), threads=1,
+        )  # fmt: skip
+        submitted = submission(orders, Cluster(name="c", **settings))
+        submitted.save()
+        monkeypatch.setattr(planner, "campaign_jobs", lambda *_: jobs)
+        return submitted, jobs
+
+    return begin
+
+
+def plan(campaign: Submitted, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the planner as Slurm does: the one that waits, or the first of all; it leaves the queue when it ends."""
+    waiting = queue.named("plan")
+    me = waiting[0] if waiting else "99"
+    queue.add(me, campaign.planner_name, state="RUNNING")
+    monkeypatch.setenv("SLURM_JOB_ID", me)
+    try:
+        return planner.main(campaign.path)
+    finally:
+        del queue.jobs[me]
+
+
+def done(campaign: Submitted, *jobs: Job) -> None:
+    for job in jobs:
+        (campaign.orders.workspace.folder(job.name) / "model").mkdir(parents=True)
+        record = Record(job, fingerprint(job), "done", {"loss": 1.0, "parameters": 1})
+        write_record(campaign.orders.workspace, record)
+
+
+def lost(campaign: Submitted, name: str, attempts: int) -> None:
+    failure = {"session": "s", "attempts": attempts}
+    write_atomic(campaign.orders.workspace.folder(name) / "failure.json", json.dumps(failure))
+
+
+def tasks(campaign: Submitted, queue: Queue) -> dict[str, list[str]]:
+    """What each task in the queue will do, from the files that it will read."""
+    found = {}
+    for number in queue.named("run"):
+        batch = json.loads((campaign.folder / "batches" / f"{queue.jobs[number]['comment']}.json").read_text())
+        assert batch["campaign"] == str(campaign.path)
+        found[number] = batch["tasks"][int(number.partition("_")[2])]
+    return found
+
+
+def test_a_campaign_from_the_first_round_to_the_last(make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign, jobs = make(pack=2, parallel=2)
+    assert plan(campaign, queue, monkeypatch) == 0
+    first = tasks(campaign, queue)
+    assert list(first.values()) == [["r5", "r4"], ["r3", "r2"], ["r1"]], "the longest first, two to a task"
+    assert queue.scripts[-1]["array"] == "0-2%2" and queue.scripts[-1]["nodes"] == "1"
+    (successor,) = queue.named("plan")
+    assert queue.jobs[successor]["Dependency"] == "?".join(f"afterany:{number}" for number in first)
+
+    # The first task ends; what the others do stays theirs.
+    done(campaign, *jobs[3:5])
+    del queue.jobs[next(iter(first))]
+    assert plan(campaign, queue, monkeypatch) == 0
+    assert tasks(campaign, queue) == dict(list(first.items())[1:]), "nothing is submitted twice"
+    (third,) = queue.named("plan")
+    assert third != successor
+    assert queue.jobs[third]["Dependency"] == "?".join(f"afterany:{number}" for number in list(first)[1:])
+
+    # Two are done, one was killed: it comes back, and with it what has become ready.
+    done(campaign, *jobs[:2])
+    for number in list(first)[1:]:
+        del queue.jobs[number]
+    assert plan(campaign, queue, monkeypatch) == 0
+    assert list(tasks(campaign, queue).values()) == [["both", "r3"]]
+    assert campaign.path.exists()
+
+    done(campaign, jobs[2], jobs[5])
+    for number in queue.named("run"):
+        del queue.jobs[number]
+    assert plan(campaign, queue, monkeypatch) == 0
+    assert queue.jobs == {} and not campaign.path.exists(), "nobody waits for a campaign that is over"
+    assert plan(campaign, queue, monkeypatch) == 0 and queue.jobs == {}
+
+
+def test_runs_on_several_nodes_are_apart_from_what_one_node_does(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign, jobs = make(nodes=2, profile="ddp2")
+    done(campaign, *jobs[:3])
+    assert plan(campaign, queue, monkeypatch) == 0
+    wide, narrow = queue.scripts[-2:]
+    assert [(script["array"].split("%")[0], script["nodes"]) for script in (wide, narrow)] == [
+        ("0-1", "2"),
+        ("0-0", "1"),
+    ]
+    assert list(tasks(campaign, queue).values()) == [["r5"], ["r4"], ["both"]]
+    widths = [
+        json.loads((campaign.folder / "batches" / f"{s['comment']}.json").read_text())["nodes"] for s in (wide, narrow)
+    ]
+    assert widths == [2, 1]
+    assert len(queue.jobs[queue.named("plan")[0]]["Dependency"].split("?")) == 3
+
+
+def test_an_array_takes_no_more_tasks_than_slurm_allows(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign, _ = make(pack=1)
+    monkeypatch.setattr(slurm, "ARRAY_TASKS", 3)
+    assert plan(campaign, queue, monkeypatch) == 0
+    assert list(tasks(campaign, queue).values()) == [["r5"], ["r4"], ["r3"]]
+    assert plan(campaign, queue, monkeypatch) == 0
+    assert sorted(name for names in tasks(campaign, queue).values() for name in names) == ["r1", "r2", "r3", "r4", "r5"]
+
+
+def test_what_others_do_and_what_failed_for_good_is_left_alone(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign, jobs = make(retries=1)
+    done(campaign, *jobs[1:5])
+    with claim(campaign.orders.workspace, jobs[0]) as mine:
+        assert mine
+        assert plan(campaign, queue, monkeypatch) == 0
+        assert tasks(campaign, queue) == {}
+        (successor,) = queue.named("plan")
+        assert queue.jobs[successor]["Dependency"] == "" and queue.jobs[successor]["StartTime"] == "now+60"
+    lost(campaign, "r1", 1)
+    assert plan(campaign, queue, monkeypatch) == 0
+    assert list(tasks(campaign, queue).values()) == [["r1"]], "it may be tried once more"
+    lost(campaign, "r1", 2)
+    for number in queue.named("run"):
+        del queue.jobs[number]
+    assert plan(campaign, queue, monkeypatch) == 1
+    assert queue.jobs == {} and not campaign.path.exists()
+
+
+def test_there_is_one_successor_whatever_was_in_the_queue(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign, _ = make()
+    monkeypatch.setenv("SLURM_JOB_ID", "50")
+    for number, state in (("50", "RUNNING"), ("51", "PENDING"), ("52", "PENDING"), ("53", "RUNNING")):
+        queue.add(number, campaign.planner_name, "afterany:1", state)
+    assert planner.main(campaign.path) == 0
+    assert queue.named("plan") == ["50", "51", "53"], "itself and one that has started are no successors"
+    assert queue.jobs["51"]["Dependency"].startswith("afterany:100_0?afterany:100_1")
+    assert queue.jobs["51"]["StartTime"] == "now"
+
+
+def test_a_successor_that_was_cancelled_meanwhile_has_a_successor(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign, _ = make()
+    really = slurm.submit
+
+    def cancelling(script: str, folder: Path, **options: Any) -> str:
+        if "--array" in script:
+            slurm.cancel(*queue.named("plan"))
+        return really(script, folder, **options)
+
+    monkeypatch.setattr(slurm, "submit", cancelling)
+    monkeypatch.setenv("SLURM_JOB_ID", "50")
+    assert planner.main(campaign.path) == 0
+    (successor,) = queue.named("plan")
+    assert queue.jobs[successor]["Dependency"].split("?") == [f"afterany:{number}" for number in queue.named("run")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "left"), [(ValueError("no such recipe"), 2, []), (OSError("the disk is gone"), None, ["now+60"])]
+)
+def test_a_round_that_fails_is_tried_again_unless_it_would_fail_for_ever(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int | None, left: list[str]
+) -> None:
+    campaign, _ = make()
+
+    def failing(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(planner, "load_records", failing)
+    if code is None:
+        with pytest.raises(type(error)):
+            plan(campaign, queue, monkeypatch)
+    else:
+        assert plan(campaign, queue, monkeypatch) == code
+    assert [(job["StartTime"], job["Dependency"]) for job in queue.jobs.values()] == [(start, "") for start in left]
+
+
+def test_a_campaign_is_submitted_once_and_taken_back_whole(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign, jobs = make(pack=2)
+    campaign.path.unlink()
+    arrays = [text for text in submit.preview(campaign, jobs[:5]) if "--array" in text]
+    assert len(arrays) == 1 and "--array=0-2%" in arrays[0] and arrays[0].startswith("# 5 jobs, 2 to a task: r1, ")
+    assert submit.submit(campaign).startswith("submitted planner 101 ") and campaign.path.exists()
+    assert queue.scripts[0]["test-only"] and queue.named("run") == []
+    again = submission(replace(campaign.orders, recipes=campaign.orders.recipes[::-1]), campaign.cluster)
+    assert submit.submit(again).startswith("already in flight (planner 101)")
+
+    assert plan(campaign, queue, monkeypatch) == 0
+    assert len(queue.named("run")) == 3
+    assert submit.stop(campaign).startswith("stopped: 4 jobs cancelled")
+    assert queue.jobs == {} and not campaign.path.exists()
+    campaign.save()
+    assert submit.submit(campaign).startswith("submitted planner "), "its planners were cancelled by hand"
+    assert len(queue.named("plan")) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "over", "waiting", "planners"),
+    [(None, False, 0, 1), ("SIGUSR1", False, 0, 1), ("SIGTERM", False, 0, 0), (None, True, 0, 0), (None, False, 1, 1)],
+)
+def test_a_task_does_its_own_jobs_and_leaves_a_planner_behind(
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch,
+    reason: str | None, over: bool, waiting: int, planners: int,
+) -> None:  # fmt: skip
+    campaign, _ = make(pack=2)
+    for number in range(waiting):
+        queue.add(str(number), campaign.planner_name)
+    batch = planner.write_batch(campaign, [["r5", "r4"], ["r3"], ["r2", "r1"]], nodes=3)
+    given: list[tuple[Orders, dict[str, Any]]] = []
+
+    def run_campaign(orders: Orders, **options: Any) -> int:
+        given.append((orders, options))
+        if over:
+            campaign.path.unlink()
+        return 75
+
+    monkeypatch.setattr(element, "run_campaign", run_campaign)
+    monkeypatch.setattr(element, "stop_reason", lambda: reason)
+    environment = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_CPUS_PER_TASK": "8"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert element.main(batch) == 75
+    ((orders, options),) = given
+    assert (orders.only, orders.nodes, orders.threads) == (("r2", "r1"), 3, 4)
+    assert (options["jobs"], options["log_prefix"]) == (2, "7_2-")
+    assert len(queue.named("plan")) == planners
+    if over:
+        assert element.main(batch) == 0 and len(given) == 1, "who comes late finds nothing to do"
+
+
+def test_a_controller_that_is_busy_is_asked_again_and_an_allocation_is_not_inherited(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(slurm.time, "sleep", waits.append)  # type: ignore[attr-defined]
+    monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    queue.add("7_3", "mine")
+    queue.jobs["7_3"]["comment"] = "a|b"
+    queue.busy = slurm.TRIES - 1
+    (task,) = slurm.queue("other", "mine")
+    assert task == slurm.Task("7_3", "mine", "PENDING", "n1", "a|b", "0:01") and task.index == 3
+    assert len(waits) == slurm.TRIES - 1
+    assert {env.get("SLURM_CONF") for env in queue.environments} == {"/etc/other.conf"}
+    assert not any("SLURM_NTASKS" in env for env in queue.environments)
+    queue.busy = slurm.TRIES
+    with pytest.raises(slurm.SlurmError, match="Unable to contact"):
+        slurm.queue("mine")
+    assert len(waits) == 2 * (slurm.TRIES - 1), "nobody waits for a last answer"
+
+
+def test_of_a_long_list_the_first_hundred_are_waited_for() -> None:
+    assert slurm.after_any([str(number) for number in range(150)]).split("?") == [f"afterany:{n}" for n in range(100)]
