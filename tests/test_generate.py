@@ -1,5 +1,7 @@
 """Sampled text: the cached, batched sampler against a loop without a cache, and exact counts."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import tiny
 import torch
 
 from epochal.data import TokenStore
-from epochal.generate import draw, sample, sample_texts
+from epochal.generate import _ends, draw, sample, sample_texts
 from epochal.model import build_model
 from epochal.records import Record, Records, Workspace
 from epochal.run import Ensemble, Run, Samples, fingerprint
@@ -150,6 +152,48 @@ def test_members_speak_in_proportion_to_their_weights(campaign: tuple[Workspace,
     assert np.array_equal(drawn(0.5, 0.5)[0], np.load(space.folder("s") / "samples.npy"))
     (space.folder("b") / "model").rename(space.folder("b") / "gone")  # who weighs nothing is not asked
     assert np.array_equal(drawn(1.0, 0.0)[0], alone(601))
+
+
+def test_parts_by_weights_that_do_not_sum_to_one_in_binary_are_whole(
+    campaign: tuple[Workspace, TokenStore, Records],
+) -> None:
+    space, _, records = campaign
+    three = Ensemble(name="three", runs=("a", "b", "c"), average="logits", weights=(0.6, 0.3, 0.1))
+    known = Records(space, [*records, Record(three, fingerprint(three), "done", {"loss": 3.0})])
+    assert _ends(job(tokens=1000, source="three"), 3, known) == [600, 900, 1000]
+
+
+def test_two_members_of_the_same_weights_and_two_seeds_say_four_things(
+    campaign: tuple[Workspace, TokenStore, Records],
+) -> None:
+    space, _, records = campaign
+    shutil.copytree(space.folder("a") / "model", space.folder("twin") / "model")
+    twin = replace(records.named("a").job, name="twin")  # type: ignore[union-attr, type-var]
+    pair = Ensemble(name="pair", runs=("a", "twin"), average="logits")
+    known = Records(space, [*records, *(Record(j, fingerprint(j), "done", {"loss": 3.0}) for j in (twin, pair))])
+    said = set()
+    for seed in (0, 1):
+        sample(job(tokens=200, source="pair", seed=seed), space, known)
+        tokens = np.load(space.folder("s") / "samples.npy")
+        said |= {tuple(tokens[:100]), tuple(tokens[100:])}
+    assert len(said) == 4
+
+
+def test_samples_that_could_not_be_written_leave_those_that_were(
+    campaign: tuple[Workspace, TokenStore, Records], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, _, records = campaign
+    sample(job(), space, records)
+    before = (space.folder("s") / "samples.npy").read_bytes()
+
+    def full(path: Path, tokens: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("numpy.save", full)
+    with pytest.raises(OSError, match="no space left"):
+        sample(job(seed=1), space, records)
+    assert (space.folder("s") / "samples.npy").read_bytes() == before
 
 
 def test_a_soup_speaks_as_the_one_model_that_it_is(campaign: tuple[Workspace, TokenStore, Records]) -> None:

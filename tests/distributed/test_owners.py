@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard
 
-from epochal.optim import Fira, Muon, Spectra
+from epochal.optim import Fira, Muon, Spectra, layout
 from epochal.optim.layout import Entry, Span, assign_owners, locate_slices, matrix_cost, uncovered
 from epochal.optim.sharding import Replicated, Sharded, needs_whole
 
@@ -119,3 +120,56 @@ def test_padding_that_nobody_has_written_is_no_mismatch(monkeypatch: pytest.Monk
     shard[1] = 5.0
     assert locate_slices(shard, [(0, entry)], 1)[1] == "the shard holds other values than p"
     assert locate_slices(shard[:2], [(0, entry)], 1)[1] == "the shard holds other values than p"
+
+
+def test_a_process_that_holds_nothing_but_padding_has_empty_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five elements in fours of two: the last of four processes has none, and the next parameter comes after its two."""
+    import deepspeed.utils
+
+    entries = [
+        Entry(name, torch.nn.Parameter(torch.zeros(n)), 0, torch.Size([n]), None) for name, n in (("p", 5), ("q", 8))
+    ]
+    local = {5: torch.full((2,), torch.nan), 8: torch.tensor([1.0, 2.0])}
+    monkeypatch.setattr(deepspeed.utils, "safe_get_local_fp32_param", lambda parameter: local[parameter.numel()])
+    shard = torch.tensor([7.0, 7.0, 1.0, 2.0])
+    assert locate_slices(shard, list(enumerate(entries)), 3) == ([Span(0, 6, 6, 0), Span(1, 6, 8, 2)], None)
+
+
+class Placed:
+    """A tensor of which this process holds a part."""
+
+    def __init__(self, local: torch.Tensor, *placements: object) -> None:
+        self.local, self.placements = local, placements
+
+    def to_local(self) -> torch.Tensor:
+        return self.local
+
+
+def test_rows_are_where_torch_chunks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "DTensor", Placed)
+    wholes = [torch.arange(24.0).view(8, 3), torch.arange(5.0), torch.arange(2.0), torch.arange(42.0).view(7, 2, 3)]
+    for world in (1, 2, 3, 4, 5, 9):
+        for rank in range(world):
+            chunks = [whole.chunk(world) for whole in wholes]
+            locals_ = [c[rank] if rank < len(c) else whole[:0] for c, whole in zip(chunks, wholes, strict=True)]
+            entries = [
+                Entry(f"p{i}", Placed(local, Shard(0)), 0, whole.shape, None)  # type: ignore[arg-type]
+                for i, (local, whole) in enumerate(zip(locals_, wholes, strict=True))
+            ]
+            spans, problem = layout.locate_rows(entries, rank, world)
+            assert problem is None
+            shard = torch.cat([local.reshape(-1) for local in locals_])
+            assert [span.entry for span in spans] == [i for i, local in enumerate(locals_) if local.numel()]
+            for entry, start, stop, offset in spans:
+                held = shard[offset : offset + stop - start]
+                assert torch.equal(held, wholes[entry].reshape(-1)[start:stop]) and len(held) == locals_[entry].numel()
+
+
+@pytest.mark.parametrize("placements", [(Replicate(),), (Shard(1),), (Replicate(), Shard(0)), ()])
+def test_other_placements_than_rows_are_refused(
+    monkeypatch: pytest.MonkeyPatch, placements: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr(layout, "DTensor", Placed)
+    entry = Entry("p", Placed(torch.ones(4), *placements), 0, torch.Size([4, 2]), None)  # type: ignore[arg-type]
+    spans, problem = layout.locate_rows([entry], 0, 2)
+    assert spans == [] and problem is not None and problem.startswith("p is placed as") and "not by rows" in problem
