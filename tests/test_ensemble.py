@@ -3,9 +3,11 @@
 import copy
 import json
 import weakref
+from dataclasses import asdict
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ import tiny
 import torch
 
 from epochal import averages
-from epochal.ensemble import ensemble_losses, evaluate_ensemble, member_log_probs
+from epochal.downstream import Accuracy
+from epochal.ensemble import _may_learn, _splits, ensemble_losses, evaluate_ensemble, member_log_probs
 from epochal.model import build_model
 from epochal.prepare import prepare
 from epochal.records import Record, Records
@@ -281,3 +284,39 @@ def test_members_must_have_read_the_same_way(tmp_path: Path) -> None:
         evaluate_ensemble(Ensemble(name="e", runs=("a", "b"), average="logits"), space, records)
     with pytest.raises(ValueError, match="'c' has no record"):
         evaluate_ensemble(Ensemble(name="e", runs=("a", "c"), average="logits"), space, records)
+
+
+def test_each_task_has_its_own_answers_in_the_order_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, store, config = tiny.workspace(tmp_path)
+    run = tiny.run(config, name="a")
+    models(1, store.vocab_size)[0].save_pretrained(space.folder("a") / "model")
+    records = Records(space, [Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 7})])
+    asked = {"next_passage": Accuracy(0.5, 0.1, 2, "10"), "cloze": Accuracy(1.0, 0.0, 1, "1")}
+    monkeypatch.setattr("epochal.downstream.score", lambda _, __, tasks, **___: {task: asked[task] for task in tasks})
+    job = Ensemble(name="e", runs=("a",), average="logits", tasks=("next_passage", "cloze"))
+    found = evaluate_ensemble(job, space, records).results["tasks"]
+    assert list(found) == ["next_passage", "cloze"] and found == {task: asdict(value) for task, value in asked.items()}
+
+
+def test_weights_are_learned_only_from_a_slice_that_all_held_out(tmp_path: Path) -> None:
+    _, _, config = tiny.workspace(tmp_path)
+
+    def learns(*changes: dict[str, int], **settings: Any) -> bool:
+        runs = [tiny.run(config, name=f"m{k}", **change) for k, change in enumerate(changes)]
+        job = Ensemble(
+            name="e", runs=tuple(run.name for run in runs), average=settings.pop("average", "logits"), **settings
+        )
+        return _may_learn(job, [Record(run, fingerprint(run), "done", {"loss": 3.0}) for run in runs])
+
+    held = {"holdout_tokens": 512}
+    assert learns(held, held) and learns(held, held, average="probs")
+    assert not learns(held) and not learns({}, {})
+    assert not learns(held, {"holdout_tokens": 256}) and not learns(held, {}) and not learns({}, held)
+    assert not learns(held, {**held, "unique_tokens": 1024}), "the end of a shorter text is another one's training text"
+    assert not learns(held, held, weights=(0.5, 0.5)) and not learns(held, held, average="weights")
+
+
+def test_a_test_split_shorter_than_a_sequence_is_not_judged() -> None:
+    for tokens, splits in ((0, ["validation"]), (31, ["validation"]), (32, ["validation", "test"])):
+        store: Any = SimpleNamespace(meta={"tokens": {"test": tokens}})
+        assert _splits(store, 32) == splits

@@ -196,16 +196,19 @@ def test_samples_that_could_not_be_written_leave_those_that_were(
     assert (space.folder("s") / "samples.npy").read_bytes() == before
 
 
-def test_a_soup_speaks_as_the_one_model_that_it_is(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+@pytest.mark.parametrize("weights", [None, (0.75, 0.25)])
+def test_a_soup_speaks_as_the_one_model_that_it_is(
+    campaign: tuple[Workspace, TokenStore, Records], weights: tuple[float, ...] | None
+) -> None:
     space, store, records = campaign
-    soup = Ensemble(name="soup", runs=("a", "b"), average="weights")
+    soup = Ensemble(name="soup", runs=("a", "b"), average="weights", weights=weights)
     records = Records(space, [*records, Record(soup, fingerprint(soup), "done", {"loss": 3.0})])
     sample(job(tokens=100, source="soup", draw="average"), space, records)
     found = np.load(space.folder("s") / "samples.npy")
     mean, other = model(0, store.vocab_size, 32), model(1, store.vocab_size, 32)
     with torch.no_grad():
         for mine, its in zip(mean.parameters(), other.parameters(), strict=True):
-            mine.add_(its).mul_(0.5)
+            mine.lerp_(its, 0.5 if weights is None else weights[1])
     bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
     generator = torch.Generator().manual_seed(0)
     texts = draw(mean, job(), 3, context=32, bos=bos, eos=eos, generator=generator)

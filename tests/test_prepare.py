@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from epochal import prepare as module
 from epochal.data import SPLITS, TokenStore
 from epochal.prepare import content_hash, prepare
+from epochal.tokenizer import TokenizerConfig, load_tokenizer
 
 CODE_WORD = "QZXJQZXJ"
 
@@ -175,6 +176,31 @@ def test_two_data_sets_can_share_a_tokenizer(tmp_path: Path) -> None:
     files = [store.tokenizer_folder / "tokenizer.json" for store in (first, other)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert other.meta["tokens"]["train"] > 0
+
+
+def test_vocabulary_files_of_a_package_give_the_tokens_of_the_tokenizer_they_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = load_tokenizer(TokenizerConfig(train=300), iter(tiny.documents(60)), tmp_path)
+    (tmp_path / "vocabulary_package").mkdir()
+    (tmp_path / "vocabulary_package" / "__init__.py").touch()
+    trained.model.save(str(tmp_path / "vocabulary_package"))
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {"package": "vocabulary_package", "vocabulary": "vocab.json", "merges": "merges.txt"}
+    loaded = load_tokenizer(TokenizerConfig(**files), iter(()), tmp_path)  # type: ignore[arg-type]
+    for text in ("And the king", " and\n", "é ü"):
+        assert loaded.encode(text).ids == trained.encode(text).ids
+        assert loaded.decode(loaded.encode(text).ids) == text
+
+
+def test_specials_that_a_tokenizer_lacks_come_after_its_own(tmp_path: Path) -> None:
+    has = load_tokenizer(TokenizerConfig(train=300), iter(tiny.documents(60)), tmp_path)
+    has.save(str(tmp_path / "tokenizer.json"))
+    config = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), specials=("<|eos|>", "<|pad|>"))
+    loaded = load_tokenizer(config, iter(()), tmp_path)
+    size = has.get_vocab_size()
+    assert loaded.token_to_id("<|eos|>") == has.token_to_id("<|eos|>") and loaded.get_vocab_size() == size + 1
+    assert loaded.encode("<|pad|><|eos|>").ids == [size, has.token_to_id("<|eos|>")]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

@@ -605,6 +605,17 @@ def test_overfitting_recovers_its_penalty_which_one_epoch_does_not_pay():
     assert 1 - strong / weak == pytest.approx(0.7, rel=1e-3)
 
 
+def test_the_penalty_of_overfitting_is_its_formula_whichever_power_is_given():
+    N, D, U = (np.array(column) for column in ([2.0, 5.0, 3.0], [8.0, 6.0, 1.0], [2.0, 3.0, 4.0]))
+    penalty = [3**0.7 * 1.0**0.5, 1.0 * (5 / 3) ** 0.5, 0.0]  # the last has not seen its text once
+    powers = {"delta": 0.7, "kappa": 0.5}
+    for held in ((), ("delta",), ("kappa",), ("delta", "kappa")):
+        form = overfitting(**{name: powers[name] for name in held})
+        free = [value for name, value in powers.items() if name not in held]
+        offset, basis = form.model(np.array([0.3, 0.2, *free]), {"N": N, "D": D, "U": U})
+        assert basis == pytest.approx(np.column_stack([np.ones(3), N**-0.3, D**-0.2, penalty])) and not offset.any()
+
+
 def test_the_coupled_form_is_that_of_kaplan():
     # arXiv 2001.08361, equation 1.5 with its table 1: ((N_c / N)^(a_N / a_D) + D_c / D)^a_D
     a_N, a_D, N_c, D_c = 0.076, 0.103, 6.4e13, 1.8e13

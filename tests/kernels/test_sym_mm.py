@@ -54,6 +54,18 @@ def test_bad_numbers_stay_in_their_matrix(device, bad):
     torch.testing.assert_close(out[1], a[1] @ a[1].mT)
 
 
+@pytest.mark.parametrize("rows", [5, 70])
+def test_active_is_any_number_but_0_and_whole_asks_for_no_symmetry(device, rows):
+    """Of more than one tile too, and with a stride."""
+    a, b = (randn(4, rows, 9, seed=seed).to(device, torch.float32) for seed in (0, 1))
+    active = torch.tensor([[2, 0], [0, 7], [-1, 0], [1, 0]], dtype=torch.int32, device=device)[:, 0]
+    out = sym_mm(a, b, active=active, whole=True)
+    gram = sym_mm(a, a, active=active)
+    for k in (0, 2, 3):
+        torch.testing.assert_close(out[k], a[k] @ b[k].mT, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gram[k], a[k] @ a[k].mT, rtol=1e-4, atol=1e-4)
+
+
 def test_the_path_is_a_value(monkeypatch):
     assert sym_mm_path(1, 4096, torch.float64, "cpu") == "torch"
     assert sym_mm_path(1, 64, torch.float16, "meta") == "torch"
