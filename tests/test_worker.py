@@ -11,7 +11,7 @@ from campaigns import Campaign
 
 from epochal import worker
 from epochal.campaign import campaign_jobs
-from epochal.records import Record
+from epochal.records import Record, load_records, write_record
 from epochal.run import Ensemble, Job, Run, fingerprint
 from epochal.stopping import Stopped
 from epochal.worker import SILENT_ENDS, Orders, claim
@@ -75,6 +75,44 @@ def test_what_unlocks_others_comes_first_then_the_longest(campaign: Campaign, mo
     assert started == ["of-4", "of-3", "both", "of-2", "of-1"]
     left = [file.name for file in Path(campaign.workspace.work).rglob("attempt.json")]
     assert not left, "a job that ended in good order is not being worked on"
+
+
+def finished(job: Job, status: str = "done") -> Record:
+    return Record(job, fingerprint(job), status, {"loss": 1.0, "parameters": 1} if status == "done" else {})
+
+
+def test_what_others_finished_meanwhile_is_not_done_again(campaign: Campaign) -> None:
+    job, space = job_of(campaign), campaign.workspace
+    seen = load_records(space)
+    assert worker._still_needed(job, seen)
+    write_record(space, finished(job))
+    assert not worker._still_needed(job, seen), "the record came after the look"
+    seen = load_records(space)
+    assert worker._still_needed(job, seen), "a record without the weights, as in a clean clone"
+    output = space.output(job)
+    assert output is not None
+    output.mkdir(parents=True)
+    assert not worker._still_needed(job, seen), "the weights came after the look"
+
+
+def test_a_failed_job_counts_though_nothing_is_ready_and_only_for_whom_it_was_meant(
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, space = job_of(campaign), campaign.workspace
+    assert isinstance(one, Run)
+    runs = [replace(one, name=name) for name in ("lost", "kept")]
+    both = Ensemble(name="both", runs=("lost", "kept"), average="logits")
+    monkeypatch.setattr(worker, "campaign_jobs", lambda *_: [*runs, both])
+    write_record(space, finished(runs[0], "diverged"))  # so that the ensemble waits for ever
+    write_record(space, finished(runs[1]))
+    (space.folder("kept") / "model").mkdir(parents=True)
+    said: list[dict[str, Any]] = []
+    assert worker.work(orders_for(campaign), said.append) == 0
+    worker._write_failure(both, orders_for(campaign), "no disk", "")
+    assert worker.work(orders_for(campaign), said.append) == 1
+    assert worker.work(orders_for(campaign, only=("kept",)), said.append) == 0
+    assert worker.work(orders_for(campaign, session="second"), said.append) == 0
+    assert not said, "nothing was started"
 
 
 def test_starts_without_a_word_count_until_there_is_a_new_checkpoint_or_session(campaign: Campaign) -> None:

@@ -56,6 +56,7 @@ def test_an_array_asks_for_what_the_file_says() -> None:
 def test_the_planner_takes_little_but_pays_from_the_same_account() -> None:
     found = options_of(slurm.planner_script(submission(ORDERS, load_cluster("example"))))
     assert (found["account"], found["partition"], found["qos"]) == ("project", "cpu", "normal")
+    assert (found["nodes"], found["ntasks-per-node"]) == ("1", "1")
     assert not {"gpus-per-node", "cpus-per-task", "mem", "array"} & found.keys()
 
 
