@@ -12,7 +12,7 @@ import torch
 from compiling import CountGraphs
 from torch import Tensor
 
-from epochal.optim import AdEMAMix, Lion, Mars, Muon, Signum, Spectra
+from epochal.optim import AdEMAMix, Fira, Lion, Mars, Muon, Signum, Spectra
 from epochal.optim.base import MatrixOptimizer, round_stochastically
 
 OPTIMIZERS: dict[str, Callable[..., MatrixOptimizer]] = {
@@ -213,6 +213,33 @@ def test_closure_and_a_plain_loop_learns(name: str) -> None:
 
     losses = [float(optimizer.step(closure).detach()) for _ in range(40)]
     assert losses[-1] < 0.95 * losses[0]
+
+
+def projected(params: list[torch.nn.Parameter]) -> Fira:
+    return Fira([{"params": params, **({"rank": 8} if params[0].ndim == 2 else {})}])
+
+
+MATRICES = [(name, shape) for name in (*OPTIMIZERS, "fira") for shape in ((40, 24), (24, 56), (301, 130))]
+VECTORS = [(name, (33,)) for name in ("signum", "ademamix", "mars", "lion", "muon", "spectra", "fira")]
+
+
+@pytest.mark.parametrize(("name", "shape"), [*MATRICES, *VECTORS])
+def test_a_shard_that_gets_the_step_moves_as_a_whole_matrix_does(name: str, shape: tuple[int, ...]) -> None:
+    """Bit by bit: an owner steps from zero, and who holds the weights does W <- keep W - step."""
+    torch.manual_seed(0)
+    whole, alone = torch.nn.Parameter(3 * torch.randn(shape)), torch.nn.Parameter(torch.zeros(shape))
+    make = projected if name == "fira" else OPTIMIZERS[name]
+    optimizers = [make([p]) for p in (whole, alone)]
+    # For the second and the third, 1 - lr wd is another float32 when lr is rounded first.
+    for gradient, lr, wd in zip(torch.randn(3, *shape), (0.0123, 0.2535, 0.1308), (0.7, 2.29, 1.85), strict=True):
+        before = whole.detach().clone()
+        alone.data.zero_()
+        for p, optimizer in zip((whole, alone), optimizers, strict=True):
+            optimizer.param_groups[0].update(lr=lr, weight_decay=wd)
+            p.grad = gradient.clone()
+            optimizer.step()
+        kept = MatrixOptimizer.kept(before, optimizers[0].param_groups[0])
+        assert torch.equal(whole, before * kept + alone)
 
 
 @every

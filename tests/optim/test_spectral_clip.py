@@ -18,7 +18,7 @@ import math
 import pytest
 import torch
 from compiling import CountGraphs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -149,6 +149,7 @@ def test_13_minimax_moves_no_singular_value_by_more_than_designed(
 
 @few
 @given(side, side, seeds, st.floats(0.02, 4.9))
+@example(1, 7, 0, 4.0)  # of one row the bound is exact, so that this is the largest error that the poles for 1e4 leave
 def test_13_rational_moves_no_singular_value_by_more_than_designed(
     rows: int, columns: int, seed: int, decades: float
 ) -> None:

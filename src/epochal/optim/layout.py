@@ -107,7 +107,7 @@ def locate_rows(entries: Sequence[Entry], rank: int, world: int) -> Found:
         if not isinstance(parameter, DTensor) or tuple(parameter.placements) != (Shard(0),):
             return [], f"{entry.name} is placed as {getattr(parameter, 'placements', 'a plain tensor')}, not by rows"
         length, row = parameter.to_local().numel(), entry.shape[1:].numel()
-        start = min(rank * -(-entry.shape[0] // world), entry.shape[0]) * row
+        start = rank * -(-entry.shape[0] // world) * row
         if length:
             spans.append(Span(index, start, start + length, offset))
         offset += length
