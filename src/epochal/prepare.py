@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,7 +58,7 @@ class SplitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One data set: `configs/data/<name>.toml`.
+    """One data set: `configs/data/<name>.toml`. Documents are those of `source`, then those of each in `more`.
 
     `before` and `after` frame each document and are encoded with special tokens recognised; the text itself never is.
     `train_tokens` stops reading once the training split holds that many (0: read all). `shuffle=False` keeps the order
@@ -68,6 +68,7 @@ class DataConfig:
     licence: str
     source: Source
     tokenizer: TokenizerConfig
+    more: tuple[Source, ...] = ()
     split: SplitConfig = field(default_factory=SplitConfig)
     before: str = "<|bos|>"
     after: str = "<|eos|>"
@@ -159,10 +160,10 @@ def _split_of(mark: int, config: SplitConfig, written: dict[str, int]) -> str:
     return "validation" if share < config.test + config.validation else "train"
 
 
-def _unique(source: Source, counts: dict[str, int]) -> Iterator[tuple[int, str]]:
+def _unique(config: DataConfig, counts: dict[str, int]) -> Iterator[tuple[int, str]]:
     """Yield (content hash, text) once per distinct text; blank documents and duplicates are counted."""
     seen: set[int] = set()
-    for text in read_documents(source):
+    for text in chain.from_iterable(read_documents(source) for source in (config.source, *config.more)):
         mark = content_hash(text)
         if not text.strip():
             counts["blank"] += 1
@@ -184,7 +185,7 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
         if config.split.by == "stream"
         else 0
     )
-    for mark, text in _unique(config.source, counts):
+    for mark, text in _unique(config, counts):
         if skip > 0:
             skip -= len(text)
         elif config.split.by == "stream" or _split_of(mark, config.split, {}) == "train":
@@ -197,7 +198,7 @@ def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"],
     before = tokenizer.encode(config.before, add_special_tokens=False).ids if config.before else []
     after = tokenizer.encode(config.after, add_special_tokens=False).ids if config.after else []
     tokenizer.encode_special_tokens = True  # a document that spells out a special token does not get one
-    documents = _unique(config.source, counts)
+    documents = _unique(config, counts)
     while chunk := list(islice(documents, CHUNK)):
         encodings = tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
         for (mark, _), encoding in zip(chunk, encodings, strict=True):
