@@ -132,8 +132,9 @@ def resampled(found: Sequence[Answered]) -> dict[str, Floats]:
     for task in found[0].right:
         answers = np.stack([one.right[task] for one in found])
         count = answers.shape[1]
-        draws = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-        tables[task] = np.vstack([answers.mean(axis=1), draws @ answers.T])
+        # Counts are summed before they are divided: every sum is exact, so that equal accuracies are equal everywhere.
+        draws = np.vstack([np.ones(count), rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)])
+        tables[task] = draws @ answers.T / count
     return tables | {"mean": np.mean(list(tables.values()), axis=0)}
 
 
