@@ -44,36 +44,44 @@ def exponent_claim(model: str, tokens: int, record: Record, reasons: tuple[str, 
     )
 
 
+def both_settings(by_rule: Record | None, plain: Record | None, k: int) -> tuple[float, float] | None:
+    """Return the losses of K members by the rule (the mean over subsets) and of K at the best single model's point.
+
+    None before both have run, and where the rule's record has no such K.
+    """
+    curve = by_rule.results.get("curve", {}).get(str(k), []) if by_rule else []
+    if not curve or plain is None:
+        return None
+    return sum(curve) / len(curve), plain.loss
+
+
 def settings_claim(
-    records: Records, tokens: int, model: str, members: Record, plain: Ensemble, reasons: tuple[str, ...]
+    records: Records, scale: Scale, tokens: int, model: str, by_rule: Record | None, plain: Ensemble
 ) -> Claim | None:
     """Compare K members of both settings at the K of the smaller ensemble; None before both have run."""
-    other = records.get(plain)
-    if other is None:
-        return None
     k = len(plain.runs)
-    curve = members.results["curve"].get(str(k), [])
-    if not curve or not math.isfinite(other.loss):
+    losses = both_settings(by_rule, records.get(plain), k)
+    if losses is None or not math.isfinite(losses[1]):
         return None
-    longer = sum(curve) / len(curve)
+    longer, single = losses
     return Claim(
         text=f"D = {tokens:,}: {k} {model} members of twice the epochs and half the decay beat {k} of the best single setting",
-        value=f"{other.loss - longer:+.4f} nats ({other.loss:.4f} to {longer:.4f})",
+        value=f"{single - longer:+.4f} nats ({single:.4f} to {longer:.4f})",
         paper="limits 3.34 and 3.27 for 300M, section 6",
         seeds=k,
-        holds=longer < other.loss,
-        provisional=reasons,
+        holds=longer < single,
+        provisional=heavy_weight_decay.missing(records, scale, tokens),
     )
 
 
-def claims(records: Records, scale: Scale, tokens: int, done: list[tuple[str, Ensemble, Record]]) -> list[Claim]:
-    """Return both claims for every size whose members, averaged in logits, have run."""
+def exponent_claims(
+    records: Records, scale: Scale, tokens: int, done: list[tuple[str, Ensemble, Record]]
+) -> list[Claim]:
+    """Fit the exponent for every size whose members, averaged in logits, have run."""
     reasons = heavy_weight_decay.missing(records, scale, tokens)
-    plain = single_point_ensembles(records, scale, tokens)
-    found: list[Claim | None] = []
-    for model, ensemble, record in done:
-        if ensemble.average == "logits":
-            found.append(exponent_claim(model, tokens, record, reasons))
-            if model in plain:
-                found.append(settings_claim(records, tokens, model, record, plain[model], reasons))
+    found = [
+        exponent_claim(model, tokens, record, reasons)
+        for model, ensemble, record in done
+        if ensemble.average == "logits"
+    ]
     return [claim for claim in found if claim is not None]

@@ -45,12 +45,14 @@ def searches(records: Records, scale: Scale) -> list[Search]:
 def student(records: Records, scale: Scale, teacher: str, seed: int = 0) -> list[Job]:
     """Return the Samples of a teacher and a student that learns from them; nothing before the teacher is known.
 
-    "ensemble": the members of the largest ensembled size one by one; "self": the first member alone. Students of all
-    seeds read the same sampled text.
+    "ensemble": the members of the best ensemble one by one; "self": the first member of the student's own size alone.
+    Students of all seeds read the same sampled text.
     """
     tokens, settings = scale.unique_tokens[0], scale.students
-    source_model = scale.ensemble.models[-1] if teacher == "ensemble" else settings.model
-    teachers = ensembling.ensembles(records, scale, source_model, tokens)
+    if teacher == "ensemble":
+        teachers = ensembling.best_ensembles(records, scale, tokens)
+    else:
+        teachers = ensembling.ensembles(records, scale, settings.model, tokens)
     if not teachers:
         return []
     source = teachers[0].name if teacher == "ensemble" else teachers[0].runs[0]

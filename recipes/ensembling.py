@@ -1,8 +1,10 @@
 """How low do K independent models go together, and to which limit? (Spec sections 6 and 7.)
 
-Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members are trained
-longer and decayed less than the best single model: the same lr, twice the epochs, half the decay. Beside them, at equal
-training cost: snapshots, chains, averaged weights, dropout, masked inputs, and weights of members learned on held-out text.
+Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members trained longer
+and decayed less than the best single model (the same lr, twice the epochs, half the decay) are lower together, though not
+alone. Where our members are not, more are made at the point of the best single model, and all that follows takes those.
+Beside them, at equal training cost: snapshots, chains, averaged weights, dropout, masked inputs, and weights of members
+learned on held-out text.
 Command: epochal run ensembling --scale demo
 Found: recipes/results/<scale>/report.md
 """
@@ -37,9 +39,12 @@ def jobs(records: Records, scale: Scale) -> list[Job]:
     found += [job for here in _member_searches(records, scale) for job in here.jobs]
     for tokens in scale.unique_tokens:
         for model in scale.ensemble.models:
-            found += members(records, scale, model, tokens)
-            found += ensembles(records, scale, model, tokens)
+            for point in (_rule_point(records, scale, model, tokens), best_point(records, scale, model, tokens)):
+                if point is not None:
+                    found += _runs(scale, model, tokens, point)
+                    found += _averages(scale, model, tokens, point)
         found += _member_claims.single_point_ensembles(records, scale, tokens).values()
+    found = list({job.name: job for job in found}.values())
     return found + _kinds.jobs(records, scale, kinds_point(records, scale))
 
 
@@ -51,22 +56,45 @@ def kinds_point(records: Records, scale: Scale) -> Point | None:
 
 
 def members(records: Records, scale: Scale, model: str, tokens: int) -> list[Run]:
-    """Return the members of one size: none before its search has a certificate."""
+    """Return the members of one size: none before their point is known."""
     point = best_point(records, scale, model, tokens)
-    if point is None:
-        return []
+    return [] if point is None else _runs(scale, model, tokens, point)
+
+
+def _runs(scale: Scale, model: str, tokens: int, point: Point) -> list[Run]:
     return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.ensemble.count)]
 
 
 def best_point(records: Records, scale: Scale, model: str, tokens: int) -> Point | None:
-    """Return the members' point of one size: None before its search has a certificate."""
-    single = heavy_weight_decay.tuned(records, scale, model, tokens)
-    if not single.certified or single.best is None:
+    """Return the members' point of one size; None before the search for it, or the choice between two, is done.
+
+    Without a search of their own: the rule's, or the best single model's where the seeds run there are lower together
+    than as many members by the rule.
+    """
+    if scale.ensemble.search_members:
+        here = search(records, scale, model, tokens).descent
+        return here.best if here.certified else None
+    rule = _rule_point(records, scale, model, tokens)
+    if rule is None or scale.seeds == 1:
+        return rule
+    ensemble = _member_claims.single_point_ensembles(records, scale, tokens)[model]
+    by_rule, plain = records.get(_averages(scale, model, tokens, rule)[0]), records.get(ensemble)
+    if by_rule is None or plain is None:
         return None
-    if not scale.ensemble.search_members:
-        return member_point(single.best)
-    here = search(records, scale, model, tokens).descent
-    return here.best if here.certified else None
+    losses = _member_claims.both_settings(by_rule, plain, len(ensemble.runs))
+    single_is_lower = losses is not None and losses[1] < losses[0]
+    return heavy_weight_decay.tuned(records, scale, model, tokens).best if single_is_lower else rule
+
+
+def _rule_point(records: Records, scale: Scale, model: str, tokens: int) -> Point | None:
+    """Return the point of the best single model as the rule changes it; None before its search has a certificate.
+
+    None, too, where members have a search of their own.
+    """
+    single = heavy_weight_decay.tuned(records, scale, model, tokens)
+    if scale.ensemble.search_members or not single.certified or single.best is None:
+        return None
+    return member_point(single.best)
 
 
 def search(records: Records, scale: Scale, model: str, tokens: int) -> Search:
@@ -94,13 +122,15 @@ def _member_searches(records: Records, scale: Scale) -> list[Search]:
 
 
 def ensembles(records: Records, scale: Scale, model: str, tokens: int) -> list[Ensemble]:
-    """Return the ensembles of one size, one for each way to average."""
-    runs = members(records, scale, model, tokens)
-    if not runs:
-        return []
-    stem = without_seed(runs[0].name)
-    names = tuple(run.name for run in runs)
-    return [Ensemble(name=f"{stem}-k{len(runs)}-{average}", runs=names, average=average) for average in AVERAGES]
+    """Return the ensembles of one size, one for each way to average: none before the members' point is known."""
+    point = best_point(records, scale, model, tokens)
+    return [] if point is None else _averages(scale, model, tokens, point)
+
+
+def _averages(scale: Scale, model: str, tokens: int, point: Point) -> list[Ensemble]:
+    names = tuple(run.name for run in _runs(scale, model, tokens, point))
+    stem = without_seed(names[0])
+    return [Ensemble(name=f"{stem}-k{len(names)}-{average}", runs=names, average=average) for average in AVERAGES]
 
 
 def members_law(record: Record) -> MembersLaw:
@@ -127,6 +157,18 @@ def best_ensemble(records: Records, scale: Scale, tokens: int) -> Record | None:
     return min(found, key=lambda record: record.loss, default=None)
 
 
+def best_ensembles(records: Records, scale: Scale, tokens: int) -> list[Ensemble]:
+    """Return the ensembles of the size whose lowest loss is lowest: none before those of every size have run."""
+    losses = []
+    for model in scale.ensemble.models:
+        here = ensembles(records, scale, model, tokens)
+        done = [record.loss for ensemble in here if (record := records.get(ensemble)) is not None]
+        if len(done) < len(AVERAGES):
+            return []
+        losses.append((min(done), here))
+    return min(losses, key=lambda entry: entry[0])[1]
+
+
 def report(records: Records, scale: Scale) -> Section:
     """Compare ensembles with the best single model, and extrapolate in K."""
     claims: list[Claim] = []
@@ -134,7 +176,8 @@ def report(records: Records, scale: Scale) -> Section:
     for tokens in scale.unique_tokens:
         done = finished(records, scale, tokens)
         claims += _claims(records, scale, tokens, done)
-        claims += _member_claims.claims(records, scale, tokens, done)
+        claims += _member_claims.exponent_claims(records, scale, tokens, done)
+        claims += _settings_claims(records, scale, tokens)
         claims += _joint_claim(records, scale, tokens, done)
         notes += _verdicts(records, scale, tokens, done)
         if done:
@@ -188,6 +231,18 @@ def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Cl
             )
         )
     return claims
+
+
+def _settings_claims(records: Records, scale: Scale, tokens: int) -> list[Claim]:
+    """Compare the rule's members with as many of the best single model's point, for every size that has both."""
+    found = []
+    for model, plain in _member_claims.single_point_ensembles(records, scale, tokens).items():
+        rule = _rule_point(records, scale, model, tokens)
+        if rule is not None:
+            by_rule = records.get(_averages(scale, model, tokens, rule)[0])
+            claim = _member_claims.settings_claim(records, scale, tokens, model, by_rule, plain)
+            found += [claim] if claim else []
+    return found
 
 
 def finished(records: Records, scale: Scale, tokens: int) -> Found:
@@ -283,5 +338,5 @@ def _figure(records: Records, scale: Scale, tokens: int, done: Found) -> Figure:
         axes.set_ylabel("validation loss (nats per token)")
         axes.legend()
 
-    caption = f"Loss against K at D = {tokens:,}: members at twice the epochs and half the decay, and the law in K."
+    caption = f"Loss against K at D = {tokens:,}: members of every size, and the law in K."
     return Figure(name=f"loss-against-members-{tokens}", caption=caption, draw=draw)

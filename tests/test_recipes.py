@@ -13,9 +13,9 @@ from epochal.model_size import parameter_counts
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
 from epochal.report import Section, write_report
 from epochal.run import Ensemble, Fira, Job, Muon, Run, Samples, Spectra, Targets, Teach, fingerprint, inputs
-from epochal.scale import Ablations, Comparison, Kinds, Limits, Scale, Setting, Soft, load_scale
+from epochal.scale import Ablations, Comparison, Kinds, Limits, Scale, Setting, Soft, load_scale, member_point
 from epochal.tuner import Point
-from recipes import _kinds, _students
+from recipes import _kinds, _member_claims, _students, heavy_weight_decay
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted(path.stem for path in (ROOT / "configs" / "scales").glob("*.toml"))
@@ -775,6 +775,46 @@ def test_soft_students_need_an_ensemble_of_their_size() -> None:
         replace(with_soft(), soft=Soft(model="w16", weight=0.5, wd=0.1))
 
 
+@pytest.mark.parametrize("shift", [-1.0, 1.0])
+def test_members_take_the_setting_that_is_lower_together(workspace: Workspace, shift: float) -> None:
+    """As many members of both settings run; where those of the best single model are lower, five of them are made."""
+    scale, recipe = replace(load_scale("demo"), seeds=2), load_recipe("ensembling")
+    for jobs in simulate(workspace, "ensembling", scale):
+        records = load_records(workspace)
+        ensembles = {
+            model: _member_claims.single_point_ensembles(records, scale, 24576).get(model)
+            for model in scale.ensemble.models
+        }
+        for job in jobs:
+            if job in ensembles.values():
+                results = dict(records.get(job).results)
+                write_record(
+                    workspace, Record(job, fingerprint(job), "done", results | {"loss": results["loss"] + shift})
+                )
+    records = load_records(workspace)
+    for model in scale.ensemble.models:
+        single = heavy_weight_decay.tuned(records, scale, model, 24576).best
+        assert recipe.best_point(records, scale, model, 24576) == (single if shift < 0 else member_point(single))
+        members = recipe.members(records, scale, model, 24576)
+        assert len(members) == scale.ensemble.count and all(records.get(run) is not None for run in members)
+
+
+@pytest.mark.parametrize("best", ["w32", "w64"])
+def test_students_learn_from_the_best_ensemble_of_any_size(workspace: Workspace, best: str) -> None:
+    demo = load_scale("demo")
+    scale = replace(demo, ensemble=replace(demo.ensemble, models=("w32", "w64")))
+    for jobs in simulate(workspace, "ensembling", scale):
+        for job in (job for job in jobs if isinstance(job, Ensemble) and job.name.startswith(best)):
+            results = dict(load_records(workspace).get(job).results)
+            write_record(workspace, Record(job, fingerprint(job), "done", results | {"loss": 1.0}))
+    samples, student = load_recipe("distillation").student(load_records(workspace), scale, "ensemble")
+    assert samples.source.startswith(f"{best}-") and student.model == scale.students.model
+    others = Records(
+        workspace, [record for record in load_records(workspace) if not record.job.name.endswith("-probs")]
+    )
+    assert load_recipe("distillation").student(others, scale, "ensemble") == [], "an ensemble has yet to run"
+
+
 def test_claims_about_members_and_teachers(workspace: Workspace) -> None:
     """Made-up curves fall like 1 / K, so the free exponent is near 1; the seeds of the single point form an ensemble."""
     scale = replace(load_scale("demo"), seeds=2)
@@ -786,10 +826,10 @@ def test_claims_about_members_and_teachers(workspace: Workspace) -> None:
     assert exponent.holds
     assert float(exponent.value.split()[1]) == pytest.approx(1.0, abs=0.25)
     (settings,) = [claim for text, claim in claims.items() if "best single setting" in text]
-    tuned = load_recipe("heavy_weight_decay").best_records(records, scale, "w64", 24576)
+    tuned = heavy_weight_decay.best_records(records, scale, "w64", 24576)
     plain = records.named(tuned[0].job.name.removesuffix("-s0") + "-k2-logits")
-    member = load_recipe("ensembling").ensembles(records, scale, "w64", 24576)[0]
-    curve = records.get(member).results["curve"]["2"]
+    by_rule = scale.run("w64", 24576, member_point(heavy_weight_decay.tuned(records, scale, "w64", 24576).best))
+    curve = records.named(by_rule.name.removesuffix("-s0") + f"-k{scale.ensemble.count}-logits").results["curve"]["2"]
     assert settings.value.startswith(f"{plain.loss - sum(curve) / len(curve):+.4f} nats")
     (teacher,) = [
         claim
@@ -799,7 +839,8 @@ def test_claims_about_members_and_teachers(workspace: Workspace) -> None:
     students = load_recipe("distillation").student_records(records, scale, "self")
     assert [record.job.init_seed for record in students] == list(range(scale.seeds))
     mean = sum(record.loss for record in students) / len(students)
-    assert teacher.value.startswith(f"{records.named(member.runs[0]).loss - mean:+.4f} nats")
+    member = load_recipe("ensembling").members(records, scale, "w64", 24576)[0]
+    assert teacher.value.startswith(f"{records.get(member).loss - mean:+.4f} nats")
     assert teacher.seeds == scale.seeds and teacher.provisional == ()
     spread = [claim.interval for claim in load_recipe("distillation").report(records, scale).claims if claim.interval]
     assert len(spread) == 3 and all(low < high for low, high in spread)
