@@ -29,7 +29,7 @@ from triton_kernels.backend import backend
 from triton_kernels.softmax_add import softmax_add
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
-from triton_kernels.sym_mm import sym_mm, sym_mm_path
+from triton_kernels.sym_mm import sym_mm, sym_mm_reference
 
 # (shape, method -> function, bytes moved at least, floating-point operations at least)
 Case = tuple[str, dict[str, Callable[[], object]], float, float]
@@ -88,12 +88,19 @@ def symmetric_cases(device: str, tiny: bool) -> list[Case]:
     )
     for batch, m, k in shapes:
         x = torch.randn(batch, m, k, device=device, dtype=torch.float16)
-        name = f"sym_mm {batch}x{m}x{k} ({sym_mm_path(batch, m, x.dtype, device)})"
+        plain, fused = f"sym_mm {batch}x{m}x{k}", f"alpha X X^T + beta C + delta I {batch}x{m}x{k}"
+        c, on = torch.zeros(batch, m, m, device=device, dtype=torch.float16), torch.ones(batch, device=device).int()
+        w = torch.randn(batch, 3, device=device)
         methods: dict[str, Callable[[], object]] = {
-            "kernel": lambda x=x: sym_mm(x, x),
+            "kernel": lambda x=x, on=on: sym_mm(x, x, active=on),
             "torch": lambda x=x: torch.bmm(x, x.mT),
         }
-        cases.append((name, methods, 0.0, float(batch * m * (m + 1) * k)))
+        with_sums: dict[str, Callable[[], object]] = {
+            "kernel": lambda x=x, c=c, w=w: sym_mm(x, x, c, w),
+            "torch": lambda x=x, c=c, w=w: sym_mm_reference(x, x, c, w),
+        }
+        flops = float(batch * m * (m + 1) * k)
+        cases += [(plain, methods, 0.0, flops), (fused, with_sums, 0.0, flops)]
     return cases
 
 

@@ -134,6 +134,7 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
     open_ends = tuple(dict.fromkeys((*missing_standard, *missing(records, scale, tokens))))
     losses = [_mean(best_records(records, scale, rung.model, tokens)) for rung in scale.ladder]
     falls = all(later < earlier for earlier, later in pairwise(losses))
+    shown = [f"{loss:.4f}" if math.isfinite(loss) else "none yet" for loss in losses]
     point = tuned(records, scale, model, tokens).best
     assert point is not None
     claims = [
@@ -158,7 +159,7 @@ def _claims(records: Records, scale: Scale, tokens: int, law: PowerLaw | None) -
         claims.append(
             Claim(
                 text=f"D = {tokens:,}: tuned loss falls monotonically with N over {len(losses)} sizes",
-                value=" > ".join(f"{loss:.4f}" for loss in losses) if falls else ", ".join(f"{x:.4f}" for x in losses),
+                value=(" > " if falls else ", ").join(shown),
                 paper="monotone over four sizes, section 5",
                 seeds=seeds,
                 holds=falls if all(math.isfinite(loss) for loss in losses) else None,

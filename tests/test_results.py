@@ -61,10 +61,20 @@ def test_committed_texts_follow_from_committed_reports(monkeypatch: pytest.Monke
     if not COMMITTED:
         pytest.skip("no campaign has been committed yet")
     monkeypatch.chdir(REPOSITORY)
-    rows = {scale: results_table.read_claims(results_table.RESULTS / scale / "claims.json") for scale in COMMITTED}
+    scales = results_table.longest_first(COMMITTED)
+    rows = {scale: results_table.read_claims(results_table.RESULTS / scale / "claims.json") for scale in scales}
     assert (results_table.RESULTS / "README.md").read_text() == results_table.claims_page(rows)
     readme = Path("README.md").read_text()
-    assert readme == results_table.spliced(readme, results_table.headline(COMMITTED[0]))
+    assert readme == results_table.spliced(readme, results_table.headline(scales[0]))
+
+
+def test_the_campaign_with_most_records_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for scale, count in {"a": 1, "b": 3, "c": 0}.items():
+        (results_table.RESULTS / scale / "records").mkdir(parents=True)
+        for k in range(count):
+            (results_table.RESULTS / scale / "records" / f"{k}.json").touch()
+    assert results_table.longest_first(["a", "c", "b"]) == ["b", "a", "c"]
 
 
 def test_every_claim_stands_in_the_table_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

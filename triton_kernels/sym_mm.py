@@ -9,10 +9,9 @@ Shapes: b batch, m rows, k inner. A, B (b, m, k), any strides; C and out (b, m, 
 (alpha, beta, delta) of each matrix and stay on the device, so that choosing them makes nobody wait; so does `active`
 (b,) int32, which says whose product is wanted: the programs of the others return at once.
 
-The kernel does half the multiplications, and the epilogue saves the passes that would add C and the diagonal.
-Dispatch: a few small matrices leave half-empty waves of tiles, where cuBLAS wins (one matrix on an H800, flash-muon: 0.90x
-at 1024 rows, 1.19x at 2048; fused-muon falls back at 1280). Many of them fill the GPU, so the rule counts tiles. Not yet
-measured by us; `sym_mm_path` says what is taken.
+Dispatch on a GPU: a plain product A B^T goes to cuBLAS. Half the multiplications do not make up for its speed: on an H100
+(benchmarks/kernels_gpu.csv) the kernel takes 3.5 times as long for few small matrices and 1.04 times for eight of 4,096 rows.
+The kernel runs where cuBLAS needs passes of its own, for C and the diagonal, and where it could leave nothing out (`active`).
 """
 
 # The arguments of kernels are Triton's own pointers and numbers.
@@ -25,10 +24,6 @@ from torch import Tensor
 
 from triton_kernels.backend import INTERPRETED, backend, jit, tl, triton
 
-KERNEL_FROM_TILES = 78
-"""Tiles of the triangles of a batch from which the kernel runs: one matrix of 1,536 rows, between the published points."""
-KERNEL_FROM_SIDE = 4
-"""Tiles along a side below which the diagonal's whole tiles eat up what the triangle saves."""
 TILES = {torch.float16: (128, 64), torch.bfloat16: (128, 64), torch.float32: (64, 32)}
 """(rows, inner) of a tile: fits the registers of an 8-warp program; to be tuned on the GPU at hand."""
 
@@ -96,14 +91,13 @@ def _sym_mm_kernel(
             tl.store(out + columns[None, :].to(tl.int64) * o_sm + rows[:, None], value, mask=upper)
 
 
-def sym_mm_path(batch: int, rows: int, dtype: torch.dtype, device: torch.device | str) -> str:
-    """Return what `sym_mm` runs on: ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` (cuBLAS on a GPU)."""
+def sym_mm_path(dtype: torch.dtype, device: torch.device | str, *, plain: bool) -> str:
+    """Return what `sym_mm` runs on: ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` (cuBLAS on a GPU).
+
+    `plain`: without coefficients and without `active`.
+    """
     path = backend(device)
-    if dtype not in TILES:
-        return "torch"
-    side = -(-rows // TILES[dtype][0])
-    fills = side >= KERNEL_FROM_SIDE and batch * side * (side + 1) // 2 >= KERNEL_FROM_TILES
-    return "torch" if path == "triton" and not fills else path
+    return "torch" if dtype not in TILES or (plain and path == "triton") else path
 
 
 @torch.library.custom_op("epochal_kernels::sym_mm", mutates_args=())
@@ -119,15 +113,12 @@ def sym_mm(
 
     The caller promises that A B^T and C are symmetric: only one triangle is looked at, and on the kernel path the
     result is symmetric bit by bit; `whole` looks at all of it. With `active` (b,) int32 only the matrices with a number
-    other than 0 are computed, and what the others hold is not defined; a kernel is then always taken where there is one.
+    other than 0 are computed, and what the others hold is not defined.
     Raises ValueError for shapes or dtypes that do not fit, or for a C without coefficients.
     """
     _check(a, b, c, coefficients)
     batch, m, k = a.shape
-    path = sym_mm_path(batch, m, a.dtype, a.device)
-    if active is not None:  # cuBLAS could leave nothing out
-        path = backend(a.device) if a.dtype in TILES else "torch"
-    if path == "torch":
+    if sym_mm_path(a.dtype, a.device, plain=coefficients is None and active is None) == "torch":
         return sym_mm_reference(a, b, c, coefficients)
     out = a.new_empty(batch, m, m)
     if batch == 0 or m == 0:

@@ -26,11 +26,17 @@ def main(scales: Sequence[str]) -> None:
     """Write both texts for the scales named; raises ValueError when one has no report."""
     if not scales:
         raise ValueError("name at least one scale that has a report, e.g. python -m epochal.results_table micro.")
+    scales = longest_first(scales)
     rows = {scale: read_claims(RESULTS / scale / "claims.json") for scale in scales}
     readme = REPOSITORY / "README.md"
     text = spliced(readme.read_text(encoding="utf-8"), headline(scales[0]))
     write_atomic(RESULTS / "README.md", claims_page(rows))
     write_atomic(readme, text)
+
+
+def longest_first(scales: Sequence[str]) -> list[str]:
+    """Put the campaigns with most records first: the first one's chain stands in the README."""
+    return sorted(scales, key=lambda scale: -sum(1 for _ in (RESULTS / scale / "records").glob("*.json")))
 
 
 def claims_page(rows: dict[str, list[ClaimRow]]) -> str:

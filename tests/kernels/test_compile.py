@@ -54,7 +54,6 @@ def launch(kernel, grid):
 KernelInterface.__getitem__ = launch
 assert not backend.INTERPRETED
 backend.backend = sym.backend = lambda device: "triton"
-sym.KERNEL_FROM_TILES = sym.KERNEL_FROM_SIDE = 1
 
 V, N, K = 5000, 4, 8
 z, p = torch.randn(N, V, dtype=torch.bfloat16), torch.rand(N, V)
@@ -65,10 +64,10 @@ sparse_loss(z, y, ids, p[:, :K].half(), 0.5)
 x, small = torch.randn(2, 300, 400), torch.randn(2, 300, 300)
 for dtype in (torch.float16, torch.float32):
     w = torch.randn(2, 3)
-    sym.sym_mm(x.to(dtype), x.to(dtype))
     sym.sym_mm(small.to(dtype), small.to(dtype), small.to(dtype), w)
     clip_update(x, small.to(dtype), x.to(dtype), w[:, :2])
     on = torch.ones(2, dtype=torch.int32)
+    sym.sym_mm(x.to(dtype), x.to(dtype), active=on)
     sym.sym_mm(small.to(dtype), small.to(dtype), active=on, whole=True)
     clip_update_where_(x.clone(), x, small.to(dtype), x.to(dtype), w[:, :2], on)
 low, basis = torch.zeros(2, 70, 400), torch.randn(2, 300, 70)
