@@ -1,6 +1,6 @@
 """Many processes against one: every profile and optimizer on 1, 2 and 4 gloo processes, and every accelerate YAML launched.
 
-    python benchmarks/parity.py [--sets plain small clipped launched]      appends what benchmarks/parity.csv lacks
+    python benchmarks/parity.py [--sets plain small clipped bf16 launched]      appends what benchmarks/parity.csv lacks
 
 The oracle is a plain loop in one process. A model of 33 odd matrices (8 for each of 4 processes) takes 30 steps, in which
 Fira computes its bases twice.
@@ -8,6 +8,8 @@ Fira computes its bases twice.
     plain      lr 0.02          bar: 1e-5
     small      lr 0.01          the same; weights move so little that a few of their last bits may be more than that
     clipped    clipped at 0.05 in every step, two micro-batches; four optimizers on 4 processes. Bar: twice what DDP is off, or 1e-5
+    bf16       the micro scale's w32 on the King James text in bf16, half a batch on each process; loss beside DDP's. Bar:
+               2e-3 nats
     launched   a Run under `accelerate launch` with the committed YAML, its `-nodes` as two machines; bar: 1e-5
 
 Muon's products are in bfloat16, where a last bit becomes 2^-8: its bar is twice `rounding`, and it has a second entry with
@@ -15,7 +17,7 @@ float32 in their place.
 
 deviation      the largest difference of a matrix from the oracle's, as a share of its largest movement; `all_deviation` with
                the embedding and the norms; `last_bits` in units of the last bit of its largest element, a float32's limit.
-               Launched: of losses, in nats per token.
+               Launched and bf16: of losses, in nats per token.
 rounding       the largest deviation of the same plain loop when it sums the gradient in 2, 4 or 8 parts
 state_share    bytes of the matrices' state on the fullest process, of those in one process
 work_share     clips, orthogonalisations and new bases of the busiest process, of those in one process
@@ -28,6 +30,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,12 @@ import toy  # noqa: E402
 from measure import append, environment, known  # noqa: E402
 from ranks import Group, group  # noqa: E402
 
+from epochal.prepare import prepare  # noqa: E402
+from epochal.records import Workspace  # noqa: E402
+from epochal.run import AdamW, Fira, Optimizer, Spectra  # noqa: E402
+from epochal.scale import load_scale  # noqa: E402
+from epochal.tuner import Point  # noqa: E402
+
 # This folder has a kernels.py, which transformers would take for the package of that name.
 sys.path[:] = [folder for folder in sys.path if folder != str(HERE)]
 
@@ -48,6 +57,7 @@ KINDS = ("adamw", "fira", *(f"{base}-spectra" for base in toy.BASES), "muon", "m
 MAIN = ("adamw", "fira", "adamw-spectra", "muon-float32")
 DEPTH = 11
 BAR = 1e-5
+BAR_BF16 = 2e-3
 RATES = {"plain": 0.02, "small": 0.01, "clipped": 0.02}
 YAMLS = sorted(path.stem for path in (HERE.parent / "configs" / "accelerate").glob("*.yaml"))
 
@@ -62,6 +72,11 @@ def cells(name: str) -> Iterator[dict[str, Any]]:
                 "profile": profile,
                 "optimizer": "fira",
             }
+        return
+    if name == "bf16":
+        for kind in ("adamw", "fira", "adamw-spectra"):
+            for profile in PROFILES:
+                yield {"set": name, "processes": 2, "profile": profile, "optimizer": kind}
         return
     for world in {"plain": (1, 2, 4), "small": (2,), "clipped": (2, 4)}[name]:
         for kind in MAIN if (name, world) == ("clipped", 4) else KINDS:
@@ -122,17 +137,55 @@ def measured(
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Whether a row shows what it must: the profile on, the bar kept, all processes alike, nothing done twice, its share."""
+    """Whether a row shows what it must: the profile on, the bar kept, all processes alike, nothing done twice, its share.
+
+    What a set does not look at is empty.
+    """
     expected = {"ddp": "DistributedDataParallel"}.get(row["profile"], row["profile"])
     shares = [float(row[name]) for name in ("state_share", "work_share") if row[name] != ""]
     sound = {
         "off": row["set"] != "launched" and row["on"] != expected,
         "too far": not float(row["deviation"]) <= float(row["bar"]),
-        "ranks differ": str(row["ranks_identical"]) != "True",
-        "counts differ": str(row["work_counted"]) != "True",
+        "ranks differ": str(row["ranks_identical"]) not in ("True", ""),
+        "counts differ": str(row["work_counted"]) not in ("True", ""),
         "no share": any(share > 1 / int(row["processes"]) + 0.1 for share in shares),
     }
     return next((name for name, wrong in sound.items() if wrong), "met")
+
+
+def in_bf16(cell: dict[str, Any], space: Workspace, processes: Group, ddp: dict[str, float]) -> dict[str, Any]:
+    """Train one cell on real text and return its row; `ddp` remembers DDP's loss, by optimizer."""
+    adamw = AdamW(lr=0.01, wd=0.8)
+    kinds: dict[str, Optimizer] = {
+        "adamw": adamw,
+        "fira": Fira(lr=0.01, wd=0.8),
+        "adamw-spectra": Spectra(base=adamw, clip=2.0),
+    }
+    kind, profile = cell["optimizer"], cell["profile"]
+    point = Point(lr=adamw.lr, epochs=8, wd=adamw.wd)
+    run = replace(load_scale("micro").run("w32", 24576, point, seed=0), precision="bf16", optimizer=kinds[kind])
+
+    def loss_and_provenance(profile: str) -> tuple[float, dict[str, Any]]:
+        named = replace(run, name=f"{kind}-{profile}")
+        results = processes.run("chain:part", profile, space, named, None, run.batch_size // cell["processes"])[0]
+        return results["loss"], results["provenance"]
+
+    if kind not in ddp and profile != "ddp":
+        ddp[kind], _ = loss_and_provenance("ddp")
+    loss, provenance = loss_and_provenance(profile)
+    deviation = abs(loss - ddp.setdefault(kind, loss))
+    proof = provenance["update_error"]
+    return {
+        **cell,
+        "lr": adamw.lr,
+        "on": "DistributedDataParallel" if provenance["sharding"] == "replicated" else provenance["sharding"],
+        "matrices": provenance["matrices"],
+        "deviation": f"{deviation:.2e}",
+        **dict.fromkeys(("all_deviation", "last_bits", "rounding"), ""),
+        "bar": f"{BAR_BF16:.2e}",
+        **dict.fromkeys(("ranks_identical", "state_share", "work_share", "work_counted"), ""),
+        "proof": "" if proof is None else f"{proof:.1e}",
+    }
 
 
 def launched(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -165,7 +218,7 @@ def write(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", nargs="*", default=[*RATES, "launched"])
+    parser.add_argument("--sets", nargs="*", default=[*RATES, "bf16", "launched"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that are started: torch renames its collectives
@@ -175,6 +228,13 @@ def main() -> None:
             for cell in missing:
                 with tempfile.TemporaryDirectory() as folder:
                     write(launched(cell, Path(folder)))
+            continue
+        if name == "bf16":
+            with tempfile.TemporaryDirectory() as folder, group(2) as processes:
+                space, losses = Workspace("micro", Path(folder) / "results", Path(folder) / "work"), dict[str, float]()
+                prepare("kjv", space.data)
+                for cell in missing:
+                    write(in_bf16(cell, space, processes, losses))
             continue
         oracle, off = Oracle(name), dict[tuple[int, str], float]()
         for world in sorted({cell["processes"] for cell in missing}):

@@ -20,6 +20,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from epochal.optim.sharding import Distributed, Replicated, Sharded
 from epochal.profile import Profile, deepspeed_config, read_profile
@@ -81,6 +82,8 @@ class Processes:
         # accelerate may train as DDP instead, and DeepSpeed may put another optimizer in; neither says so.
         if taken != stage or engine.optimizer.optimizer is not self.optimizer:
             raise ValueError(f"DeepSpeed did not take up stage {stage} with the Run's optimizer; use another profile.")
+        # DeepSpeed's own sums float32 within its partitions, and so clips by a last bit more or less in every stage.
+        engine.optimizer.get_grad_norm_direct = lambda gradients, _params: gradient_norm(gradients, shared=True)
         if stage == 3:
             import deepspeed
 
@@ -110,7 +113,9 @@ class Processes:
             self.objective.step()
             self.norm = torch.as_tensor(self.objective.get_global_grad_norm())
         else:
-            self.norm = whole(torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_norm))
+            gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+            self.norm = gradient_norm(gradients, self.backend != "replicated")
+            clip_gradients(gradients, self.norm, self.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return self.norm
@@ -188,9 +193,29 @@ class Processes:
         return model
 
 
+def gradient_norm(gradients: Sequence[Tensor], shared: bool) -> Tensor:
+    """Return the L2 norm of all gradients, 0-d; `shared`: every process holds a part of them.
+
+    In float64, so that every way to share them out gives the same number to the last bit of a float32: the factor of
+    clipping multiplies all weights' updates, and in bf16 its last bit can grow to 1e-2 nats within a few hundred steps.
+    """
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    squares = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in local]).sum()
+    if shared:
+        torch.distributed.all_reduce(squares)
+    return squares.sqrt()
+
+
+def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip_norm: float) -> None:
+    """Multiply gradients so that their norm is at most `clip_norm`: by the factor that DeepSpeed takes."""
+    factor = 1 / ((norm + 1e-6) / clip_norm).clamp(min=1)
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    torch._foreach_mul_(local, factor.float())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a DTensor as a whole tensor, another as it is."""
-    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _bare_copy(model: torch.nn.Module, data: dict[str, Tensor]) -> Any:

@@ -27,7 +27,9 @@ def make_run(config: Path, name: str, kind: str, **changes: Any) -> Run:
     return tiny.run(config, name=name, optimizer=OPTIMIZERS[kind], epochs=2, **changes)
 
 
-def part(profile: str, space: Workspace, run: Run, stop_after: int | None) -> dict[str, Any] | str:
+def part(
+    profile: str, space: Workspace, run: Run, stop_after: int | None, micro_batch: int = 1
+) -> dict[str, Any] | str:
     """Train until a stop is asked for after so many steps; returns the results of the record, or why it stopped."""
     toy.choose(profile)
     looks = itertools.count(1)
@@ -38,7 +40,7 @@ def part(profile: str, space: Workspace, run: Run, stop_after: int | None) -> di
     # Processes confer at least every LOG_STEPS steps.
     with mock.patch.object(loop, "stop_reason", reason), mock.patch.object(loop, "LOG_STEPS", 2):
         try:
-            record = loop.train(run, space, loop.Pace(micro_batch=1))
+            record = loop.train(run, space, loop.Pace(micro_batch=micro_batch))
         except Stopped as stopped:
             return str(stopped)
     return {} if record is None else {**record.results, "provenance": record.provenance}

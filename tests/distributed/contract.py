@@ -58,7 +58,14 @@ def record(profile: str) -> dict[str, Any]:
     ]
     recorder = Recorder(groups)
     engine, _ = processes.accelerator.prepare(model, recorder)
-    at_construction = len(recorder.calls)
+    at_construction, norms = len(recorder.calls), []
+    group_norm = engine.optimizer.get_grad_norm_direct
+
+    def noted_norm(gradients: Any, parameters: Any) -> torch.Tensor:
+        norms.append(group_norm(gradients, parameters).double())
+        return norms[-1]
+
+    engine.optimizer.get_grad_norm_direct = noted_norm
     rows = toy.batch(0)[processes.rank :: processes.world]
     for number, chunk in enumerate(rows.chunk(PARTS)):
         engine.set_gradient_accumulation_boundary(number == PARTS - 1)
@@ -71,6 +78,8 @@ def record(profile: str) -> dict[str, Any]:
         "same_objects": [id(p) for p in engine.module.model.parameters()] == [id(p) for _, p in named],
         "offsets": {name: p.storage_offset() for name, p in named},
         "parameters_between": between,
+        "norms": torch.stack(norms),
+        "norm": torch.as_tensor(engine.get_global_grad_norm()),
         "stage": engine.zero_optimization_stage(),
         "taken": engine.optimizer.optimizer is recorder,
     }

@@ -133,3 +133,10 @@ def test_8_clipping_that_a_config_leaves_out_is_on() -> None:
     from deepspeed.runtime.config import get_gradient_clipping
 
     assert get_gradient_clipping({}) == 1.0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_9_a_norm_put_in_place_of_deepspeeds_is_taken_in_float64(recorded: Recorded, stage: str) -> None:
+    for rank in recorded(stage):
+        assert rank["norm"].dtype == torch.float64
+        assert float(rank["norm"]) == pytest.approx(float(torch.linalg.vector_norm(rank["norms"])), rel=1e-15)

@@ -17,7 +17,7 @@ with parity.TABLE.open(newline="") as file:
 KEYS = ("set", "processes", "profile", "optimizer")
 
 
-@pytest.mark.parametrize("name", [*parity.RATES, "launched"])
+@pytest.mark.parametrize("name", [*parity.RATES, "bf16", "launched"])
 def test_the_table_has_every_cell_once_and_each_shows_what_it_must(name: str) -> None:
     rows = [row for row in ROWS if row["set"] == name]
     found = sorted(tuple(row[key] for key in KEYS) for row in rows)
