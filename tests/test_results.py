@@ -115,14 +115,16 @@ def test_a_repetition_on_other_seeds_stands_beside_the_first_campaign() -> None:
     again = [row("a", "1.2 nats", (1.0, 1.3), "s-again"), row("b", "2.4 nats", (2.2, 2.6), "s-again")]
     again += [row("c", "3", None, "s-again"), row("d", "4.0", (3.0, 5.0), "s-again")]
     page = results_table.claims_page({"s": first, "s-again": again})
-    below = page.split("### s and its repetition on other seeds")[1]
+    below = page.split("### s, and s-again on other seeds")[1]
     assert "1 of 2 intervals meet. " in below
     assert [line.split(" | ")[-1] for line in below.splitlines() if line.startswith(("| a", "| b"))] == [
         "yes |",
         "no |",
     ]
     assert "| c" not in below and "| d" not in below
-    assert "repetition" not in results_table.claims_page({"s": first})
+    assert "on other seeds" not in results_table.claims_page({"s": first})
+    assert results_table.repeated("s-drawn-again", ["s", "s-drawn-again", "t"]) == "s"
+    assert results_table.repeated("s-drawn", ["s"]) is None
 
 
 def test_a_readme_without_marks_and_a_scale_without_report_are_refused(

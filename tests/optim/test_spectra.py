@@ -18,7 +18,7 @@ from epochal.optim.spectra import clip_threshold, pre_clip_threshold
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 SHAPES = ((12, 20), (20, 12), (12, 20), (16, 16), (40, 8), (11,))
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15, deadline=None, derandomize=True)
 side = st.integers(1, 24)
 seeds = st.integers(0, 2**31 - 1)
 
