@@ -5,7 +5,7 @@ beside it. Nothing in either text is typed by hand, so a number there is a numbe
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from epochal.campaign import load_recipe
@@ -51,12 +51,19 @@ def claims_page(rows: dict[str, list[ClaimRow]]) -> str:
         for section in dict.fromkeys(row.section for row in found):
             chosen = [row for row in found if row.section == section]
             lines += ["", f"### {section}", "", markdown_table(_claims_table(chosen))]
-        if scale.removesuffix(AGAIN) in rows and scale.endswith(AGAIN):
-            lines += ["", *_again(scale, rows[scale.removesuffix(AGAIN)], found)]
+        first = repeated(scale, rows)
+        if first is not None:
+            lines += ["", *_again(first, scale, rows[first], found)]
     return "\n".join(lines) + "\n"
 
 
-def _again(scale: str, first: list[ClaimRow], second: list[ClaimRow]) -> list[str]:
+def repeated(scale: str, scales: Iterable[str]) -> str | None:
+    """Return the campaign that a scale repeats rows of: `micro-again` and `micro-drawn-again` those of `micro`."""
+    found = [other for other in scales if scale.endswith(AGAIN) and scale.startswith(f"{other}-")]
+    return max(found, key=len, default=None)
+
+
+def _again(name: str, again: str, first: list[ClaimRow], second: list[ClaimRow]) -> list[str]:
     """Compare the numbers of a campaign and of its repetition on other seeds, where both have an interval."""
     by_text = {row.text: row for row in first}
     cells = []
@@ -69,10 +76,10 @@ def _again(scale: str, first: list[ClaimRow], second: list[ClaimRow]) -> list[st
     agree = sum(cell[-1] == "yes" for cell in cells)
     columns = ("Claim", "First", "90% interval", "Again", "90% interval again", "Intervals meet")
     return [
-        f"### {scale.removesuffix(AGAIN)} and its repetition on other seeds",
+        f"### {name}, and {again} on other seeds",
         "",
-        f"{agree} of {len(cells)} intervals meet. The searches were made again too, so that a row may rest on another "
-        "setting; an interval is over seeds or members, not over what a search may choose.",
+        f"{agree} of {len(cells)} intervals meet. Searches were made again too, as wide as the scale's grid, so that a row may "
+        "rest on another setting; an interval is over seeds or members, not over what a search may choose.",
         "",
         markdown_table(Table(title="", columns=columns, rows=tuple(cells))),
     ]
