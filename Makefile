@@ -25,7 +25,7 @@ bench: .venv/test
 
 report: .venv/demo
 	for scale in $(COMMITTED); do $(BIN)/epochal report --scale $$scale || exit 1; done
-	$(BIN)/python -m epochal.results_table $(COMMITTED)
+	$(BIN)/python -m recipes._results_page $(COMMITTED)
 
 clean:
 	rm -rf .venv work recipes/results/demo

@@ -5,7 +5,7 @@
 Processes of one machine share its cores, so times say what the exchange costs beside the mathematics, not how a cluster
 scales; compare them within one number of processes. Optimizers take turns, and the quickest step of all turns counts, since
 others may use the machine. `sent` counts what the matrices' exchange sends from the busiest process, not what gradients
-and weights take (see `epochal.sharded_cost`).
+and weights take.
 """
 
 import argparse

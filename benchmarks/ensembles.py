@@ -29,8 +29,9 @@ from measure import HERE, append, environment, known
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from epochal.ensemble import EnsembleForCausalLM, ensemble_losses
-from epochal.model import build_model
+from epochal.evaluation.ensembles import ensemble_losses
+from epochal.models.ensemble import EnsembleForCausalLM
+from epochal.models.llama import build_model
 
 SYSTEMS = {
     "one member a token": ("probs", 0),

@@ -39,7 +39,8 @@ from measure import HERE, append, environment, known, seconds
 from torch import Tensor
 
 from epochal.optim import AdEMAMix, Lion, Mars, Muon, Signum, Spectra, soft_spectral_clip
-from epochal.optim.fira import Fira, compute_basis
+from epochal.optim.fira import Fira
+from epochal.optim.projection import compute_basis
 
 CLIP = 10.0
 CLIP_METHODS = ("published", "newton_schulz", "exact", "minimax", "auto")

@@ -42,11 +42,11 @@ import toy  # noqa: E402
 from measure import append, environment, known  # noqa: E402
 from ranks import Group, group  # noqa: E402
 
-from epochal.prepare import prepare  # noqa: E402
+from epochal.data.prepare import prepare  # noqa: E402
 from epochal.records import Workspace  # noqa: E402
 from epochal.run import AdamW, Fira, Optimizer, Spectra  # noqa: E402
 from epochal.scale import load_scale  # noqa: E402
-from epochal.tuner import Point  # noqa: E402
+from epochal.search.descent import Point  # noqa: E402
 
 # This folder has a kernels.py, which transformers would take for the package of that name.
 sys.path[:] = [folder for folder in sys.path if folder != str(HERE)]

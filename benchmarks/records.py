@@ -23,11 +23,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT), str(ROOT / "tests")]
 
 from test_recipes import made_up_record  # noqa: E402
 
-from epochal.campaign import campaign_jobs  # noqa: E402
+from epochal.campaign.plan import campaign_jobs  # noqa: E402
 from epochal.records import Records, Workspace, split, write_record  # noqa: E402
 from epochal.run import Job, Run  # noqa: E402
 from epochal.scale import Scale, load_scale  # noqa: E402
-from epochal.tuner import Point  # noqa: E402
+from epochal.search.descent import Point  # noqa: E402
 
 CHAIN = ("epoching", "heavy_weight_decay", "ensembling")
 

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from measure import HERE, append, environment
 
-from epochal.model import build_model
-from epochal.noise import Noise
-from epochal.run import Teach
-from epochal.targets import CachedTeacher, TargetStore, _sample, encode
-from epochal.teacher import OnlineTeacher
-from epochal.train import Objective
+from epochal.data.soft_targets import TargetStore, encode
+from epochal.generation.soft_targets import _sample
+from epochal.models.llama import build_model
+from epochal.run import SoftTargetDistillation
+from epochal.training.loop import Objective
+from epochal.training.noise import Noise
+from epochal.training.teacher import CachedTeacher, OnlineTeacher
 
 
 class Place:
@@ -44,7 +45,7 @@ def cached_teacher(vocabulary: int, length: int, keep: int) -> CachedTeacher:
         blocks.append(encode(_sample(torch.softmax(logits, 1), keep, generator), vocabulary))
     meta = {"vocab_size": vocabulary, "keep": keep, "sequences_per_shard": 16}
     teacher: Any = object.__new__(CachedTeacher)
-    teacher.teach, teacher.stream = Teach(source="t", mode="cached"), Place()
+    teacher.teach, teacher.stream = SoftTargetDistillation(source="t", mode="cached"), Place()
     shard = np.frombuffer(b"".join(blocks), np.uint8)
     teacher.targets = TargetStore(meta, (shard,), (np.cumsum([len(block) for block in blocks]),))
     return teacher  # type: ignore[no-any-return]
@@ -77,13 +78,13 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         build_model(name, vocab_size=options.vocabulary, max_positions=length, seed=seed).to(device).eval()
         for seed in range(options.members)
     ]
-    teach = Teach(source="e")
+    teach = SoftTargetDistillation(source="e")
     teachers: dict[str, Any] = {
         "none": None,
         "cached": cached_teacher(options.vocabulary, length, options.keep),
         "online": OnlineTeacher(teach, models, average="probs", shares=None),
     }
-    noise = Noise(seed=0, dropout=0.0, mask_inputs=0.0)
+    noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.0)
     student = build_model(name, vocab_size=options.vocabulary, max_positions=length, seed=99).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
     objectives = {kind: Objective(student, noise, teacher, "fp32") for kind, teacher in teachers.items()}

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from measure import HERE, append, environment, known
 
-from epochal.model import build_model, load_config, parameter_counts
-from epochal.noise import Noise
+from epochal.distributed.processes import Processes
+from epochal.models.config import parameter_counts
+from epochal.models.llama import build_model, load_config
 from epochal.optim.build import build_optimizer
 from epochal.optimizer_config import AdamW, Fira, Muon, Optimizer, Spectra
-from epochal.processes import Processes
 from epochal.provenance import utilisation
-from epochal.train import Objective
+from epochal.training.loop import Objective
+from epochal.training.noise import Noise
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "AdamW": AdamW(lr=1e-3),
@@ -45,7 +46,7 @@ def measure(optimizer: Optimizer, args: argparse.Namespace) -> dict[str, object]
     config = load_config(args.model)
     model = build_model(args.model, vocab_size=config.vocab_size, max_positions=args.length, seed=0)
     processes = Processes(clip_norm=1.0, micro_batch=args.micro_batch)
-    noise = Noise(seed=0, dropout=0.0, mask_inputs=0.0)
+    noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.0)
     noise.attach(model)
     processes.prepare(
         Objective(model, noise, None, "bf16"),

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from epochal.cluster import load_submitted
-from epochal.display import Display
-from epochal.executor import run_campaign
+from epochal.campaign.cluster import load_submitted
+from epochal.campaign.display import Display
+from epochal.campaign.executor import run_campaign
 from epochal.stopping import stop_reason
 from launch.planner import ensure_planner
 

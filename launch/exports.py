@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from epochal.cluster import Cloud, Submitted
+from epochal.campaign.cluster import Cloud, Submitted
 from epochal.config import REPOSITORY, nearest, seconds
 from epochal.stopping import EXIT_STOPPED
 

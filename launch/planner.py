@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from epochal.campaign import campaign_jobs
-from epochal.cluster import Submitted, load_submitted
+from epochal.campaign.cluster import Submitted, load_submitted
+from epochal.campaign.plan import campaign_jobs
+from epochal.campaign.worker import claim, failed, urgency
 from epochal.config import write_atomic
 from epochal.records import load_records, needed
 from epochal.run import Job, Run
 from epochal.scale import load_scale
-from epochal.worker import claim, failed, urgency
 from launch import slurm
 
 WAIT_SECONDS = 60

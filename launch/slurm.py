@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epochal.cluster import Submitted
+from epochal.campaign.cluster import Submitted
 from epochal.config import REPOSITORY, nearest, seconds
 
 ARRAY_TASKS = 1000

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from epochal.cluster import Submitted, check_locks
+from epochal.campaign.cluster import Submitted, check_locks
 from epochal.run import Job, Run
 from launch import slurm
 

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from epochal.campaign import campaign_jobs
-from epochal.cluster import Submitted, load_submitted
-from epochal.display import last_metrics
+from epochal.campaign.cluster import Submitted, load_submitted
+from epochal.campaign.display import last_metrics
+from epochal.campaign.plan import campaign_jobs
 from epochal.records import Workspace, load_records, split
 from epochal.scale import Scale
 from launch import slurm

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from epochal.claims import Claim
+from epochal.report.claims import Claim
 from epochal.scaling import seed_interval, unsettled
 
 

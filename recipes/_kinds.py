@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from epochal.records import Record, Records
-from epochal.report import Claim, Table
-from epochal.run import AVERAGES, Ensemble, Job, Run, Teach, without_seed
-from epochal.scale import Kinds, Scale
+from epochal.report.claims import Claim
+from epochal.report.sections import Table
+from epochal.run import AVERAGES, Ensemble, Job, Run, SoftTargetDistillation, without_seed
+from epochal.scale import Kinds, Point, Scale
 from epochal.scaling import seed_interval, unsettled
-from epochal.tuner import Point
 
 KINDS = {
     "independent": "independent: other weights and order",
@@ -71,16 +71,18 @@ def members(kinds: Kinds, independent: Callable[[int], Run], kind: str, seed: in
             case "order":
                 run = replace(run, init_seed=independent(first).init_seed)
             case "snapshot":
-                run = replace(run, init_seed=independent(first).init_seed, start=previous, wd_schedule="antiphase")
+                run = replace(run, init_seed=independent(first).init_seed, init_from=previous, wd_schedule="antiphase")
             case "chain" if previous is not None:
-                teach = Teach(source=previous, weight=kinds.chain_weight, temperature=kinds.chain_temperature)
+                teach = SoftTargetDistillation(
+                    source=previous, kd_weight=kinds.chain_weight, temperature=kinds.chain_temperature
+                )
                 run = replace(run, teach=teach, epochs=max(1, round(0.75 * base.epochs)))
             case "ema" | "swa":
-                run = replace(run, weights=kind)
+                run = replace(run, weight_averaging=kind)
             case "dropout":
                 run = replace(run, dropout=kinds.dropout)
             case "masked":
-                run = replace(run, mask_inputs=kinds.mask_inputs, epochs=max(1, base.epochs // 2))
+                run = replace(run, input_mask_prob=kinds.input_mask_prob, epochs=max(1, base.epochs // 2))
             case "holdout":
                 run = replace(run, holdout_tokens=kinds.holdout_tokens)
         runs.append(run)
@@ -89,7 +91,7 @@ def members(kinds: Kinds, independent: Callable[[int], Run], kind: str, seed: in
 
 def cost(runs: list[Run]) -> float:
     """Return the training cost of runs of one size in tokens of plain training."""
-    extra = [1.0 + (1.0 if run.mask_inputs else 0.0) + (1.0 / 3.0 if run.teach else 0.0) for run in runs]
+    extra = [1.0 + (1.0 if run.input_mask_prob else 0.0) + (1.0 / 3.0 if run.teach else 0.0) for run in runs]
     return math.fsum(run.tokens * factor for run, factor in zip(runs, extra, strict=True))
 
 
@@ -106,7 +108,7 @@ def ensemble(records: Records, scale: Scale, point: Point, kind: str, seed: int,
         return None
     name = equal.name.replace("-holdout-", f"-{kind}-")
     if kind == "learned":
-        return replace(equal, name=name, weights=tuple(found["weights"]))
+        return replace(equal, name=name, member_weights=tuple(found["weights"]))
     return replace(equal, name=name, runs=tuple(equal.runs[k] for k in found["selected"]))
 
 

@@ -5,8 +5,8 @@ The second needs ensembles at the point of the best single model, made of the se
 
 import math
 
-from epochal.claims import Claim
 from epochal.records import Record, Records
+from epochal.report.claims import Claim
 from epochal.run import Ensemble, without_seed
 from epochal.scale import Scale
 from epochal.scaling import fit_power_law

@@ -9,11 +9,11 @@ import statistics
 from dataclasses import dataclass, replace
 
 from epochal.records import Record, Records
-from epochal.report import Claim, Table
-from epochal.run import Ensemble, Job, Run, Samples, Targets, Teach
-from epochal.scale import Scale, Soft
+from epochal.report.claims import Claim
+from epochal.report.sections import Table
+from epochal.run import Ensemble, Job, Run, Samples, SoftTargetDistillation, Targets
+from epochal.scale import Point, Scale, Soft
 from epochal.scaling import seed_interval, unsettled
-from epochal.tuner import Point
 from recipes import ensembling, heavy_weight_decay
 
 TEXT = {
@@ -75,10 +75,10 @@ def student(records: Records, scale: Scale, way: str, seed: int, model: str = ""
             sequence_length=run.sequence_length,
             keep=scale.soft.keep,
         )
-        teach = Teach(source=targets.name, weight=scale.soft.weight, mode="cached")
+        teach = SoftTargetDistillation(source=targets.name, kd_weight=scale.soft.weight, mode="cached")
         return [targets, replace(run, teach=teach)]
     source = first if way == "self" else by_average[way].name
-    return [replace(run, teach=Teach(source=source, weight=scale.soft.weight))]
+    return [replace(run, teach=SoftTargetDistillation(source=source, kd_weight=scale.soft.weight))]
 
 
 def _base(scale: Scale, soft: Soft, way: str, seed: int, model: str) -> Run:
@@ -86,7 +86,7 @@ def _base(scale: Scale, soft: Soft, way: str, seed: int, model: str) -> Run:
     settings = scale.students
     point = Point(lr=settings.lr, epochs=round(settings.epochs / (1 - settings.fraction)), wd=soft.wd)
     run = scale.run(model, scale.unique_tokens[0], point, seed=seed)
-    return replace(run, name=f"student-{way}-{model}-s{seed}", order="sequences")
+    return replace(run, name=f"student-{way}-{model}-s{seed}", data_order="sequences")
 
 
 def record_of(records: Records, scale: Scale, way: str, seed: int, model: str = "") -> Record | None:

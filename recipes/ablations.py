@@ -17,7 +17,8 @@ from itertools import pairwise
 from typing import Any
 
 from epochal.records import Record, Records, needed
-from epochal.report import Claim, Section, Table
+from epochal.report.claims import Claim
+from epochal.report.sections import Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Ablations, Scale, Setting
 from epochal.scaling import seed_interval, unsettled

@@ -10,16 +10,15 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
-from epochal.claims import Claim
 from epochal.records import Record, Records, needed
-from epochal.report import Section, Table
+from epochal.report.claims import Claim
+from epochal.report.sections import Section, Table
 from epochal.run import Ensemble, Job, Run
-from epochal.scale import Continued, Scale
-from epochal.tuner import Point
+from epochal.scale import Continued, Point, Scale
 from recipes import heavy_weight_decay
 
 STEPS = ("large batch, one pass", "small batch, one pass", "small batch, repeated")
-AVERAGES = ("logits", "probs", "weights")
+AVERAGES = ("logits", "probs", "parameters")
 
 
 def plan(records: Records, scale: Scale) -> list[Job]:
@@ -57,7 +56,7 @@ def continued_run(
     """Return one run that goes on from the base; `seed` orders the data."""
     run = scale.run(settings.model, tokens, Point(lr=settings.lr, epochs=epochs, wd=settings.wd), seed=seed)
     name = f"continued-{settings.model}-{tokens}-b{batch}-ep{epochs}-s{seed}"
-    return replace(run, name=name, data=settings.data, batch_size=batch, start=base)
+    return replace(run, name=name, data=settings.data, batch_size=batch, init_from=base)
 
 
 def steps(scale: Scale, settings: Continued, base: str) -> list[Run]:
@@ -178,7 +177,7 @@ def _ensemble_claims(records: Records, scale: Scale, settings: Continued, base: 
     found = {job.average: record for job in ensembles(scale, settings, base) if (record := records.get(job))}
     if len(single) < settings.members or len(found) < len(AVERAGES):
         return []
-    mean, logits, soup = sum(single) / len(single), found["logits"].loss, found["weights"].loss
+    mean, logits, soup = sum(single) / len(single), found["logits"].loss, found["parameters"].loss
     claims = [
         Claim(
             text=f"continued: {settings.members} members (logits) beat one of them",

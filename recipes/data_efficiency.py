@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from epochal.records import Records, needed
-from epochal.report import Claim, Figure, Section, Table, draw_bars, draw_law, draw_series
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_bars, draw_law, draw_series
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Scale
 from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law, seed_interval, slowrun_multiple
-from epochal.search import Search
+from epochal.search.searches import Search
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
 FEWEST_BUDGETS = 3

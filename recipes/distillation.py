@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from epochal.records import Record, Records, needed
-from epochal.report import Claim, Figure, Section, Table, draw_bars
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_bars
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run, Samples
 from epochal.scale import Scale
 from epochal.scaling import seed_interval
-from epochal.search import Search
+from epochal.search.searches import Search
 from recipes import _students, ensembling, epoching, heavy_weight_decay
 
 TEACHERS = ("ensemble", "self")

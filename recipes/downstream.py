@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epochal.claims import Claim
 from epochal.records import Record, Records, needed
-from epochal.report import Figure, Section, Table, draw_series
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_series
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import Ensemble, Job, Run
 from epochal.scale import Scale
-from epochal.search import Search
+from epochal.search.searches import Search
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
 KINDS = {"standard": "standard decay", "tuned": "tuned decay", "members": "members together", "student": "students"}

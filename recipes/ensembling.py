@@ -13,12 +13,13 @@ import math
 from typing import Any
 
 from epochal.records import Record, Records, needed
-from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_law, draw_series
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, Ensemble, Job, Run, without_seed
-from epochal.scale import Scale, member_point
+from epochal.scale import Point, Scale, member_point
 from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members
-from epochal.search import Search, ensemble_search
-from epochal.tuner import Point
+from epochal.search.searches import Search, ensemble_search
 from recipes import _kinds, _member_claims, heavy_weight_decay
 
 FEWEST_SIZES = 3

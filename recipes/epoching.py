@@ -9,11 +9,13 @@ import math
 from dataclasses import dataclass, replace
 
 from epochal.records import Record, Records, needed
-from epochal.report import Claim, Figure, Section, Table, draw_series
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_series
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
-from epochal.scale import Scale
-from epochal.search import Search, seed_noise, single_search
-from epochal.tuner import Descent, Point
+from epochal.scale import Point, Scale
+from epochal.search.descent import Descent
+from epochal.search.searches import Search, seed_noise, single_search
 from recipes._differences import difference_claim
 
 

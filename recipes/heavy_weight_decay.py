@@ -10,12 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 from epochal.records import Record, Records, needed
-from epochal.report import Claim, Figure, Section, Table, draw_law, draw_series
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_law, draw_series
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job
 from epochal.scale import Scale
 from epochal.scaling import PowerLaw, fit_power_law
-from epochal.search import EarlyStop, Search, early_stops, seed_noise, single_search
-from epochal.tuner import Descent
+from epochal.search.descent import Descent
+from epochal.search.searches import EarlyStop, Search, early_stops, seed_noise, single_search
 from recipes import epoching
 
 

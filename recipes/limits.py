@@ -15,7 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from epochal.records import Record, Records, needed
-from epochal.report import Claim, Figure, Section, Table, draw_series
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_series
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Kinds, Limits, Scale, Setting, member_point
 from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval, unsettled

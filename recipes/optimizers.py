@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from epochal.records import Record, Records, needed
-from epochal.report import Claim, Figure, Section, Table, draw_bars
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_bars
+from epochal.report.sections import Figure, Section, Table
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Optimizer, Run, Signum, Spectra
-from epochal.scale import Comparison, Scale, Setting
+from epochal.scale import Comparison, Point, Scale, Setting
 from epochal.scaling import seed_interval
-from epochal.tuner import Point
 from recipes._differences import difference_claim
 
 Make = Callable[[float, float, float], Optimizer]

@@ -27,7 +27,7 @@ sequence_length = 32
 batch_size = 4
 precision = "fp32"
 warmup = 0.05
-evaluations = 2
+num_evals = 2
 epoching = "w16"
 
 [grid]

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, its data config `tiny.toml` and the finished token store `work/data/tiny`."""
-    from epochal.prepare import prepare
+    from epochal.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "corpus.txt").write_text(made_text())

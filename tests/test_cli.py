@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from campaigns import DATA, Campaign, made_text
 
-from epochal.campaign import load_recipe
+from epochal.campaign.plan import load_recipe
 from epochal.cli import main
 from epochal.records import Record, write_record
 from epochal.run import Run, fingerprint

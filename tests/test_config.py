@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from epochal.config import find_config, from_table, load_toml, nearest, to_table, write_atomic
-from epochal.run import AdamW, Distill, Ensemble, Run, Samples
+from epochal.run import AdamW, Ensemble, Run, Samples, SequenceDistillation
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def test_the_sentence_of_a_dataclass_gets_its_place() -> None:
             batch_size=4,
             sequence_length=32,
             optimizer=AdamW(lr=0.01),
-            distill=Distill(samples="s", fraction=0.5),
+            distill=SequenceDistillation(samples="s", fraction=0.5),
         ),
-        Ensemble(name="e", runs=("a", "b"), average="logits", weights=(0.25, 0.75)),
+        Ensemble(name="e", runs=("a", "b"), average="logits", member_weights=(0.25, 0.75)),
         Samples(name="s", source="e", tokens=10, max_length=5, temperature=0.5),
     ],
 )

@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import spearmanr
 from test_recipes import made_up_record, simulate
 
-from epochal.campaign import load_recipe, recipe_names
+from epochal.campaign.plan import load_recipe, recipe_names
 from epochal.records import Record, Records, Workspace, load_records, needed
-from epochal.report import write_report
+from epochal.report.write import write_report
 from epochal.run import Ensemble
 from epochal.scale import Scale, load_scale
 from recipes import distillation, downstream, ensembling, heavy_weight_decay

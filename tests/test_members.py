@@ -11,14 +11,14 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from epochal.data import TokenStore
-from epochal.model import build_model
-from epochal.noise import Noise
+from epochal.data.store import TokenStore
+from epochal.models.llama import build_model
 from epochal.records import Record, Workspace, write_record
-from epochal.run import Run, Teach
+from epochal.run import Run, SoftTargetDistillation
 from epochal.stopping import Stopped
-from epochal.train import Pace, train
-from epochal.weight_average import WeightAverage, mixing_rate
+from epochal.training.loop import Pace, train
+from epochal.training.noise import Noise
+from epochal.training.weight_average import WeightAverage, mixing_rate
 
 Made = tuple[Workspace, TokenStore, Path]
 
@@ -44,7 +44,13 @@ def weights(space: Workspace, name: str) -> dict[str, torch.Tensor]:
 
 def everything(config: Path, **changes: Any) -> Run:
     """A run with every field of this page at once."""
-    values = {"dropout": 0.1, "mask_inputs": 0.5, "weights": "ema", "start": "first", "teach": Teach(source="first")}
+    values = {
+        "dropout": 0.1,
+        "input_mask_prob": 0.5,
+        "weight_averaging": "ema",
+        "init_from": "first",
+        "teach": SoftTargetDistillation(source="first"),
+    }
     return tiny.run(config, epochs=2, **{**values, "order_seed": 1, "wd_schedule": "antiphase", **changes})
 
 
@@ -61,7 +67,7 @@ def test_stops_and_micro_batches_change_nothing(made: Made, monkeypatch: pytest.
         return "told to" if calls[0] in stops else None
 
     with monkeypatch.context() as patch:
-        patch.setattr("epochal.train.stop_reason", stop_reason)
+        patch.setattr("epochal.training.loop.stop_reason", stop_reason)
         for _ in stops:
             with pytest.raises(Stopped):
                 train(everything(config, name="cut"), space)
@@ -79,9 +85,9 @@ def test_each_field_changes_the_result(made: Made) -> None:
     base = everything(config, name="base")
     changes: dict[str, dict[str, Any]] = {
         "dry": {"dropout": 0.0},
-        "seen": {"mask_inputs": 0.0},
-        "last": {"weights": "last"},
-        "fresh": {"start": None},
+        "seen": {"input_mask_prob": 0.0},
+        "last": {"weight_averaging": "last"},
+        "fresh": {"init_from": None},
         "alone": {"teach": None},
     }
     losses = [trained(replace(base, name=name, **change), space).loss for name, change in changes.items()]
@@ -93,7 +99,7 @@ def test_each_field_changes_the_result(made: Made) -> None:
 
 def test_a_run_starts_from_the_final_weights_of_another(made: Made) -> None:
     space, _, config = made
-    record = trained(tiny.run(config, name="still", start="first", lr=0.0, epochs=1), space)
+    record = trained(tiny.run(config, name="still", init_from="first", lr=0.0, epochs=1), space)
     one, other = weights(space, "first"), weights(space, "still")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert record.inputs.keys() == {"first"}
@@ -102,9 +108,9 @@ def test_a_run_starts_from_the_final_weights_of_another(made: Made) -> None:
 def test_a_start_of_another_shape_or_without_weights_is_refused(made: Made) -> None:
     space, _, config = made
     with pytest.raises(ValueError, match=r"\(w32\) cannot start from 'first'.*start from a run of the same model"):
-        train(tiny.run(config, name="wrong", start="first", model="w32"), space)
+        train(tiny.run(config, name="wrong", init_from="first", model="w32"), space)
     with pytest.raises(ValueError, match=r"reads 'nobody', which has no record"):
-        train(tiny.run(config, name="wrong", start="nobody"), space)
+        train(tiny.run(config, name="wrong", init_from="nobody"), space)
 
 
 # --- held-out tokens --------------------------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(made: Made) ->
     _, store, config = made
     text = np.asarray(store.tokens("train")[:2048])
     for order in ("documents", "sequences", "fixed"):
-        run = tiny.run(config, holdout_tokens=512, order=order)
+        run = tiny.run(config, holdout_tokens=512, data_order=order)
         stream = store.training_stream(run)
         epoch = np.concatenate([stream.sequence(index) for index in range(48)])
         assert sorted(epoch) == sorted(text[:1536])
@@ -127,7 +133,7 @@ def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(made: Made) ->
 
 @pytest.mark.parametrize(("kind", "window"), [("ema", 0.1), ("ema", 1.0), ("swa", 0.25), ("swa", 1.0)])
 def test_averages_are_the_sums_they_claim_to_be(kind: str, window: float) -> None:
-    run = tiny.run(Path("kjv"), weights=kind, weights_window=window, data="kjv")
+    run = tiny.run(Path("kjv"), weight_averaging=kind, averaging_window=window, data="kjv")
     model, rng = torch.nn.Linear(3, 2).double(), torch.Generator().manual_seed(0)
     average, path = WeightAverage(run, model), []
     for step in range(1, run.steps + 1):
@@ -151,14 +157,14 @@ def test_the_average_is_what_a_run_evaluates_and_saves(made: Made) -> None:
     from transformers import AutoModelForCausalLM
 
     space, store, config = made
-    record = trained(tiny.run(config, name="swa", weights="swa", weights_window=0.5), space)
+    record = trained(tiny.run(config, name="swa", weight_averaging="swa", averaging_window=0.5), space)
     model = AutoModelForCausalLM.from_pretrained(space.folder("swa") / "model")
     tokens = torch.from_numpy(store.sequences("validation", 32)).long()
     with torch.no_grad():
         logits = model.double()(input_ids=tokens).logits[:, :-1]
     exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert record.loss == pytest.approx(exact.item(), abs=1e-6)
-    last = trained(tiny.run(config, name="last", weights="swa", weights_window=0.01), space)
+    last = trained(tiny.run(config, name="last", weight_averaging="swa", averaging_window=0.01), space)
     plain = trained(tiny.run(config, name="plain"), space)
     assert last.results == plain.results  # a window of one step
     assert record.results["train_loss"] == plain.results["train_loss"]  # it is trained the same
@@ -169,20 +175,20 @@ def test_the_average_is_what_a_run_evaluates_and_saves(made: Made) -> None:
 
 
 def test_a_mask_belongs_to_its_row_and_look() -> None:
-    noise = Noise(seed=3, dropout=0.0, mask_inputs=0.5)
+    noise = Noise(seed=3, dropout=0.0, input_mask_prob=0.5)
     ones = torch.ones(8, 40, 5)
     noise.begin(range(8))
     whole = noise.hide(ones)
     noise.begin(range(6, 8))
     assert torch.equal(noise.hide(ones[6:]), whole[6:])
     assert len({tuple(row.flatten().tolist()) for row in whole}) == 8
-    for other in (Noise(seed=4, dropout=0.0, mask_inputs=0.5), noise):
+    for other in (Noise(seed=4, dropout=0.0, input_mask_prob=0.5), noise):
         other.begin(range(8), "masked")
         assert not torch.equal(other.hide(ones), whole)
 
 
 def test_inputs_are_hidden_whole_and_in_the_share_that_each_row_draws() -> None:
-    noise = Noise(seed=0, dropout=0.0, mask_inputs=0.5)
+    noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.5)
     noise.begin(range(2000))
     kept = noise.hide(torch.ones(2000, 400, 2))
     assert torch.equal(kept[..., 0], kept[..., 1])
@@ -194,7 +200,7 @@ def test_inputs_are_hidden_whole_and_in_the_share_that_each_row_draws() -> None:
 
 def test_dropout_is_on_the_residual_stream_in_training_and_right_on_average() -> None:
     model = build_model("w16", vocab_size=64, max_positions=16, seed=0)
-    noise = Noise(seed=0, dropout=0.25, mask_inputs=0.0)
+    noise = Noise(seed=0, dropout=0.25, input_mask_prob=0.0)
     noise.attach(model)
     seen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
@@ -217,5 +223,5 @@ def test_dropout_is_on_the_residual_stream_in_training_and_right_on_average() ->
     torch.testing.assert_close(embedded[kept], original[kept] / 0.75)
 
     plain = build_model("w16", vocab_size=64, max_positions=16, seed=0)
-    Noise(seed=0, dropout=0.0, mask_inputs=0.0).attach(plain)
+    Noise(seed=0, dropout=0.0, input_mask_prob=0.0).attach(plain)
     assert not plain.model.embed_tokens._forward_hooks

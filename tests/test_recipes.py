@@ -8,13 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from epochal.campaign import Hypothetical, campaign_jobs, flops_of, load_recipe, outlook, recipe_names
-from epochal.model_size import parameter_counts
+from epochal.campaign.plan import Hypothetical, campaign_jobs, flops_of, load_recipe, outlook, recipe_names
+from epochal.models.config import parameter_counts
 from epochal.records import Record, Records, Workspace, load_records, needed, write_record
-from epochal.report import Section, write_report
-from epochal.run import Ensemble, Fira, Job, Muon, Run, Samples, Spectra, Targets, Teach, fingerprint, inputs
-from epochal.scale import Ablations, Comparison, Kinds, Limits, Scale, Setting, Soft, load_scale, member_point
-from epochal.tuner import Point
+from epochal.report.sections import Section
+from epochal.report.write import write_report
+from epochal.run import (
+    Ensemble,
+    Fira,
+    Job,
+    Muon,
+    Run,
+    Samples,
+    SoftTargetDistillation,
+    Spectra,
+    Targets,
+    fingerprint,
+    inputs,
+)
+from epochal.scale import Ablations, Comparison, Kinds, Limits, Point, Scale, Setting, Soft, load_scale, member_point
 from recipes import _kinds, _member_claims, _students, heavy_weight_decay
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +70,7 @@ def made_up_record(job: Job, records: Records) -> Record:
                 "parameters": sum(int(member.results["parameters"]) for member in found if member is not None),
             }
             runs = [member.job for member in found if member is not None and isinstance(member.job, Run)]
-            if runs[0].holdout_tokens and job.weights is None and count == 3:
+            if runs[0].holdout_tokens and job.member_weights is None and count == 3:
                 results["holdout"] = {"weights": [0.5, 0.3, 0.2], "selected": [0, 2]}
     return Record(job, fingerprint(job), "done", results)
 
@@ -152,9 +164,9 @@ def test_another_first_seed_repeats_the_campaign_on_other_draws(workspace: Works
     for one, other in zip(first, second, strict=True):
         if isinstance(one, Run) and isinstance(other, Run):
             assert (other.init_seed, other.order_seed) == (one.init_seed + 100, one.order_seed + 100)
-            assert replace(other, name="x", init_seed=0, order_seed=0, start=None, teach=None, distill=None) == replace(
-                one, name="x", init_seed=0, order_seed=0, start=None, teach=None, distill=None
-            )
+            assert replace(
+                other, name="x", init_seed=0, order_seed=0, init_from=None, teach=None, distill=None
+            ) == replace(one, name="x", init_seed=0, order_seed=0, init_from=None, teach=None, distill=None)
         assert one.name == other.name or fingerprint(one) != fingerprint(other)
     assert not {fingerprint(job) for job in first} & {fingerprint(job) for job in second if isinstance(job, Run)}
 
@@ -560,13 +572,13 @@ def test_continued_runs_start_from_the_tuned_base(workspace: Workspace) -> None:
     records = load_records(workspace)
     tuned = load_recipe("heavy_weight_decay").best_records(records, scale, "w64", 24576)[0]
     later = [job for turn in turns for job in turn if isinstance(job, Run) and job.data == settings.data]
-    assert {run.start for run in later} == {tuned.job.name}
+    assert {run.init_from for run in later} == {tuned.job.name}
     assert {(run.batch_size, run.epochs) for run in later} == {(32, 1), (4, 1), (4, 4)}
     assert {run.unique_tokens for run in later if run.batch_size == 32} == {24576, *settings.more_tokens}
     assert len({run.order_seed for run in later if run.epochs == 4}) == settings.members
     judged = [job for turn in turns for job in turn if isinstance(job, Ensemble) and job.data is not None]
     assert {job.data for job in judged} == {scale.data}
-    assert {job.average for job in judged if len(job.runs) > 1} == {"logits", "probs", "weights"}
+    assert {job.average for job in judged if len(job.runs) > 1} == {"logits", "probs", "parameters"}
 
     section = recipe.report(records, scale)
     assert [len(table.rows) for table in section.tables] == [6]
@@ -605,15 +617,17 @@ def test_kinds_of_members_differ_in_what_they_say_and_cost_the_same(workspace: W
     assert seeds["init"] == [(3, 3), (4, 3), (5, 3)]
     assert seeds["order"] == [(3, 3), (3, 4), (3, 5)]
     snapshots = arms["snapshot"]
-    assert [run.start for run in snapshots] == [None, snapshots[0].name, snapshots[1].name]
+    assert [run.init_from for run in snapshots] == [None, snapshots[0].name, snapshots[1].name]
     assert {run.wd_schedule for run in snapshots} == {"antiphase"}
     assert len({run.order_seed for run in snapshots}) == 3
     chain = arms["chain"]
     assert [run.teach.source if run.teach else None for run in chain] == [None, chain[0].name, chain[1].name]
     assert [run.epochs for run in chain] == [32, 24, 24]
-    assert {run.weights for run in arms["ema"]} == {"ema"} and {run.weights for run in arms["swa"]} == {"swa"}
+    assert {run.weight_averaging for run in arms["ema"]} == {"ema"} and {
+        run.weight_averaging for run in arms["swa"]
+    } == {"swa"}
     assert {run.dropout for run in arms["dropout"]} == {0.1}
-    assert {(run.mask_inputs, run.epochs) for run in arms["masked"]} == {(0.5, 16)}
+    assert {(run.input_mask_prob, run.epochs) for run in arms["masked"]} == {(0.5, 16)}
     costs = {kind: _kinds.cost(runs) / _kinds.cost(arms["independent"]) for kind, runs in arms.items()}
     named = {run.name: run for runs in arms.values() for run in runs}
     flops = {kind: sum(flops_of(run, jobs=named) for run in runs) for kind, runs in arms.items()}  # what `plan` prices
@@ -631,7 +645,7 @@ def test_a_teacher_is_priced_by_its_forward_passes() -> None:
     """6 N a token for the student, twice with masked inputs; 2 N' a token for each model that reads beside it."""
     scale = load_scale("demo")
     point = Point(lr=0.01, epochs=4, wd=0.1)
-    student = replace(scale.run("w16", 24576, point), name="student", teach=Teach(source="both"))
+    student = replace(scale.run("w16", 24576, point), name="student", teach=SoftTargetDistillation(source="both"))
     small, large = scale.run("w32", 24576, point), scale.run("w64", 24576, point)
     both = Ensemble(name="both", runs=(small.name, large.name), average="probs")
     targets = Targets(name="cache", source="both", unique_tokens=24576, sequence_length=128)
@@ -640,10 +654,10 @@ def test_a_teacher_is_priced_by_its_forward_passes() -> None:
     tokens = 4 * 24576
     teachers = 2 * (size["w32"] + size["w64"])
     assert flops_of(student, 300, jobs) == tokens * (6 * size["w16"] + teachers)
-    assert flops_of(replace(student, mask_inputs=0.5), 300, jobs) == tokens * (12 * size["w16"] + teachers)
-    single = replace(student, teach=Teach(source=large.name))
+    assert flops_of(replace(student, input_mask_prob=0.5), 300, jobs) == tokens * (12 * size["w16"] + teachers)
+    single = replace(student, teach=SoftTargetDistillation(source=large.name))
     assert flops_of(single, 300, jobs) == tokens * (6 * size["w16"] + 2 * size["w64"])
-    cached = replace(student, order="fixed", teach=Teach(source="cache", mode="cached"))
+    cached = replace(student, data_order="fixed", teach=SoftTargetDistillation(source="cache", mode="cached"))
     assert flops_of(cached, 300, jobs) == tokens * 6 * size["w16"] == flops_of(single, 300)
     assert [flops_of(job, 300, jobs) for job in (both, targets)] == [0, 0]
 
@@ -681,7 +695,7 @@ def test_kinds_get_a_row_each_with_paired_gains(workspace: Workspace) -> None:
     losses = [row[4] for row in table.rows]
     assert losses == sorted(losses)
     learned = [r.job for r in records if isinstance(r.job, Ensemble) and "-learned-" in r.job.name]
-    assert {job.weights for job in learned} == {(0.5, 0.3, 0.2)}
+    assert {job.member_weights for job in learned} == {(0.5, 0.3, 0.2)}
     chosen = [r.job for r in records if isinstance(r.job, Ensemble) and "-selected-" in r.job.name]
     assert {len(job.runs) for job in chosen} == {2}
     found = _kinds.rows(records, scale, load_recipe("ensembling").kinds_point(records, scale))

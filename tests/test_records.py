@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from epochal.records import Record, Records, Workspace, input_marks, load_records, needed, split, write_record
-from epochal.run import AdamW, Distill, Ensemble, Job, Run, Samples, fingerprint
+from epochal.run import AdamW, Ensemble, Job, Run, Samples, SequenceDistillation, fingerprint
 
 WEIGHTS = Path("model/model.safetensors")
 
@@ -23,7 +23,7 @@ def run_named(name: str, **changes: object) -> Run:
 A, B = run_named("a"), run_named("b", init_seed=1)
 E = Ensemble(name="e", runs=("a", "b"), average="logits")
 S = Samples(name="s", source="e", tokens=64, max_length=32)
-STUDENT = run_named("student", distill=Distill(samples="s", fraction=0.5))
+STUDENT = run_named("student", distill=SequenceDistillation(samples="s", fraction=0.5))
 CHAIN: list[Job] = [STUDENT, S, E, A, B]
 
 
@@ -58,8 +58,8 @@ def names(jobs: object) -> list[str]:
 def test_a_record_from_before_there_were_other_optimizers(workspace: Workspace) -> None:
     """Its optimizer has no `kind`, its Run none of the later fields; it is a record of the same job all the same."""
     job = {"name": "a", "model": "w16", "data": "kjv", "unique_tokens": 24576, "epochs": 4, "batch_size": 4}
-    job |= {"sequence_length": 128, "schedule": "cosine", "warmup": 0.05, "clip_norm": 1.0, "order": "documents"}
-    job |= {"optimizer": {"lr": 0.01, "wd": 0.8, "beta1": 0.9, "beta2": 0.95, "eps": 1e-08}, "evaluations": 4}
+    job |= {"sequence_length": 128, "schedule": "cosine", "warmup": 0.05, "clip_norm": 1.0, "data_order": "documents"}
+    job |= {"optimizer": {"lr": 0.01, "wd": 0.8, "beta1": 0.9, "beta2": 0.95, "eps": 1e-08}, "num_evals": 4}
     job |= {"init_seed": 0, "order_seed": 0, "precision": "fp32", "distill": None}
     table = {"version": 1, "kind": "Run", "job": job, "fingerprint": "5e3425c2f1e87265", "status": "done"}
     workspace.records.mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_missing_weights_are_made_again_only_for_unfinished_readers(workspace: W
 
 def test_lost_weights_are_made_again_from_the_first_of_a_line_of_runs(workspace: Workspace) -> None:
     """Each starts from the one before; what the last needs is nowhere on this disk."""
-    line = [A, *(run_named(name, start=before) for before, name in pairwise("acde"))]
+    line = [A, *(run_named(name, init_from=before) for before, name in pairwise("acde"))]
     for job in line[:-1]:
         write_record(workspace, record_of(job))
     state = split(line, load_records(workspace))

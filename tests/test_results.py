@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from test_recipes import simulate
 
-from epochal import results_table
-from epochal.claims import ClaimRow
 from epochal.config import REPOSITORY
 from epochal.records import Workspace
+from epochal.report.claims import ClaimRow
 from epochal.scale import load_scale
+from recipes import _results_page as results_table
 
 COMMITTED = sorted(path.parent.name for path in (REPOSITORY / "recipes" / "results").glob("*/claims.json"))
 COMMITTED = [scale for scale in COMMITTED if scale != "demo"]  # the demo's results are not committed

@@ -11,7 +11,6 @@ from epochal.run import (
     AdamW,
     AdEMAMix,
     DecayGroup,
-    Distill,
     Ensemble,
     Fira,
     Job,
@@ -20,10 +19,11 @@ from epochal.run import (
     Muon,
     Run,
     Samples,
+    SequenceDistillation,
     Signum,
+    SoftTargetDistillation,
     Spectra,
     Targets,
-    Teach,
     fingerprint,
     inputs,
 )
@@ -64,7 +64,7 @@ def a_run(**changes: object) -> Run:
         ("name", "a b"),
         ("name", "../a"),
         ("name", ".a"),
-        ("order", "shuffled"),
+        ("data_order", "shuffled"),
         ("schedule", "linear"),
         ("wd_schedule", "cosine"),
         ("precision", "fp8"),
@@ -73,16 +73,16 @@ def a_run(**changes: object) -> Run:
         ("epochs", 0),
         ("batch_size", 0),
         ("sequence_length", 1),
-        ("evaluations", 0),
+        ("num_evals", 0),
         ("warmup", 1.0),
         ("warmup", -0.1),
         ("warmup", float("nan")),
-        ("weights", "mean"),
-        ("weights_window", 0.0),
-        ("weights_window", 1.5),
+        ("weight_averaging", "mean"),
+        ("averaging_window", 0.0),
+        ("averaging_window", 1.5),
         ("dropout", 1.0),
         ("dropout", -0.1),
-        ("mask_inputs", 1.0),
+        ("input_mask_prob", 1.0),
         ("holdout_tokens", 100),
         ("holdout_tokens", 4096),
         ("holdout_tokens", -128),
@@ -159,7 +159,7 @@ def test_spectra_has_the_rates_of_its_base() -> None:
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0])
 def test_distill_refuses_a_share_that_leaves_no_text_of_one_kind(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction"):
-        Distill(samples="s", fraction=fraction)
+        SequenceDistillation(samples="s", fraction=fraction)
 
 
 @pytest.mark.parametrize(
@@ -167,18 +167,18 @@ def test_distill_refuses_a_share_that_leaves_no_text_of_one_kind(fraction: float
 )
 def test_teach_refuses_bad_values(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
-        Teach(**{"source": "e", **changes})  # type: ignore[arg-type]
+        SoftTargetDistillation(**{"source": "e", **changes})  # type: ignore[arg-type]
 
 
 def test_cached_targets_need_an_order_that_keeps_the_cut() -> None:
-    cached = Teach(source="t", mode="cached")
+    cached = SoftTargetDistillation(source="t", mode="cached")
     with pytest.raises(ValueError, match=r"temperature is 2.0; cached targets have 1"):
-        Teach(source="t", mode="cached", temperature=2.0)
+        SoftTargetDistillation(source="t", mode="cached", temperature=2.0)
     with pytest.raises(ValueError, match=r'packs the text anew.*use order "sequences" or "fixed"'):
         a_run(teach=cached)
-    assert a_run(teach=cached, order="fixed").teach == a_run(teach=cached, order="sequences").teach
+    assert a_run(teach=cached, data_order="fixed").teach == a_run(teach=cached, data_order="sequences").teach
     with pytest.raises(ValueError, match="'s', for which there are no cached targets"):
-        a_run(teach=cached, order="fixed", distill=Distill(samples="s", fraction=0.5))
+        a_run(teach=cached, data_order="fixed", distill=SequenceDistillation(samples="s", fraction=0.5))
 
 
 @pytest.mark.parametrize("changes", [{"keep": 0}, {"sequence_length": 1}, {"unique_tokens": 31}, {"name": "a/b"}])
@@ -194,9 +194,9 @@ def test_targets_refuse_bad_values(changes: dict[str, object]) -> None:
         {"runs": ()},
         {"runs": ("a", "a")},
         {"average": "median"},
-        {"weights": (1.0,)},
-        {"weights": (0.7, 0.7)},
-        {"weights": (1.5, -0.5)},
+        {"member_weights": (1.0,)},
+        {"member_weights": (0.7, 0.7)},
+        {"member_weights": (1.5, -0.5)},
     ],
 )
 def test_an_ensemble_refuses_bad_values(changes: dict[str, object]) -> None:
@@ -220,7 +220,7 @@ def test_steps_and_window() -> None:
     assert (run.batch_tokens, run.steps_per_epoch, run.steps, run.tokens) == (128, 32, 128, 16384)
     assert run.tau == pytest.approx(1 / (0.01 * 2.0 * 32))
     assert a_run(optimizer=AdamW(lr=0.01, wd=0.0)).tau == float("inf")
-    student = a_run(distill=Distill(samples="s", fraction=0.75))
+    student = a_run(distill=SequenceDistillation(samples="s", fraction=0.75))
     assert student.steps == 4 * run.steps
     held = a_run(holdout_tokens=1024)
     assert (held.steps_per_epoch, held.steps, held.tokens) == (24, 96, 96 * 128)
@@ -228,11 +228,13 @@ def test_steps_and_window() -> None:
 
 def test_inputs() -> None:
     assert inputs(a_run()) == ()
-    assert inputs(a_run(distill=Distill(samples="s", fraction=0.5))) == ("s",)
+    assert inputs(a_run(distill=SequenceDistillation(samples="s", fraction=0.5))) == ("s",)
     assert inputs(Ensemble(name="e", runs=("a", "b"), average="probs")) == ("a", "b")
     assert inputs(Samples(name="s", source="e", tokens=5, max_length=5)) == ("e",)
     assert inputs(Targets(name="t", source="e", unique_tokens=64, sequence_length=32)) == ("e",)
-    reader = a_run(start="b", distill=Distill(samples="s", fraction=0.5), teach=Teach(source="e"))
+    reader = a_run(
+        init_from="b", distill=SequenceDistillation(samples="s", fraction=0.5), teach=SoftTargetDistillation(source="e")
+    )
     assert inputs(reader) == ("b", "s", "e")
 
 
@@ -265,21 +267,21 @@ def test_every_field_matters() -> None:
         "schedule": "wsd",
         "warmup": 0.02,
         "clip_norm": 2.0,
-        "order": "fixed",
+        "data_order": "fixed",
         "init_seed": 1,
         "order_seed": 1,
         "precision": "fp32",
-        "evaluations": 3,
-        "distill": Distill(samples="s", fraction=0.5),
+        "num_evals": 3,
+        "distill": SequenceDistillation(samples="s", fraction=0.5),
         "wd_schedule": "antiphase",
         "decay": (DecayGroup(pattern="head", scale=0.5),),
-        "teach": Teach(source="e"),
-        "start": "b",
+        "teach": SoftTargetDistillation(source="e"),
+        "init_from": "b",
         "holdout_tokens": 128,
-        "weights": "ema",
-        "weights_window": 0.2,
+        "weight_averaging": "ema",
+        "averaging_window": 0.2,
         "dropout": 0.1,
-        "mask_inputs": 0.5,
+        "input_mask_prob": 0.5,
     }
     assert {*others, "name", "data"} == {field.name for field in dataclasses.fields(Run)}
     marks = {fingerprint(a_run()), *(fingerprint(a_run(**{field: value})) for field, value in others.items())}

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from campaigns import Campaign
 
-from epochal import stopping, worker
+from epochal import stopping
+from epochal.campaign import worker
 from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_reason
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

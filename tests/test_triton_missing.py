@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 import tiny
 from epochal.run import AdamW, Fira, Spectra
-from epochal.train import train
+from epochal.training.loop import train
 from triton_kernels import backend
 assert backend.HAS_TRITON == EXPECTED, backend.HAS_TRITON
 space, _, config = tiny.workspace(Path(sys.argv[1]))

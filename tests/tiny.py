@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from epochal.data import TokenStore
-from epochal.prepare import prepare
+from epochal.data.prepare import prepare
+from epochal.data.store import TokenStore
 from epochal.records import Workspace
 from epochal.run import AdamW, Run
 
@@ -72,6 +72,6 @@ def run(config: Path, **changes: Any) -> Run:
         optimizer=optimizer,
         warmup=0.1,
         precision="fp32",
-        evaluations=4,
+        num_evals=4,
     )
     return replace(base, **changes)

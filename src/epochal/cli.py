@@ -13,12 +13,12 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from epochal.campaign import Price, SearchState
-    from epochal.data import TokenStore
+    from epochal.campaign.plan import Price, SearchState
+    from epochal.campaign.worker import Orders
+    from epochal.data.store import TokenStore
     from epochal.records import Record, Records, Workspace
-    from epochal.report import Section
+    from epochal.report.sections import Section
     from epochal.scale import Hardware, Scale
-    from epochal.worker import Orders
 
 app = typer.Typer(
     help="Pre-training recipes for finite text and unlimited compute.",
@@ -55,7 +55,7 @@ def main() -> None:
 @app.command()
 def data(config: str, work: Work = Path("work")) -> None:
     """Turn text into a token store: CONFIG is a name from configs/data or a path."""
-    from epochal.prepare import prepare
+    from epochal.data.prepare import prepare
 
     store = prepare(config, work / "data")
     counts = ", ".join(f"{split} {count:,}" for split, count in store.meta["tokens"].items())
@@ -73,18 +73,13 @@ def plan(
     searches: Annotated[
         bool, typer.Option("--searches", help="List every search, also those finished or not begun.")
     ] = False,
-    what_if: Annotated[
-        bool, typer.Option("--what-if", help="Say how to spend --gpu-hours, from the laws of these records.")
-    ] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="For --what-if: distinct tokens D.")] = None,
-    gpu_hours: Annotated[float | None, typer.Option(help="For --what-if: hours of the scale's device.")] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show what runs, here or on a cluster, until all is done.")
     ] = False,
     every: Annotated[str, typer.Option(help="With --watch: how often to look.")] = "5s",
 ) -> None:
     """Show what is done, ready and waiting, with cost and disk; changes nothing."""
-    from epochal.campaign import outlook, recipe_names, store_vocab_size
+    from epochal.campaign.plan import outlook, recipe_names, store_vocab_size
     from epochal.config import seconds
     from epochal.records import load_records
     from epochal.scale import load_scale
@@ -96,11 +91,6 @@ def plan(
         return
     records = load_records(workspace)
     _say_problems(records.problems)
-    if what_if or tokens is not None or gpu_hours is not None:
-        from epochal.what_if import answer_lines
-
-        print("\n".join(answer_lines(records, setting, tokens=tokens, hours=gpu_hours, asked=what_if)))
-        return
     view = outlook(recipes or recipe_names(), records, setting, store_vocab_size(workspace, setting))
     state, hardware = view.split, setting.hardware
     print(f"{setting.name}: {len(state.done)} done, {len(state.ready)} ready, {len(state.waiting)} waiting")
@@ -109,12 +99,6 @@ def plan(
         print(f"  {what}: {cost.jobs} jobs, {price}, {cost.disk / 1e9:,.2f} GB of models")
     for line in _search_lines(view.searches, hardware, every=searches):
         print(line)
-    if hardware.devices > 1:  # a run there is spread over GPUs
-        from epochal.model_size import parameter_counts
-        from epochal.sharded_cost import cost_lines
-
-        largest = parameter_counts(setting.ladder[-1].model)
-        print("\n".join(cost_lines(setting.ladder[-1].model, largest.total, largest.non_embedding)))
     if jobs:
         for job in state.ready:
             print(f"  ready    {job.name}")
@@ -153,14 +137,14 @@ def run(
 
     from rich.console import Console
 
-    from epochal.campaign import outlook, recipe_names, store_vocab_size
+    from epochal.campaign.display import Display
+    from epochal.campaign.executor import run_campaign
+    from epochal.campaign.plan import outlook, recipe_names, store_vocab_size
+    from epochal.campaign.worker import Orders
     from epochal.config import find_config, seconds
-    from epochal.data import open_store
-    from epochal.display import Display
-    from epochal.executor import run_campaign
+    from epochal.data.store import open_store
     from epochal.records import load_records
     from epochal.scale import load_scale
-    from epochal.worker import Orders
 
     setting = load_scale(scale)
     workspace = _workspace(setting.name, results, work)
@@ -223,8 +207,9 @@ def report(
     """Turn records into report.md, report.html, claims.json and figures; needs no torch."""
     from rich.console import Console
 
-    from epochal.compare import Campaign, compare_campaigns
-    from epochal.report import print_summary, write_report
+    from epochal.report.compare import Campaign, compare_campaigns
+    from epochal.report.sections import print_summary
+    from epochal.report.write import write_report
 
     if records is not None:
         sections, summary = _point_report(records, reference)
@@ -250,7 +235,7 @@ def report(
 
 
 def _point_report(path: Path, reference: str | None) -> "tuple[list[Section], list[str]]":
-    from epochal.points import point_sections, read_points
+    from epochal.report.points import point_sections, read_points
 
     points, problems = read_points(path)
     _say_problems(problems)
@@ -264,7 +249,7 @@ def _campaign_report(
     """Return a campaign's scale, records, sections and the lines that open its report."""
     from dataclasses import replace
 
-    from epochal.campaign import load_recipe, recipe_names
+    from epochal.campaign.plan import load_recipe, recipe_names
     from epochal.records import load_records
     from epochal.scale import load_scale
 
@@ -303,12 +288,12 @@ def train(
     import json
     import logging
 
+    from epochal.campaign.integrity import seal
+    from epochal.campaign.worker import STOP_NOTE, Orders, execute, leave_last_word
     from epochal.config import from_table
-    from epochal.outputs import seal
     from epochal.records import write_record
     from epochal.run import Run
     from epochal.stopping import EXIT_STOPPED, Stopped, listen
-    from epochal.worker import STOP_NOTE, Orders, execute, leave_last_word
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if run.endswith(".json"):
@@ -363,7 +348,7 @@ def evaluate(
         return
     from dataclasses import replace
 
-    from epochal.ensemble import evaluate_ensemble
+    from epochal.evaluation.ensembles import evaluate_ensemble
     from epochal.records import load_records
     from epochal.run import Ensemble, Run
 
@@ -395,7 +380,7 @@ def generate(
     work: Work = Path("work"),
 ) -> None:
     """Print text sampled from a finished run or ensemble, which speaks as one model."""
-    from epochal.generate import sample_texts
+    from epochal.generation.sample import sample_texts
     from epochal.records import load_records
     from epochal.run import Samples
 
@@ -410,7 +395,7 @@ def generate(
         draw="average",
     )
     if prompt is not None:
-        from epochal.downstream import continue_text
+        from epochal.evaluation.downstream import continue_text
 
         print(continue_text(prompt, samples, workspace, load_records(workspace)))
         return
@@ -428,7 +413,7 @@ def export(
     work: Work = Path("work"),
 ) -> None:
     """Write a finished run or ensemble to FOLDER: a Hugging Face model with its card and record."""
-    from epochal.export import export as write
+    from epochal.export.huggingface import export as write
     from epochal.records import load_records
 
     workspace, _ = _finished(name, scale, results, work)
@@ -450,7 +435,7 @@ def _score(
     """Print the accuracy on each task and, as the paper does, their mean."""
     from transformers.utils import logging
 
-    from epochal.downstream import open_model, score
+    from epochal.evaluation.downstream import open_model, score
     from epochal.records import load_records
     from epochal.scale import load_scale
 
@@ -518,7 +503,7 @@ def _workspace(scale: str, results: Path, work: Path) -> "Workspace":
 
 def _check_fit(setting: "Scale", store: "TokenStore", micro_batch: int | None) -> None:
     """Refuse a campaign that its text or its batch cannot carry before any worker starts."""
-    from epochal.tuner import Point
+    from epochal.scale import Point
 
     for tokens in setting.budgets:
         point = Point(lr=setting.grid.lr[0], epochs=1, wd=0.0)
@@ -545,7 +530,7 @@ def _finished(name: str, scale: str, results: Path, work: Path) -> "tuple[Worksp
 
 def _find_job(name: str, scale: str, results: Path, work: Path) -> Any:
     """Return a job by its name, from its record or from today's plan of all recipes."""
-    from epochal.campaign import campaign_jobs, recipe_names
+    from epochal.campaign.plan import campaign_jobs, recipe_names
     from epochal.config import nearest
     from epochal.records import load_records
     from epochal.scale import load_scale
@@ -581,8 +566,8 @@ def _launch(part: str) -> Any:
 
 def _run_there(orders: "Orders", name: str, *, dry_run: bool, stop: bool, export: str | None) -> None:
     """Hand a campaign to a cluster, or print what would be handed over."""
-    from epochal.campaign import campaign_jobs
-    from epochal.cluster import load_cluster, submission
+    from epochal.campaign.cluster import load_cluster, submission
+    from epochal.campaign.plan import campaign_jobs
     from epochal.records import load_records, needed
     from epochal.scale import load_scale
 

@@ -180,3 +180,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def model_path(name_or_path: str | Path) -> Path:
+    """Return the JSON file of a model: a name from `configs/models`, a `.json` file, or a folder with a `config.json`.
+
+    Raises ValueError naming the nearest existing name.
+    """
+    given = str(name_or_path)
+    if (isinstance(name_or_path, Path) or "/" in given) and Path(given).is_dir():
+        given = str(Path(given) / "config.json")
+    return find_config("models", given, ".json")

@@ -49,7 +49,15 @@ def two_processes(gpus: int) -> Check:
             check.lines.append(f"{what}: not tried; pip install deepspeed for ZeRO profiles, or use fsdp2")
             continue
         config = str(find_config("accelerate", profile, ".yaml"))
-        launcher = [sys.executable, "-m", "epochal.launcher", "--config_file", config, "--num_processes", "2"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "epochal.distributed.launcher",
+            "--config_file",
+            config,
+            "--num_processes",
+            "2",
+        ]
         problem = _run([*launcher, "-m", "epochal.doctor_checks", "ranks"], environment)
         if problem is None:
             check.lines.append(f"{what}: works with two processes on {devices}")
@@ -112,9 +120,9 @@ def run_ranks() -> None:
     """Raise unless an all-reduce adds up, and one step of a matrix optimizer is that of one process."""
     import torch
 
+    from epochal.distributed.first_step_check import Proof
+    from epochal.distributed.processes import Processes
     from epochal.optim import Muon
-    from epochal.processes import Processes
-    from epochal.proof import Proof
 
     class Small(torch.nn.Module):
         def __init__(self) -> None:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epochal.config import find_config, to_table
-from epochal.model_size import model_path
+from epochal.config import find_config, model_path, to_table
 from epochal.optimizer_config import (
     AdamW,
     AdEMAMix,
@@ -34,7 +33,6 @@ __all__ = [
     "AdEMAMix",
     "AdamW",
     "DecayGroup",
-    "Distill",
     "Ensemble",
     "Fira",
     "Job",
@@ -44,10 +42,11 @@ __all__ = [
     "Optimizer",
     "Run",
     "Samples",
+    "SequenceDistillation",
     "Signum",
+    "SoftTargetDistillation",
     "Spectra",
     "Targets",
-    "Teach",
     "config_hash",
     "fingerprint",
     "inputs",
@@ -58,14 +57,14 @@ SCHEDULES = ("cosine", "wsd")
 WD_SCHEDULES = ("constant", "antiphase", "proportional")
 PRECISIONS = ("fp32", "bf16")
 AVERAGES = ("logits", "probs")
-SOUP = "weights"
-WEIGHTS = ("last", "ema", "swa")
+SOUP = "parameters"
+WEIGHT_AVERAGING = ("last", "ema", "swa")
 MODES = ("online", "cached")
 DRAWS = ("members", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill:
+class SequenceDistillation:
     """Learn from sampled text: a share `fraction` of every stream of batches comes from the named Samples.
 
     Total steps = steps_per_epoch * epochs / (1 - fraction), so the real tokens are seen `epochs` times all the same.
@@ -80,7 +79,7 @@ class Distill:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teach:
+class SoftTargetDistillation:
     """Learn from soft targets too: (1 - weight) CE + weight T^2 KL(teacher at T || student at T).
 
     mode "online": `source` is a Run or an Ensemble, whose models read every batch beside the student. "cached": it is
@@ -89,14 +88,14 @@ class Teach:
     """
 
     source: str
-    weight: float = 0.5
+    kd_weight: float = 0.5
     temperature: float = 1.0
     mode: str = "online"
 
     def __post_init__(self) -> None:
         choose("mode", self.mode, MODES)
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"weight is {self.weight}; give a share above 0 and at most 1.")
+        if not 0 < self.kd_weight <= 1:
+            raise ValueError(f"kd_weight is {self.kd_weight}; give a share above 0 and at most 1.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
         if self.mode == "cached" and self.temperature != 1:
@@ -108,12 +107,12 @@ class Run:
     """Everything that determines one model's weights.
 
     `unique_tokens` is D, `batch_size` counts sequences of `sequence_length` tokens in one optimizer step over all
-    processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.schedule`),
+    processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.training.schedule`),
     `decay` changes for some parameters how much of it they get. `holdout_tokens` of D are bought but not trained on: on
-    them the weights of an ensemble's members can be learned. `start` names the Run whose final weights this one begins
+    them the weights of an ensemble's members can be learned. `init_from` names the Run whose final weights this one begins
     with, or is the path of a model folder from elsewhere, with a slash in it (else they are drawn from `init_seed`).
-    `weights`: the "last" ones, or their average over the run: "ema" forgets by a factor e in `weights_window` of the run,
-    "swa" is the mean over its last `weights_window`. `dropout` and `mask_inputs`: see `epochal.noise`.
+    `weight_averaging`: "last" keeps the final weights; "ema" decays by a factor e per `averaging_window` (a share of the run);
+    "swa" is the mean over the last `averaging_window`. `dropout` and `input_mask_prob`: see `epochal.training.noise`.
     """
 
     name: str
@@ -127,29 +126,29 @@ class Run:
     schedule: str = "cosine"
     warmup: float = 0.01
     clip_norm: float = 1.0
-    order: str = "documents"
+    data_order: str = "documents"
     init_seed: int = 0
     order_seed: int = 0
     precision: str = "bf16"
-    evaluations: int = 20
-    distill: Distill | None = None
+    num_evals: int = 20
+    distill: SequenceDistillation | None = None
     wd_schedule: str = "constant"
     decay: tuple[DecayGroup, ...] = ()
-    teach: Teach | None = None
-    start: str | None = None
+    teach: SoftTargetDistillation | None = None
+    init_from: str | None = None
     holdout_tokens: int = 0
-    weights: str = "last"
-    weights_window: float = 0.1
+    weight_averaging: str = "last"
+    averaging_window: float = 0.1
     dropout: float = 0.0
-    mask_inputs: float = 0.0
+    input_mask_prob: float = 0.0
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        choose("order", self.order, ORDERS)
+        choose("data_order", self.data_order, ORDERS)
         choose("schedule", self.schedule, SCHEDULES)
         choose("wd_schedule", self.wd_schedule, WD_SCHEDULES)
         choose("precision", self.precision, PRECISIONS)
-        for field in ("unique_tokens", "epochs", "batch_size", "evaluations"):
+        for field in ("unique_tokens", "epochs", "batch_size", "num_evals"):
             at_least(field, getattr(self, field), 1)
         at_least("sequence_length", self.sequence_length, 2)
         if not 0 <= self.warmup < 1:
@@ -164,10 +163,12 @@ class Run:
         self._check_teacher()
 
     def _check_regularizers(self) -> None:
-        choose("weights", self.weights, WEIGHTS)
-        if not 0 < self.weights_window <= 1:
-            raise ValueError(f"weights_window is {self.weights_window}; give a share of the steps above 0, at most 1.")
-        for field in ("dropout", "mask_inputs"):
+        choose("weight_averaging", self.weight_averaging, WEIGHT_AVERAGING)
+        if not 0 < self.averaging_window <= 1:
+            raise ValueError(
+                f"averaging_window is {self.averaging_window}; give a share of the steps above 0, at most 1."
+            )
+        for field in ("dropout", "input_mask_prob"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; give a share from 0 to below 1.")
         if self.holdout_tokens % self.batch_tokens or not 0 <= self.holdout_tokens < self.unique_tokens:
@@ -179,9 +180,9 @@ class Run:
     def _check_teacher(self) -> None:
         if self.teach is None or self.teach.mode == "online":
             return
-        if self.order == "documents":
+        if self.data_order == "documents":
             raise ValueError(
-                'order is "documents", which packs the text anew in each epoch, but cached targets belong to fixed '
+                'data_order is "documents", which packs the text anew in each epoch, but cached targets belong to fixed '
                 'sequences; use order "sequences" or "fixed", or teach with mode "online".'
             )
         if self.distill is not None:
@@ -222,16 +223,16 @@ class Run:
 class Ensemble:
     """Which runs speak together, and how: the mean of their raw logits, or of their probabilities.
 
-    There is no default for `average`: the two have different limits. "weights" is the mean of the members' weights, one
+    There is no default for `average`: the two have different limits. "parameters" is the mean of the members' weights, one
     model (a soup): of use only where all members started from the same weights (spec sections 10 and 11).
     `data` names another data set, of the same tokenizer, on whose held-out text to judge them. `tasks` are multiple-choice
-    tasks that they answer beside it (`epochal.downstream`); an ensemble of one is how a single model answers.
+    tasks that they answer beside it (`epochal.evaluation.downstream`); an ensemble of one is how a single model answers.
     """
 
     name: str
     runs: tuple[str, ...]
     average: str
-    weights: tuple[float, ...] | None = None
+    member_weights: tuple[float, ...] | None = None
     data: str | None = None
     tasks: tuple[str, ...] = ()
 
@@ -240,11 +241,13 @@ class Ensemble:
         choose("average", self.average, (*AVERAGES, SOUP))
         if not self.runs or len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs is {self.runs}; name each member once, at least one.")
-        if self.weights is not None and (
-            len(self.weights) != len(self.runs) or min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6
+        if self.member_weights is not None and (
+            len(self.member_weights) != len(self.runs)
+            or min(self.member_weights) < 0
+            or abs(sum(self.member_weights) - 1) > 1e-6
         ):
             raise ValueError(
-                f"weights is {self.weights}; give one share for each of {len(self.runs)} runs, summing to 1."
+                f"member_weights is {self.member_weights}; give one share for each of {len(self.runs)} runs, summing to 1."
             )
 
 
@@ -279,7 +282,7 @@ class Targets:
     """Soft next-token targets of a Run or an Ensemble over the training text, for students that read a cache.
 
     The first `unique_tokens` training tokens, cut into sequences of `sequence_length`. Members are averaged, and `keep`
-    tokens of each position stay: the most probable ones, and a sample that stands for the rest (`epochal.targets`).
+    tokens of each position stay: the most probable ones, and a sample that stands for the rest (`epochal.generation.soft_targets`).
     """
 
     name: str
@@ -314,8 +317,8 @@ def inputs(job: Job) -> tuple[str, ...]:
     """Return the names of the jobs whose outputs this one reads directly."""
     match job:
         case Run():
-            start = None if job.start is None or "/" in job.start else job.start
-            names = (start, job.distill and job.distill.samples, job.teach and job.teach.source)
+            source = None if job.init_from is None or "/" in job.init_from else job.init_from
+            names = (source, job.distill and job.distill.samples, job.teach and job.teach.source)
             return tuple(name for name in names if name)
         case Ensemble():
             return job.runs
@@ -377,3 +380,15 @@ def _hash_config(path: Path, inode: int, mtime_ns: int, size: int) -> str:
 
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def averaging(job: Job) -> tuple[str, tuple[float, ...] | None]:
+    """Return how a Run or an Ensemble averages the models that it stands for, and their weights (None: equal).
+
+    Raises ValueError for an average of weights: that is one model, which is nowhere saved.
+    """
+    if not isinstance(job, Ensemble):
+        return "logits", None
+    if job.average == SOUP:
+        raise ValueError(f"{job.name!r} averages weights; teach with an ensemble of logits or probs, or with a member.")
+    return job.average, job.member_weights

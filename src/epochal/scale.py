@@ -1,15 +1,46 @@
 """A scale: one TOML file that says on which data, sizes and grids the recipes run; and the Runs it stands for."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from epochal.config import find_config, load_toml, nearest
-from epochal.run import AdamW, Distill, Run
-from epochal.tuner import Point, decay_for_window
+from epochal.run import AdamW, Run, SequenceDistillation
 
-SEARCHES = ("in turn", "together", "optuna")
+SEARCHES = ("in turn", "together")
 """How the tuner asks for runs: whole stars, one neighbour at a time, or through Optuna first (`tuner.py`)."""
+
+
+Value = float | int
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One setting of what is tuned; `more` holds further fields of a Run or of its optimizer, by name."""
+
+    lr: float
+    epochs: int
+    wd: float
+    more: tuple[tuple[str, Value], ...] = ()
+
+    def get(self, field: str) -> Value:
+        """Return the value of one field."""
+        return dict(self.more)[field] if field in dict(self.more) else getattr(self, field)
+
+    def at(self, field: str, value: Value) -> "Point":
+        """Return this point with another value of one field."""
+        more = dict(self.more)
+        if field in more:
+            return replace(self, more=tuple((more | {field: value}).items()))
+        change: dict[str, Any] = {field: value}
+        return replace(self, **change)
+
+
+def decay_for_window(tau: float, *, lr: float, steps_per_epoch: int, grid: tuple[float, ...]) -> float:
+    """Return the grid's weight decay whose averaging window 1 / (lr wd steps_per_epoch) is nearest to tau epochs."""
+    ideal = 1.0 / (tau * lr * steps_per_epoch)
+    return min(grid, key=lambda wd: abs(math.log(wd / ideal)) if wd > 0 else math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +128,7 @@ class Kinds:
     chain_weight: float = 0.5
     chain_temperature: float = 1.0
     dropout: float = 0.1
-    mask_inputs: float = 0.5
+    input_mask_prob: float = 0.5
 
     def __post_init__(self) -> None:
         if self.count < 2 or self.seeds < 1:
@@ -227,9 +258,9 @@ class Scale:
     students: Students
     hardware: Hardware
     precision: str = "bf16"
-    order: str = "documents"
+    data_order: str = "documents"
     warmup: float = 0.01
-    evaluations: int = 20
+    num_evals: int = 20
     tau: float = 0.35
     standard_wd: float = 0.1
     seeds: int = 1
@@ -241,7 +272,6 @@ class Scale:
     ablations: Ablations | None = None
     limits: Limits | None = None
     search: str = "in turn"
-    trials: int = 16
     continued: Continued | None = None
     kinds: Kinds | None = None
     soft: Soft | None = None
@@ -320,11 +350,11 @@ class Scale:
             sequence_length=self.sequence_length,
             optimizer=AdamW(lr=point.lr, wd=point.wd),
             warmup=self.warmup,
-            order=self.order,
+            data_order=self.data_order,
             init_seed=seed,
             order_seed=seed,
             precision=self.precision,
-            evaluations=self.evaluations,
+            num_evals=self.num_evals,
         )
         for name, value in point.more:
             changed = _with_field(run, name, value)
@@ -337,7 +367,7 @@ class Scale:
         """Return the Run of a student that learns from real text and the named Samples."""
         settings = self.students
         run = self.run(model, unique_tokens, Point(lr=settings.lr, epochs=settings.epochs, wd=settings.wd), seed=seed)
-        return replace(run, name=name, distill=Distill(samples=samples, fraction=settings.fraction))
+        return replace(run, name=name, distill=SequenceDistillation(samples=samples, fraction=settings.fraction))
 
     def smaller(self, model: str) -> str:
         """Return the model one rung below; raises ValueError for the smallest."""

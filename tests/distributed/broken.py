@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 import toy
 
-from epochal import processes as module
-from epochal import profile
-from epochal.optim import layout, sharding
-from epochal.optim.layout import Entry, Found, Span
+from epochal.distributed import layout, sharding
+from epochal.distributed import presets as profile
+from epochal.distributed import processes as module
+from epochal.distributed.layout import Entry, Found, Span
 
 
 def first_step(name: str, kind: str, depth: int = 2) -> str:

@@ -11,10 +11,10 @@ from unittest import mock
 import tiny
 import toy
 
-from epochal import train as loop
 from epochal.records import Workspace
 from epochal.run import AdamW, Fira, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
+from epochal.training import loop
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": AdamW(lr=1e-2),
@@ -48,7 +48,7 @@ def part(
 
 def part_with_a_full_disk(profile: str, space: Workspace, run: Run) -> str:
     """The last process cannot write its state; returns the error that the loop ends with."""
-    from epochal import checkpoint
+    from epochal.training import checkpoint
 
     save, rank = checkpoint.save_file, int(os.environ["RANK"])
 

@@ -15,7 +15,7 @@ import tiny
 from epochal.config import REPOSITORY, to_table
 from epochal.records import Workspace, load_records
 from epochal.run import Fira, Run
-from epochal.train import train
+from epochal.training.loop import train
 
 ENVIRONMENT = {
     **os.environ,
@@ -26,9 +26,17 @@ ENVIRONMENT = {
 
 
 def command(profile: str, run_json: Path, world: int, *options: str) -> list[str]:
-    """What `epochal.worker` runs for a profile, on fewer processes where it names eight."""
+    """What `epochal.campaign.worker` runs for a profile, on fewer processes where it names eight."""
     config = REPOSITORY / "configs" / "accelerate" / f"{profile}.yaml"
-    launcher = [sys.executable, "-m", "epochal.launcher", "--config_file", str(config), "--num_processes", str(world)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "epochal.distributed.launcher",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        str(world),
+    ]
     return [*launcher, *options, "-m", "epochal.cli", "train", str(run_json)]
 
 

@@ -24,7 +24,12 @@ import torch
 
 SECONDS = 240
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-IMPORTED = ["epochal.train", "deepspeed", "torch._inductor.compile_fx", "transformers.models.llama.modeling_llama"]
+IMPORTED = [
+    "epochal.training.loop",
+    "deepspeed",
+    "torch._inductor.compile_fx",
+    "transformers.models.llama.modeling_llama",
+]
 """What every process needs and takes seconds to import: once, by a server from which all processes are forked."""
 
 

@@ -89,6 +89,6 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused_by_all(processes: P
 
 def test_averaged_weights_are_refused_where_weights_lie_in_pieces(processes: Processes, tmp_path: Path) -> None:
     space, _, config = tiny.workspace(tmp_path)
-    run = chain.make_run(config, "ema", "adamw", weights="ema")
+    run = chain.make_run(config, "ema", "adamw", weight_averaging="ema")
     for refusal in processes(2).run("chain:refusal", "zero3", space, run):
         assert "averages its weights, which zero3 keeps in pieces; use ddp, zero1 or zero2." in refusal

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from epochal.optim import Fira, Muon, Spectra, layout
-from epochal.optim.layout import Entry, Span, assign_owners, locate_slices, matrix_cost, uncovered
-from epochal.optim.sharding import Replicated, Sharded, needs_whole
+from epochal.distributed import layout
+from epochal.distributed.layout import Entry, Span, assign_owners, locate_slices, matrix_cost, uncovered
+from epochal.distributed.sharding import Replicated, Sharded, needs_whole
+from epochal.optim import Fira, Muon, Spectra
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 7, 64])

@@ -13,13 +13,13 @@ import tiny
 from launching import ENVIRONMENT, command, launch, write_job
 from safetensors.torch import load_file
 
-from epochal import worker
-from epochal.checkpoint import newest_checkpoint
-from epochal.launcher import exit_code
+from epochal.campaign import worker
+from epochal.distributed.launcher import exit_code
 from epochal.records import load_records
 from epochal.run import AdamW, Spectra
 from epochal.stopping import EXIT_STOPPED
-from epochal.train import train
+from epochal.training.checkpoint import newest_checkpoint
+from epochal.training.loop import train
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_a_launched_run_has_the_losses_of_one_process(tmp_path: Path, profile: s
     space, _, config = tiny.workspace(tmp_path)
     # Every profile is launched in benchmarks/parity.py.
     # Masks belong to rows of the global batch, so noise is the same on any number of processes.
-    noise = {"dropout": 0.1, "mask_inputs": 0.5, "weights": "ema"} if profile == "ddp2" else {}
+    noise = {"dropout": 0.1, "input_mask_prob": 0.5, "weight_averaging": "ema"} if profile == "ddp2" else {}
     changes = {"epochs": 1, "optimizer": Spectra(base=AdamW(lr=1e-2), clip=1.0), **noise}
     alone = train(tiny.run(config, name="alone", **changes), space)
     assert alone is not None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from epochal.config import REPOSITORY
-from epochal.profile import REASONS, check_deepspeed, deepspeed_config, read_profile
+from epochal.distributed.presets import REASONS, check_deepspeed, deepspeed_config, read_profile
 
 DEEPSPEED = sorted((REPOSITORY / "configs" / "deepspeed").glob("*.json"))
 
@@ -123,6 +123,6 @@ def test_a_damaged_config_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_every_reason_is_for_a_key_that_is_refused() -> None:
-    from epochal.profile import DEEPSPEED_KEYS, OFFLOAD_KEYS, ZERO_KEYS
+    from epochal.distributed.presets import DEEPSPEED_KEYS, OFFLOAD_KEYS, ZERO_KEYS
 
     assert not REASONS.keys() & (DEEPSPEED_KEYS | ZERO_KEYS | OFFLOAD_KEYS)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from epochal.optim.layout import Entry
-from epochal.proof import TOLERANCE, Before, Proof, clip_factor
+from epochal.distributed.first_step_check import TOLERANCE, Before, Proof, clip_factor
+from epochal.distributed.layout import Entry
 
 NAN = float("nan")
 

@@ -10,7 +10,7 @@ import pytest
 import toy
 from ranks import Group
 
-from epochal.profile import check_deepspeed
+from epochal.distributed.presets import check_deepspeed
 
 Processes = Callable[[int], Group]
 OFF = r"moves a parameter by ([0-9.e+-]+) of its movement"

@@ -19,8 +19,8 @@ from torch import nn
 
 from epochal import optim
 from epochal.config import REPOSITORY
-from epochal.processes import Processes
-from epochal.proof import Proof
+from epochal.distributed.first_step_check import Proof
+from epochal.distributed.processes import Processes
 
 STEPS, ROWS, WORDS, WIDTH = 30, 8, 23, 12
 PEAK = 5e-2

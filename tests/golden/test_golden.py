@@ -26,7 +26,7 @@ TOLERANCE = 2e-5
 
 RUNS: dict[str, dict[str, Any]] = {
     "cosine": {},
-    "heavy_decay_fixed_order": {"wd": 1.6, "order": "fixed"},
+    "heavy_decay_fixed_order": {"wd": 1.6, "data_order": "fixed"},
     "wsd": {"schedule": "wsd"},
 }
 
@@ -35,7 +35,7 @@ def losses(name: str, folder: Path) -> dict[str, Any]:
     """Train one of the runs below `folder`; returns what is kept of it."""
     import torch
 
-    from epochal.train import train
+    from epochal.training.loop import train
 
     space, store, config = tiny.workspace(folder)
     threads = torch.get_num_threads()

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from campaigns import Campaign
 
-from epochal.cluster import Cloud, Cluster, check_locks, load_cluster, load_submitted, submission
+from epochal.campaign.cluster import Cloud, Cluster, check_locks, load_cluster, load_submitted, submission
+from epochal.campaign.executor import _gpus
+from epochal.campaign.worker import Orders, launch_command
 from epochal.config import REPOSITORY
-from epochal.executor import _gpus
-from epochal.worker import Orders, launch_command
 from launch import exports, slurm
 
 ORDERS = Orders(session="s", scale="demo", recipes=("epoching",), results="results", work="work", threads=1)

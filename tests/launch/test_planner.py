@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from campaigns import Campaign
 
-from epochal.campaign import campaign_jobs
-from epochal.cluster import Cluster, Submitted, submission
+from epochal.campaign.cluster import Cluster, Submitted, submission
+from epochal.campaign.plan import campaign_jobs
+from epochal.campaign.worker import Orders, claim
 from epochal.config import write_atomic
 from epochal.records import Record, write_record
 from epochal.run import Ensemble, Job, Run, fingerprint
-from epochal.worker import Orders, claim
 from launch import element, planner, slurm, submit
 
 

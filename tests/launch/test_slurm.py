@@ -17,9 +17,9 @@ import pytest
 from campaigns import Campaign, make_campaign
 from slurm import Slurm
 
+from epochal.campaign.worker import Orders, work
 from epochal.config import REPOSITORY
 from epochal.records import Workspace
-from epochal.worker import Orders, work
 from launch.watch import state
 
 PATIENCE = 400.0
@@ -194,7 +194,7 @@ def ranks(space: Workspace) -> list[int]:
             words = path.read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "epochal.cli" in words and str(space.work) in "".join(words) and "epochal.launcher" not in words:
+        if "epochal.cli" in words and str(space.work) in "".join(words) and "epochal.distributed.launcher" not in words:
             found.append(int(path.parent.name))
     return sorted(found)
 

@@ -1,0 +1,1 @@
+"""Plan, claim, run, show and stop jobs. Planning imports no torch."""

@@ -1,0 +1,1 @@
+"""Losses of models and ensembles, subsets, member weights, downstream tasks."""

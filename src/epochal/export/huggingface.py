@@ -1,0 +1,139 @@
+"""A finished run or ensemble as a folder of its own: weights, tokenizer, record and model card; GGUF where it fits.
+
+Everything is written beside the folder and renamed, so a refused or broken export leaves nothing.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from epochal.config import find_config, load_toml, to_table
+from epochal.data.prepare import DataConfig
+from epochal.export.gguf import write_gguf
+from epochal.models.ensemble import copy_tokenizer
+from epochal.models.load import RECORD, load_source, member_records
+from epochal.records import Record, Records, Workspace, file_hash
+from epochal.run import SOUP, Ensemble, Run, Samples
+
+
+def export(name: str, folder: Path, workspace: Workspace, records: Records, *, gguf: bool = False) -> None:
+    """Write `folder` from the finished job `name`; with `gguf` also model.gguf in it.
+
+    `AutoModelForCausalLM` loads it (an ensemble: once `epochal.models.ensemble` is imported). Raises ValueError, leaving
+    nothing, when the job is no model, its weights are gone, the folder exists, or GGUF cannot hold it.
+    """
+    record = records.named(name)
+    if record is None or isinstance(record.job, Samples):
+        raise ValueError(f"{name!r} is no finished model; name a run or an ensemble.")
+    if folder.exists():
+        raise ValueError(f"{folder} exists; name a new folder.")
+    if gguf and isinstance(record.job, Ensemble) and record.job.average != SOUP:
+        raise ValueError("GGUF holds one model, not an ensemble; export a member or a student, or leave --gguf out.")
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        _write_weights(record, beside, workspace, records)
+        source = workspace.records / f"{name}.json"
+        shutil.copy(source, beside / RECORD)
+        if gguf:
+            write_gguf(beside, beside / "model.gguf", name=name)
+        card = model_card(record, member_records(name, records), record_hash=file_hash(source))
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_weights(record: Record, folder: Path, workspace: Workspace, records: Records) -> None:
+    """Copy a run's model folder as it is; an ensemble's members are loaded and saved together."""
+    name = record.job.name
+    if isinstance(record.job, Ensemble):
+        members = member_records(name, records)
+        load_source(name, workspace, records).save_pretrained(folder)
+        copy_tokenizer(workspace.folder(members[0].job.name) / "model", folder)
+        for k, member in enumerate(members):
+            place = folder / f"member-{k:02d}"
+            place.mkdir(exist_ok=True)  # of a soup it holds the record alone
+            shutil.copy(workspace.records / f"{member.job.name}.json", place / RECORD)
+        return
+    source = workspace.folder(name) / "model"
+    if not source.is_dir():
+        raise ValueError(f"{source} does not exist; run {name!r} again to make its weights.")
+    shutil.copytree(source, folder)
+
+
+def model_card(record: Record, members: list[Record], *, record_hash: str) -> str:
+    """Return the text of README.md: what it is, how it was made, from which data, under which licence, how good it is.
+
+    `members` are the records of the single models, the record itself for a run.
+    """
+    run = members[0].job
+    assert isinstance(run, Run)
+    data = load_toml(find_config("data", run.data, ".toml"), DataConfig)
+    losses = {"validation loss": record.results.get("loss"), "test loss": record.results.get("test_loss")}
+    facts = {
+        **{what: f"{loss:.4f} nats per token" for what, loss in losses.items() if loss is not None},
+        "parameters": f"{record.results['parameters']:,}",
+        "data": run.data,
+        "licence of the data": data.licence,
+        "unique training tokens": f"{run.unique_tokens:,}",
+        "context": f"{run.sequence_length} tokens",
+        "record": f"`{RECORD}`, SHA-256 {record_hash}",
+        "fingerprint": record.fingerprint,
+        "commit": record.provenance.get("commit") or "unknown",
+        "versions": ", ".join(f"{key} {value}" for key, value in record.provenance.get("versions", {}).items()),
+    }
+    parts = [_front_matter(data.licence), f"# {record.job.name}\n", _what_it_is(record), _table(facts), "## Recipe\n"]
+    if isinstance(record.job, Ensemble):
+        shares = record.job.member_weights or (1 / len(members),) * len(members)
+        parts.append(
+            _table({member.job.name: f"weight {share:g}" for member, share in zip(members, shares, strict=True)})
+        )
+    parts += [_table(_flat(to_table(run))), "## Use\n", _usage(record)]
+    return "\n".join(parts)
+
+
+def _front_matter(licence: str) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "license: other"]
+    return "\n".join(["---", *lines, f"license_name: {_yaml(licence)}", "tags: [epochal]", "---", ""])
+
+
+def _yaml(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _what_it_is(record: Record) -> str:
+    if isinstance(record.job, Ensemble):
+        count = len(record.job.runs)
+        if record.job.average == SOUP:
+            return f"A language model whose weights are the mean of those of {count} others. Made with epochal.\n"
+        how = {"logits": "raw logits", "probs": "probabilities"}[record.job.average]
+        return f"{count} language models that speak as one: the mean of their {how}. Made with epochal.\n"
+    return "A language model trained from scratch on finite text. Made with epochal.\n"
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables to dotted keys; what is not set is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value not in (None, []):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _table(facts: dict[str, Any]) -> str:
+    rows = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in facts.items()]
+    return "\n".join(["| | |", "| --- | --- |", *rows, ""])
+
+
+def _usage(record: Record) -> str:
+    several = isinstance(record.job, Ensemble) and record.job.average != SOUP
+    first = "import epochal.models.ensemble\n" if several else ""
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")\n'
+    )
+    return f"```python\n{first}{code}```\n"

@@ -1,0 +1,1 @@
+"""Text and soft targets drawn from models."""

@@ -1,0 +1,247 @@
+"""Build a transformers Llama with random weights that depend on one seed and nothing else.
+
+Every parameter is drawn on the CPU, in float32, from its own generator seeded by (seed, parameter name). So the weights
+do not depend on the global random state, the device, the number of processes or the order of the parameters, and adding
+a layer moves no other one.
+
+Shapes: a matrix is (out, in) as torch stores it, so fan_in is its second size; the embedding is (V, h).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from epochal.models.config import INITIALISATIONS, ParameterCounts, check_initialisation, parameter_counts, read_config
+
+if TYPE_CHECKING:  # transformers takes seconds to import, so only the functions that need it do so
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from epochal.records import Workspace
+    from epochal.run import Run
+
+__all__ = [
+    "INITIALISATIONS",
+    "ParameterCounts",
+    "build_model",
+    "draw_weights",
+    "empty_model",
+    "load_config",
+    "next_token",
+    "parameter_counts",
+    "start_from",
+    "weight_rule",
+]
+
+
+class WeightRule(NamedTuple):
+    """How one parameter is drawn: N(0, `std`^2) cut at +-`cut` x `std`; a `std` of 0 means all ones."""
+
+    std: float
+    cut: float = math.inf
+
+
+def load_config(name_or_path: str | Path, *, vocab_size: int | None = None) -> LlamaConfig:
+    """Return a model file as a transformers LlamaConfig that carries its ``initialisation``.
+
+    `name_or_path` is a name in ``configs/models``, a JSON file, or a folder with a ``config.json``; `vocab_size` is
+    that of the run's tokenizer, if not the file's. A bad file is a ValueError of `epochal.models.config.read_config`.
+    """
+    from transformers import LlamaConfig
+
+    return LlamaConfig.from_dict(read_config(name_or_path, vocab_size=vocab_size))
+
+
+def build_model(
+    name_or_path: str | Path,
+    *,
+    vocab_size: int,
+    max_positions: int,
+    seed: int,
+    initialisation: str | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> LlamaForCausalLM:
+    """Build a Llama on the CPU, float32, with weights that are a function of (file, vocab_size, initialisation, seed).
+
+    * `name_or_path`: as for `load_config`.
+    * `vocab_size`: of the run's tokenizer (padding included, if any).
+    * `max_positions`: longest sequence in tokens; a label for generation, no weight depends on it.
+    * `seed`: any integer.
+    * `initialisation`: one of `INITIALISATIONS` in place of the file's choice.
+    * `bos_token_id`, `eos_token_id`, `pad_token_id`: of the tokenizer, so that `generate` and a saved folder know them.
+
+    A model that cannot be built, or a token id outside the vocabulary, is a ValueError of one sentence.
+    """
+    from transformers import LlamaConfig
+
+    keys = read_config(name_or_path, vocab_size=vocab_size, max_positions=max_positions)
+    if initialisation is not None:
+        check_initialisation(initialisation, where=f"Model '{name_or_path}'")
+        keys["initialisation"] = initialisation
+    for key, token in (("bos", bos_token_id), ("eos", eos_token_id), ("pad", pad_token_id)):
+        if token is not None and not 0 <= token < vocab_size:
+            raise ValueError(
+                f"Model '{name_or_path}': {key}_token_id {token} is outside its vocabulary of {vocab_size}; "
+                "give the vocabulary and the ids of the same tokenizer."
+            )
+        keys[f"{key}_token_id"] = token
+    model = empty_model(LlamaConfig.from_dict(keys))
+    draw_weights(model, seed=seed)
+    return model
+
+
+def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
+    """Return the model of `config` on torch's meta device: shapes and names without memory, at any size."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def draw_weights(model: LlamaForCausalLM, *, seed: int) -> None:
+    """Give a model from `empty_model` its memory on the CPU and its random weights, in place.
+
+    The rule is ``model.config.initialisation``. Drawing straight into new memory, instead of overwriting what the
+    constructors drew, costs half and leaves the global random state alone.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = model.config
+    drawn = {
+        name: _draw(tuple(parameter.shape), _rule_of(name, tuple(parameter.shape), config), seed=seed, name=name)
+        for name, parameter in model.named_parameters()
+    }
+    # Not strict: a tied head is in the state dict but is no parameter of its own; it is tied again below.
+    model.load_state_dict(drawn, strict=False, assign=True)
+    model.tie_weights()
+    # The rotary frequencies are computed buffers, in no state dict, and a meta model has none.
+    with torch.device("cpu"):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+
+
+def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace) -> None:
+    """Put the weights that a Run starts from, if any, into a model of the same shape, in place.
+
+    Raises ValueError when their folder is missing or holds another architecture.
+    """
+    if run.init_from is None:
+        return
+    from safetensors.torch import load_file
+
+    folder = Path(run.init_from) if "/" in run.init_from else workspace.folder(run.init_from) / "model"
+    files = sorted(folder.glob("*.safetensors"))  # a large model lies in several
+    if not files:
+        raise ValueError(f"Run {run.name!r} starts from {run.init_from!r}, but {folder} holds no model; make it first.")
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    found = {name: tensor for name, tensor in stored.items() if name in dict(model.named_parameters())}
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    for name in shapes.keys() | found.keys():
+        theirs = tuple(found[name].shape) if name in found else "none"
+        if theirs != shapes.get(name):
+            raise ValueError(
+                f"Run {run.name!r} ({run.model}) cannot start from {run.init_from!r}: {name} is {shapes.get(name)} here and "
+                f"{theirs} there; start from a run of the same model."
+            )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(found[name])
+
+
+def next_token(
+    model: Any, tokens: torch.Tensor, embeddings: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (hidden (n, d), targets (n,)) for the T - 1 predictions in each of (b, T) sequences.
+
+    The model reads `embeddings` (b, T, d) in place of the tokens' own, if given.
+    """
+    inputs = {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+
+
+def weight_rule(
+    initialisation: str, role: str, *, fan_in: int, layers: int, initializer_range: float = 0.02
+) -> WeightRule:
+    """Say how a parameter is drawn.
+
+    ================  ===========================================================================================
+    initialisation    rule
+    ================  ===========================================================================================
+    infinite-compute  linear maps and head: 1/sqrt(fan_in), embedding: 1/h, all cut at +-3 sigma and not rescaled
+                      (so the realised deviation is 0.98658 of it); no depth scaling (`docs/infinite_compute.md`,
+                      section 2). A wide model's embedding variance 1/h^2 is below the norm's eps: so it was run.
+    normal            N(0, initializer_range) everywhere: transformers' own, and what Fira's configs ask for
+    gpt2              the same, but projections into the residual stream by 1/sqrt(2 L): GPT-2, and SPECTRA
+                      (`docs/spectra.md`, section 2.2)
+    ================  ===========================================================================================
+
+    Norm weights are 1 in all of them.
+
+    `role` is ``"embedding"``, ``"head"``, ``"residual"`` (o_proj, down_proj), ``"linear"`` or ``"norm"``; `fan_in` is
+    the number of inputs of a linear map, and for the embedding its width h; `layers` is L, the number of blocks.
+    """
+    check_initialisation(initialisation)
+    if role == "norm":
+        return WeightRule(std=0.0)
+    if initialisation == "infinite-compute":
+        return WeightRule(std=1 / fan_in if role == "embedding" else fan_in**-0.5, cut=3.0)
+    if initialisation == "gpt2" and role == "residual":
+        return WeightRule(std=initializer_range / math.sqrt(2 * layers))
+    return WeightRule(std=initializer_range)
+
+
+_ROLES = {
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    "o_proj": "residual",
+    "down_proj": "residual",
+    "q_proj": "linear",
+    "k_proj": "linear",
+    "v_proj": "linear",
+    "gate_proj": "linear",
+    "up_proj": "linear",
+    "input_layernorm": "norm",
+    "post_attention_layernorm": "norm",
+    "norm": "norm",
+}
+
+
+def _rule_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> WeightRule:
+    """Return the rule of the parameter called `name`; a KeyError means that transformers renamed a part of Llama."""
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return weight_rule(
+        config.initialisation,
+        _ROLES[module],
+        fan_in=shape[-1],
+        layers=config.num_hidden_layers,
+        initializer_range=config.initializer_range,
+    )
+
+
+def _draw(shape: tuple[int, ...], rule: WeightRule, *, seed: int, name: str) -> torch.Tensor:
+    """Draw one parameter: float32, on the CPU, whatever the caller's default device and dtype are."""
+    weight = torch.empty(shape, dtype=torch.float32, device="cpu")
+    if rule.std == 0.0:
+        return weight.fill_(1.0)
+    generator = torch.Generator(device="cpu").manual_seed(_parameter_seed(seed, name))
+    weight.normal_(0.0, rule.std, generator=generator)
+    # Rejection, written out because torch.nn.init.trunc_normal_ has changed its algorithm between versions.
+    flat, limit = weight.view(-1), rule.cut * rule.std
+    outside = (flat.abs() > limit).nonzero().squeeze(1)
+    while len(outside):
+        redrawn = torch.empty(len(outside), dtype=torch.float32, device="cpu")
+        flat[outside] = redrawn.normal_(0.0, rule.std, generator=generator)
+        outside = outside[redrawn.abs() > limit]
+    return weight
+
+
+def _parameter_seed(seed: int, name: str) -> int:
+    """Hash (seed, name) to the 32 bits that torch's Mersenne twister is seeded with; it ignores any higher ones."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big")

@@ -1,0 +1,1 @@
+"""Records to claims, tables, figures and pages. No torch."""

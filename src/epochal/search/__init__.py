@@ -1,0 +1,1 @@
+"""Which run next: coordinate descent over the grid. No torch."""

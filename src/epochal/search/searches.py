@@ -1,0 +1,199 @@
+"""Searches of a campaign: the tuner's descent over the Runs of one size and budget, what it asks for and how sure it is.
+
+Two objectives: `single`, the validation loss of one model, and `ensemble`, the fitted limit of infinitely many members from
+a few. Everything is a pure function of the records; no torch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from epochal.records import Record, Records
+from epochal.run import Ensemble, Job, Run, without_seed
+from epochal.scale import Point, Scale
+from epochal.search.descent import (
+    NOT_STARTED,
+    Certificate,
+    Descent,
+    Grid,
+    LossOf,
+    Noise,
+    between_points,
+    certify,
+    descend,
+    members_limit,
+    pooled_noise,
+    possible_gain,
+)
+
+FEWEST_FREEDOM = 4
+"""Below so many degrees of freedom the noise of one size and budget is replaced by that of the whole campaign."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search of one size and budget: `what` in words, its `descent`, and how a point becomes a loss and jobs."""
+
+    what: str
+    model: str
+    tokens: int
+    grid: Grid
+    loss_of: LossOf
+    jobs_of: Callable[[Point], tuple[Job, ...]]
+    descent: Descent
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every job the search has asked for so far, done or not."""
+        return [job for point in self.descent.visited for job in self.jobs_of(point)]
+
+    @property
+    def wanted_jobs(self) -> list[Job]:
+        """The jobs of the next round."""
+        return [job for point in self.descent.wanted for job in self.jobs_of(point)]
+
+    @property
+    def gain(self) -> float | None:
+        """A bound on what the next round can gain (nats); None where nothing bounds it."""
+        return possible_gain(self.loss_of, self.descent, self.grid)
+
+    @property
+    def finer(self) -> float | None:
+        """What a finer grid around the best point could gain by the quadratic through its star (nats)."""
+        return between_points(self.loss_of, self.descent, self.grid)
+
+    def certificate(self, noise: Noise | None = None) -> Certificate | None:
+        """Return what is known about the neighbours of the best point."""
+        return certify(self.loss_of, self.descent, self.grid, noise)
+
+
+def single_search(
+    records: Records, scale: Scale, model: str, tokens: int, start: Point | None, grid: Grid, what: str
+) -> Search:
+    """Search the lowest loss of one model; a start of None waits."""
+
+    def loss_of(point: Point) -> float | None:
+        record = records.get(scale.run(model, tokens, point))
+        return None if record is None else record.loss
+
+    def jobs_of(point: Point) -> tuple[Job, ...]:
+        return (scale.run(model, tokens, point),)
+
+    return Search(what, model, tokens, grid, loss_of, jobs_of, _descent(loss_of, start, grid, scale))
+
+
+def ensemble_search(
+    records: Records, scale: Scale, model: str, tokens: int, start: Point | None, grid: Grid, members: int
+) -> Search:
+    """Search the lowest limit of infinitely many members, fitted from `members` of them a point (spec section 6).
+
+    A point with a diverged member counts as diverged. Raises ValueError for fewer than two members.
+    """
+    if members < 2:
+        raise ValueError(f"a limit needs two members or more, not {members}; raise search_members.")
+
+    def jobs_of(point: Point) -> tuple[Job, ...]:
+        runs = [scale.run(model, tokens, point, seed=seed) for seed in range(members)]
+        name = f"{without_seed(runs[0].name)}-k{members}-logits"
+        return (*runs, Ensemble(name=name, runs=tuple(run.name for run in runs), average="logits"))
+
+    def loss_of(point: Point) -> float | None:
+        *runs, ensemble = jobs_of(point)
+        if any(record.loss == math.inf for run in runs if (record := records.get(run)) is not None):
+            return math.inf
+        record = records.get(ensemble)
+        return None if record is None else members_limit(mean_curve(record))
+
+    what = f"{model} members, D = {tokens:,}"
+    return Search(what, model, tokens, grid, loss_of, jobs_of, _descent(loss_of, start, grid, scale))
+
+
+def _descent(loss_of: LossOf, start: Point | None, grid: Grid, scale: Scale) -> Descent:
+    if start is None:
+        return NOT_STARTED
+    return descend(loss_of, start, grid, scale.search)
+
+
+def mean_curve(record: Record) -> dict[int, float]:
+    """Return the mean loss of an Ensemble's record over all subsets of K members, by K."""
+    return {int(k): sum(losses) / len(losses) for k, losses in record.results["curve"].items()}
+
+
+# --- noise between seeds ------------------------------------------------------------------------------------------------
+
+
+def seed_noise(records: Records, model: str, tokens: int) -> Noise | None:
+    """Pool the spread of the loss between runs that differ in their seeds only, of one size and budget.
+
+    With fewer than FEWEST_FREEDOM degrees of freedom there, of all sizes and budgets.
+    """
+    here, everywhere = [], []
+    for setting in records.settings:
+        losses, run = [record.loss for record in setting], setting[0].job
+        everywhere.append(losses)
+        if isinstance(run, Run) and (run.model, run.unique_tokens) == (model, tokens):
+            here.append(losses)
+    own = pooled_noise(here)
+    return own if own is not None and own.freedom >= FEWEST_FREEDOM else pooled_noise(everywhere)
+
+
+# --- would stopping early have chosen the same? --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """What comparing runs at a share of their steps would have done in the stars of finished searches.
+
+    `same` of `stars` would have kept the same best point; `worst` is the most it would have cost (nats).
+    """
+
+    share: float
+    stars: int
+    same: int
+    worst: float
+
+
+def early_stops(records: Records, searches: Sequence[Search]) -> list[EarlyStop]:
+    """Judge early stopping on real curves: in each certified star, who leads at a share of the steps, and who in the end.
+
+    Heavy decay keeps the loss high until the schedule ends (spec section 5), so a leader half-way says little.
+    """
+    stars = [
+        curves for search in searches if search.descent.certified for curves in [_curves(records, search)] if curves
+    ]
+    found = []
+    for share in (0.25, 0.5, 0.75):
+        costs = [_cost_of_stopping(curves, share) for curves in stars]
+        known = [cost for cost in costs if cost is not None]
+        if known:
+            found.append(EarlyStop(share, len(known), sum(cost == 0 for cost in known), max(known)))
+    return found
+
+
+Curve = list[tuple[float, float]]  # share of the run's steps, loss
+
+
+def _curves(records: Records, search: Search) -> list[Curve]:
+    """Return the loss curves of the best point and its neighbours that finished."""
+    best = search.descent.best
+    certificate = search.certificate()
+    if best is None or certificate is None:
+        return []
+    curves = []
+    for point in (best, *certificate.margins):
+        record = records.get(search.jobs_of(point)[0])
+        points = record.results.get("curve") if record is not None and math.isfinite(record.loss) else None
+        if isinstance(points, list) and points:
+            curves.append([(step / points[-1][0], loss) for step, loss in points])
+    return curves
+
+
+def _cost_of_stopping(curves: list[Curve], share: float) -> float | None:
+    """Return what keeping only the leader at a share of the steps costs in the end; None without such evaluations."""
+    pairs = []
+    for curve in curves:
+        there = [loss for at, loss in curve if abs(at - share) < 0.02]
+        if not there:
+            return None
+        pairs.append((there[0], curve[-1][1]))
+    return min(pairs)[1] - min(final for _, final in pairs)

@@ -1,0 +1,472 @@
+"""The training loop: one Run in, one model folder and one record out. Read it from top to bottom.
+
+B is the global batch in sequences, T the sequence length. The batch at a step is a function of the Run alone; processes
+take equal slices of it, micro-batches slices of those, and the loss is normalised by the targets of the whole step, so
+neither changes a result beyond rounding.
+"""
+
+import functools
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from epochal.data.store import Batches, Tokens, TokenStore, open_store, sampled_stream
+from epochal.distributed.first_step_check import Proof
+from epochal.distributed.processes import Processes
+from epochal.loss import backend, cross_entropy, token_log_probs
+from epochal.models.config import parameter_counts
+from epochal.models.llama import build_model, next_token, start_from
+from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
+from epochal.provenance import provenance, utilisation
+from epochal.records import Record, Workspace, input_marks, load_records
+from epochal.run import Run, fingerprint
+from epochal.stopping import Stopped, stop_reason
+from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from epochal.training.noise import MASKED_WEIGHT, Noise
+from epochal.training.schedule import decay_multiplier, multiplier
+from epochal.training.teacher import Teacher, load_teacher
+from epochal.training.timing import StepClock
+from epochal.training.weight_average import WeightAverage
+
+log = logging.getLogger(__name__)
+
+LOG_STEPS = 10
+"""Steps between two lines of metrics.jsonl, two checks for a non-finite loss, and two looks at a stop request."""
+
+EVALUATION_TOKENS = 2**14
+"""Tokens in one forward pass of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast, never what: sequences a process takes at once (None: all of its share), trackers, checkpoints."""
+
+    micro_batch: int | None = None
+    trackers: tuple[str, ...] = ()
+    checkpoint_seconds: float = 300.0
+    profile: str = "here"
+
+
+class Objective(torch.nn.Module):
+    """A causal language model that returns its loss: logits are never whole, and a wrapper sees every forward pass.
+
+    It computes in the Run's precision itself, so that none is left to a profile.
+    """
+
+    def __init__(self, model: Any, noise: Noise, teacher: Teacher | None, precision: str) -> None:
+        super().__init__()
+        self.model, self.noise, self.teacher, self.precision = model, noise, teacher, precision
+
+    def forward(self, tokens: torch.Tensor, first_row: int = 0, normaliser: float | None = None) -> torch.Tensor:
+        """Return the summed training loss of (b, T) tokens, the run's rows from `first_row`, over `normaliser`, float32.
+
+        Without a normaliser: the summed next-token loss, float64, as evaluations need it.
+        """
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if normaliser is None:
+                hidden, targets = next_token(self.model, tokens)
+                return -token_log_probs(hidden, self.model.lm_head.weight, targets).double().sum()
+            return self._training_loss(tokens, first_row, normaliser)
+
+    def _training_loss(self, tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
+        rows, head = range(first_row, first_row + len(tokens)), self.model.lm_head.weight
+        self.noise.begin(rows)
+        hidden, targets = next_token(self.model, tokens)
+        if self.teacher is None:
+            loss = cross_entropy(hidden, head, targets, normaliser=normaliser)
+        else:
+            loss = self.teacher.loss(hidden, head, targets, tokens, rows, normaliser)
+        if self.noise.masking:
+            self.noise.begin(rows, "masked")
+            hidden, targets = next_token(self.model, tokens, self.noise.hide(self.model.model.embed_tokens(tokens)))
+            loss = loss + MASKED_WEIGHT * cross_entropy(hidden, head, targets, normaliser=normaliser)
+        return loss
+
+
+def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
+    """Train one Run to its end and return its record (on the main process; None on the others).
+
+    Resumes from the newest sound checkpoint. Raises ValueError for a Run that does not fit its data, model or
+    processes, and Stopped, after saving, when a stop was asked for. A non-finite loss ends the run with a record of
+    status "diverged".
+    """
+    # --- processes -------------------------------------------------------------------------------------------------
+    processes = _processes(run, workspace, pace)
+    rows = _rows_of_this_process(run, processes, pace)
+    if processes.device.type == "cuda" and backend(processes.device) == "torch":
+        log.warning("%s: Triton is not installed, so losses and optimizers take plain torch, which is slower", run.name)
+
+    # --- data ------------------------------------------------------------------------------------------------------
+    store, records = open_store(run.data, workspace), load_records(workspace)
+    marks = input_marks(run, records)
+    batches = _batches(run, store, workspace)
+    validation = store.sequences("validation", run.sequence_length)
+
+    # --- model and optimizer ---------------------------------------------------------------------------------------
+    build = functools.partial(
+        build_model,
+        run.model,
+        vocab_size=store.vocab_size,
+        max_positions=run.sequence_length,
+        seed=run.init_seed,
+        bos_token_id=store.meta["bos"],
+        eos_token_id=store.meta["eos"],
+    )
+    model, checkpoint = build(), _checkpoint(run, workspace, processes)
+    if checkpoint is None:
+        start_from(run, model, workspace)
+    else:
+        checkpoint.load_weights(model)
+    teacher = load_teacher(run, batches, store, workspace, records)
+    noise = Noise(seed=run.order_seed, dropout=run.dropout, input_mask_prob=run.input_mask_prob)
+    noise.attach(model)
+    rise = round(run.warmup * run.steps)
+    make_optimizer = functools.partial(
+        build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=rise, decay=run.decay
+    )
+    processes.prepare(Objective(model, noise, teacher, run.precision), make_optimizer)
+    average = WeightAverage(run, model)
+    progress = _resume(run, workspace, processes, checkpoint, average)
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+    evaluate_at = {round(run.steps * (i + 1) / run.num_evals) for i in range(run.num_evals)}
+    started, start_step = time.monotonic(), progress.step
+    clock, proof = StepClock(processes.device), Proof(processes, run.name)
+    stopper = Stopper(processes, pace.checkpoint_seconds)
+    while progress.step < run.steps and not progress.diverged:
+        step = progress.step
+        factor = multiplier(step, run.steps, kind=run.schedule, warmup=run.warmup)
+        wd = run.optimizer.wd * decay_multiplier(factor, kind=run.wd_schedule)
+        for group in processes.optimizer.param_groups:
+            group["lr"] = run.optimizer.lr * factor
+            group["weight_decay"] = wd * group["decay_scale"]
+        batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
+        loss, norm = _step(run, processes, batch, first_row, pace.micro_batch, clock, proof)
+        progress.add(loss)
+        progress.step = step + 1
+        average.update(model, progress.step)
+
+        if progress.step % LOG_STEPS == 0 or progress.step == run.steps:
+            train_loss = progress.mean_loss(processes)
+            progress.diverged = not math.isfinite(train_loss)
+            clock.read()
+            speed = (progress.step - start_step) * run.batch_tokens / (time.monotonic() - started)
+            _log(
+                processes,
+                workspace,
+                run,
+                progress.step,
+                train_loss=train_loss,
+                lr=run.optimizer.lr * factor,
+                gradient_norm=float(norm),
+                tokens_per_second=round(speed, 1),
+            )
+        if progress.step in evaluate_at and not progress.diverged:
+            with average.in_place(model):
+                loss_now = evaluate(processes, validation)
+            progress.diverged = not math.isfinite(loss_now)
+            progress.curve.append([progress.step, loss_now])
+            _log(processes, workspace, run, progress.step, validation_loss=loss_now)
+
+        reason, due = stopper.look(progress.step)
+        if progress.step < run.steps and due:
+            _save(run, workspace, processes, average, progress)
+            stopper.saved()
+        if reason and progress.step < run.steps:
+            processes.end()
+            raise Stopped(f"{run.name} at step {progress.step} of {run.steps}: {reason}")
+
+    # --- record ----------------------------------------------------------------------------------------------------
+    hours = (time.monotonic() - started) / 3600
+    average.swap(model)
+    test = store.sequences("test", run.sequence_length) if store.meta["tokens"]["test"] >= run.sequence_length else None
+    test_loss = evaluate(processes, test) if test is not None and not progress.diverged else None
+    state_bytes = processes.optimizer.state_bytes()
+    final = processes.whole_model(build)
+    processes.end()
+    if final is None:
+        return None
+    if not progress.diverged:
+        _save_model(final, store, workspace.folder(run.name) / "model")
+    shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
+    counts = parameter_counts(run.model, vocab_size=store.vocab_size)
+    speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
+    return Record(
+        job=run,
+        fingerprint=fingerprint(run),
+        status="diverged" if progress.diverged else "done",
+        results={
+            **progress.results(),
+            "test_loss": test_loss,
+            "parameters": counts.total,
+            "non_embedding": counts.non_embedding,
+            "tokens": progress.step * run.batch_tokens,
+            "spectral_norms": None if progress.diverged else spectral_norms(final),
+        },
+        inputs=marks,
+        provenance={
+            **provenance(),
+            "world_size": processes.world,
+            "profile": pace.profile,
+            "loss_backend": backend(processes.device),
+            "optimizer_backend": optimizer_backend(run.optimizer, processes.device),
+            "sharding": processes.backend,
+            "matrices": len(processes.optimizer.matrices),
+            "update_error": proof.error,
+            "state_bytes": state_bytes,
+            "optimizer_share": clock.share,
+            "resumed_at": start_step or None,
+            "hours": round(hours, 5),
+            "tokens_per_second": round(speed, 1),
+            "mfu": utilisation(6 * counts.total * speed, devices=processes.world),
+        },
+    )
+
+
+def evaluate(processes: Processes, sequences: Tokens) -> float:
+    """Return the mean next-token loss in nats of (n, T) sequences; processes share the rows.
+
+    All make the same number of forward passes, since a sharded model is gathered in each: a row may come twice, and
+    counts once.
+    """
+    share = -(-len(sequences) // processes.world)
+    size = max(1, EVALUATION_TOKENS // sequences.shape[1])
+    total = torch.zeros((), dtype=torch.float64)
+    processes.objective.eval()
+    with torch.no_grad():
+        for first in range(0, share, size):
+            wanted = np.arange(first, min(share, first + size)) * processes.world + processes.rank
+            inside = wanted[wanted < len(sequences)]
+            rows = torch.from_numpy(sequences[inside if len(inside) else wanted[:1] * 0])
+            loss = processes.objective(rows.to(processes.device))
+            total += loss.cpu() if len(inside) else 0.0
+    processes.objective.train()
+    return float(processes.sum(total)) / float(len(sequences) * (sequences.shape[1] - 1))
+
+
+# --- the parts of the loop, in the order of their use ---------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything a checkpoint must carry besides tensors."""
+
+    step: int
+    curve: list[list[float]]
+    train_loss: float | None = None
+    diverged: bool = False
+    _sum: Any = 0.0
+    _count: int = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the loss of a step (this process's share) without waiting for the device."""
+        self._sum, self._count = self._sum + loss.detach(), self._count + 1
+
+    def mean_loss(self, processes: Processes) -> float:
+        """Return the mean training loss since the last call, over all processes."""
+        if self._count:
+            self.train_loss = self._total(processes) / self._count
+            self._sum, self._count = 0.0, 0
+        assert self.train_loss is not None
+        return self.train_loss
+
+    def state(self, processes: Processes) -> dict[str, Any]:
+        """Return what `Progress(**state)` needs to go on as if nothing had happened; the step is the checkpoint's."""
+        total = self._total(processes)
+        return {"curve": self.curve, "train_loss": self.train_loss, "_sum": total, "_count": self._count}
+
+    def _total(self, processes: Processes) -> float:
+        """Return the sum of the losses since the last log, the mean over processes."""
+        return float(processes.sum(self._sum)) / processes.world if self._count else float(self._sum)
+
+    def results(self) -> dict[str, Any]:
+        """Return the results of a record: nats per token, steps; None where the run diverged."""
+        losses = [loss for _, loss in self.curve if math.isfinite(loss)]
+        finite = not self.diverged and bool(losses)
+        return {
+            "loss": losses[-1] if finite else None,
+            "best_loss": min(losses) if losses else None,
+            "train_loss": self.train_loss if finite else None,
+            "curve": [point for point in self.curve if math.isfinite(point[1])],
+            "steps": self.step,
+        }
+
+
+def _processes(run: Run, workspace: Workspace, pace: Pace) -> Processes:
+    processes = Processes(
+        clip_norm=run.clip_norm,
+        micro_batch=pace.micro_batch or 1,
+        trackers=pace.trackers,
+        folder=workspace.folder(run.name),
+    )
+    if run.weight_averaging != "last" and processes.backend in ("zero3", "fsdp2"):
+        raise ValueError(
+            f"Run {run.name!r} averages its weights, which {processes.backend} keeps in pieces; use ddp, zero1 or zero2."
+        )
+    if pace.trackers:
+        processes.accelerator.init_trackers("epochal", config={"run": run.name})
+    return processes
+
+
+def _rows_of_this_process(run: Run, processes: Processes, pace: Pace) -> slice:
+    """Return which rows of the global batch this process takes; raises ValueError when they do not divide."""
+    world = processes.world
+    if run.batch_size % world:
+        fitting = [n for n in range(1, run.batch_size + 1) if run.batch_size % n == 0]
+        raise ValueError(
+            f"Run {run.name!r}: batch_size {run.batch_size} is not divisible by {world} processes; "
+            f"use {', '.join(map(str, fitting))} processes or another batch_size."
+        )
+    share = run.batch_size // world
+    if pace.micro_batch is not None and (pace.micro_batch < 1 or share % pace.micro_batch):
+        raise ValueError(
+            f"micro-batch {pace.micro_batch} does not divide the {share} sequences of each process; use a divisor."
+        )
+    return slice(processes.rank * share, (processes.rank + 1) * share)
+
+
+def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
+    """Return the batch function of a Run."""
+    real = store.training_stream(run)
+    if run.distill is None:
+        return Batches(real, None, 0.0, run.batch_size)
+    tokens = np.load(workspace.folder(run.distill.samples) / "samples.npy", mmap_mode="r")
+    sampled = sampled_stream(tokens, int(store.meta["bos"]), run)
+    return Batches(real, sampled, run.distill.fraction, run.batch_size)
+
+
+def _step(
+    run: Run,
+    processes: Processes,
+    rows: Tokens,
+    first_row: int,
+    micro_batch: int | None,
+    clock: StepClock,
+    proof: Proof,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over this process's rows; returns (loss, gradient norm before clipping).
+
+    The loss is this process's sum over the mean number of targets per process: its mean over processes is the loss.
+    """
+    clock.mark()
+    tokens = torch.from_numpy(rows).to(processes.device)
+    parts = torch.split(tokens, micro_batch or len(tokens))
+    targets = len(tokens) * (run.sequence_length - 1)
+    loss = torch.zeros((), device=processes.device)
+    for number, part in enumerate(parts, start=1):
+        with processes.accumulating(last=number == len(parts)):
+            part_loss = processes.objective(part, first_row, targets)
+            processes.backward(part_loss)
+        loss += part_loss.detach()
+        first_row += len(part)
+    clock.mark()
+    with proof:
+        norm = processes.step()
+    clock.mark()
+    return loss, norm
+
+
+class Stopper:
+    """Asks whether to stop and whether to save, with the same answers on all processes.
+
+    Each has its own clock and its own signals, and a save takes all of them: one that decided alone would wait for
+    the others for ever. So several confer, every second or ten steps.
+    """
+
+    def __init__(self, processes: Processes, checkpoint_seconds: float) -> None:
+        self.processes, self._next, self._step, self._asked = processes, 0, 0, time.monotonic()
+        self.checkpoint_seconds, self._saved = checkpoint_seconds, time.monotonic()
+
+    def saved(self) -> None:
+        """Note that a checkpoint was written now."""
+        self._saved = time.monotonic()
+
+    def look(self, step: int) -> tuple[str | None, bool]:
+        """Return why to stop after this step, or None, and whether to save."""
+        reason, due = stop_reason(), time.monotonic() - self._saved > self.checkpoint_seconds
+        if self.processes.world == 1:
+            return reason, due or reason is not None
+        if step < self._next:
+            return None, False
+        pace = (time.monotonic() - self._asked) / max(1, step - self._step)
+        answers = self.processes.gather((reason, due, pace))
+        slowest = max(seconds for _, _, seconds in answers)
+        self._next = step + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
+        self._step, self._asked = step, time.monotonic()
+        asked = [other for other, _, _ in answers if other]
+        if asked:
+            return reason or f"another process was asked to stop ({asked[0]})", True
+        return None, any(wish for _, wish, _ in answers)
+
+
+def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpoint | None:
+    """Return the newest sound checkpoint, the same on all processes."""
+    folder = workspace.folder(run.name) / "checkpoints"
+    found = newest_checkpoint(folder, say=log.warning) if processes.is_main else None
+    path = processes.gather(found)[0]
+    return None if path is None else Checkpoint(path)
+
+
+def _resume(
+    run: Run, workspace: Workspace, processes: Processes, checkpoint: Checkpoint | None, average: WeightAverage
+) -> Progress:
+    """Return the progress of a checkpoint whose weights are loaded, or a fresh start; cuts metrics.jsonl to it."""
+    folder, progress = workspace.folder(run.name), Progress(0, [])
+    if checkpoint is not None:
+        processes.optimizer.load_named_state(checkpoint)
+        progress = Progress(**checkpoint.state)
+        checkpoint.load_average(average.tensors)
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        kept = [line for line in lines if _step_of(line) <= progress.step]
+        metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    processes.wait()
+    return progress
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the last line of a killed process may be half-written
+        return math.inf
+
+
+def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightAverage, progress: Progress) -> None:
+    save_checkpoint(
+        workspace.folder(run.name) / "checkpoints",
+        progress.step,
+        processes.weights_on_main(),
+        processes.optimizer.named_state(),
+        progress.state(processes),
+        average.tensors,
+        group=processes,
+    )
+
+
+def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **values: float) -> None:
+    """Append one line to metrics.jsonl and mirror it to the trackers."""
+    if processes.is_main:
+        with (workspace.folder(run.name) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "steps": run.steps, **values}) + "\n")
+    processes.accelerator.log(values, step=step)
+
+
+def _save_model(model: Any, store: TokenStore, folder: Path) -> None:
+    """Write a Hugging Face folder: weights, config, tokenizer; beside and renamed."""
+    beside = folder.with_name(".model.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    for file in store.tokenizer_folder.iterdir():
+        shutil.copy(file, beside / file.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)

@@ -1,0 +1,64 @@
+"""32 workers on one folder and 1,000 trivial jobs: every job exactly once, and planning stays quick."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from campaigns import Campaign
+
+WORKERS, JOBS = 32, 1000
+
+WORKER = """
+import json, sys, time
+from dataclasses import replace
+from epochal.campaign import worker
+from epochal.records import Record
+from epochal.run import fingerprint
+from epochal.scale import load_scale
+from epochal.scale import Point
+
+folder, scale_path, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+scale = load_scale(scale_path)
+one = scale.run("w16", 2048, Point(lr=0.01, epochs=1, wd=0.1))
+jobs = [replace(one, name=f"job-{number:04d}", init_seed=number) for number in range(count)]
+log = open(f"{folder}/log", "a")
+planned = []
+
+def plan(recipes, records, scale):
+    planned.append(time.thread_time())
+    return jobs
+
+def say(event):  # one write of one line: appended whole
+    log.write(json.dumps(event) + chr(10))
+    log.flush()
+
+def slowest():  # processor seconds from one plan to the next, the trivial job between them included
+    return max((b - a for a, b in zip(planned, planned[1:])), default=0.0)
+
+worker.campaign_jobs = plan
+worker.execute = lambda job, orders: Record(job, fingerprint(job), "done", {"loss": 1.0})
+places = {"results": f"{folder}/results", "work": f"{folder}/work"}
+orders = worker.Orders(session="s", scale=scale_path, recipes=("none",), threads=1, **places)
+code = worker.work(orders, say)
+say({"event": "end", "slowest": slowest(), "plans": len(planned)})
+sys.exit(code)
+"""
+
+
+def test_every_job_runs_exactly_once(campaign: Campaign) -> None:
+    command = [sys.executable, "-c", WORKER, str(campaign.folder), str(campaign.scale_path), str(JOBS)]
+    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(WORKERS)]
+    for process in workers:
+        _, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors
+    events = [json.loads(line) for line in (campaign.folder / "log").read_text().splitlines()]
+    for what in ("started", "done"):
+        counts = Counter(event["name"] for event in events if event["event"] == what)
+        assert len(counts) == JOBS and set(counts.values()) == {1}, what
+    assert len(campaign.records) == JOBS and campaign.records.problems == ()
+    ends = [event for event in events if event["event"] == "end"]
+    assert len(ends) == WORKERS
+    assert max(end["slowest"] for end in ends) < 2.0, "a round of planning took two seconds of processor time"
+    assert not list(Path(campaign.workspace.records).glob(".*")), "a half-written record was left"

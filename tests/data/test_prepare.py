@@ -1,0 +1,240 @@
+"""From text to a token store: what is dropped, how it is split, what the tokenizer may see, and damage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from epochal.data import prepare as module
+from epochal.data.prepare import content_hash, prepare
+from epochal.data.store import SPLITS, TokenStore
+from epochal.data.tokenizer import TokenizerConfig, load_tokenizer
+
+CODE_WORD = "QZXJQZXJ"
+
+
+def share(text: str) -> float:
+    return content_hash(text) / 2**64
+
+
+def texts_of(store: TokenStore, split: str) -> list[str]:
+    """The documents of a split, decoded, without their frames."""
+    tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
+    tokens, ends = store.tokens(split), np.cumsum(store.lengths(split))
+    pieces = [tokens[end - length : end] for end, length in zip(ends, store.lengths(split), strict=True)]
+    for piece in pieces:
+        assert piece[0] == store.meta["bos"] and piece[-1] == store.meta["eos"]
+    return [tokenizer.decode(piece[1:-1].tolist(), skip_special_tokens=False) for piece in pieces]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_documents_arrive_whole_in_the_split_of_their_hash(tmp_path: Path) -> None:
+    texts = tiny.documents()
+    store = prepare(str(tiny.write_text(tmp_path, texts)), tmp_path / "data")
+    expected = {
+        "test": [text for text in texts if share(text) < 0.1],
+        "validation": [text for text in texts if 0.1 <= share(text) < 0.2],
+        "train": [text for text in texts if share(text) >= 0.2],
+    }
+    found = {split: texts_of(store, split) for split in SPLITS}
+    assert found["validation"] == expected["validation"], "held-out text keeps the order of the source"
+    assert found["test"] == expected["test"]
+    assert sorted(found["train"]) == sorted(expected["train"])
+    assert found["train"] != expected["train"], "training documents are shuffled once"
+    marks = {split: np.load(store.folder / f"{split}.hashes.npy") for split in SPLITS}
+    for split in SPLITS:
+        assert marks[split].tolist() == [content_hash(text) for text in found[split]]
+        assert store.meta["documents"][split] == len(found[split])
+        assert store.meta["tokens"][split] == len(store.tokens(split)) == store.lengths(split).sum()
+    assert not np.intersect1d(marks["train"], np.concatenate([marks["validation"], marks["test"]])).size
+
+
+def test_duplicates_and_blank_documents_are_dropped_and_counted(tmp_path: Path) -> None:
+    texts = tiny.documents(60)
+    plain = prepare(str(tiny.write_text(tmp_path / "plain", texts)), tmp_path / "plain" / "data")
+    again = [*texts, texts[3], "  \n ", texts[3], texts[10]]
+    store = prepare(str(tiny.write_text(tmp_path / "again", again)), tmp_path / "again" / "data")
+    assert store.meta["dropped"] == {"blank": 1, "duplicates": 3}
+    assert plain.meta["dropped"] == {"blank": 0, "duplicates": 0}
+    for split in SPLITS:
+        assert np.array_equal(plain.tokens(split), store.tokens(split))
+
+
+def test_a_stream_split_takes_the_first_whole_documents(tmp_path: Path) -> None:
+    texts = tiny.documents(80)
+    split = 'by = "stream"\nvalidation_tokens = 300\ntest_tokens = 200'
+    config = tiny.write_text(tmp_path, texts, split=split, top="shuffle = false")
+    store = prepare(str(config), tmp_path / "data")
+    assert [text for name in ("validation", "test", "train") for text in texts_of(store, name)] == texts
+    for name, wanted in (("validation", 300), ("test", 200)):
+        lengths = store.lengths(name)
+        assert lengths.sum() >= wanted > lengths[:-1].sum()
+
+
+def test_reading_stops_once_there_are_enough_training_tokens(tmp_path: Path) -> None:
+    config = tiny.write_text(tmp_path, tiny.documents(1500), top="train_tokens = 5000")
+    store = prepare(str(config), tmp_path / "data")
+    assert store.meta["tokens"]["train"] >= 5000
+    assert sum(store.meta["documents"].values()) < 1500
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path, held_out: bool) -> None:
+    words = (f"{CODE_WORD} " * 20 + str(number) for number in range(1000))
+    carriers = [text for text in words if (share(text) < 0.2) == held_out][:20]
+    store = prepare(str(tiny.write_text(tmp_path, tiny.documents(60) + carriers)), tmp_path / "data")
+    vocabulary = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json")).get_vocab()
+    merged = [token for token in vocabulary if len(token) > 1 and set(token) & set(CODE_WORD)]
+    assert (merged == []) == held_out, f"merged from the code word: {merged}"
+
+
+def test_a_special_token_spelled_in_a_text_stays_text(tmp_path: Path) -> None:
+    spelled = [f"{text} <|eos|> and <|bos|> again" for text in tiny.documents(60)]
+    store = prepare(str(tiny.write_text(tmp_path, spelled)), tmp_path / "data")
+    for split in SPLITS:
+        tokens, documents = store.tokens(split), store.meta["documents"][split]
+        assert (tokens == store.meta["bos"]).sum() == documents
+        assert (tokens == store.meta["eos"]).sum() == documents
+    assert sorted(text for split in SPLITS for text in texts_of(store, split)) == sorted(spelled)
+
+
+def test_the_tokenizer_folder_loads_with_transformers(tmp_path: Path) -> None:
+    _, store, _ = tiny.workspace(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_folder)
+    assert tokenizer.bos_token_id == store.meta["bos"]
+    assert tokenizer.eos_token_id == store.meta["eos"]
+    assert len(tokenizer) == store.vocab_size == 300
+    text = "And the king, naïve 日本\n"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_a_reopened_store_is_the_same_and_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.write_text(tmp_path, tiny.documents(60))
+    store = prepare(str(config), tmp_path / "data")
+    monkeypatch.setattr(module, "_build", None)
+    again = prepare(str(config), tmp_path / "data")
+    assert again.meta == store.meta
+    assert np.array_equal(again.tokens("train"), store.tokens("train"))
+
+
+def test_the_same_config_makes_the_same_bytes(tmp_path: Path) -> None:
+    config = tiny.write_text(tmp_path, tiny.documents(60))
+    one, other = (prepare(str(config), tmp_path / name) for name in ("one", "other"))
+    assert files_of(one.folder) == files_of(other.folder)
+
+
+def test_a_store_of_another_config_is_refused(tmp_path: Path) -> None:
+    prepare(str(tiny.write_text(tmp_path, tiny.documents(60))), tmp_path / "data")
+    config = tiny.write_text(tmp_path, tiny.documents(60), top="shuffle_seed = 1")
+    with pytest.raises(ValueError, match="made from another version of its config"):
+        prepare(str(config), tmp_path / "data")
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    sound = prepare(str(tiny.write_text(tmp_path, tiny.documents(60))), tmp_path / "data").folder
+    for number, name in enumerate(sorted(files_of(sound))):
+        folder = tmp_path / f"copy{number}" / sound.name
+        shutil.copytree(sound, folder)
+        path = folder / name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if name != "meta.json" else data[: len(data) // 2])
+        with pytest.raises(ValueError, match=f"{name} is damaged; delete"):
+            TokenStore.open(folder)
+        path.unlink()
+        with pytest.raises(ValueError, match="holds no token store" if name == "meta.json" else f"{name} is missing"):
+            TokenStore.open(folder)
+
+
+def test_a_document_in_two_splits_is_found_when_a_store_is_opened(tmp_path: Path) -> None:
+    folder = prepare(str(tiny.write_text(tmp_path, tiny.documents(60))), tmp_path / "data").folder
+    marks = np.load(folder / "validation.hashes.npy")
+    marks[0] = np.load(folder / "train.hashes.npy")[0]
+    np.save(folder / "validation.hashes.npy", marks)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"]["validation.hashes.npy"] = module.file_hash(folder / "validation.hashes.npy")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="1 documents are in both train and validation"):
+        TokenStore.open(folder)
+
+
+def test_two_data_sets_can_share_a_tokenizer(tmp_path: Path) -> None:
+    second = tiny.write_text(tmp_path / "b", tiny.documents(60, seed=1), tokenizer='store = "tiny"')
+    second = second.rename(second.with_name("second.toml"))
+    with pytest.raises(ValueError, match="'tiny' does not exist yet; run epochal data tiny first"):
+        prepare(str(second), tmp_path / "data")
+    first = prepare(str(tiny.write_text(tmp_path / "a", tiny.documents(60))), tmp_path / "data")
+    other = prepare(str(second), tmp_path / "data")
+    files = [store.tokenizer_folder / "tokenizer.json" for store in (first, other)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert other.meta["tokens"]["train"] > 0
+
+
+def test_vocabulary_files_of_a_package_give_the_tokens_of_the_tokenizer_they_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = load_tokenizer(TokenizerConfig(train=300), iter(tiny.documents(60)), tmp_path)
+    (tmp_path / "vocabulary_package").mkdir()
+    (tmp_path / "vocabulary_package" / "__init__.py").touch()
+    trained.model.save(str(tmp_path / "vocabulary_package"))
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {"package": "vocabulary_package", "vocabulary": "vocab.json", "merges": "merges.txt"}
+    loaded = load_tokenizer(TokenizerConfig(**files), iter(()), tmp_path)  # type: ignore[arg-type]
+    for text in ("And the king", " and\n", "é ü"):
+        assert loaded.encode(text).ids == trained.encode(text).ids
+        assert loaded.decode(loaded.encode(text).ids) == text
+
+
+def test_specials_that_a_tokenizer_lacks_come_after_its_own(tmp_path: Path) -> None:
+    has = load_tokenizer(TokenizerConfig(train=300), iter(tiny.documents(60)), tmp_path)
+    has.save(str(tmp_path / "tokenizer.json"))
+    config = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), specials=("<|eos|>", "<|pad|>"))
+    loaded = load_tokenizer(config, iter(()), tmp_path)
+    size = has.get_vocab_size()
+    assert loaded.token_to_id("<|eos|>") == has.token_to_id("<|eos|>") and loaded.get_vocab_size() == size + 1
+    assert loaded.encode("<|pad|><|eos|>").ids == [size, has.token_to_id("<|eos|>")]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_prepare_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise error
+
+    config = tiny.write_text(tmp_path, tiny.documents(60))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_tokenizer", interrupted)
+        with pytest.raises(error):
+            prepare(str(config), tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+    assert prepare(str(config), tmp_path / "data").vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "message"),
+    [
+        ([], {}, "no documents"),
+        (["one"], {}, "no documents"),
+        (["one"], {"tokenizer": "train = 100"}, "less than the 256 bytes"),
+        (["one"], {"split": "validation = 1.5"}, "leave no training text"),
+        (["one"], {"split": "validaton = 0.5"}, r"unknown key 'validaton' \(did you mean 'validation'\?\)"),
+        (["one"], {"top": 'sha256 = "0"'}, "no documents"),
+        (tiny.documents(60), {"top": 'sha256 = "0"'}, "differs from the published one"),
+    ],
+)
+def test_bad_configs_are_one_sentence_and_leave_nothing(
+    tmp_path: Path, texts: list[str], changes: dict[str, str], message: str
+) -> None:
+    config = tiny.write_text(tmp_path, texts, **changes)
+    with pytest.raises(ValueError, match=message):
+        prepare(str(config), tmp_path / "data")
+    assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []

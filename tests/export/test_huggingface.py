@@ -1,0 +1,223 @@
+"""Exported folders: the same numbers as before, a card, a record, and GGUF read back by another reader."""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from epochal.data.store import TokenStore
+from epochal.export.huggingface import export
+from epochal.models.ensemble import EnsembleForCausalLM
+from epochal.models.llama import build_model
+from epochal.models.load import RECORD, load_source
+from epochal.records import Record, Records, Workspace, file_hash, load_records, write_record
+from epochal.run import Ensemble, Samples, fingerprint
+from epochal.training.loop import _save_model
+
+TEXT = "And the king saw the river."
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Records, TokenStore]:
+    """Two finished runs as the training loop leaves them, one of them without weights, and two ensembles."""
+    space, store, config = tiny.workspace(tmp_path_factory.mktemp("made"))
+    provenance = {"commit": "0" * 40, "versions": {"torch": "2"}}
+    for seed, name in enumerate("abc"):
+        run = tiny.run(config, name=name, model="w32", init_seed=seed)
+        results = {"loss": 3.25, "test_loss": 3.5, "parameters": 1000}
+        write_record(space, Record(run, fingerprint(run), "done", results, provenance=provenance))
+        if name != "c":
+            model = build_model("w32", vocab_size=store.vocab_size, max_positions=32, seed=seed, bos_token_id=0)
+            _save_model(model, store, space.folder(name) / "model")
+    jobs = [
+        Ensemble(name="both", runs=("a", "b"), average="probs", member_weights=(0.25, 0.75)),
+        Ensemble(name="soup", runs=("a", "b"), average="parameters"),
+        Ensemble(name="gone", runs=("a", "c"), average="logits"),
+    ]
+    for job in jobs:
+        write_record(space, Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 2000}))
+    text = Samples(name="text", source="a", tokens=10, max_length=10)
+    write_record(space, Record(text, fingerprint(text), "done", {}))
+    return space, load_records(space), store
+
+
+def tokens(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
+
+
+def test_an_exported_run_is_the_run(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    space, records, store = made
+    export("a", tmp_path / "out" / "a", space, records)
+    folder = tmp_path / "out" / "a"
+    again, rows = AutoModelForCausalLM.from_pretrained(folder), tokens(folder)
+    assert (again(rows).logits - load_source("a", space, records)(rows).logits).abs().max() <= 1e-5
+    exact = build_model("w32", vocab_size=store.vocab_size, max_positions=32, seed=0)
+    assert (again(rows).logits - exact(rows).logits).abs().max() <= 1e-5
+    said = pipeline("text-generation", model=str(folder), device="cpu")(TEXT, max_new_tokens=5, do_sample=False)
+    assert said[0]["generated_text"].startswith(TEXT)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_the_card_says_what_it_is(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    import yaml
+
+    space, records, _ = made
+    export("a", tmp_path / "a", space, records)
+    card = (tmp_path / "a" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license_name"] == "made up" and front["pipeline_tag"] == "text-generation"
+    marks = [
+        "3.2500 nats",
+        "3.5000 nats",
+        "made up",
+        file_hash(space.records / "a.json"),
+        "0" * 40,
+        "optimizer.wd | 0.1",
+    ]
+    for mark in [*marks, "unique training tokens | 2,048", "epochs | 3"]:
+        assert mark in card
+    assert json.loads((tmp_path / "a" / RECORD).read_text())["job"]["name"] == "a"
+    assert file_hash(tmp_path / "a" / RECORD) == file_hash(space.records / "a.json")
+
+
+def test_an_exported_ensemble_is_the_ensemble(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    space, records, _ = made
+    export("both", tmp_path / "both", space, records)
+    again, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "both"), tokens(tmp_path / "both")
+    assert isinstance(again, EnsembleForCausalLM)
+    members = [load_source(name, space, records)(rows).logits.double().softmax(-1) for name in "ab"]
+    expected = (0.25 * members[0] + 0.75 * members[1]).log()
+    assert (again(rows).logits - expected).abs().max() <= 1e-5
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "mean of their probabilities" in card and "| b | weight 0.75 |" in card
+    said = pipeline("text-generation", model=again, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "both"))
+    assert said(TEXT, max_new_tokens=5)[0]["generated_text"].startswith(TEXT)
+
+
+def test_an_exported_soup_is_one_model(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    space, records, _ = made
+    export("soup", tmp_path / "soup", space, records, gguf=True)
+    again, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "soup"), tokens(tmp_path / "soup")
+    one, other = (load_source(name, space, records) for name in "ab")
+    with torch.no_grad():
+        for mine, its in zip(one.parameters(), other.parameters(), strict=True):
+            mine.add_(its).mul_(0.5)
+    assert (again(rows).logits - one(rows).logits).abs().max() <= 1e-5
+    assert "mean of those of 2 others" in (tmp_path / "soup" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1}])
+def test_gguf_read_back_by_transformers(
+    made: tuple[Workspace, Records, TokenStore], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """transformers' own reader of GGUF turns the file back into the model and the tokenizer that were exported."""
+    pytest.importorskip("gguf")
+    from transformers import LlamaForCausalLM
+
+    from epochal.export.gguf import write_gguf
+
+    space, records, _ = made
+    export("a", tmp_path / "a", space, records)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "a").config
+    config.update(changes)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "alone").mkdir()
+    write_gguf(tmp_path / "a", tmp_path / "alone" / "model.gguf", name="a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "alone", gguf_file="model.gguf").eval()
+    rows = tokens(tmp_path / "a")
+    assert (again(rows).logits - model(rows).logits).abs().max() <= 1e-5
+    read = AutoTokenizer.from_pretrained(tmp_path / "alone", gguf_file="model.gguf")
+    text = f"{TEXT} 12 unseen wörds,\n  and spaces"
+    assert (
+        read(text, add_special_tokens=False).input_ids == AutoTokenizer.from_pretrained(tmp_path / "a")(text).input_ids
+    )
+
+
+def test_llama_cpp_reads_what_was_written(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    """llama.cpp itself, where its bindings `xllamacpp` are installed: the same tokens and the same next-token chances."""
+    llama = pytest.importorskip("xllamacpp")
+    space, records, store = made
+    export("a", tmp_path / "a", space, records, gguf=True)
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(tmp_path / "a" / "model.gguf"), 256, 1
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it takes half precision
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    server, rows = llama.Server(settings), tokens(tmp_path / "a")
+
+    def ask(path: str, **body: Any) -> Any:
+        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    assert ask("/tokenize", content=TEXT, add_special=False)["tokens"] == rows[0].tolist()
+    answer = ask(
+        "/completion", prompt=rows[0].tolist(), n_predict=1, n_probs=store.vocab_size, temperature=1.0, samplers=[]
+    )
+    found = {one["id"]: one["logprob"] for one in answer["completion_probabilities"][0]["top_logprobs"]}
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "a")(rows).logits[0, -1].log_softmax(-1)
+    assert len(found) > 50
+    assert max(abs(chance - float(expected[token])) for token, chance in found.items()) < 1e-4
+
+
+def test_the_head_of_a_gguf_file(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    space, records, store = made
+    export("a", tmp_path / "a", space, records, gguf=True)
+    reader = gguf.GGUFReader(tmp_path / "a" / "model.gguf")
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "a").config
+    assert values["general.architecture"] == "llama" and values["tokenizer.ggml.model"] == "gpt2"
+    assert values["tokenizer.ggml.bos_token_id"] == store.meta["bos"]
+    assert values["llama.context_length"] == 32 and values["llama.block_count"] == config.num_hidden_layers
+    assert len(values["tokenizer.ggml.tokens"]) == store.vocab_size
+    assert values["tokenizer.ggml.token_type"].count(3) == 2, "the two special tokens"
+    assert len(reader.tensors) == 9 * config.num_hidden_layers + 3
+
+
+def test_what_cannot_be_exported_leaves_nothing(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    space, records, _ = made
+    (tmp_path / "there").mkdir()
+    for name, folder, options, words in [
+        ("a", "there", {}, "exists; name a new folder"),
+        ("text", "x", {}, "no finished model"),
+        ("none", "x", {}, "no finished model"),
+        ("c", "x", {}, "run 'c' again"),
+        ("gone", "x", {}, "run 'c' again"),
+        ("both", "x", {"gguf": True}, "GGUF holds one model"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            export(name, tmp_path / folder, space, records, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("config.json", "LlamaForCausalLM", "GPT2LMHeadModel", "none that --gguf writes"),
+        ("config.json", '"rope_type": "default"', '"rope_type": "linear", "factor": 2.0', "rope_type 'linear'"),
+        ("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true', "no byte-level BPE"),
+    ],
+)
+def test_what_gguf_cannot_hold_is_refused(
+    made: tuple[Workspace, Records, TokenStore], tmp_path: Path, file: str, old: str, new: str, words: str
+) -> None:
+    from epochal.export.gguf import write_gguf
+
+    pytest.importorskip("gguf")
+    space, records, _ = made
+    export("a", tmp_path / "a", space, records)
+    text = (tmp_path / "a" / file).read_text()
+    assert old in text
+    (tmp_path / "a" / file).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=words):
+        write_gguf(tmp_path / "a", tmp_path / "a" / "model.gguf", name="a")
+    assert not (tmp_path / "a" / "model.gguf").exists()

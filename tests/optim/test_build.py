@@ -1,0 +1,195 @@
+"""The decay mask of the paper, AdamW's step exactly, and what every other optimizer is given of a model."""
+
+import pytest
+import torch
+
+from epochal import optim
+from epochal.distributed.sharding import Replicated
+from epochal.models.llama import build_model
+from epochal.optim.build import build_optimizer, parameter_groups, spectral_norms
+from epochal.run import AdamW, AdEMAMix, DecayGroup, Fira, Lion, Mars, Muon, Optimizer, Signum, Spectra
+
+
+def model() -> torch.nn.Module:
+    return build_model("w16", vocab_size=64, max_positions=32, seed=0)
+
+
+def is_decayed(name: str) -> bool:
+    return "norm" not in name and "embed_tokens" not in name
+
+
+def test_the_mask_is_every_linear_map_and_the_head() -> None:
+    subject = model()
+    decayed, kept = parameter_groups(subject, 0.3)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in subject.named_parameters()}
+    found = {names[id(parameter)] for parameter in decayed["params"]}
+    assert found == {name for name in names.values() if is_decayed(name)}
+    assert "lm_head.weight" in found and "model.layers.1.mlp.down_proj.weight" in found
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+@pytest.mark.parametrize(("lr", "wd"), [(1e-2, 1.6), (3e-3, 0.1), (1e-3, 0.0)])
+def test_a_decay_only_step_shrinks_by_lr_times_wd(lr: float, wd: float) -> None:
+    subject = model()
+    before = {name: parameter.detach().clone() for name, parameter in subject.named_parameters()}
+    optimizer = build_optimizer(subject, AdamW(lr=lr, wd=wd), steps=10)
+    for parameter in subject.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in subject.named_parameters():
+        factor = 1.0 - lr * wd if is_decayed(name) else 1.0
+        expected = before[name].double() * factor
+        # Exact up to the one rounding of the product to float32, and of the factor.
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=2**-22, atol=0.0)
+        if not is_decayed(name):
+            assert torch.equal(parameter.detach(), before[name])
+
+
+def test_ten_steps_equal_the_formula_in_float64() -> None:
+    lr, wd = 1e-2, 0.8
+    subject = model()
+    optimizer = build_optimizer(subject, AdamW(lr=lr, wd=wd), steps=10)
+    weights = {name: parameter.detach().double() for name, parameter in subject.named_parameters()}
+    first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 11):
+        for name, parameter in subject.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient.clone()
+            first[name] = 0.9 * first[name] + 0.1 * gradient.double()
+            second[name] = 0.95 * second[name] + 0.05 * gradient.double() ** 2
+            direction = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+            decay = wd * weights[name] if is_decayed(name) else 0.0
+            weights[name] = weights[name] - lr * (direction + decay)
+        optimizer.step()
+    for name, parameter in subject.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), weights[name], rtol=1e-5, atol=1e-6)
+
+
+# --- the others -----------------------------------------------------------------------------------------------------
+
+HIDDEN = 2 * 7
+"""Matrices in the two blocks of w16: q, k, v, o, gate, up, down."""
+
+
+def one_step(choice: Optimizer, **options: object) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    subject = model()
+    optimizer = build_optimizer(subject, choice, steps=10, **options)  # type: ignore[arg-type]
+    give_gradients(subject)
+    optimizer.step()
+    return subject, optimizer
+
+
+def give_gradients(subject: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in subject.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def as_a_run_steps(choice: Optimizer) -> tuple[torch.nn.Module, Replicated]:
+    """One step of the optimizer in the hands of the module that gives matrices to their owners; here there is one."""
+    subject = model()
+    shared = Replicated(build_optimizer(subject, choice, steps=10), subject.named_parameters())
+    give_gradients(subject)
+    shared.step()
+    return subject, shared
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected", "matrices"),
+    [
+        (AdamW(lr=0.01), torch.optim.AdamW, 0),
+        (Signum(lr=0.01), optim.Signum, 0),
+        (AdEMAMix(lr=0.01), optim.AdEMAMix, 0),
+        (Lion(lr=0.01), optim.Lion, 0),
+        (Mars(lr=0.01), optim.Mars, HIDDEN + 2),
+        (Muon(lr=0.01), optim.Muon, HIDDEN),
+        (Fira(lr=0.01), optim.Fira, HIDDEN),
+        (Fira(lr=0.01, patterns=("q_proj", "down")), optim.Fira, 4),
+        (Spectra(base=AdamW(lr=0.01)), optim.Spectra, HIDDEN + 2),
+        (Spectra(base=Mars(lr=0.01), apply_to="all"), optim.Spectra, HIDDEN + 2 + 5),  # norms too, as 1 x n
+        (Spectra(base=Signum(lr=0.01), apply_to=("attn", "mlp")), optim.Spectra, HIDDEN),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_which_matrices_each_optimizer_treats(choice: Optimizer, expected: type, matrices: int) -> None:
+    _, shared = as_a_run_steps(choice)
+    assert type(shared.inner) is expected
+    assert len(shared.matrices) == matrices
+
+
+@pytest.mark.parametrize("choice", [Signum(lr=0.01, wd=0.3), Muon(lr=0.01, wd=0.3), Fira(lr=0.01, wd=0.3, rank=2)])
+def test_the_decay_mask_is_the_same_for_all(choice: Optimizer) -> None:
+    subject = model()
+    optimizer = build_optimizer(subject, choice, steps=10)
+    scales = {id(p): group["decay_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in subject.named_parameters():
+        assert scales[id(parameter)] == (1.0 if is_decayed(name) else 0.0)
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == 0.3 * group["decay_scale"]
+        assert group["lr"] == 0.01
+
+
+def test_decay_patterns_replace_the_mask_where_they_match_first() -> None:
+    decay = (DecayGroup(pattern="embed", scale=0.5), DecayGroup(pattern="layers.0.mlp", scale=0.0))
+    decay += (DecayGroup(pattern="mlp", scale=2.0),)
+    subject, optimizer = one_step(AdamW(lr=0.01, wd=0.1), decay=decay)
+    found = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    for name, _ in subject.named_parameters():
+        expected = 0.1 if is_decayed(name) else 0.0
+        expected = 0.05 if "embed" in name else expected
+        expected = (0.0 if "layers.0" in name else 0.2) if "mlp" in name else expected
+        assert found[name] == pytest.approx(expected), name
+    with pytest.raises(ValueError, match="'mpl' matches none"):
+        one_step(AdamW(lr=0.01), decay=(DecayGroup(pattern="mpl", scale=1.0),))
+
+
+def test_fira_takes_the_published_choices_for_this_size() -> None:
+    _, optimizer = one_step(Fira(lr=0.01))
+    group = next(group for group in optimizer.param_groups if "rank" in group)
+    assert (group["rank"], group["alpha"], group["update_proj_gap"]) == (4, 0.25, 200)  # a quarter of w16's width
+    with pytest.raises(ValueError, match="'attention'"):
+        one_step(Fira(lr=0.01, patterns=("attention",)))
+
+
+def test_spectra_knows_the_peak_rate_the_warmup_and_the_length_of_the_run() -> None:
+    choice = Spectra(base=AdEMAMix(lr=0.01, warmup=0.5), clip=3.0, clip_decay="sqrt")
+    _, optimizer = one_step(choice, warmup_steps=4)
+    for group in optimizer.param_groups:
+        keys = ("base_lr", "warmup_steps", "total_steps", "clip", "alpha_warmup", "beta3_warmup", "betas")
+        assert [group[key] for key in keys] == [0.01, 4, 10, 3.0, 5, 5, (0.9, 0.999, 0.999)]
+
+
+def test_what_ablations_change_reaches_the_optimizer() -> None:
+    _, spectra = one_step(Spectra(base=AdamW(lr=0.01), iterations=5))
+    assert {(group["method"], group["iterations"]) for group in spectra.param_groups} == {("newton_schulz", 5)}
+    _, fira = one_step(Fira(lr=0.01, scaling="matrix", gamma=None))
+    assert {(group["scaling"], group["gamma"]) for group in fira.param_groups} == {("matrix", None)}
+    with pytest.raises(ValueError, match="of the operator 'soft', not of 'hard'"):
+        Spectra(base=AdamW(lr=0.01), operator="hard", iterations=5)
+    with pytest.raises(ValueError, match="scaling is 'row'"):
+        Fira(lr=0.01, scaling="row")
+
+
+@pytest.mark.parametrize(("choice", "buffers"), [(Signum(lr=0.01), 1), (AdEMAMix(lr=0.01), 3), (AdamW(lr=0.01), 2)])
+def test_state_bytes_are_what_the_formula_says(choice: Optimizer, buffers: int) -> None:
+    subject, shared = as_a_run_steps(choice)
+    parameters = list(subject.parameters())
+    assert shared.state_bytes() == 4 * sum(buffers * p.numel() + 1 for p in parameters)
+
+
+def test_spectral_norms_are_the_largest_singular_values_by_kind() -> None:
+    subject = model()
+    norms = spectral_norms(subject)
+    assert set(norms) == {
+        *("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    for kind, norm in norms.items():
+        truth = [
+            float(torch.linalg.svdvals(p.detach().double())[0])
+            for name, p in subject.named_parameters()
+            if f"{kind}.weight" in name
+        ]
+        assert norm == pytest.approx(max(truth), rel=1e-5)

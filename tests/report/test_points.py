@@ -1,0 +1,236 @@
+"""Points from a CSV or from records, the laws through them, and two campaigns side by side."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_recipes import simulate
+
+from epochal import cli
+from epochal.records import Record, Records, Workspace, load_records, write_record
+from epochal.report.claims import read_claims
+from epochal.report.compare import Campaign, compare_campaigns
+from epochal.report.points import DATA, MEMBERS, SIZE, Measured, fit_axis, point_sections, points_of, read_points
+from epochal.report.sections import Section
+from epochal.run import Ensemble, SequenceDistillation, fingerprint
+from epochal.scale import Point, load_scale
+
+SIZES = (1e8, 2e8, 4e8, 8e8, 1.6e9)
+
+
+def law(E: float, A: float, alpha: float) -> Callable[[float], float]:
+    return lambda x: E + A / x**alpha
+
+
+def table(folder: Path, *lines: str) -> Path:
+    path = folder / "points.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_csv_of_other_people_is_read(tmp_path: Path) -> None:
+    path = table(
+        tmp_path,
+        "recipe,loss,N_params,D_tokens,K,source",
+        "ours,3.5,150M,209715200,1,table 3",
+        "ours,3.2,2.7B,1e8,inf,",
+        "theirs,3.1,best,,,x",
+    )
+    points, problems = read_points(path)
+    assert problems == ()
+    assert points == [
+        Measured("ours", 3.5, 150e6, 209715200, 1),
+        Measured("ours", 3.2, 2.7e9, 1e8, math.inf),
+        Measured("theirs", 3.1, None, None, None),
+    ]
+
+
+def test_rows_that_are_no_points_are_named_one_by_one(tmp_path: Path) -> None:
+    path = table(
+        tmp_path, "recipe,loss,K", "a,3.5,1", "a,,1", "a,nan,1", "a,low,1", ",3,1", "a,3,-2", "a,3", "a,3,1,9", "b,2,"
+    )
+    points, problems = read_points(path)
+    assert [point.recipe for point in points] == ["a", "b"]
+    assert problems == (
+        "line 3: loss is '', no finite number",
+        "line 4: loss is 'nan'; give a number above 0",
+        "line 5: loss is 'low', no number",
+        "line 6: recipe is empty",
+        "line 7: K is '-2'; give a number above 0",
+        "line 8: has another number of cells than the first line",
+        "line 9: has another number of cells than the first line",
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (("name,loss", "a,3"), "has no column recipe"),
+        (("a", "b"), "has no column recipe and no loss"),
+        (("recipe,loss", "a,"), "has no row with a loss"),
+    ],
+)
+def test_another_kind_of_file_is_one_sentence(tmp_path: Path, lines: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_points(table(tmp_path, *lines))
+    with pytest.raises(ValueError, match="cannot be read as CSV"):
+        read_points(tmp_path / "none.csv")
+
+
+def test_laws_are_fitted_where_one_thing_grows() -> None:
+    size, members, data = law(3.0, 2e3, 0.5), law(2.9, 0.4, 1.0), law(2.0, 300.0, 0.3)
+    points = [Measured("a", size(n), n, 1e8, 1) for n in SIZES]
+    points += [Measured("c", members(k), 1e8, 1e8, k) for k in (1, 2, 3, 4, 5)]
+    points += [Measured("b", data(d), None, d) for d in SIZES] + [Measured("b", data(d) + 1, 5.0, d) for d in SIZES]
+    (fit,) = fit_axis(points, SIZE)
+    assert (fit.recipe, fit.place, len(fit.xs)) == ("a", "D = 100,000,000, K = 1", 5)
+    assert (fit.law.E, fit.law.alpha) == (pytest.approx(3.0, abs=1e-4), pytest.approx(0.5, abs=1e-3))
+    (fit,) = fit_axis(points, MEMBERS)
+    assert (fit.recipe, fit.place) == ("c", "D = 100,000,000, N = 100,000,000")
+    assert pytest.approx(2.9, abs=1e-4) == fit.law.E
+    (fit,) = fit_axis(points, DATA)
+    assert fit.recipe == "b" and fit.ys == tuple(data(d) for d in SIZES)  # the best at each budget
+    assert pytest.approx(2.0, abs=1e-3) == fit.law.E
+
+
+def noisy(recipe: str, E: float, sign: int = 1) -> list[Measured]:
+    wave = (0.002, -0.002, 0.001, -0.001, 0.001)
+    return [Measured(recipe, E + 2e3 / n**0.5 + sign * w, n, n, 1) for n, w in zip(SIZES, wave, strict=True)]
+
+
+def test_limits_are_compared_with_the_reference() -> None:
+    points = [replace(point, D=1e8) for point in (*noisy("new", 2.8, -1), *noisy("old", 3.0))]
+    sections = {section.title: section for section in point_sections(points, reference="old")}
+    (claim,) = sections["Size"].claims
+    assert claim.text.startswith("new ends below old as N grows")
+    assert claim.holds is True and claim.value.startswith("-0.2")
+    (other,) = {section.title: section for section in point_sections(points)}["Size"].claims
+    assert other.holds is False
+    with pytest.raises(ValueError, match=r"recipe 'ol' \(did you mean 'old'\?\)"):
+        point_sections(points, reference="ol")
+
+
+def test_nested_ensembles_give_a_law_in_members_without_an_interval() -> None:
+    points = [Measured("ours", 4.0 + 0.3 / k, 1e6, 1e5, k) for k in range(1, 9)]
+    (fitted,) = fit_axis(points, MEMBERS)
+    assert abs(fitted.law.E - 4.0) < 1e-4
+    assert fitted.law.interval is None and "share members" in fitted.law.note
+    grown = [Measured("ours", 4.0 + 0.3 / n, 1e6 * n, 1e5, 1) for n in range(1, 9)]
+    assert fit_axis(grown, SIZE)[0].law.interval is not None
+
+
+def test_data_efficiency_against_the_reference() -> None:
+    data = law(2.0, 300.0, 0.3)
+    points = [Measured("base", data(d), None, d) for d in SIZES]
+    points += [Measured("twice", data(2 * d), None, d) for d in SIZES[:2]]
+    section = next(section for section in point_sections(points) if section.title == "Data efficiency")
+    assert [row[3] for row in section.tables[0].rows] == [pytest.approx(2.0, rel=1e-3)] * 2
+
+
+def test_too_few_points_are_only_listed() -> None:
+    (section,) = point_sections([Measured("a", 3.0, 1e8), Measured("a", 2.9, 2e8)])
+    assert section.title == "Points" and section.notes[0].startswith("No law")
+
+
+def test_the_command_reports_a_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        f"{point.recipe},{point.loss},{point.N:.0f},1e8,1" for point in (*noisy("new", 2.8), *noisy("old", 3.0, -1))
+    ]
+    path = table(tmp_path, "recipe,loss,N_params,D_tokens,K", *rows, "old,,1,1,1")
+    monkeypatch.setattr("sys.argv", ["epochal", "report", "--records", str(path), "--reference", "old"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (0, None)
+    captured = capsys.readouterr()
+    assert "left out: line 12: loss is ''" in captured.err
+    folder = tmp_path / "points-report"
+    assert f"report: {folder / 'report.html'}" in captured.out
+    assert (folder / "figures" / "loss-against-N-1.svg").exists() and (
+        folder / "figures" / "loss-against-N-1.png"
+    ).exists()
+    assert [claim.verdict for claim in read_claims(folder / "claims.json")] == ["holds"]
+    assert "1 rows were left out" in (folder / "report.md").read_text()
+
+
+# --- records as points ----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_points_of_a_campaign(tmp_path: Path) -> None:
+    scale, space = load_scale("demo"), Workspace("demo", tmp_path / "results", tmp_path / "work")
+
+    def record(name_wd: float, seed: int, loss: float | None) -> Record:
+        job = scale.run("w64", 24576, Point(lr=0.01, epochs=16, wd=name_wd), seed=seed)
+        results = {"loss": loss, "parameters": 5}
+        return Record(job, fingerprint(job), "diverged" if loss is None else "done", results)
+
+    # wd 1.6 has the lowest single loss and the worse mean; wd 3.2 lost a seed to divergence
+    runs = [record(0.8, 0, 4.2), record(0.8, 1, 4.22), record(1.6, 0, 4.1), record(1.6, 1, 4.5)]
+    runs += [record(3.2, 0, 4.0), record(3.2, 1, None)]
+    student = replace(runs[0].job, name="student", distill=SequenceDistillation(samples="text", fraction=0.5))
+    runs.append(Record(student, "x", "done", {"loss": 3.0, "parameters": 5}))
+    members = (runs[2].job.name, runs[3].job.name)
+    for average, low in (("logits", 4.05), ("probs", 4.04)):
+        curve = {"1": [4.1, 4.5], "2": [low]}
+        job = Ensemble(name=average, runs=members, average=average)
+        runs.append(Record(job, "x", "done", {"loss": low, "curve": curve, "parameters": 10}))
+    points = points_of(Records(space, runs), "demo")
+    assert points[:2] == [Measured("demo, single", loss, 5.0, 24576, 1) for loss in (4.2, 4.22)]
+    assert points[2:] == [
+        Measured("demo, ensembles", pytest.approx(4.3), 5.0, 24576, 1),
+        Measured("demo, ensembles", 4.04, 5.0, 24576, 2),
+    ]
+
+
+def sections_of(records: Records, scale: str) -> list[Section]:
+    from epochal.campaign.plan import load_recipe
+
+    return [load_recipe(name).report(records, load_scale(scale)) for name in ("epoching", "heavy_weight_decay")]
+
+
+def test_two_campaigns_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = load_scale("demo")
+    ours, theirs = (Workspace("demo", tmp_path / side, tmp_path / side / "work") for side in ("ours", "theirs"))
+    for space in (ours, theirs):
+        for _ in simulate(space, "ensembling", scale):
+            pass
+    for record in load_records(theirs):  # another machine, a little worse
+        worse = {**record.results, "loss": record.loss + 0.1}
+        write_record(theirs, replace(record, results=worse))
+    sides = [
+        Campaign(name, "kjv", records, sections_of(records, "demo"))
+        for name, records in (("A", load_records(ours)), ("B", load_records(theirs)))
+    ]
+    first, *rest = compare_campaigns(*sides)
+    assert len(first.tables) == 1 and first.tables[0].title.endswith("claims of both")
+    rows = {row[1]: row[2:] for row in first.tables[0].rows}
+    beats = next(cells for text, cells in rows.items() if "beats the best standard one" in text)
+    assert all(cell.startswith("reproduced") and cell.count(".") >= 3 for cell in beats)
+    assert beats[0] != beats[1]
+    assert {"Size"} <= {section.title for section in rest}
+    alone = compare_campaigns(sides[0], replace(sides[1], sections=sides[1].sections[:1]))[0].tables
+    assert [table.columns for table in alone] == [("section", "claim", "A", "B"), ("section", "claim", "A")]
+    assert {row[0] for row in alone[1].rows} == {"Heavy weight decay"}
+    assert sum(len(table.rows) for table in alone) == len(first.tables[0].rows)
+    with pytest.raises(ValueError, match="both campaigns are called 'A'"):
+        compare_campaigns(sides[0], sides[0])
+    assert "differ" in compare_campaigns(sides[0], replace(sides[1], data="other"))[0].notes[0]
+
+    arguments = [
+        "--results",
+        str(ours.results),
+        "--against",
+        str(theirs.results / "demo"),
+        "--out",
+        str(tmp_path / "page"),
+    ]
+    monkeypatch.setattr("sys.argv", ["epochal", "report", "heavy_weight_decay", "--scale", "demo", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (0, None), capsys.readouterr().err
+    assert "Claims side by side" in (tmp_path / "page" / "report.md").read_text()

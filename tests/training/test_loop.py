@@ -1,0 +1,297 @@
+"""The training loop against a loop written by hand, and against itself stopped, cut up and blown up."""
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from epochal.data.store import Batches, TokenStore
+from epochal.models.llama import build_model
+from epochal.records import Record, Workspace, load_records, write_record
+from epochal.run import AdamW, Fira, Muon, Optimizer, Run, Spectra
+from epochal.stopping import Stopped
+from epochal.training.loop import LOG_STEPS, Pace, Stopper, train
+
+Made = tuple[Workspace, TokenStore, Path]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return tiny.workspace(tmp_path)
+
+
+def trained(run: Run, space: Workspace, pace: Pace | None = None) -> Record:
+    record = train(run, space, pace or Pace())
+    assert record is not None
+    return record
+
+
+def metrics(space: Workspace, name: str) -> list[dict[str, Any]]:
+    lines = (space.folder(name) / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+
+
+def weights(space: Workspace, name: str) -> dict[str, torch.Tensor]:
+    return load_file(space.folder(name) / "model" / "model.safetensors")
+
+
+def by_hand(run: Run, store: TokenStore) -> tuple[torch.nn.Module, list[float]]:
+    """The same run with nothing of the loop: whole logits, torch's AdamW, the schedule spelled out."""
+    model = build_model(run.model, vocab_size=store.vocab_size, max_positions=run.sequence_length, seed=run.init_seed)
+    names = dict(model.named_parameters())
+    kept = [name for name in names if "norm" in name or "embed_tokens" in name]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [names[name] for name in names if name not in kept], "weight_decay": run.optimizer.wd},
+            {"params": [names[name] for name in kept], "weight_decay": 0.0},
+        ],
+        lr=run.optimizer.lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    batches = Batches(store.training_stream(run), None, 0.0, run.batch_size)
+    rise = round(0.1 * run.steps)
+    losses = []
+    for step in range(run.steps):
+        rate = step / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (run.steps - rise))
+        for group in optimizer.param_groups:
+            group["lr"] = run.optimizer.lr * rate
+        tokens = torch.from_numpy(batches(step))
+        logits = model(input_ids=tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def exact_loss(model: Any, store: TokenStore, split: str, length: int) -> float:
+    """The mean loss of a split in float64 from whole logits."""
+    tokens = torch.from_numpy(store.sequences(split, length))
+    with torch.no_grad():
+        logits = model.double()(input_ids=tokens).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+def load(space: Workspace, name: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(space.folder(name) / "model")
+
+
+def test_weights_losses_and_record_equal_a_loop_written_by_hand(made: Made) -> None:
+    space, store, config = made
+    run = tiny.run(config)
+    record = trained(run, space)
+    reference, losses = by_hand(run, store)
+
+    found = weights(space, run.name)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach(), rtol=0.0, atol=1e-4)
+
+    lines = metrics(space, run.name)
+    logged = {line["step"]: line["train_loss"] for line in lines if "train_loss" in line}
+    assert sorted(logged) == [10, 20, 30, 40, 48]
+    for stop, loss in logged.items():
+        start = (stop - 1) // LOG_STEPS * LOG_STEPS
+        assert loss == pytest.approx(sum(losses[start:stop]) / (stop - start), abs=1e-4)
+    assert losses[-1] < 0.7 * losses[0]
+    assert logged[48] < logged[20] < logged[10]
+
+    assert record.status == "done"
+    assert [step for step, _ in record.results["curve"]] == [12, 24, 36, 48]
+    assert record.results["loss"] == record.results["curve"][-1][1]
+    assert record.results["best_loss"] == min(loss for _, loss in record.results["curve"])
+    assert record.results["train_loss"] == logged[48]
+    assert record.results["steps"] == 48 and record.results["tokens"] == 48 * 128
+    model = load(space, run.name)
+    assert record.results["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert record.results["loss"] == pytest.approx(exact_loss(model, store, "validation", 32), abs=1e-5)
+    assert record.results["test_loss"] == pytest.approx(exact_loss(model, store, "test", 32), abs=1e-5)
+    assert not (space.folder(run.name) / "checkpoints").exists()
+    evaluated = [[line["step"], line["validation_loss"]] for line in lines if "validation_loss" in line]
+    assert evaluated == record.results["curve"]
+    write_record(space, record)
+    assert load_records(space).named(run.name) == record
+
+
+def test_accumulation_does_not_change_the_losses(made: Made) -> None:
+    space, _, config = made
+    records = [trained(tiny.run(config, name=f"micro{size}"), space, Pace(micro_batch=size)) for size in (4, 2, 1)]
+    for record in records[1:]:
+        for key in ("loss", "train_loss", "test_loss"):
+            assert record.results[key] == pytest.approx(records[0].results[key], abs=1e-5)
+        for (_, one), (_, other) in zip(record.results["curve"], records[0].results["curve"], strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_at_any_step_is_bit_identical(made: Made, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    space, _, config = made
+    whole = trained(tiny.run(config, name="whole", precision=precision), space)
+    stops = [1, 7, 10, 12, 25, 47]  # beside and on the steps that log and evaluate
+    run, calls = tiny.run(config, name="cut", precision=precision), [0]
+
+    def stop_reason() -> str | None:
+        calls[0] += 1
+        return "told to" if calls[0] in stops else None
+
+    monkeypatch.setattr("epochal.training.loop.stop_reason", stop_reason)
+    for step in stops:
+        with pytest.raises(Stopped, match=f"cut at step {step} of 48: told to"):
+            train(run, space)
+    cut = trained(run, space)
+    assert cut.results == whole.results
+    assert cut.provenance["resumed_at"] == 47 and whole.provenance["resumed_at"] is None
+    assert metrics(space, "cut") == metrics(space, "whole")
+    one, other = weights(space, "whole"), weights(space, "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [Fira(lr=1e-2, gap=20), Spectra(base=AdamW(lr=1e-2), clip=1.0), Muon(lr=1e-2)],
+    ids=["fira", "spectra", "muon"],
+)
+def test_another_optimizer_learns_resumes_and_is_described_in_the_record(
+    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, choice: Optimizer
+) -> None:
+    space, _, config = made
+    runs = [tiny.run(config, name=name, optimizer=choice, wd_schedule="antiphase") for name in ("whole", "cut")]
+    with caplog.at_level(logging.INFO):
+        whole = trained(runs[0], space)
+    matrices = 16 if isinstance(choice, Spectra) else 14
+    assert f"whole: {type(choice).__name__} treats {matrices} matrices" in caplog.text
+    assert whole.provenance["matrices"] == matrices
+    assert whole.provenance["state_bytes"] > 0 and 0 < whole.provenance["optimizer_share"] < 1
+    assert whole.results["spectral_norms"].keys() >= {"q_proj", "lm_head"}
+    assert whole.results["curve"][-1][1] < whole.results["curve"][0][1]
+    stops = iter([None] * 20 + ["told to"])
+    with monkeypatch.context() as patch:
+        patch.setattr("epochal.training.loop.stop_reason", lambda: next(stops))
+        with pytest.raises(Stopped, match="at step 21 of 48"):
+            train(runs[1], space)
+    assert trained(runs[1], space).results == whole.results
+
+
+def test_decay_in_antiphase_is_applied_step_by_step(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, _, config = made
+    seen: list[tuple[float, ...]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any) -> Any:
+        seen.append(tuple(group["weight_decay"] for group in self.param_groups))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run = tiny.run(config, epochs=1, wd=0.4, wd_schedule="antiphase")
+    trained(run, space)
+    rise = round(0.1 * run.steps)
+    for number, (decayed, kept) in enumerate(seen):
+        rate = number / rise if number < rise else 0.5 + 0.5 * math.cos(math.pi * (number - rise) / (run.steps - rise))
+        assert decayed == pytest.approx(0.4 * (1.5 - rate)) and kept == 0.0
+    assert len(seen) == run.steps
+
+
+def test_checkpoints_on_the_way_change_nothing(made: Made) -> None:
+    space, _, config = made
+    seldom = trained(tiny.run(config, name="seldom"), space)
+    often = trained(tiny.run(config, name="often"), space, Pace(checkpoint_seconds=0.0))
+    assert often.results == seldom.results
+    assert metrics(space, "often") == metrics(space, "seldom")
+
+
+def test_a_killed_process_loses_only_what_came_after_the_checkpoint(
+    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    space, _, config = made
+    whole = trained(tiny.run(config, name="whole"), space)
+    run, calls = tiny.run(config, name="cut"), [0]
+
+    def killed() -> None:
+        calls[0] += 1
+        if calls[0] == 33:
+            raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("epochal.training.loop.stop_reason", killed)
+        with pytest.raises(SystemExit):
+            train(run, space, Pace(checkpoint_seconds=0.0))
+    folder = space.folder("cut")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "train_lo')  # half a line
+    newest = max((folder / "checkpoints").glob("step-*"))
+    (newest / "model.safetensors").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        cut = trained(run, space)
+    assert f"{newest} is damaged" in caplog.text
+    assert cut.provenance["resumed_at"] == 31
+    assert cut.results == whole.results
+    assert metrics(space, "cut") == metrics(space, "whole")
+
+
+def test_a_run_that_blows_up_leaves_a_record_that_says_so(made: Made) -> None:
+    space, _, config = made
+    run = tiny.run(config, name="up", lr=1e6, wd=10.0)
+    record = trained(run, space)
+    assert record.status == "diverged"
+    assert record.results["loss"] is None and record.results["train_loss"] is None
+    assert record.results["test_loss"] is None
+    assert record.results["steps"] < run.steps
+    assert all(math.isfinite(loss) for _, loss in record.results["curve"])
+    assert not (space.folder("up") / "model").exists()
+    write_record(space, record)
+    again = load_records(space).named("up")
+    assert again is not None and again.loss == math.inf
+
+
+def test_seeds_change_the_result_and_nothing_else_does(made: Made) -> None:
+    space, _, config = made
+    base = tiny.run(config, epochs=1)
+    losses = {}
+    for name, changes in {"a": {}, "b": {}, "init": {"init_seed": 1}, "order": {"order_seed": 1}}.items():
+        torch.manual_seed(len(name))
+        losses[name] = trained(replace(base, name=name, **changes), space).results["loss"]
+    assert losses["a"] == losses["b"]
+    assert len({losses["a"], losses["init"], losses["order"]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "pace", "message"),
+    [
+        ({}, Pace(micro_batch=3), "micro-batch 3 does not divide the 4 sequences"),
+        ({"unique_tokens": 128_000_000}, Pace(), "above the"),
+        ({"model": "w61"}, Pace(), "Model 'w61' has no file"),
+        ({"data": "kvj"}, Pace(), r"has no 'kvj' \(did you mean 'kjv'\?\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(
+    made: Made, changes: dict[str, Any], pace: Pace, message: str
+) -> None:
+    space, _, config = made
+    with pytest.raises(ValueError, match=message):
+        train(tiny.run(config, **changes), space, pace)
+
+
+class OneOfTwo:
+    """One of two processes; the other wants to save and knows of no stop."""
+
+    world = 2
+
+    def gather(self, value: tuple[str | None, bool, float]) -> list[tuple[str | None, bool, float]]:
+        return [value, (None, True, 0.01)]
+
+
+def test_a_save_that_one_process_wants_is_one_that_all_make() -> None:
+    """Clocks differ: a process that saved alone would wait for the others for ever."""
+    stopper = Stopper(OneOfTwo(), checkpoint_seconds=1e9)  # type: ignore[arg-type]
+    assert stopper.look(1) == (None, True)
