@@ -1,248 +1,238 @@
-"""How far do repeated text and bigger models go at ordinary weight decay? (Spec section 4.)
+"""How far do repeated text and larger models go at ordinary weight decay? (Spec section 4.)
 
 Claim: at the usual decay of 0.1 the loss falls with epochs and with size, then rises: text, not compute, is the limit.
 Command: epochal run epoching --scale demo
-Found: recipes/results/<scale>/report.md
+Results: recipes/results/<scale>/report.md
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from epochal.records import Record, Records, needed
 from epochal.report.claims import Claim
+from epochal.report.comparison import difference_claim
 from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Point, Scale
-from epochal.search.descent import Descent
-from epochal.search.searches import Search, seed_noise, single_search
-from recipes._differences import difference_claim
+from epochal.search.searches import Search, seed_noise
+from epochal.study import NOTHING, Arm, Result, Study
 
 
-def plan(records: Records, scale: Scale) -> list[Job]:
-    """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`sweep_model` also runs every number of epochs of the grid.
+
+    At the budgets `data_scaling_tokens` only the standard recipe runs, with the sizes `data_scaling_models`: further points
+    for its law in D at a fraction of the cost of a whole budget.
+    """
+
+    sweep_model: str = ""
+    data_scaling_tokens: tuple[int, ...] = ()
+    data_scaling_models: tuple[str, ...] = ()
+
+    def check(self, scale: Scale) -> None:
+        """Refuse models without a start and budgets that the batch does not divide."""
+        if bool(self.data_scaling_tokens) != bool(self.data_scaling_models):
+            raise ValueError("data_scaling_tokens and data_scaling_models must be given together.")
+        models = (*self.data_scaling_models, *([self.sweep_model] if self.sweep_model else []))
+        scale.check_models("sweep_model and data_scaling_models", *models, started=True)
+        for tokens in self.data_scaling_tokens:
+            scale.check_budget(tokens)
 
 
-def jobs(records: Records, scale: Scale) -> list[Job]:
-    """Every job that can be named today: the searches so far, and one sweep of epochs at the standard decay."""
-    found: list[Job] = [job for search in searches(records, scale) for job in search.jobs]
-    return list({job.name: job for job in (*found, *sweep(scale), *repeats(records, scale))}.values())
+def settings(study: Study) -> Settings:
+    """Return the settings of this recipe."""
+    return study.settings(Settings) or Settings()
 
 
-def standard(records: Records, scale: Scale, model: str, tokens: int) -> Descent:
-    """Return where the search of lr and epochs at the standard decay stands for one size and budget."""
-    return search(records, scale, model, tokens).descent
+def standard(study: Study) -> Arm:
+    """Return the baseline: lr and epochs tuned at the usual weight decay."""
+    wd = study.scale.standard_wd
+    return Arm(f"at wd {wd:g}", tune=("lr", "epochs"), wd=wd)
 
 
-def search(records: Records, scale: Scale, model: str, tokens: int) -> Search:
-    """Return the search of lr and epochs at the standard decay for one size and budget."""
-    start = scale.standard_start(scale.rung(model))
-    if start is None:
-        below = standard(records, scale, scale.smaller(model), tokens)
-        start = below.best if below.certified else None
-    what = f"{model} at wd {scale.standard_wd:g}, D = {tokens:,}"
-    grid = {"lr": scale.grid.lr, "epochs": scale.grid.epochs}
-    return single_search(records, scale, model, tokens, start, grid, what)
+def budgets(study: Study) -> dict[int, tuple[str, ...]]:
+    """Return the sizes of the standard recipe at every budget D, ascending."""
+    here, scale = settings(study), study.scale
+    models = dict.fromkeys(here.data_scaling_tokens, here.data_scaling_models) | dict.fromkeys(scale.unique_tokens, scale.models)
+    return dict(sorted(models.items()))
 
 
-def searches(records: Records, scale: Scale) -> list[Search]:
-    """Return every search of this recipe: what `epochal plan` shows."""
-    return [
-        search(records, scale, model, tokens) for tokens in scale.budgets for model in scale.standard_models(tokens)
-    ]
+def plan(study: Study) -> list[Job]:
+    """Return every job that can be named: the searches so far, the sweep over epochs, and seeds of what claims compare."""
+    return [*(job for search in searches(study) for job in search.jobs), *sweep(study), *repeats(study)]
 
 
-def sweep(scale: Scale) -> list[Run]:
-    """Return the runs over all epochs of the grid, all else at the standard start of one size."""
-    if not scale.epoching:
+def searches(study: Study) -> list[Search]:
+    """Return the search of every budget and size."""
+    arm = standard(study)
+    return [study.search(arm, model, tokens) for tokens, models in budgets(study).items() for model in models]
+
+
+def sweep(study: Study) -> list[Run]:
+    """Return one size at every number of epochs of the grid, everything else at its standard start."""
+    model, tokens = settings(study).sweep_model, study.scale.unique_tokens[0]
+    if not model:
         return []
-    start = scale.standard_start(scale.rung(scale.epoching))
-    assert start is not None, "Scale refuses an epoching size without a start"
-    points = [Point(lr=start.lr, epochs=epochs, wd=start.wd) for epochs in scale.grid.epochs]
-    return [scale.run(scale.epoching, scale.unique_tokens[0], point) for point in points]
+    return [_at_epochs(study, model, tokens, epochs)[0] for epochs in study.scale.grid.epochs]
 
 
-def repeats(records: Records, scale: Scale) -> list[Run]:
-    """Return the runs that both claims compare, with every seed; none before searches and sweep have shown which."""
-    tokens = scale.unique_tokens[0]
-    searched = all(standard(records, scale, rung.model, tokens).certified for rung in scale.ladder)
-    if not searched or len(_curve(records, sweep(scale))) < len(sweep(scale)):
+def _at_epochs(study: Study, model: str, tokens: int, epochs: int) -> tuple[Run, ...]:
+    """Return the seeds of one size at its standard start, with another number of epochs; none if it has no start."""
+    arm = standard(study)
+    start = study.scale.start(study.scale.rung(model), tokens, wd=arm.wd)
+    return () if start is None else study.seeds(arm, model, tokens, replace(start, epochs=epochs), study.scale.seeds)
+
+
+def repeats(study: Study) -> list[Run]:
+    """Return all seeds of the runs that the two claims compare, once the searches and the sweep have ended."""
+    tokens, arm, swept = study.scale.unique_tokens[0], standard(study), sweep(study)
+    searched = all(study.tuned(arm, model, tokens).certified for model in study.scale.models)
+    if not searched or len(_curve(study, swept)) < len(swept):
         return []
-    compared = (_sweep_ends(records, scale), _size_ends(records, scale, tokens))
-    return [run for pair in compared if pair is not None for run in (*pair.before, *pair.after)]
+    return [run for pair in (_sweep_ends(study), _size_ends(study)) for runs in pair for run in runs]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two settings to compare, each with every seed."""
-
-    before: list[Run]
-    after: list[Run]
-
-    def rises(self, records: Records) -> list[float]:
-        """Return how far the second is above the first, in nats, for each seed that has run both."""
-        found = [(records.get(one), records.get(other)) for one, other in zip(self.before, self.after, strict=True)]
-        rises = [other.loss - one.loss for one, other in found if one is not None and other is not None]
-        return [rise for rise in rises if math.isfinite(rise)]
+Pair = tuple[tuple[Run, ...], tuple[Run, ...]]
+"""Two settings to compare, each with every seed; two empty tuples before both are known."""
 
 
-def best_runs(records: Records, scale: Scale, tokens: int) -> list[Run]:
-    """Return the best standard run of one budget with every seed; none before any has run."""
-    _, best, _ = best_standard(records, scale, tokens)
-    point = standard(records, scale, best.model, tokens).best if best is not None else None
-    return [] if best is None or point is None else _seeds(scale, best.model, tokens, point)
+def rises(study: Study, pair: Pair) -> list[float]:
+    """Return how far the second setting is above the first, in nats, for each seed that has both."""
+    before, after = (study.finite(dict(enumerate(runs))) for runs in pair)
+    return [after[seed].loss - before[seed].loss for seed in before if seed in after]
 
 
-def best_records(records: Records, scale: Scale, tokens: int) -> list[Record]:
-    """Return the finite records of the best standard run of one budget, one for each seed that has run."""
-    found = [records.get(run) for run in best_runs(records, scale, tokens)]
-    return [record for record in found if record is not None and math.isfinite(record.loss)]
+def best_standard(study: Study, tokens: int) -> Result:
+    """Return the best standard result of one budget over all sizes, by the loss of the first seed."""
+    arm, best = standard(study), NOTHING
+    for model in budgets(study)[tokens]:
+        result = study.best(arm, model, tokens)
+        if first_loss(study, result) < first_loss(study, best):
+            best = result
+    return best
 
 
-def _seeds(scale: Scale, model: str, tokens: int, point: Point) -> list[Run]:
-    return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.seeds)]
+def first_loss(study: Study, result: Result) -> float:
+    """Return the loss of a result's first seed, which the search saw; inf without one."""
+    loss = study.loss(result.runs[0]) if result.runs else None
+    return math.inf if loss is None else loss
 
 
-def best_standard(records: Records, scale: Scale, tokens: int) -> tuple[float, Run | None, tuple[str, ...]]:
-    """Return the best standard loss over all sizes, its Run, and what is missing for calling it an optimum."""
-    best, run, missing = math.inf, None, list[str]()
-    for model in scale.standard_models(tokens):
-        here = standard(records, scale, model, tokens)
-        if not here.certified:
-            missing.append(f"neighbours of {model} at wd {scale.standard_wd:g}")
-        if here.best is None:
-            continue
-        candidate = scale.run(model, tokens, here.best)
-        record = records.get(candidate)
-        if record is not None and record.loss < best:
-            best, run = record.loss, candidate
-    return best, run, tuple(missing)
+def missing(study: Study, tokens: int) -> tuple[str, ...]:
+    """Name the standard searches of one budget that have no certificate yet."""
+    arm = standard(study)
+    return tuple(f"neighbours of {m} {arm.label}" for m in budgets(study)[tokens] if not study.tuned(arm, m, tokens).certified)
 
 
-def report(records: Records, scale: Scale) -> Section:
-    """Say whether more epochs and bigger models overfit at the standard decay."""
-    tokens = scale.unique_tokens[0]
+def report(study: Study) -> Section:
+    """Report whether more epochs and larger models overfit at the standard decay."""
     return Section(
         title="Epoching",
-        question=f"How far do repeated text and bigger models go at a weight decay of {scale.standard_wd:g}?",
-        claims=(*_epochs_claim(records, scale), *_size_claim(records, scale, tokens)),
-        tables=tuple(_table(records, scale, budget) for budget in scale.budgets),
-        figures=_figures(records, scale),
+        question=f"How far do repeated text and bigger models go at a weight decay of {study.scale.standard_wd:g}?",
+        claims=(*_epochs_claim(study), *_size_claim(study)),
+        tables=tuple(_table(study, tokens) for tokens in budgets(study)),
+        figures=_figures(study),
     )
 
 
-def _curve(records: Records, runs: list[Run]) -> list[tuple[int, float]]:
-    pairs = [(run.epochs, record.loss) for run in runs if (record := records.get(run)) is not None]
-    return [(epochs, loss) for epochs, loss in sorted(pairs) if math.isfinite(loss)]
+def _curve(study: Study, runs: list[Run]) -> list[tuple[int, float]]:
+    return [(record.job.epochs, record.loss) for _, record in sorted(study.finite({r.epochs: r for r in runs}).items())]  # type: ignore[union-attr]
 
 
-def _sweep_ends(records: Records, scale: Scale) -> Pair | None:
-    """Return the best number of epochs of the sweep and the last one; None with fewer than two results."""
-    curve = _curve(records, sweep(scale))
+def _sweep_ends(study: Study) -> Pair:
+    """Return the best number of epochs of the sweep and the last one."""
+    curve, here = _curve(study, sweep(study)), settings(study)
     if len(curve) < 2:
-        return None
+        return (), ()
     best, last = min(curve, key=lambda pair: pair[1])[0], curve[-1][0]
-    start = scale.standard_start(scale.rung(scale.epoching))
-    assert start is not None, "Scale refuses an epoching size without a start"
-    points = (replace(start, epochs=epochs) for epochs in (best, last))
-    return Pair(*(_seeds(scale, scale.epoching, scale.unique_tokens[0], point) for point in points))
+    tokens = study.scale.unique_tokens[0]
+    return _at_epochs(study, here.sweep_model, tokens, best), _at_epochs(study, here.sweep_model, tokens, last)
 
 
-def _epochs_claim(records: Records, scale: Scale) -> tuple[Claim, ...]:
-    pair = _sweep_ends(records, scale)
-    if pair is None:
+def _epochs_claim(study: Study) -> tuple[Claim, ...]:
+    pair = _sweep_ends(study)
+    if not pair[0]:
         return ()
-    best, last = pair.before[0].epochs, pair.after[0].epochs
-    missing = () if len(_curve(records, sweep(scale))) == len(sweep(scale)) else ("epochs of the sweep",)
+    best, last, swept = pair[0][0].epochs, pair[1][0].epochs, sweep(study)
     return (
         difference_claim(
-            f"{scale.epoching}, wd {scale.standard_wd:g}: more epochs than {best} raise the loss again "
+            "epoching.epochs",
+            f"{settings(study).sweep_model}, wd {study.scale.standard_wd:g}: more epochs than {best} raise the loss again "
             f"({last} epochs against {best})",
-            pair.rises(records),
+            rises(study, pair),
             paper="falls, then rises (figure only), section 4",
-            reasons=missing,
+            reasons=() if len(_curve(study, swept)) == len(swept) else ("epochs of the sweep",),
         ),
     )
 
 
-def _size_ends(records: Records, scale: Scale, tokens: int) -> Pair | None:
+def _size_ends(study: Study) -> Pair:
     """Return the smallest and the largest size at the most epochs that every size was run for."""
-    complete = [
-        epochs for epochs in scale.grid.epochs if len(_losses_at(records, scale, tokens, epochs)) == len(scale.ladder)
-    ]
-    if not complete or len(scale.ladder) < 2:
-        return None
-    ends = []
-    for rung in (scale.ladder[0], scale.ladder[-1]):
-        start = scale.standard_start(rung)
-        assert start is not None, "a size without a start has no loss above"
-        ends.append(_seeds(scale, rung.model, tokens, replace(start, epochs=max(complete))))
-    return Pair(*ends)
+    tokens, models = study.scale.unique_tokens[0], study.scale.models
+    complete = [epochs for epochs in study.scale.grid.epochs if len(_losses_at(study, tokens, epochs)) == len(models)]
+    if not complete or len(models) < 2:
+        return (), ()
+    return _at_epochs(study, models[0], tokens, max(complete)), _at_epochs(study, models[-1], tokens, max(complete))
 
 
-def _size_claim(records: Records, scale: Scale, tokens: int) -> tuple[Claim, ...]:
-    """Say whether the loss rises with size, at the most epochs that every size was run for."""
-    pair = _size_ends(records, scale, tokens)
-    if pair is None:
+def _size_claim(study: Study) -> tuple[Claim, ...]:
+    pair = _size_ends(study)
+    if not pair[0]:
         return ()
-    smallest, largest = pair.before[0], pair.after[0]
+    smallest, largest = pair[0][0], pair[1][0]
     return (
         difference_claim(
-            f"wd {scale.standard_wd:g}, {smallest.epochs} epochs: the largest model ({largest.model}) overfits past the "
+            "epoching.size",
+            f"wd {study.scale.standard_wd:g}, {smallest.epochs} epochs: the largest model ({largest.model}) overfits past the "
             f"smallest ({smallest.model})",
-            pair.rises(records),
+            rises(study, pair),
             paper="1.4B above 600M by 0.0146 nats, section 4",
         ),
     )
 
 
-def _losses_at(records: Records, scale: Scale, tokens: int, epochs: int) -> dict[str, float]:
+def _losses_at(study: Study, tokens: int, epochs: int) -> dict[str, float]:
     """Return the finite losses of all sizes at one number of epochs, each at the lr its search starts from."""
-    losses = {}
-    for rung in scale.ladder:
-        start = scale.standard_start(rung)
-        if start is None:
-            continue
-        record = records.get(scale.run(rung.model, tokens, Point(lr=start.lr, epochs=epochs, wd=start.wd)))
-        if record is not None and math.isfinite(record.loss):
-            losses[rung.model] = record.loss
-    return losses
+    runs = {model: _at_epochs(study, model, tokens, epochs)[:1] for model in study.scale.models}
+    losses = {model: study.loss(run) for model, pair in runs.items() for run in pair}
+    return {model: loss for model, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
-def _table(records: Records, scale: Scale, tokens: int) -> Table:
-    rows: list[tuple[str | float | int | None, ...]] = []
-    for model in scale.standard_models(tokens):
-        here = search(records, scale, model, tokens)
-        point, certificate = here.descent.best, here.certificate(seed_noise(records, model, tokens))
-        record = records.get(scale.run(model, tokens, point)) if point else None
+def _table(study: Study, tokens: int) -> Table:
+    rows: list[tuple[Any, ...]] = []
+    for model in budgets(study)[tokens]:
+        search = study.search(standard(study), model, tokens)
+        point, tried = search.descent.best, search.descent.tried
+        record = study.records.get(search.jobs_of(point)[0]) if point else None
         if point is None or record is None:
-            rows.append((model, None, None, None, None, here.descent.tried, "no result yet"))
+            rows.append((model, *(None,) * 4, tried, "no result yet"))
             continue
-        size, tried = record.results["parameters"], here.descent.tried
-        rows.append((model, size, point.lr, point.epochs, record.loss, tried, str(certificate)))
+        certificate = search.certificate(seed_noise(study.records, model, tokens))
+        rows.append((model, record.results["parameters"], point.lr, point.epochs, record.loss, tried, str(certificate)))
     return Table(
-        title=f"Best standard runs, D = {tokens:,} tokens, wd {scale.standard_wd:g}",
+        title=f"Best standard runs, D = {tokens:,} tokens, wd {study.scale.standard_wd:g}",
         columns=("model", "N", "lr", "epochs", "loss", "runs tried", "search"),
         rows=tuple(rows),
     )
 
 
-def _figures(records: Records, scale: Scale) -> tuple[Figure, ...]:
-    tokens = scale.unique_tokens[0]
-    by_epochs = {epochs: _losses_at(records, scale, tokens, epochs) for epochs in scale.grid.epochs}
+def _figures(study: Study) -> tuple[Figure, ...]:
+    tokens = study.scale.unique_tokens[0]
+    by_epochs = {epochs: _losses_at(study, tokens, epochs) for epochs in study.scale.grid.epochs}
     if not any(by_epochs.values()):
         return ()
 
-    def draw(axes: object) -> None:
-        for rung in scale.ladder:
-            curve = [(epochs, losses[rung.model]) for epochs, losses in by_epochs.items() if rung.model in losses]
+    def draw(axes: Any) -> None:
+        for model in study.scale.models:
+            curve = [(epochs, losses[model]) for epochs, losses in by_epochs.items() if model in losses]
             if curve:
-                draw_series(axes, [e for e, _ in curve], [loss for _, loss in curve], label=rung.model)
-        axes.set_xscale("log", base=2)  # type: ignore[attr-defined]
-        axes.set_xlabel("epochs")  # type: ignore[attr-defined]
-        axes.set_ylabel("validation loss (nats per token)")  # type: ignore[attr-defined]
-        axes.legend()  # type: ignore[attr-defined]
+                draw_series(axes, [e for e, _ in curve], [loss for _, loss in curve], label=model)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("epochs")
+        axes.set_ylabel("validation loss (nats per token)")
+        axes.legend()
 
-    caption = f"Loss against epochs at wd {scale.standard_wd:g}, D = {tokens:,} tokens."
+    caption = f"Loss against epochs at wd {study.scale.standard_wd:g}, D = {tokens:,} tokens."
     return (Figure(name="loss-against-epochs", caption=caption, draw=draw),)

@@ -45,15 +45,19 @@ def find_config(kind: str, name: str, suffix: str) -> Path:
 
 def load_toml(path: Path, cls: type[T]) -> T:
     """Read a TOML file into the dataclass `cls`; unknown keys, wrong types and unreadable files raise ValueError."""
+    return from_table(read_toml(path), cls, where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; a missing or malformed one raises ValueError."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; check the path.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}; correct that line.") from None
-    return from_table(table, cls, where=str(path))
 
 
 def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:

@@ -30,7 +30,7 @@ def at_least(field: str, value: float, low: float) -> None:
 class Decoupled:
     """What all optimizers have: the peak learning rate, and a weight decay decoupled from the gradient."""
 
-    lr: float
+    lr: float = 1e-3
     wd: float = 0.1
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
-"""Searches of a campaign: the tuner's descent over the Runs of one size and budget, what it asks for and how sure it is.
+"""Searches of a campaign: coordinate descent over the jobs of one size and budget, and how certain its optimum is.
 
-Two objectives: `single`, the validation loss of one model, and `ensemble`, the fitted limit of infinitely many members from
-a few. Everything is a pure function of the records; no torch.
+Everything here is a pure function of the records; no torch.
 """
 
 import math
@@ -9,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epochal.records import Record, Records
-from epochal.run import Ensemble, Job, Run, without_seed
-from epochal.scale import Point, Scale
+from epochal.run import Job, Run
+from epochal.scale import Point
 from epochal.search.descent import (
-    NOT_STARTED,
     Certificate,
     Descent,
     Grid,
@@ -20,8 +18,6 @@ from epochal.search.descent import (
     Noise,
     between_points,
     certify,
-    descend,
-    members_limit,
     pooled_noise,
     possible_gain,
 )
@@ -32,7 +28,7 @@ FEWEST_FREEDOM = 4
 
 @dataclass(frozen=True)
 class Search:
-    """One search of one size and budget: `what` in words, its `descent`, and how a point becomes a loss and jobs."""
+    """One search of one size and budget: its title, its descent, and how a point becomes a loss and jobs."""
 
     what: str
     model: str
@@ -65,58 +61,6 @@ class Search:
     def certificate(self, noise: Noise | None = None) -> Certificate | None:
         """Return what is known about the neighbours of the best point."""
         return certify(self.loss_of, self.descent, self.grid, noise)
-
-
-def single_search(
-    records: Records, scale: Scale, model: str, tokens: int, start: Point | None, grid: Grid, what: str
-) -> Search:
-    """Search the lowest loss of one model; a start of None waits."""
-
-    def loss_of(point: Point) -> float | None:
-        record = records.get(scale.run(model, tokens, point))
-        return None if record is None else record.loss
-
-    def jobs_of(point: Point) -> tuple[Job, ...]:
-        return (scale.run(model, tokens, point),)
-
-    return Search(what, model, tokens, grid, loss_of, jobs_of, _descent(loss_of, start, grid, scale))
-
-
-def ensemble_search(
-    records: Records, scale: Scale, model: str, tokens: int, start: Point | None, grid: Grid, members: int
-) -> Search:
-    """Search the lowest limit of infinitely many members, fitted from `members` of them a point (spec section 6).
-
-    A point with a diverged member counts as diverged. Raises ValueError for fewer than two members.
-    """
-    if members < 2:
-        raise ValueError(f"a limit needs two members or more, not {members}; raise search_members.")
-
-    def jobs_of(point: Point) -> tuple[Job, ...]:
-        runs = [scale.run(model, tokens, point, seed=seed) for seed in range(members)]
-        name = f"{without_seed(runs[0].name)}-k{members}-logits"
-        return (*runs, Ensemble(name=name, runs=tuple(run.name for run in runs), average="logits"))
-
-    def loss_of(point: Point) -> float | None:
-        *runs, ensemble = jobs_of(point)
-        if any(record.loss == math.inf for run in runs if (record := records.get(run)) is not None):
-            return math.inf
-        record = records.get(ensemble)
-        return None if record is None else members_limit(mean_curve(record))
-
-    what = f"{model} members, D = {tokens:,}"
-    return Search(what, model, tokens, grid, loss_of, jobs_of, _descent(loss_of, start, grid, scale))
-
-
-def _descent(loss_of: LossOf, start: Point | None, grid: Grid, scale: Scale) -> Descent:
-    if start is None:
-        return NOT_STARTED
-    return descend(loss_of, start, grid, scale.search)
-
-
-def mean_curve(record: Record) -> dict[int, float]:
-    """Return the mean loss of an Ensemble's record over all subsets of K members, by K."""
-    return {int(k): sum(losses) / len(losses) for k, losses in record.results["curve"].items()}
 
 
 # --- noise between seeds ------------------------------------------------------------------------------------------------

@@ -1,0 +1,258 @@
+"""What recipes ask of a campaign: arms, their tuned points, and the records there.
+
+An `Arm` is one row of a comparison: a label, what it changes in the scale's base run, and what is tuned with it. A `Study`
+answers questions about arms from the records: where an arm was tuned to, which runs are its seeds, what they reached.
+Answers are memoised, because a plan asks the same ones many times. A missing result is one value, `NOTHING`.
+"""
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from epochal.config import from_table
+from epochal.records import Record, Records
+from epochal.run import Ensemble, Job, Optimizer, Run
+from epochal.scale import Point, Scale, Value
+from epochal.search.descent import NOT_STARTED, Descent, descend
+from epochal.search.searches import Search
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a comparison.
+
+    `optimizer` replaces the scale's (its lr and wd are tuned). Its learning rates are `lr_factor` times those of the grid
+    and its decays 1 / `lr_factor` of them, so that lr * wd is the same for all arms. `run` names further fields of the Run
+    that differ; dotted names reach into the optimizer. `tune` are the fields that a descent tunes, `grids` the values of
+    those that are not lr, epochs or wd; the first value is the start. `wd` fixes the decay.
+    """
+
+    label: str
+    optimizer: Optimizer | None = None
+    lr_factor: float = 1.0
+    run: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tune: tuple[str, ...] = ("wd", "epochs", "lr")
+    grids: Mapping[str, tuple[Value, ...]] = field(default_factory=dict, hash=False)
+    wd: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A full grid for one size and budget: every lr with every wd at a fixed number of epochs, then seeds at the best."""
+
+    model: str
+    tokens: int
+    epochs: int
+    lr: tuple[float, ...]
+    wd: tuple[float, ...]
+    seeds: int = 3
+
+    @property
+    def title(self) -> str:
+        """The text of this sweep, as claims name it."""
+        passes = "one pass" if self.epochs == 1 else f"{self.epochs} epochs"
+        return f"{passes} over {self.tokens:,} tokens"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best known point of an arm: its runs, finite records by seed, and how it was found.
+
+    `settled`: the grid is complete, or every neighbor of the point was run and is not better. `edges`: tuned fields whose
+    grid ends at the point. `tried`: runs of the first seed that the search cost. Falsy while there is no finite record.
+    """
+
+    point: Point | None = None
+    runs: tuple[Run, ...] = ()
+    records: Mapping[int, Record] = field(default_factory=dict)
+    settled: bool = False
+    edges: tuple[str, ...] = ()
+    tried: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.records)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Validation losses in nats by seed."""
+        return {seed: record.loss for seed, record in self.records.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean validation loss over seeds in nats; inf without any."""
+        return statistics.fmean(self.losses.values()) if self.records else math.inf
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model; raises StopIteration without a record."""
+        return int(next(iter(self.records.values())).results["parameters"])
+
+
+NOTHING = Result()
+
+
+def memoised(method: F) -> F:
+    """Keep the answers of a Study's method, which depend on its arguments and on records that do not change."""
+
+    @functools.wraps(method)
+    def ask(self: "Study", *args: Any) -> Any:
+        key = (method.__name__, *args)
+        if key not in self._answers:
+            self._answers[key] = method(self, *args)
+        return self._answers[key]
+
+    return cast(F, ask)
+
+
+class Study:
+    """The records and the scale of one campaign, with memoised answers about arms."""
+
+    def __init__(self, records: Records, scale: Scale) -> None:
+        self.records = records
+        self.scale = scale
+        self._answers: dict[tuple[Any, ...], Any] = {}
+
+    def settings(self, cls: type[T]) -> T | None:
+        """Return the settings of the recipe that defines `cls`, from its table in the scale; None without a table.
+
+        Raises ValueError for unknown keys and wrong types, and what `cls.check(scale)` raises if it has that method.
+        """
+        recipe = cls.__module__.rpartition(".")[2].lstrip("_")
+        return cast("T | None", self._settings(recipe, cls))
+
+    @memoised
+    def _settings(self, recipe: str, cls: Any) -> Any:
+        table = self.scale.tables.get(recipe)
+        if table is None:
+            return None
+        where = f"scale {self.scale.name!r}, [{recipe}]"
+        settings = from_table(table, cls, where=where)
+        if hasattr(settings, "check"):
+            try:
+                settings.check(self.scale)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        return settings
+
+    # --- one run -----------------------------------------------------------------------------------------------------
+
+    def run(self, arm: Arm, model: str, tokens: int, point: Point, seed: int = 0) -> Run:
+        """Return the run of an arm at a point, which is in the arm's own lr and wd."""
+        changes = dict(arm.run)
+        inner = {name: changes.pop(name) for name in arm.run if "." in name}
+        if arm.optimizer is not None:
+            changes["optimizer"] = arm.optimizer
+        run = self.scale.run(model, tokens, point, seed=seed, **changes)
+        return self.scale.changed(run, inner) if inner else run
+
+    def loss(self, job: Job) -> float | None:
+        """Return the loss of a job in nats: inf if it diverged, None before it has run."""
+        record = self.records.get(job)
+        return None if record is None else record.loss
+
+    def finite(self, jobs: Mapping[int, Job]) -> dict[int, Record]:
+        """Return the records of those jobs that have run and did not diverge, under the same keys."""
+        records = {key: self.records.get(job) for key, job in jobs.items()}
+        return {key: record for key, record in records.items() if record is not None and math.isfinite(record.loss)}
+
+    # --- tuned by coordinate descent, from the start that the ladder gives --------------------------------------------
+
+    @memoised
+    def search(self, arm: Arm, model: str, tokens: int) -> Search:
+        """Return the search of one size and budget; it starts at the smaller size's optimum if the rung gives no start."""
+        start = self.scale.start(self.scale.rung(model), tokens, wd=arm.wd)
+        if start is None:
+            smaller = self.tuned(arm, self.scale.smaller(model), tokens)
+            start = smaller.best if smaller.certified else None
+        elif arm.grids:
+            start = Point(start.lr, start.epochs, start.wd, tuple((name, g[0]) for name, g in arm.grids.items()))
+        grid = {name: getattr(self.scale.grid, name) for name in arm.tune} | dict(arm.grids)
+
+        def loss_of(point: Point) -> float | None:
+            return self.loss(self.run(arm, model, tokens, point))
+
+        def jobs_of(point: Point) -> tuple[Job, ...]:
+            return (self.run(arm, model, tokens, point),)
+
+        return self.descend(f"{model} {arm.label}, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of)
+
+    def descend(
+        self,
+        title: str,
+        model: str,
+        tokens: int,
+        start: Point | None,
+        grid: Mapping[str, tuple[Value, ...]],
+        loss_of: Callable[[Point], float | None],
+        jobs_of: Callable[[Point], tuple[Job, ...]],
+    ) -> Search:
+        """Return a search over `grid` as far as the records lead it; a start of None waits."""
+        descent = NOT_STARTED if start is None else descend(loss_of, start, grid, self.scale.search_mode)
+        return Search(title, model, tokens, grid, loss_of, jobs_of, descent)
+
+    def tuned(self, arm: Arm, model: str, tokens: int) -> Descent:
+        """Return where the search of one size and budget stands."""
+        return self.search(arm, model, tokens).descent
+
+    @memoised
+    def best(self, arm: Arm, model: str, tokens: int) -> Result:
+        """Return the best known point of a descent with the records of all the scale's seeds there."""
+        descent = self.tuned(arm, model, tokens)
+        if descent.best is None:
+            return NOTHING
+        return self._result(arm, model, tokens, descent.best, self.scale.seeds, descent.certified, descent.edges, descent.tried)
+
+    # --- tuned on a full grid -------------------------------------------------------------------------------------------
+
+    def points(self, arm: Arm, sweep: Sweep) -> list[Point]:
+        """Return every point of a sweep in the arm's own lr and wd."""
+        return [
+            Point(lr=_rounded(lr * arm.lr_factor), epochs=sweep.epochs, wd=_rounded(wd / arm.lr_factor))
+            for lr in sweep.lr
+            for wd in sweep.wd
+        ]
+
+    @memoised
+    def swept(self, arm: Arm, sweep: Sweep) -> Result:
+        """Return the best point of a complete grid with the records of all seeds there; `NOTHING` before it is complete."""
+        points = self.points(arm, sweep)
+        losses = {point: self.loss(self.run(arm, sweep.model, sweep.tokens, point)) for point in points}
+        known = {point: loss for point, loss in losses.items() if loss is not None}
+        best = min(known, key=lambda point: (known[point], point), default=None)
+        if best is None or len(known) < len(points) or not math.isfinite(known[best]):
+            return NOTHING
+        values = {name: sorted({point.get(name) for point in points}) for name in ("lr", "wd")}
+        edges = tuple(n for n, v in values.items() if len(v) > 1 and best.get(n) in (v[0], v[-1]))
+        return self._result(arm, sweep.model, sweep.tokens, best, sweep.seeds, True, edges, len(points))
+
+    def sweep_jobs(self, arm: Arm, sweep: Sweep) -> list[Job]:
+        """Return the runs of a sweep: the whole grid, then seeds at the best point once the grid is complete."""
+        grid: list[Job] = [self.run(arm, sweep.model, sweep.tokens, point) for point in self.points(arm, sweep)]
+        return [*grid, *self.swept(arm, sweep).runs[1:]]
+
+    def seeds(self, arm: Arm, model: str, tokens: int, point: Point, count: int) -> tuple[Run, ...]:
+        """Return the runs of `count` seeds at one point."""
+        return tuple(self.run(arm, model, tokens, point, seed) for seed in range(count))
+
+    def _result(
+        self, arm: Arm, model: str, tokens: int, point: Point, seeds: int, settled: bool, edges: tuple[str, ...], tried: int
+    ) -> Result:
+        runs = self.seeds(arm, model, tokens, point, seeds)
+        return Result(point, runs, self.finite(dict(enumerate(runs))), settled, edges, tried)
+
+
+def _rounded(value: float) -> float:
+    """Drop the rounding error of a product, which would show in names."""
+    return float(f"{value:.6g}")
+
+
+def mean_curve(record: Record) -> dict[int, float]:
+    """Return the mean loss of an ensemble's record over all its subsets of K members, by K."""
+    assert isinstance(record.job, Ensemble)
+    return {int(k): statistics.fmean(losses) for k, losses in record.results["curve"].items()}
