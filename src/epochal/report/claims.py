@@ -23,12 +23,12 @@ OPEN, NOT_HERE = "open", "not testable at this scale"
 class Claim:
     """One sentence that the records support or not.
 
-    `id` names the claim in tables and tests, whatever its sentence: lower-case words joined by dashes and dots, such as
-    "optimizers.one-pass.fira-galore". `value` is the measured number with its unit ("0.27 nats"), `interval` its 90% interval or None, `seeds` the number
-    of independent seeds behind it, `holds` None while it cannot be judged. `provisional` names what is missing
-    (neighbours, seeds, points), empty when nothing is. `paper` is what the paper reports for the same sentence, as text
-    with its place ("0.27 nats, section 5"), empty for a claim of our own. `untestable` says why this scale cannot test
-    the sentence, empty when it can. `command` makes the records behind it.
+    `id` names the claim in tables and tests, whatever its wording: lower-case words joined by dashes and dots, such as
+    "optimizers.one-pass.fira-galore". `value` is the measured number with its unit ("0.27 nats"), `interval` its 90%
+    interval or None, `seeds` the number of independent seeds behind it, `holds` None while it cannot be judged.
+    `provisional` lists what is missing (neighbors, seeds, points). `paper` is what the paper reports for the same
+    sentence, with its place ("0.27 nats, section 5"), empty for a claim that no paper makes. `untestable` says why this
+    scale cannot test the sentence. `command` produces the records behind it.
     """
 
     id: str = ""
