@@ -214,6 +214,22 @@ def test_a_claim_is_judged_or_untestable():
         Claim(text="t", value="", holds=True, untestable="why")
 
 
+@pytest.mark.parametrize("name", ["A", "two words", "-a", "a.", "a..b", "a_b"])
+def test_a_claim_id_is_lower_case_words_with_dashes_and_dots(name):
+    with pytest.raises(ValueError, match="must be lower-case words"):
+        Claim(id=name, text="t", value="")
+    assert Claim(id="a-1.b2", text="t", value="").id == "a-1.b2"
+
+
+def test_a_report_refuses_two_claims_with_one_id_and_leaves_the_old_report(tmp_path):
+    write_report([], tmp_path, title="old")
+    before = files(tmp_path)
+    same = Section(title="S", question="?", claims=(Claim(id="a.b", text="t", value=""),))
+    with pytest.raises(ValueError, match=r"the id 'a\.b'; give each its own"):
+        write_report([same, same], tmp_path, title="new")
+    assert files(tmp_path) == before
+
+
 def test_no_claims_and_no_figures_need_no_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr(report_figures, "require_matplotlib", lambda: pytest.fail("asked for matplotlib"))
     write_report([], tmp_path, title="Empty")

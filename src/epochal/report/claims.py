@@ -5,6 +5,8 @@ A claim with a number of the paper is reproduced or not; a claim of our own hold
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from epochal.config import from_table
 
 CLAIM_COLUMNS = ("Claim", "Paper", "Here", "90% interval", "Seeds", "Verdict")
+ID = r"[a-z0-9]+([.-][a-z0-9]+)*"
 OPEN, NOT_HERE = "open", "not testable at this scale"
 
 
@@ -20,13 +23,15 @@ OPEN, NOT_HERE = "open", "not testable at this scale"
 class Claim:
     """One sentence that the records support or not.
 
-    `value` is the measured number with its unit ("0.27 nats"), `interval` its 90% interval or None, `seeds` the number
-    of independent seeds behind it, `holds` None while it cannot be judged. `provisional` names what is missing
-    (neighbours, seeds, points), empty when nothing is. `paper` is what the paper reports for the same sentence, as text
-    with its place ("0.27 nats, section 5"), empty for a claim of our own. `untestable` says why this scale cannot test
-    the sentence, empty when it can. `command` makes the records behind it.
+    `id` names the claim in tables and tests, whatever its wording: lower-case words joined by dashes and dots, such as
+    "optimizers.one-pass.fira-galore". `value` is the measured number with its unit ("0.27 nats"), `interval` its 90%
+    interval or None, `seeds` the number of independent seeds behind it, `holds` None while it cannot be judged.
+    `provisional` lists what is missing (neighbors, seeds, points). `paper` is what the paper reports for the same
+    sentence, with its place ("0.27 nats, section 5"), empty for a claim that no paper makes. `untestable` says why this
+    scale cannot test the sentence. `command` produces the records behind it.
     """
 
+    id: str = ""
     text: str
     value: str
     interval: tuple[float, float] | None = None
@@ -38,6 +43,8 @@ class Claim:
     command: str = ""
 
     def __post_init__(self) -> None:
+        if self.id and not re.fullmatch(ID, self.id):
+            raise ValueError(f"claim id {self.id!r} must be lower-case words joined by dashes and dots; rename it.")
         if self.untestable and self.holds is not None:
             raise ValueError(f"claim {self.text!r} is judged and called untestable; leave one of the two out.")
 
@@ -88,8 +95,12 @@ class ClaimRow(Claim):
 
 
 def render_claims(rows: Iterable[ClaimRow]) -> str:
-    """Render claims.json."""
+    """Render claims.json; raises ValueError when two claims share an id."""
     tables = [asdict(row) for row in rows]
+    ids = Counter(table["id"] for table in tables if table["id"])
+    repeated = [name for name, count in ids.items() if count > 1]
+    if repeated:
+        raise ValueError(f"several claims of this report have the id {repeated[0]!r}; give each its own.")
     for table in tables:
         if table["interval"] is not None:  # JSON knows no infinity: null is an end that is open
             table["interval"] = [end if math.isfinite(end) else None for end in table["interval"]]

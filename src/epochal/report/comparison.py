@@ -1,0 +1,138 @@
+"""Arms of one experiment compared by seed: a table of all arms, and a claim for each pair of interest.
+
+Runs of one seed start from the same weights and read the same batches, so their difference has less noise than either
+loss. All intervals are therefore Student's 90% intervals of the mean of paired differences.
+"""
+
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from epochal.config import nearest
+from epochal.report.claims import Claim
+from epochal.report.sections import Cell, Table
+from epochal.scaling import seed_interval, unsettled
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmLosses:
+    """The results of one arm.
+
+    `losses` are finite losses in nats per token by seed, empty before the first result. `cells` are the arm's values in
+    further columns of the table. `caveats` are reasons why claims about this arm are provisional, such as "seeds of Fira".
+    """
+
+    label: str
+    losses: Mapping[int, float]
+    cells: tuple[Cell, ...] = ()
+    caveats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The claim that one arm has a lower loss than another, both given by their labels.
+
+    `id` and `paper` are those of the Claim. `text` replaces "BETTER has a lower loss than WORSE". With a `tolerance`
+    (nats) the claim is instead that the two losses differ by less than that, so `text` must be given.
+    """
+
+    better: str
+    worse: str
+    id: str = ""
+    text: str = ""
+    paper: str = ""
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and not self.text:
+            raise ValueError(f"{self.better!r} and {self.worse!r} are compared within a tolerance; give the text too.")
+
+
+def gains_by_seed(losses: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
+    """How far losses are below a baseline's, for each seed that both have; positive is better."""
+    return {seed: baseline[seed] - losses[seed] for seed in sorted(losses) if seed in baseline}
+
+
+def difference_claim(
+    text: str,
+    differences: Sequence[float],
+    *,
+    id: str = "",
+    paper: str = "",
+    caveats: Sequence[str] = (),
+    tolerance: float | None = None,
+) -> Claim:
+    """Claim that the mean of differences is above zero, or within `tolerance` of it.
+
+    `differences` are in nats, one for each seed. The claim is provisional for every one of `caveats`, with a single seed,
+    and while its interval contains zero; the latter does not count against a claim of equality.
+    """
+    mean = statistics.fmean(differences)
+    noise = [caveat for caveat in unsettled(differences) if tolerance is None or caveat == "one seed"]
+    return Claim(
+        id=id,
+        text=text,
+        value=f"{mean:+.4f} nats",
+        interval=seed_interval(differences),
+        seeds=len(differences),
+        holds=mean > 0 if tolerance is None else abs(mean) < tolerance,
+        paper=paper,
+        provisional=tuple(dict.fromkeys((*caveats, *noise))),
+    )
+
+
+def pair_claims(
+    arms: Sequence[ArmLosses], pairs: Sequence[Pair], *, condition: str = "", caveats: Sequence[str] = ()
+) -> list[Claim]:
+    """Return one claim for each pair whose arms have a seed in common.
+
+    `condition` starts every text ("one pass over 393,216 tokens"). A claim carries the caveats of both of its arms and
+    those given for all. Raises ValueError for a pair that names no arm.
+    """
+    claims = []
+    for pair in pairs:
+        better, worse = _arm(arms, pair.better), _arm(arms, pair.worse)
+        gains = list(gains_by_seed(better.losses, worse.losses).values())
+        if not gains:
+            continue
+        text = pair.text or f"{pair.better} has a lower loss than {pair.worse}"
+        claim = difference_claim(
+            f"{condition}: {text}" if condition else text,
+            gains,
+            id=pair.id,
+            paper=pair.paper,
+            caveats=(*better.caveats, *worse.caveats, *caveats),
+            tolerance=pair.tolerance,
+        )
+        claims.append(claim)
+    return claims
+
+
+def comparison_table(
+    title: str, arms: Sequence[ArmLosses], *, baseline: str, heading: str = "arm", columns: Sequence[str] = ()
+) -> Table:
+    """Return one row for each arm: label, further columns, mean loss, gain over the baseline, its interval, seeds.
+
+    The gain is the mean over the seeds that the arm shares with the baseline, the interval its 90% interval. Arms without
+    results keep their row. Raises ValueError when `baseline` is not the label of an arm.
+    """
+    reference = _arm(arms, baseline)
+    rows = []
+    for arm in arms:
+        gains = [] if arm is reference else list(gains_by_seed(arm.losses, reference.losses).values())
+        low, high = seed_interval(gains) or (None, None)
+        row = (arm.label, *arm.cells, _mean(arm.losses.values()), _mean(gains), low, high, len(arm.losses))
+        rows.append(row)
+    measured = ("loss", f"gain over {baseline} (nats)", "90% low", "90% high", "seeds")
+    return Table(title=title, columns=(heading, *columns, *measured), rows=tuple(rows))
+
+
+def _arm(arms: Sequence[ArmLosses], label: str) -> ArmLosses:
+    labels = [arm.label for arm in arms]
+    if label not in labels:
+        raise ValueError(f"no arm is called {label!r}{nearest(label, labels)}; the arms are {', '.join(labels)}.")
+    return arms[labels.index(label)]
+
+
+def _mean(values: Collection[float]) -> float | None:
+    return statistics.fmean(values) if values else None
