@@ -1,1 +1,15 @@
-"""Recipes: one file per claim, each with `jobs`, `plan` and `report`, all pure functions of the records."""
+"""One file per question: its arms, its settings, the jobs it plans and the section of the report it writes."""
+
+ORDER = (
+    "epoching",
+    "heavy_weight_decay",
+    "ensembling",
+    "distillation",
+    "data_efficiency",
+    "downstream",
+    "continued",
+    "optimizers",
+    "ablations",
+    "optimizers_at_scale",
+)
+"""The order of a report, in which each recipe builds on those before; recipes of a working folder follow by name."""

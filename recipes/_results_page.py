@@ -14,6 +14,7 @@ from epochal.records import Workspace, load_records
 from epochal.report.claims import CLAIM_COLUMNS, ClaimRow, read_claims, tally, verdict_line
 from epochal.report.sections import Table, format_interval, markdown_table
 from epochal.scale import load_scale
+from epochal.study import Study
 
 RESULTS = Path("recipes/results")
 BEGIN, END = "<!-- results: written by make report -->", "<!-- end of results -->"
@@ -97,7 +98,7 @@ def headline(scale_name: str) -> str:
     """Render the whole chain of one scale as a table with three figures, for the README."""
     scale = load_scale(scale_name)
     records = load_records(Workspace(scale_name, RESULTS, Path("work")))
-    tables: tuple[Table, ...] = load_recipe("distillation").report(records, scale).tables
+    tables: tuple[Table, ...] = load_recipe("distillation").report(Study(records, scale)).tables
     if not tables:
         raise ValueError(
             f"{records.workspace.records} does not hold the whole chain yet; run epochal run --scale {scale_name}."

@@ -2,7 +2,7 @@
 
 Claim: measured against the law of the standard recipe over budgets D, tuned decay and ensembles multiply the data.
 Command: epochal run data_efficiency --scale micro
-Found: recipes/results/<scale>/report.md
+Results: recipes/results/<scale>/report.md
 """
 
 import math
@@ -10,7 +10,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from epochal.records import Records, needed
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_bars, draw_law, draw_series
 from epochal.report.sections import Figure, Section, Table
@@ -18,6 +17,7 @@ from epochal.run import Job, Run
 from epochal.scale import Scale
 from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law, seed_interval, slowrun_multiple
 from epochal.search.searches import Search
+from epochal.study import Study
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
 FEWEST_BUDGETS = 3
@@ -27,42 +27,31 @@ SLOWRUN_DATA = "fineweb"
 """The data set on whose validation tokens the Slowrun's table holds."""
 
 
-def plan(records: Records, scale: Scale) -> list[Job]:
-    """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+def plan(study: Study) -> list[Job]:
+    """Return what the other recipes run, and seeds of the best standard run of every budget, which show its noise."""
+    return [*distillation.plan(study), *(run for tokens in epoching.budgets(study) for run in seeds(study, tokens))]
 
 
-def jobs(records: Records, scale: Scale) -> list[Job]:
-    """Every job that can be named today: what the other recipes run, and seeds of the best standard run per budget.
-
-    The law of the standard recipe has a point per budget; its seeds are what tells its noise.
-    """
-    return distillation.jobs(records, scale) + [
-        run for tokens in scale.budgets for run in seeds(records, scale, tokens)
-    ]
+def seeds(study: Study, tokens: int) -> tuple[Run, ...]:
+    """Return the best standard run of one budget with every seed; none before its searches have certificates."""
+    return () if epoching.missing(study, tokens) else epoching.best_standard(study, tokens).runs
 
 
-def seeds(records: Records, scale: Scale, tokens: int) -> list[Run]:
-    """Return the best standard run of one budget with every seed; nothing before its searches have certificates."""
-    _, _, missing = epoching.best_standard(records, scale, tokens)
-    return [] if missing else epoching.best_runs(records, scale, tokens)
+def searches(study: Study) -> list[Search]:
+    """Return the searches that this recipe waits for."""
+    return distillation.searches(study)
 
 
-def searches(records: Records, scale: Scale) -> list[Search]:
-    """Return the searches that this recipe waits for: what `epochal plan` shows."""
-    return distillation.searches(records, scale)
-
-
-def standard_losses(records: Records, scale: Scale, tokens: int) -> list[float]:
-    """Return the best standard loss of one budget: of every seed that has run, or of the one search."""
-    found = [record.loss for run in seeds(records, scale, tokens) if (record := records.get(run)) is not None]
-    losses = found or [epoching.best_standard(records, scale, tokens)[0]]
+def standard_losses(study: Study, tokens: int) -> list[float]:
+    """Return the best standard loss of one budget: of every seed that has run, or of the search's alone."""
+    losses = [loss for run in seeds(study, tokens) if (loss := study.loss(run)) is not None]
+    losses = losses or [epoching.first_loss(study, epoching.best_standard(study, tokens))]
     return [loss for loss in losses if math.isfinite(loss)]
 
 
-def standard_law(records: Records, scale: Scale) -> PowerLaw | None:
+def standard_law(study: Study) -> PowerLaw | None:
     """Fit E + A / D**alpha to the best standard losses (D in tokens, all seeds); None with fewer than three budgets."""
-    points = [(tokens, loss) for tokens in scale.budgets for loss in standard_losses(records, scale, tokens)]
+    points = [(tokens, loss) for tokens in epoching.budgets(study) for loss in standard_losses(study, tokens)]
     if len({tokens for tokens, _ in points}) < FEWEST_BUDGETS:
         return None
     return fit_power_law([tokens for tokens, _ in points], [loss for _, loss in points])
@@ -77,39 +66,38 @@ class Reached:
     limit: bool = False
 
 
-def reached(records: Records, scale: Scale, tokens: int) -> dict[str, Reached]:
+def reached(study: Study, tokens: int) -> dict[str, Reached]:
     """Return what was reached at one budget: best single, best ensemble, the limits, and the student at the first."""
     found: dict[str, Reached] = {}
-    loss, model = heavy_weight_decay.best_single(records, scale, tokens)
-    if model:
-        own = heavy_weight_decay.best_records(records, scale, model, tokens)
-        found["tuned decay"] = Reached(loss, seed_interval([record.loss for record in own]))
-    ensemble = ensembling.best_ensemble(records, scale, tokens)
+    single, _ = heavy_weight_decay.best_single(study, tokens)
+    if single:
+        found["tuned decay"] = Reached(single.mean, seed_interval(list(single.losses.values())))
+    ensemble = ensembling.best_ensemble(study, tokens)
     if ensemble is not None:
         count, law = ensemble.results["members"], ensembling.members_law(ensemble)
         around = law.predict_interval([float(count)]) if law.interval else None
-        reach = float(around[1][0] - around[0][0]) / 2 if around else None
-        interval = None if reach is None else (ensemble.loss - reach, ensemble.loss + reach)
+        half = float(around[1][0] - around[0][0]) / 2 if around else None
+        interval = None if half is None else (ensemble.loss - half, ensemble.loss + half)
         found[f"ensemble of {count}"] = Reached(ensemble.loss, interval)
         found["its limit in K"] = Reached(law.E, law.interval["E"] if law.interval else None, limit=True)
-    joint = ensembling.joint_law(ensembling.finished(records, scale, tokens))
+    joint = ensembling.joint_law(ensembling.finished(study, tokens))
     if joint is not None:
         found["the limit in K and N"] = Reached(joint.E, joint.interval["E"] if joint.interval else None, limit=True)
-    students = [record.loss for record in distillation.student_records(records, scale, "ensemble")]
-    if students and tokens == scale.unique_tokens[0]:
+    students = [record.loss for record in distillation.student_records(study, "ensemble")]
+    if students and tokens == study.scale.unique_tokens[0]:
         found["student of the ensemble"] = Reached(statistics.fmean(students), seed_interval(students))
     return {what: value for what, value in found.items() if math.isfinite(value.loss) and value.loss > 0}
 
 
-def report(records: Records, scale: Scale) -> Section:
+def report(study: Study) -> Section:
     """Invert the standard law at every loss reached."""
     question = "How much more text would the standard recipe need for the same loss?"
-    law = standard_law(records, scale)
+    law = standard_law(study)
     if law is None:
         note = f"Needs the standard recipe at {FEWEST_BUDGETS} budgets or more; see a larger scale."
         return Section(title="Data efficiency", question=question, notes=(note,))
-    tokens = scale.unique_tokens[0]
-    losses = {budget: reached(records, scale, budget) for budget in scale.unique_tokens}
+    scale, tokens = study.scale, study.scale.unique_tokens[0]
+    losses = {budget: reached(study, budget) for budget in scale.unique_tokens}
     found = {
         budget: {
             what: data_efficiency(value.loss, budget, law, loss_interval=value.interval)
@@ -123,7 +111,7 @@ def report(records: Records, scale: Scale) -> Section:
         question=question,
         claims=tuple(_claim(what, value, losses[tokens][what], tokens, scale) for what, value in found[tokens].items()),
         tables=(_law_table(law), _table(found, losses), *slowrun),
-        figures=(_law_figure(records, scale, law), _bar_figure(found[tokens], tokens)),
+        figures=(_law_figure(study, law), _bar_figure(found[tokens], tokens)),
         notes=tuple(note for note in (law.note,) if note),
     )
 
@@ -131,6 +119,12 @@ def report(records: Records, scale: Scale) -> Section:
 Multiples = dict[str, DataEfficiency]
 
 
+CLAIM_IDS = {
+    "tuned decay": "tuned",
+    "its limit in K": "limit-k",
+    "the limit in K and N": "double-limit",
+    "student of the ensemble": "student",
+}
 PAPER = {
     "tuned decay": "2.09x at 200M tokens, section 8",
     "its limit in K": "3.03x at 200M tokens, section 8",
@@ -147,6 +141,7 @@ def _claim(what: str, value: DataEfficiency, loss: Reached, tokens: int, scale: 
     elif loss.interval is None:
         reasons = (*reasons, "the interval is that of the law alone")
     return Claim(
+        id=f"data-efficiency.{CLAIM_IDS.get(what, 'ensemble')}",
         text=f"D = {tokens:,}: {what} is worth more than its data",
         value=f"{value.multiple:.2f}x",
         paper=PAPER.get(what, ""),
@@ -199,17 +194,17 @@ def _slowrun_table(losses: dict[int, dict[str, Reached]]) -> Table:
     )
 
 
-def _law_figure(records: Records, scale: Scale, law: PowerLaw) -> Figure:
-    budgets = sorted(scale.unique_tokens)
+def _law_figure(study: Study, law: PowerLaw) -> Figure:
+    budgets, standard = sorted(study.scale.unique_tokens), list(epoching.budgets(study))
 
     def draw(axes: Any) -> None:
-        points = [epoching.best_standard(records, scale, tokens)[0] for tokens in scale.budgets]
-        line = draw_series(axes, scale.budgets, points, label="standard", join=False)
+        points = [epoching.first_loss(study, epoching.best_standard(study, tokens)) for tokens in standard]
+        line = draw_series(axes, standard, points, label="standard", join=False)
         draw_law(
             axes,
             law,
-            scale.budgets[0],
-            8 * scale.budgets[-1],
+            standard[0],
+            8 * standard[-1],
             label="E + A / D^alpha",
             color=line.get_color(),
             limit=False,
@@ -217,10 +212,10 @@ def _law_figure(records: Records, scale: Scale, law: PowerLaw) -> Figure:
         draw_series(
             axes,
             budgets,
-            [_finite(heavy_weight_decay.best_single(records, scale, d)[0]) for d in budgets],
+            [_finite(heavy_weight_decay.best_single(study, d)[0].mean) for d in budgets],
             label="tuned",
         )
-        ensembles = [ensembling.best_ensemble(records, scale, d) for d in budgets]
+        ensembles = [ensembling.best_ensemble(study, d) for d in budgets]
         if any(ensembles):
             draw_series(axes, budgets, [record.loss if record else None for record in ensembles], label="ensemble")
         axes.set_xscale("log", base=2)

@@ -1,207 +1,213 @@
 """How much of an ensemble's gain can one small student keep? (Spec section 9.)
 
 Claim: a fresh model that learns from the real text and from text sampled from the members of an ensemble (or from one
-model of its own size) beats the best single model of its size, and keeps most of the ensemble's gain. Beside it, at equal
+model of its own size) beats the best single model of its size, and keeps most of the ensemble's gain. Baselines at equal
 student cost: text of the averaged model, soft targets online and cached; and students of several sizes.
 Command: epochal run distillation --scale demo
-Found: recipes/results/<scale>/report.md
+Results: recipes/results/<scale>/report.md
 """
 
-import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from epochal.records import Record, Records, needed
+from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_bars
 from epochal.report.sections import Figure, Section, Table
-from epochal.run import Job, Run, Samples
+from epochal.run import Job, Run
 from epochal.scale import Scale
 from epochal.scaling import seed_interval
 from epochal.search.searches import Search
-from recipes import _students, ensembling, epoching, heavy_weight_decay
+from epochal.study import Study
+from recipes import _soft_targets, ensembling, epoching, heavy_weight_decay
 
-TEACHERS = ("ensemble", "self")
-
-
-def plan(records: Records, scale: Scale) -> list[Job]:
-    """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+TEACHERS = {"ensemble": "the ensemble", "self": "one member of its own size"}
 
 
-def jobs(records: Records, scale: Scale) -> list[Job]:
-    """Every job that can be named today: the ensembles, text sampled from them and from one member, and students."""
-    found = ensembling.jobs(records, scale)
-    for teacher in TEACHERS:
-        for seed in range(scale.seeds):
-            found += student(records, scale, teacher, seed)
-    return list({job.name: job for job in found}.values()) + _students.jobs(records, scale)
+@dataclass(frozen=True, kw_only=True)
+class Settings(_soft_targets.Student):
+    """The student of sampled text, and the ways to teach with soft targets where they are compared."""
+
+    soft_targets: _soft_targets.Settings | None = None
+
+    def check(self, scale: Scale) -> None:
+        """Refuse a student that is not on the ladder, or soft targets of a size without an ensemble."""
+        scale.check_models("model", self.model)
+        if self.soft_targets is not None:
+            scale.check_models("soft_targets.model", self.soft_targets.model)
 
 
-def searches(records: Records, scale: Scale) -> list[Search]:
-    """Return the searches that this recipe waits for: what `epochal plan` shows."""
-    return ensembling.searches(records, scale)
+def plan(study: Study) -> list[Job]:
+    """Return the ensembles, text sampled from them and from one member, and students."""
+    settings, jobs = study.settings(Settings), ensembling.plan(study)
+    for teacher in TEACHERS if settings else ():
+        for seed in range(study.scale.seeds):
+            jobs += student(study, teacher, seed)
+    if settings is not None and settings.soft_targets is not None:
+        jobs += _soft_targets.plan(study, settings, settings.soft_targets)
+    return jobs
 
 
-def student(records: Records, scale: Scale, teacher: str, seed: int = 0) -> list[Job]:
+def searches(study: Study) -> list[Search]:
+    """Return the searches that this recipe waits for."""
+    return ensembling.searches(study)
+
+
+def student(study: Study, teacher: str, seed: int = 0) -> tuple[Job, ...]:
     """Return the Samples of a teacher and a student that learns from them; nothing before the teacher is known.
 
     "ensemble": the members of the best ensemble one by one; "self": the first member of the student's own size alone.
-    Students of all seeds read the same sampled text.
     """
-    tokens, settings = scale.unique_tokens[0], scale.students
+    tokens, settings = study.scale.unique_tokens[0], study.settings(Settings)
+    if settings is None:
+        return ()
     if teacher == "ensemble":
-        teachers = ensembling.best_ensembles(records, scale, tokens)
+        ensembles = ensembling.best_ensembles(study, tokens)
     else:
-        teachers = ensembling.ensembles(records, scale, settings.model, tokens)
-    if not teachers:
-        return []
-    source = teachers[0].name if teacher == "ensemble" else teachers[0].runs[0]
-    samples = Samples(
-        name=f"text-{teacher}-{source}", source=source, tokens=settings.pool_tokens, max_length=settings.max_length
-    )
-    name = f"student-{teacher}-{settings.model}" + (f"-s{seed}" if seed else "")
-    return [samples, scale.student(settings.model, tokens, samples.name, name=name, seed=seed)]
+        ensembles = ensembling.ensembles(study, settings.model, tokens)
+    if not ensembles:
+        return ()
+    source = ensembles[0].name if teacher == "ensemble" else ensembles[0].runs[0]
+    return _soft_targets.text_student(study, settings, settings.model, source, seed)
 
 
-def student_records(records: Records, scale: Scale, teacher: str) -> list[Record]:
+def students(study: Study, teacher: str) -> dict[int, Run]:
+    """Return one teacher's students by seed; none before the teacher is known."""
+    jobs = {seed: student(study, teacher, seed) for seed in range(study.scale.seeds)}
+    return {seed: run for seed, found in jobs.items() for run in found if isinstance(run, Run)}
+
+
+def student_records(study: Study, teacher: str) -> list[Record]:
     """Return the finite records of one teacher's students, one for each seed that has run."""
-    runs = [
-        job for seed in range(scale.seeds) for job in student(records, scale, teacher, seed) if isinstance(job, Run)
-    ]
-    return [record for run in runs if (record := records.get(run)) is not None and math.isfinite(record.loss)]
+    return list(study.finite(students(study, teacher)).values())
 
 
-def report(records: Records, scale: Scale) -> Section:
+def report(study: Study) -> Section:
     """Compare students with the best single model of their size and with their teachers."""
-    tokens, size = scale.unique_tokens[0], scale.students.model
-    own = heavy_weight_decay.best_records(records, scale, size, tokens)
-    single = sum(record.loss for record in own) / len(own) if own else math.inf
-    ensemble = ensembling.best_ensemble(records, scale, tokens)
-    claims: list[Claim] = []
-    missing = heavy_weight_decay.missing(records, scale, tokens)
-    for teacher in TEACHERS:
-        losses = [record.loss for record in student_records(records, scale, teacher)]
-        if not losses or not math.isfinite(single):
-            continue
-        loss, ends, reasons = statistics.fmean(losses), seed_interval(losses), _reasons(missing, losses)
+    title, question = "Distillation", "How much of an ensemble's gain can one small student keep?"
+    settings, tokens = study.settings(Settings), study.scale.unique_tokens[0]
+    if settings is None:
+        return Section(title=title, question=question, notes=("This scale has no table [distillation].",))
+    missing = heavy_weight_decay.missing(study, tokens)
+    claims = [claim for teacher in TEACHERS for claim in _student_claims(study, settings.model, teacher, missing)]
+    claims += _teacher_claim(study, missing)
+    tables, notes, soft = list[Table](), list[str](), settings.soft_targets
+    if soft is not None:
+        claims += _soft_targets.claims(study, settings, soft, missing)
+        tables, notes = _soft_targets.tables(study, settings, soft), _soft_targets.notes(study, settings, soft)
+    steps = chain(study)
+    return Section(
+        title=title,
+        question=question,
+        claims=tuple(claims),
+        tables=(*([chain_table(steps, tokens)] if steps else []), *tables),
+        figures=(_figure(steps, tokens),) if steps else (),
+        notes=tuple(notes),
+    )
+
+
+def _student_claims(study: Study, size: str, teacher: str, missing: tuple[str, ...]) -> list[Claim]:
+    single = heavy_weight_decay.best(study, size, study.scale.unique_tokens[0])
+    losses = [record.loss for record in student_records(study, teacher)]
+    if not losses or not single:
+        return []
+    loss, ends, caveats = statistics.fmean(losses), seed_interval(losses), _caveats(missing, losses)
+    claims = [
+        Claim(
+            id=f"distillation.student-of-{teacher}",
+            text=f"a {size} student of {TEACHERS[teacher]} beats the best single {size}",
+            value=f"{single.mean - loss:.4f} nats ({single.mean:.4f} to {loss:.4f})",
+            interval=None if ends is None else (single.mean - ends[1], single.mean - ends[0]),
+            seeds=len(losses),
+            paper=f"{'0.21 nats (3.57 to 3.36)' if teacher == 'ensemble' else '0.14 nats (3.57 to 3.43)'}, section 9",
+            holds=loss < single.mean,
+            provisional=caveats,
+        )
+    ]
+    ensemble = ensembling.best_ensemble(study, study.scale.unique_tokens[0])
+    if teacher == "ensemble" and ensemble is not None and single.mean > ensemble.loss:
+        share = (single.mean - loss) / (single.mean - ensemble.loss)
         claims.append(
             Claim(
-                text=f"a {size} student of {'the ensemble' if teacher == 'ensemble' else 'one member of its own size'} "
-                f"beats the best single {size}",
-                value=f"{single - loss:.4f} nats ({single:.4f} to {loss:.4f})",
-                interval=None if ends is None else (single - ends[1], single - ends[0]),
+                id="distillation.share",
+                text="the student keeps more than half of the ensemble's gain",
+                value=f"{100 * share:.0f}%",
                 seeds=len(losses),
-                paper="0.21 nats (3.57 to 3.36), section 9"
-                if teacher == "ensemble"
-                else "0.14 nats (3.57 to 3.43), section 9",
-                holds=loss < single,
-                provisional=reasons,
+                paper="83%, section 9",
+                holds=share > 0.5,
+                provisional=caveats,
             )
         )
-        if teacher == "ensemble" and ensemble is not None and single > ensemble.loss:
-            share = (single - loss) / (single - ensemble.loss)
-            claims.append(
-                Claim(
-                    text="the student keeps more than half of the ensemble's gain",
-                    value=f"{100 * share:.0f}%",
-                    seeds=len(losses),
-                    paper="83%, section 9",
-                    holds=share > 0.5,
-                    provisional=reasons,
-                )
-            )
-    claims += _teacher_claim(records, scale, missing)
-    if scale.soft is not None:
-        claims += _students.claims(records, scale, missing)
-    steps = _chain(records, scale)
-    return Section(
-        title="Distillation",
-        question="How much of an ensemble's gain can one small student keep?",
-        claims=tuple(claims),
-        tables=(*([_table(steps, tokens)] if steps else []), *_students.tables(records, scale)),
-        figures=(_figure(steps, tokens),) if steps else (),
-        notes=tuple(_students.notes(records, scale)),
-    )
+    return claims
 
 
-def _reasons(missing: tuple[str, ...], losses: list[float]) -> tuple[str, ...]:
+def _caveats(missing: tuple[str, ...], losses: list[float]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*missing, *(("one seed",) if len(losses) < 2 else ()))))
 
 
-def _teacher_claim(records: Records, scale: Scale, missing: tuple[str, ...]) -> list[Claim]:
-    """Say whether students of one member beat that member."""
-    jobs = student(records, scale, "self")
-    losses = [record.loss for record in student_records(records, scale, "self")]
-    teacher = records.named(next(job.source for job in jobs if isinstance(job, Samples))) if jobs else None
+def _teacher_claim(study: Study, missing: tuple[str, ...]) -> list[Claim]:
+    """Report whether students of one member beat that member."""
+    jobs, losses = student(study, "self"), [record.loss for record in student_records(study, "self")]
+    teacher = study.records.named(jobs[0].source) if jobs else None  # type: ignore[union-attr]
     if teacher is None or not losses:
         return []
     loss, ends = statistics.fmean(losses), seed_interval(losses)
     return [
         Claim(
+            id="distillation.beats-teacher",
             text="a self-distilled student beats its teacher",
             value=f"{teacher.loss - loss:+.4f} nats ({teacher.loss:.4f} to {loss:.4f})",
             interval=None if ends is None else (teacher.loss - ends[1], teacher.loss - ends[0]),
             seeds=len(losses),
             paper="3.71 to 3.43, section 9",
             holds=loss < teacher.loss,
-            provisional=_reasons(missing, losses),
+            provisional=_caveats(missing, losses),
         )
     ]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the chain: what, the models kept in memory to use it, and its records, one for each seed."""
+    """One step of the chain: its name, how many models it keeps in memory, and its records, one for each seed."""
 
     what: str
     models: int
     records: list[Record]
 
     def mean(self, field: str) -> float | None:
-        """Return the mean over seeds of one result; None where a record lacks it."""
+        """Return the mean over seeds of one result; None if a record lacks it."""
         values = [value for record in self.records if (value := record.results.get(field)) is not None]
         return statistics.fmean(values) if len(values) == len(self.records) else None
 
 
-def _chain(records: Records, scale: Scale) -> list[Step]:
+def chain(study: Study) -> list[Step]:
     """Return the steps of the whole chain that have results."""
-    tokens = scale.unique_tokens[0]
-    steps = []
-    _, base, _ = epoching.best_standard(records, scale, tokens)
-    if base is not None:
-        standard = epoching.best_records(records, scale, tokens)
-        steps.append(Step(f"standard, best single ({base.model})", 1, standard))
-    _, model = heavy_weight_decay.best_single(records, scale, tokens)
-    if model:
-        tuned = heavy_weight_decay.best_records(records, scale, model, tokens)
-        steps.append(Step(f"tuned decay, best single ({model})", 1, tuned))
-    ensemble = ensembling.best_ensemble(records, scale, tokens)
+    tokens, steps = study.scale.unique_tokens[0], list[Step]()
+    standard = epoching.best_standard(study, tokens)
+    if standard:
+        steps.append(Step(f"standard, best single ({standard.runs[0].model})", 1, list(standard.records.values())))
+    tuned, model = heavy_weight_decay.best_single(study, tokens)
+    if tuned:
+        steps.append(Step(f"tuned decay, best single ({model})", 1, list(tuned.records.values())))
+    ensemble = ensembling.best_ensemble(study, tokens)
     if ensemble is not None:
         steps.append(Step(f"ensemble of {ensemble.results['members']}", ensemble.results["members"], [ensemble]))
-    for teacher in TEACHERS:
-        found = student_records(records, scale, teacher)
-        if found:
-            steps.append(Step(f"student of {'the ensemble' if teacher == 'ensemble' else 'itself'}", 1, found))
+    for teacher, what in (("ensemble", "the ensemble"), ("self", "itself")):
+        records = student_records(study, teacher)
+        if records:
+            steps.append(Step(f"student of {what}", 1, records))
     return steps
 
 
-def _table(steps: list[Step], tokens: int) -> Table:
+def chain_table(steps: list[Step], tokens: int) -> Table:
+    """Return the table of the whole chain."""
+    losses = [(step.mean("loss"), step.mean("test_loss"), len(step.records)) for step in steps]
+    sizes = [(step.what, step.models, step.records[0].results.get("parameters")) for step in steps]
     return Table(
         title=f"The whole chain, D = {tokens:,} tokens, means over seeds",
         columns=("step", "models", "parameters", "loss", "test loss", "seeds"),
-        rows=tuple(
-            (
-                step.what,
-                step.models,
-                step.records[0].results.get("parameters"),
-                step.mean("loss"),
-                step.mean("test_loss"),
-                len(step.records),
-            )
-            for step in steps
-        ),
+        rows=tuple((*size, *loss) for size, loss in zip(sizes, losses, strict=True)),
     )
 
 
@@ -210,4 +216,4 @@ def _figure(steps: list[Step], tokens: int) -> Figure:
         draw_bars(axes, [step.what for step in steps], [step.mean("loss") for step in steps])
         axes.set_ylabel("validation loss (nats per token)")
 
-    return Figure(name="whole-chain", caption=f"The whole chain at D = {tokens:,}, one bar a step.", draw=draw)
+    return Figure(name="whole-chain", caption=f"The whole chain at D = {tokens:,}, one bar per step.", draw=draw)

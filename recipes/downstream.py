@@ -1,9 +1,9 @@
-"""Does a lower loss answer more questions? (Spec section 10.)
+"""Does lower loss improve zero-shot accuracy? (Spec section 10.)
 
 Claim: zero-shot accuracy on multiple-choice tasks follows the loss over single models, ensembles and students; the best
 ensemble and its student answer more than the best standard model.
 Command: epochal run downstream --scale micro
-Found: recipes/results/<scale>/report.md
+Results: recipes/results/<scale>/report.md
 
 Accuracy is raw, not divided by the length of a choice, and the headline is the mean over tasks; ensembles answer with
 averaged logits. Models are chosen by their validation loss, never by their answers.
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epochal.records import Record, Records, needed
+from epochal.names import named_ensemble
+from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Ensemble, Job, Run
-from epochal.scale import Scale
 from epochal.search.searches import Search
+from epochal.study import Study
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
 KINDS = {"standard": "standard decay", "tuned": "tuned decay", "members": "members together", "student": "students"}
@@ -35,21 +36,29 @@ FEWEST = 4
 Floats = npt.NDArray[np.float64]
 
 
-def plan(records: Records, scale: Scale) -> list[Job]:
-    """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`tasks` are names of lm-eval's tasks; cloze and next_passage are made from the test split and need no network."""
+
+    tasks: tuple[str, ...]
 
 
-def jobs(records: Records, scale: Scale) -> list[Job]:
-    """Every job that can be named today: what the other recipes run, and the answers of what they left."""
-    if not scale.tasks:
+def tasks(study: Study) -> tuple[str, ...]:
+    """Return the tasks of the scale; none without a table."""
+    settings = study.settings(Settings)
+    return settings.tasks if settings else ()
+
+
+def plan(study: Study) -> list[Job]:
+    """Return what the other recipes run, and the answers of their models."""
+    if not tasks(study):
         return []
-    return [*distillation.jobs(records, scale), *(entry.job for entry in entries(records, scale))]
+    return [*distillation.plan(study), *(entry.job for entry in entries(study))]
 
 
-def searches(records: Records, scale: Scale) -> list[Search]:
-    """Return the searches that this recipe waits for: what `epochal plan` shows."""
-    return distillation.searches(records, scale) if scale.tasks else []
+def searches(study: Study) -> list[Search]:
+    """Return the searches that this recipe waits for."""
+    return distillation.searches(study) if tasks(study) else []
 
 
 @dataclass(frozen=True)
@@ -61,35 +70,30 @@ class Entry:
     job: Ensemble
 
 
-def entries(records: Records, scale: Scale) -> list[Entry]:
+def entries(study: Study) -> list[Entry]:
     """Return what answers, at the first budget: single models of every size, K members for every K, students."""
-    tokens = scale.unique_tokens[0]
-    found: list[Entry] = []
-    for rung in scale.ladder:
-        usual = epoching.standard(records, scale, rung.model, tokens)
-        if usual.certified and usual.best is not None:
-            found.append(_entry("standard", rung.model, [scale.run(rung.model, tokens, usual.best)], scale))
-        tuned = heavy_weight_decay.tuned(records, scale, rung.model, tokens)
-        if tuned.certified and tuned.best is not None:
-            runs = [scale.run(rung.model, tokens, tuned.best, seed=seed) for seed in range(scale.seeds)]
-            found += [_entry("tuned", f"{rung.model}, seed {run.init_seed}", [run], scale) for run in runs]
-    for model in scale.ensemble.models:
-        members = ensembling.members(records, scale, model, tokens)
-        found += [_entry("members", f"{k} x {model}", members[:k], scale) for k in range(1, len(members) + 1)]
-    for teacher, words in (("ensemble", "the ensemble"), ("self", "one member")):
-        for seed in range(scale.seeds):
-            for student in distillation.student(records, scale, teacher, seed):
-                if isinstance(student, Run):
-                    found.append(_entry("student", f"{student.model} of {words}, seed {seed}", [student], scale))
-    unique = {entry.job.name: entry for entry in reversed(found)}  # a tuned run may be the standard one: once, as that
+    tokens, found = study.scale.unique_tokens[0], list[Entry]()
+    for model in study.scale.models:
+        standard = study.best(epoching.standard(study), model, tokens)
+        if standard.settled:
+            found.append(_entry(study, "standard", model, standard.runs[:1]))
+        tuned = heavy_weight_decay.best(study, model, tokens)
+        for run in tuned.runs if tuned.settled else ():
+            found.append(_entry(study, "tuned", f"{model}, seed {run.init_seed}", (run,)))
+    for model in ensembling.settings(study).models:
+        members = ensembling.members(study, model, tokens)
+        found += [_entry(study, "members", f"{k} x {model}", members[:k]) for k in range(1, len(members) + 1)]
+    for teacher, what in (("ensemble", "the ensemble"), ("self", "one member")):
+        for seed, run in distillation.students(study, teacher).items():
+            found.append(_entry(study, "student", f"{run.model} of {what}, seed {seed}", (run,)))
+    # A tuned run may also be the standard one; it is listed once, under its first kind.
+    unique = {entry.job.name: entry for entry in reversed(found)}
     return [entry for entry in found if unique[entry.job.name] is entry]
 
 
-def _entry(kind: str, what: str, runs: Sequence[Run], scale: Scale) -> Entry:
-    """Return the job that asks the scale's tasks of runs together."""
-    names = tuple(run.name for run in runs)
-    name = names[0] if len(names) == 1 else f"{names[0]}-k{len(names)}"
-    return Entry(kind, what, Ensemble(name=f"tasks-{name}", runs=names, average="logits", tasks=scale.tasks))
+def _entry(study: Study, kind: str, what: str, runs: tuple[Run, ...]) -> Entry:
+    """Return the ensemble of `runs` that answers the scale's tasks; one run is an ensemble of one."""
+    return Entry(kind, what, named_ensemble(tuple(run.name for run in runs), "logits", tasks=tasks(study)))
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,14 @@ class Answered:
         return math.sqrt(sum(share * (1 - share) / count for share, count in shares)) / len(shares)
 
 
-def answered(records: Records, scale: Scale) -> list[Answered]:
+def answered(study: Study) -> list[Answered]:
     """Return every entry that has answered, the lowest loss first."""
     found = []
-    for entry in entries(records, scale):
-        record = records.get(entry.job)
+    for entry in entries(study):
+        record = study.records.get(entry.job)
         if record is not None and math.isfinite(record.loss):
             tables = record.results["tasks"]
-            right = {task: np.array([float(one) for one in tables[task]["right"]]) for task in scale.tasks}
+            right = {task: np.array([float(one) for one in tables[task]["right"]]) for task in tasks(study)}
             found.append(Answered(entry, record, right))
     return sorted(found, key=lambda one: one.record.loss)
 
@@ -160,24 +164,24 @@ def _interval(draws: Floats) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def report(records: Records, scale: Scale) -> Section:
+def report(study: Study) -> Section:
     """Rank what has answered by its loss and by its answers."""
-    title, question = "Downstream", "Does a lower loss answer more questions?"
-    if not scale.tasks:
-        note = 'This scale names no tasks; tasks = ["cloze", "next_passage"] in its file need no network.'
+    title, question = "Downstream", "Does lower loss improve zero-shot accuracy?"
+    if not tasks(study):
+        note = 'This scale has no table [downstream]; tasks = ["cloze", "next_passage"] need no network.'
         return Section(title=title, question=question, notes=(note,))
-    found = answered(records, scale)
+    found, tokens = answered(study), study.scale.unique_tokens[0]
     if len(found) < FEWEST:
         return Section(title=title, question=question, notes=(f"{len(found)} models have answered so far.",))
-    reasons = heavy_weight_decay.missing(records, scale, scale.unique_tokens[0])
+    caveats = heavy_weight_decay.missing(study, tokens)
     draws = resampled(found)
     orders = _orders(found, draws)
     return Section(
         title=title,
         question=question,
-        claims=(*_order_claims(orders, scale, reasons), *_gain_claims(found, draws["mean"], scale)),
-        tables=(_order_table(orders), _table(found, scale)),
-        figures=(_figure(found, scale),),
+        claims=(*_order_claims(orders, study, caveats), *_gain_claims(found, draws["mean"], tokens)),
+        tables=(_order_table(orders), _table(found, tokens)),
+        figures=(_figure(found, tokens),),
         notes=(
             "Intervals are over questions drawn anew, the same for all models; the models stay as they are. Chance is a "
             "quarter for questions of four choices.",
@@ -211,19 +215,23 @@ def _orders(found: list[Answered], draws: dict[str, Floats]) -> list[Order]:
     return orders
 
 
-def _order_claims(orders: list[Order], scale: Scale, reasons: tuple[str, ...]) -> list[Claim]:
+ORDER_IDS = {"all": "all", "tuned decay and members": "tuned"}
+
+
+def _order_claims(orders: list[Order], study: Study, caveats: tuple[str, ...]) -> list[Claim]:
     return [
         Claim(
-            text=f"D = {scale.unique_tokens[0]:,}: downstream accuracy follows the order of the loss over {order.number} "
+            id=f"downstream.order.{ORDER_IDS[order.models]}",
+            text=f"D = {study.scale.unique_tokens[0]:,}: downstream accuracy follows the order of the loss over {order.number} "
             f"models and ensembles ({order.models})",
             value=f"rank correlation {order.correlation:.2f}",
             interval=order.interval,
-            seeds=scale.seeds,
+            seeds=study.scale.seeds,
             holds=None if order.interval is None else order.interval[0] > 0,
-            provisional=reasons,
+            provisional=caveats,
         )
         for order in orders
-        if order.task == "mean" and order.models in ("all", "tuned decay and members") and order.correlation is not None
+        if order.task == "mean" and order.models in ORDER_IDS and order.correlation is not None
     ]
 
 
@@ -233,7 +241,7 @@ GAINS = {
 }
 
 
-def _gain_claims(found: list[Answered], draws: Floats, scale: Scale) -> list[Claim]:
+def _gain_claims(found: list[Answered], draws: Floats, tokens: int) -> list[Claim]:
     """The paper's two gains over the best standard model, in points of accuracy; paired over questions."""
     best: dict[str, int] = {}
     for number, one in enumerate(found):  # the lowest loss of its kind comes first
@@ -246,7 +254,8 @@ def _gain_claims(found: list[Answered], draws: Floats, scale: Scale) -> list[Cla
         interval = _interval(ours[1:] - base[1:])
         claims.append(
             Claim(
-                text=f"D = {scale.unique_tokens[0]:,}: {words} ({found[best[kind]].entry.what}) answers more than the best "
+                id=f"downstream.gain.{kind}",
+                text=f"D = {tokens:,}: {words} ({found[best[kind]].entry.what}) answers more than the best "
                 f"standard model ({found[best['standard']].entry.what})",
                 value=f"{ours[0] - base[0]:+.2f} points ({base[0]:.2f} to {ours[0]:.2f}%)",
                 interval=interval,
@@ -269,12 +278,12 @@ def _order_table(orders: list[Order]) -> Table:
     )
 
 
-def _table(found: list[Answered], scale: Scale) -> Table:
+def _table(found: list[Answered], tokens: int) -> Table:
     asked = ", ".join(f"{len(answers):,} of {task}" for task, answers in found[0].right.items())
     return Table(
-        title=f"Zero-shot accuracy in %, D = {scale.unique_tokens[0]:,} tokens, the lowest loss first (+-: standard "
+        title=f"Zero-shot accuracy in %, D = {tokens:,} tokens, the lowest loss first (+-: standard "
         f"error over questions; {asked})",
-        columns=("kind", "model", "loss", *scale.tasks, "mean"),
+        columns=("kind", "model", "loss", *found[0].right, "mean"),
         rows=tuple(
             (
                 KINDS[one.entry.kind],
@@ -288,7 +297,7 @@ def _table(found: list[Answered], scale: Scale) -> Table:
     )
 
 
-def _figure(found: list[Answered], scale: Scale) -> Figure:
+def _figure(found: list[Answered], tokens: int) -> Figure:
     def draw(axes: Any) -> None:
         for kind, words in KINDS.items():
             group = [one for one in found if one.entry.kind == kind]
@@ -300,5 +309,5 @@ def _figure(found: list[Answered], scale: Scale) -> Figure:
         axes.set_ylabel("accuracy, mean of tasks (%)")
         axes.legend()
 
-    caption = f"Accuracy against loss at D = {scale.unique_tokens[0]:,}; bars are one standard error over questions."
+    caption = f"Accuracy against loss at D = {tokens:,}; bars are one standard error over questions."
     return Figure(name="accuracy-against-loss", caption=caption, draw=draw)

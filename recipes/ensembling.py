@@ -1,143 +1,238 @@
-"""How low do K independent models go together, and to which limit? (Spec sections 6 and 7.)
+"""How low is the loss of K independent models together, and in which limit does it end? (Spec sections 6 and 7.)
 
-Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members trained longer
-and decayed less than the best single model (the same lr, twice the epochs, half the decay) are lower together, though not
-alone. Where our members are not, more are made at the point of the best single model, and all that follows takes those.
-Beside them, at equal training cost: snapshots, chains, averaged weights, dropout, masked inputs, and weights of members
-learned on held-out text.
+Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members trained twice
+as long with half the decay make a better ensemble although each is worse alone. If that fails at this scale, members are
+also trained at the single model's optimum, and the better set is used downstream. Baselines at equal training cost:
+snapshots, chains, averaged weights, dropout, masked inputs, and weights of members learned on held-out text.
 Command: epochal run ensembling --scale demo
-Found: recipes/results/<scale>/report.md
+Results: recipes/results/<scale>/report.md
 """
 
+import functools
 import math
+import statistics
+from dataclasses import dataclass
 from typing import Any
 
-from epochal.records import Record, Records, needed
+from epochal.names import named_ensemble
+from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_law, draw_series
 from epochal.report.sections import Figure, Section, Table
-from epochal.run import AVERAGES, Ensemble, Job, Run, without_seed
+from epochal.run import AVERAGES, Ensemble, Job, Run, inputs
 from epochal.scale import Point, Scale, member_point
-from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members
-from epochal.search.searches import Search, ensemble_search
-from recipes import _kinds, _member_claims, heavy_weight_decay
+from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members, fit_power_law
+from epochal.search.descent import members_limit
+from epochal.search.searches import Search
+from epochal.study import Study, mean_curve
+from recipes import _member_variants, heavy_weight_decay
+from recipes.heavy_weight_decay import TUNED
 
 FEWEST_SIZES = 3
-"""A law in N of three constants through fewer sizes says nothing."""
+"""A three-constant law in N needs at least three sizes."""
+
+FEWEST_COUNTS = 4
+"""A free exponent in K needs at least four numbers of members."""
 
 SMALLEST_ERROR = 1e-6
-"""Nats; equal members would make an error of zero, which weighs infinitely."""
+"""Nats; equal members would make an error of zero, which would weigh infinitely in a fit."""
 
 
-def plan(records: Records, scale: Scale) -> list[Job]:
-    """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Which sizes get ensembles and of how many members.
 
-
-def jobs(records: Records, scale: Scale) -> list[Job]:
-    """Every job that can be named today: the searches, then members and ensembles of each size with a certificate."""
-    found = heavy_weight_decay.jobs(records, scale)
-    found += [job for here in _member_searches(records, scale) for job in here.jobs]
-    for tokens in scale.unique_tokens:
-        for model in scale.ensemble.models:
-            for point in (_rule_point(records, scale, model, tokens), best_point(records, scale, model, tokens)):
-                if point is not None:
-                    found += _runs(scale, model, tokens, point)
-                    found += _averages(scale, model, tokens, point)
-        found += _member_claims.single_point_ensembles(records, scale, tokens).values()
-    found = list({job.name: job for job in found}.values())
-    return found + _kinds.jobs(records, scale, kinds_point(records, scale))
-
-
-def kinds_point(records: Records, scale: Scale) -> Point | None:
-    """Return the point at which kinds of members are compared, that of independent ones."""
-    if scale.kinds is None:
-        return None
-    return best_point(records, scale, scale.kinds.model, scale.unique_tokens[0])
-
-
-def members(records: Records, scale: Scale, model: str, tokens: int) -> list[Run]:
-    """Return the members of one size: none before their point is known."""
-    point = best_point(records, scale, model, tokens)
-    return [] if point is None else _runs(scale, model, tokens, point)
-
-
-def _runs(scale: Scale, model: str, tokens: int, point: Point) -> list[Run]:
-    return [scale.run(model, tokens, point, seed=seed) for seed in range(scale.ensemble.count)]
-
-
-def best_point(records: Records, scale: Scale, model: str, tokens: int) -> Point | None:
-    """Return the members' point of one size; None before the search for it, or the choice between two, is done.
-
-    Without a search of their own: the rule's, or the best single model's where the seeds run there are lower together
-    than as many members by the rule.
+    With `search_members` (2 or more) epochs and decay of members are tuned for the limit K to infinity, fitted from that
+    many members a point; 0 takes the rule of twice the epochs and half the decay.
     """
-    if scale.ensemble.search_members:
-        here = search(records, scale, model, tokens).descent
-        return here.best if here.certified else None
-    rule = _rule_point(records, scale, model, tokens)
-    if rule is None or scale.seeds == 1:
+
+    models: tuple[str, ...]
+    count: int
+    search_members: int = 0
+    member_variants: _member_variants.Settings | None = None
+
+    def check(self, scale: Scale) -> None:
+        """Refuse sizes that are not on the ladder and impossible counts."""
+        if not self.models:
+            raise ValueError("models is empty; give at least one.")
+        if self.search_members and not 2 <= self.search_members <= self.count:
+            raise ValueError(
+                f"search_members is {self.search_members}; give 2 to count ({self.count}), or 0 for the rule."
+            )
+        scale.check_models("models", *self.models)
+        if self.member_variants is not None:
+            self.member_variants.check(scale)
+
+
+NO_ENSEMBLES = Settings(models=(), count=0)
+
+
+def settings(study: Study) -> Settings:
+    """Return the settings of this recipe; without a table no size gets ensembles."""
+    return study.settings(Settings) or NO_ENSEMBLES
+
+
+def plan(study: Study) -> list[Job]:
+    """Return the searches, then members and ensembles of each size whose search has a certificate."""
+    here = settings(study)
+    jobs = [*heavy_weight_decay.plan(study), *(job for search in member_searches(study) for job in search.jobs)]
+    for tokens in study.scale.unique_tokens:
+        for model in here.models:
+            for point in (_rule_point(study, model, tokens), best_point(study, model, tokens)):
+                if point is not None:
+                    jobs += [*members_at(study, model, tokens, point), *ensembles_at(study, model, tokens, point)]
+        jobs += single_point_ensembles(study, tokens).values()
+    return jobs + _member_variants.plan(study, here.member_variants, _variant_base(study))
+
+
+# --- at which point members are trained --------------------------------------------------------------------------------
+
+
+def best_point(study: Study, model: str, tokens: int) -> Point | None:
+    """Return the members' point of one size; None before the search for it, or the choice between two, has ended.
+
+    Without a search for members: the rule's point, or the best single model's where as many members are better there.
+    """
+    if settings(study).search_members:
+        descent = member_search(study, model, tokens).descent
+        return descent.best if descent.certified else None
+    rule = _rule_point(study, model, tokens)
+    if rule is None or study.scale.seeds == 1:
         return rule
-    ensemble = _member_claims.single_point_ensembles(records, scale, tokens)[model]
-    by_rule, plain = records.get(_averages(scale, model, tokens, rule)[0]), records.get(ensemble)
+    by_rule, plain = _both_points(study, model, tokens)
     if by_rule is None or plain is None:
         return None
-    losses = _member_claims.both_settings(by_rule, plain, len(ensemble.runs))
+    losses = _both_losses(by_rule, plain)
     single_is_lower = losses is not None and losses[1] < losses[0]
-    return heavy_weight_decay.tuned(records, scale, model, tokens).best if single_is_lower else rule
+    return study.tuned(TUNED, model, tokens).best if single_is_lower else rule
 
 
-def _rule_point(records: Records, scale: Scale, model: str, tokens: int) -> Point | None:
-    """Return the point of the best single model as the rule changes it; None before its search has a certificate.
+def _rule_point(study: Study, model: str, tokens: int) -> Point | None:
+    """Return the best single model's point as the rule changes it; None before that search has a certificate.
 
-    None, too, where members have a search of their own.
+    Also None where members are tuned by a search.
     """
-    single = heavy_weight_decay.tuned(records, scale, model, tokens)
-    if scale.ensemble.search_members or not single.certified or single.best is None:
+    single = study.tuned(TUNED, model, tokens)
+    if settings(study).search_members or not single.certified or single.best is None:
         return None
     return member_point(single.best)
 
 
-def search(records: Records, scale: Scale, model: str, tokens: int) -> Search:
-    """Return the search of epochs and decay for the limit of infinitely many members; it starts at the rule's point."""
-    single = heavy_weight_decay.tuned(records, scale, model, tokens)
+def member_search(study: Study, model: str, tokens: int) -> Search:
+    """Return the search of epochs and decay for the limit of infinitely many members; it starts at the rule's point.
+
+    A point with a diverged member counts as diverged.
+    """
+    single, count = study.tuned(TUNED, model, tokens), settings(study).search_members
     start = member_point(single.best) if single.certified and single.best else None
-    # the rule may lead past the ends of the grid of single models
+    # The rule may lead past the ends of the single models' grid, so its point is added to it.
     grid = {
-        field: tuple(sorted({*values, *((start.get(field),) if start else ())}))
-        for field, values in (("wd", scale.grid.wd), ("epochs", scale.grid.epochs))
+        name: tuple(sorted({*values, *((start.get(name),) if start else ())}))
+        for name, values in (("wd", study.scale.grid.wd), ("epochs", study.scale.grid.epochs))
     }
-    return ensemble_search(records, scale, model, tokens, start, grid, scale.ensemble.search_members)
+
+    def jobs_of(point: Point) -> tuple[Job, ...]:
+        runs = study.seeds(TUNED, model, tokens, point, count)
+        return (*runs, named_ensemble(tuple(run.name for run in runs), "logits"))
+
+    def loss_of(point: Point) -> float | None:
+        *runs, ensemble = jobs_of(point)
+        if any(study.loss(run) == math.inf for run in runs):
+            return math.inf
+        record = study.records.get(ensemble)
+        return None if record is None else members_limit(mean_curve(record))
+
+    return study.descend(f"{model} members, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of)
 
 
-def searches(records: Records, scale: Scale) -> list[Search]:
-    """Return every search of this recipe, those of single models first: what `epochal plan` shows."""
-    return heavy_weight_decay.searches(records, scale) + _member_searches(records, scale)
-
-
-def _member_searches(records: Records, scale: Scale) -> list[Search]:
-    """Return the searches for members: none where they follow the rule."""
-    if not scale.ensemble.search_members:
+def member_searches(study: Study) -> list[Search]:
+    """Return the searches for members; none where they follow the rule."""
+    here = settings(study)
+    if not here.search_members:
         return []
-    return [search(records, scale, model, tokens) for tokens in scale.unique_tokens for model in scale.ensemble.models]
+    return [member_search(study, model, tokens) for tokens in study.scale.unique_tokens for model in here.models]
 
 
-def ensembles(records: Records, scale: Scale, model: str, tokens: int) -> list[Ensemble]:
-    """Return the ensembles of one size, one for each way to average: none before the members' point is known."""
-    point = best_point(records, scale, model, tokens)
-    return [] if point is None else _averages(scale, model, tokens, point)
+def searches(study: Study) -> list[Search]:
+    """Return the searches that `epochal plan` shows, those of single models first."""
+    return heavy_weight_decay.searches(study) + member_searches(study)
 
 
-def _averages(scale: Scale, model: str, tokens: int, point: Point) -> list[Ensemble]:
-    names = tuple(run.name for run in _runs(scale, model, tokens, point))
-    stem = without_seed(names[0])
-    return [Ensemble(name=f"{stem}-k{len(names)}-{average}", runs=names, average=average) for average in AVERAGES]
+# --- members and ensembles ----------------------------------------------------------------------------------------------
+
+
+def members_at(study: Study, model: str, tokens: int, point: Point) -> tuple[Run, ...]:
+    """Return the members of one size at a point."""
+    return study.seeds(TUNED, model, tokens, point, settings(study).count)
+
+
+def ensembles_at(study: Study, model: str, tokens: int, point: Point) -> list[Ensemble]:
+    """Return the ensembles of one size at a point, one for each average."""
+    names = tuple(run.name for run in members_at(study, model, tokens, point))
+    return [named_ensemble(names, average) for average in AVERAGES]
+
+
+def members(study: Study, model: str, tokens: int) -> tuple[Run, ...]:
+    """Return the members of one size; none before their point is known."""
+    point = best_point(study, model, tokens)
+    return () if point is None else members_at(study, model, tokens, point)
+
+
+def ensembles(study: Study, model: str, tokens: int) -> list[Ensemble]:
+    """Return the ensembles of one size, one for each average; none before the members' point is known."""
+    point = best_point(study, model, tokens)
+    return [] if point is None else ensembles_at(study, model, tokens, point)
+
+
+def single_point_ensembles(study: Study, tokens: int) -> dict[str, Ensemble]:
+    """Return, by size, the ensemble of the seeds that were run at the best single model's point anyway."""
+    results = {model: study.best(TUNED, model, tokens) for model in settings(study).models if study.scale.seeds > 1}
+    return {
+        model: named_ensemble(tuple(run.name for run in result.runs), "logits")
+        for model, result in results.items()
+        if result.settled
+    }
+
+
+def _variant_base(study: Study) -> _member_variants.MakeMember | None:
+    """Return what makes the independent members with which variants are compared; None before their point is known."""
+    variants, tokens = settings(study).member_variants, study.scale.unique_tokens[0]
+    point = best_point(study, variants.model, tokens) if variants else None
+    if variants is None or point is None:
+        return None
+    return functools.partial(study.run, TUNED, variants.model, tokens, point)
+
+
+Finished = list[tuple[str, Ensemble, Record]]
+
+
+def finished(study: Study, tokens: int) -> Finished:
+    """Return the ensembles of one budget that have run: size, job, record."""
+    jobs = [(model, ensemble) for model in settings(study).models for ensemble in ensembles(study, model, tokens)]
+    return [(model, job, record) for model, job in jobs if (record := study.records.get(job)) is not None]
+
+
+def best_ensemble(study: Study, tokens: int) -> Record | None:
+    """Return the record of the ensemble with the lowest loss at one budget."""
+    return min((record for *_, record in finished(study, tokens)), key=lambda record: record.loss, default=None)
+
+
+def best_ensembles(study: Study, tokens: int) -> list[Ensemble]:
+    """Return all ensembles of the size that has the best one; none before those of every size have run."""
+    done, models = finished(study, tokens), settings(study).models
+    if len(done) < len(AVERAGES) * len(models) or not done:
+        return []
+    best, _, _ = min(done, key=lambda entry: entry[2].loss)
+    return ensembles(study, best, tokens)
+
+
+# --- laws ---------------------------------------------------------------------------------------------------------------
 
 
 def members_law(record: Record) -> MembersLaw:
     """Fit E + A / K to the losses of one ensemble record (exponent 1: independent members, spec section 6).
 
-    Its interval is that of a new draw of members: subsets share them, so their scatter alone would say far too little.
+    Its interval is that of a new draw of members. Subsets share members, so their scatter alone would be far too narrow.
     """
     without = record.results.get("without")
     return fit_members(_by_count(record.results["curve"]), _by_count(without) if without else None)
@@ -147,116 +242,7 @@ def _by_count(table: dict[str, list[float]]) -> dict[int, list[float]]:
     return {int(k): losses for k, losses in table.items()}
 
 
-def best_ensemble(records: Records, scale: Scale, tokens: int) -> Record | None:
-    """Return the record of the ensemble with the lowest loss at one budget."""
-    found = [
-        record
-        for model in scale.ensemble.models
-        for ensemble in ensembles(records, scale, model, tokens)
-        if (record := records.get(ensemble)) is not None
-    ]
-    return min(found, key=lambda record: record.loss, default=None)
-
-
-def best_ensembles(records: Records, scale: Scale, tokens: int) -> list[Ensemble]:
-    """Return the ensembles of the size whose lowest loss is lowest: none before those of every size have run."""
-    losses = []
-    for model in scale.ensemble.models:
-        here = ensembles(records, scale, model, tokens)
-        done = [record.loss for ensemble in here if (record := records.get(ensemble)) is not None]
-        if len(done) < len(AVERAGES):
-            return []
-        losses.append((min(done), here))
-    return min(losses, key=lambda entry: entry[0])[1]
-
-
-def report(records: Records, scale: Scale) -> Section:
-    """Compare ensembles with the best single model, and extrapolate in K."""
-    claims: list[Claim] = []
-    tables, figures, notes = [], [], []
-    for tokens in scale.unique_tokens:
-        done = finished(records, scale, tokens)
-        claims += _claims(records, scale, tokens, done)
-        claims += _member_claims.exponent_claims(records, scale, tokens, done)
-        claims += _settings_claims(records, scale, tokens)
-        claims += _joint_claim(records, scale, tokens, done)
-        notes += _verdicts(records, scale, tokens, done)
-        if done:
-            tables.append(_table(scale, tokens, done))
-            figures.append(_figure(records, scale, tokens, done))
-    kinds = _kinds.rows(records, scale, kinds_point(records, scale))
-    if kinds:
-        claims += _kinds.claims(kinds, scale, heavy_weight_decay.missing(records, scale, scale.unique_tokens[0]))
-        tables.append(_kinds.table(kinds, scale))
-    return Section(
-        title="Ensembling",
-        question="How low do K independently trained models go together, and to which limit?",
-        claims=tuple(claims),
-        tables=tuple(tables),
-        figures=tuple(figures),
-        notes=tuple(notes),
-    )
-
-
-Found = list[tuple[str, Ensemble, Record]]
-
-
-def _claims(records: Records, scale: Scale, tokens: int, done: Found) -> list[Claim]:
-    best = best_ensemble(records, scale, tokens)
-    single, model = heavy_weight_decay.best_single(records, scale, tokens)
-    if best is None or not math.isfinite(single) or not isinstance(best.job, Ensemble):
-        return []
-    reasons = heavy_weight_decay.missing(records, scale, tokens)
-    claims = [
-        Claim(
-            text=f"D = {tokens:,}: {len(best.job.runs)} members ({best.job.average}) beat the best single model ({model})",
-            value=f"{single - best.loss:.4f} nats ({single:.4f} to {best.loss:.4f})",
-            paper="0.25 nats with 8 members of 300M (3.57 to 3.32), section 6",
-            seeds=len(best.job.runs),
-            holds=best.loss < single,
-            provisional=reasons,
-        )
-    ]
-    for size, ensemble, record in done:
-        law = members_law(record)
-        claims.append(
-            Claim(
-                text=f"D = {tokens:,}: the limit K to infinity of {size} members ({ensemble.average}), exponent 1, lies "
-                "under the best single model",
-                # The search chose the setting, and the interval is that of members at it.
-                value=f"{law.E:.4f} nats ({ensemble.name})",
-                interval=law.interval["E"] if law.interval else None,
-                seeds=len(ensemble.runs),
-                holds=None if law.interval is None else law.interval["E"][1] < single,
-                provisional=reasons if law.interval else (*reasons, law.note.rstrip(".")),
-            )
-        )
-    return claims
-
-
-def _settings_claims(records: Records, scale: Scale, tokens: int) -> list[Claim]:
-    """Compare the rule's members with as many of the best single model's point, for every size that has both."""
-    found = []
-    for model, plain in _member_claims.single_point_ensembles(records, scale, tokens).items():
-        rule = _rule_point(records, scale, model, tokens)
-        if rule is not None:
-            by_rule = records.get(_averages(scale, model, tokens, rule)[0])
-            claim = _member_claims.settings_claim(records, scale, tokens, model, by_rule, plain)
-            found += [claim] if claim else []
-    return found
-
-
-def finished(records: Records, scale: Scale, tokens: int) -> Found:
-    """Return the ensembles of one budget that have run: size, job, record."""
-    found = [
-        (model, ensemble, records.get(ensemble))
-        for model in scale.ensemble.models
-        for ensemble in ensembles(records, scale, model, tokens)
-    ]
-    return [(model, ensemble, record) for model, ensemble, record in found if record is not None]
-
-
-def joint_law(done: Found) -> JointLaw | None:
+def joint_law(done: Finished) -> JointLaw | None:
     """Fit the double limit through the limits of members (averaged in logits); None with fewer than three sizes."""
     laws = {
         record.results["parameters"] / len(ensemble.runs): members_law(record)
@@ -275,45 +261,169 @@ def joint_law(done: Found) -> JointLaw | None:
     )
 
 
-def _joint_claim(records: Records, scale: Scale, tokens: int, done: Found) -> list[Claim]:
+# --- the report -----------------------------------------------------------------------------------------------------------
+
+
+def report(study: Study) -> Section:
+    """Compare ensembles with the best single model, and extrapolate in K."""
+    claims: list[Claim] = []
+    tables, figures, notes = [], [], []
+    for tokens in study.scale.unique_tokens:
+        done = finished(study, tokens)
+        claims += _claims(study, tokens, done)
+        claims += _exponent_claims(study, tokens, done)
+        claims += _settings_claims(study, tokens)
+        claims += _joint_claim(study, tokens, done)
+        notes += _limit_notes(study, tokens, done)
+        if done:
+            tables.append(_table(tokens, done))
+            figures.append(_figure(study, tokens, done))
+    variants, tokens = settings(study).member_variants, study.scale.unique_tokens[0]
+    rows = _member_variants.rows(study, variants, _variant_base(study))
+    if rows and variants is not None:
+        claims += _member_variants.claims(rows, variants, heavy_weight_decay.missing(study, tokens))
+        tables.append(_member_variants.table(rows, variants, tokens))
+    return Section(
+        title="Ensembling",
+        question="How low do K independently trained models go together, and to which limit?",
+        claims=tuple(claims),
+        tables=tuple(tables),
+        figures=tuple(figures),
+        notes=tuple(notes),
+    )
+
+
+def _claims(study: Study, tokens: int, done: Finished) -> list[Claim]:
+    best = best_ensemble(study, tokens)
+    single, model = heavy_weight_decay.best_single(study, tokens)
+    if best is None or not single or not isinstance(best.job, Ensemble):
+        return []
+    caveats = heavy_weight_decay.missing(study, tokens)
+    claims = [
+        Claim(
+            id=f"ensembling.beats-single.{tokens}",
+            text=f"D = {tokens:,}: {len(best.job.runs)} members ({best.job.average}) beat the best single model ({model})",
+            value=f"{single.mean - best.loss:.4f} nats ({single.mean:.4f} to {best.loss:.4f})",
+            paper="0.25 nats with 8 members of 300M (3.57 to 3.32), section 6",
+            seeds=len(best.job.runs),
+            holds=best.loss < single.mean,
+            provisional=caveats,
+        )
+    ]
+    for size, ensemble, record in done:
+        law = members_law(record)
+        claims.append(
+            Claim(
+                id=f"ensembling.limit.{size}.{ensemble.average}.{tokens}",
+                text=f"D = {tokens:,}: the K to infinity limit of {size} members ({ensemble.average}), exponent 1, is "
+                "below the best single model",
+                # The search chose the setting, so the interval is that of members at this one; the name says which.
+                value=f"{law.E:.4f} nats ({ensemble.name})",
+                interval=law.interval["E"] if law.interval else None,
+                seeds=len(ensemble.runs),
+                holds=None if law.interval is None else law.interval["E"][1] < single.mean,
+                provisional=caveats if law.interval else (*caveats, law.note.rstrip(".")),
+            )
+        )
+    return claims
+
+
+def _exponent_claims(study: Study, tokens: int, done: Finished) -> list[Claim]:
+    """Fit a free exponent in K to the mean losses of every size whose members, averaged in logits, have run."""
+    curves = {model: mean_curve(record) for model, ensemble, record in done if ensemble.average == "logits"}
+    laws = {m: fit_power_law(list(c), list(c.values())) for m, c in curves.items() if len(c) >= FEWEST_COUNTS}
+    return [
+        Claim(
+            id=f"ensembling.exponent.{model}.{tokens}",
+            text=f"D = {tokens:,}: the excess of K {model} members (logits) falls like 1 / K",
+            value=f"exponent {law.alpha:.2f}",
+            paper="0.96 to 1.09 over seven tables, sections 6 and 13",
+            seeds=max(curves[model]),
+            holds=0.8 <= law.alpha <= 1.25,
+            provisional=(*heavy_weight_decay.missing(study, tokens), "one set of members"),
+        )
+        for model, law in laws.items()
+    ]
+
+
+def _both_points(study: Study, model: str, tokens: int) -> tuple[Record | None, Record | None]:
+    """Return the records of the rule's members and of as many as there are seeds at the single model's point (logits)."""
+    rule, plain = _rule_point(study, model, tokens), single_point_ensembles(study, tokens).get(model)
+    if rule is None or plain is None:
+        return None, None
+    return study.records.get(ensembles_at(study, model, tokens, rule)[0]), study.records.get(plain)
+
+
+def _both_losses(by_rule: Record, plain: Record) -> tuple[float, float] | None:
+    """Return the losses of K members by the rule (mean over subsets) and at the single model's point; None without that K."""
+    curve = by_rule.results.get("curve", {}).get(str(len(inputs(plain.job))), [])
+    return (statistics.fmean(curve), plain.loss) if curve else None
+
+
+def _settings_claims(study: Study, tokens: int) -> list[Claim]:
+    """Compare the rule's members with as many at the best single model's point, for every size that has both."""
+    claims = []
+    for model in single_point_ensembles(study, tokens):
+        by_rule, plain = _both_points(study, model, tokens)
+        losses = _both_losses(by_rule, plain) if by_rule and plain else None
+        if losses is None or plain is None or not math.isfinite(losses[1]):
+            continue
+        longer, single, k = *losses, len(inputs(plain.job))
+        claims.append(
+            Claim(
+                id=f"ensembling.rule.{model}.{tokens}",
+                text=f"D = {tokens:,}: {k} {model} members of twice the epochs and half the decay beat {k} of the best "
+                "single setting",
+                value=f"{single - longer:+.4f} nats ({single:.4f} to {longer:.4f})",
+                paper="limits 3.34 and 3.27 for 300M, section 6",
+                seeds=k,
+                holds=longer < single,
+                provisional=heavy_weight_decay.missing(study, tokens),
+            )
+        )
+    return claims
+
+
+def _joint_claim(study: Study, tokens: int, done: Finished) -> list[Claim]:
     """The double limit, K first and then N (spec section 7), where three sizes or more have ensembles."""
     law = joint_law(done)
     if law is None:
         return []
-    reasons = heavy_weight_decay.missing(records, scale, tokens)
+    caveats = heavy_weight_decay.missing(study, tokens)
     return [
         Claim(
+            id=f"ensembling.double-limit.{tokens}",
             text=f"D = {tokens:,}: the double limit, K to infinity and then N to infinity (logits)",
             value=f"{law.E:.4f} nats",
             interval=law.interval["E"] if law.interval else None,
-            seeds=scale.ensemble.count,
+            seeds=settings(study).count,
             holds=None,
-            provisional=reasons if law.interval else (*reasons, law.note.rstrip(".")),
+            provisional=caveats if law.interval else (*caveats, law.note.rstrip(".")),
         )
     ]
 
 
-def _verdicts(records: Records, scale: Scale, tokens: int, done: Found) -> list[str]:
-    """Say in a sentence how probable it is that members in the limit are lower than single models in theirs."""
-    single = heavy_weight_decay.size_law(records, scale, tokens)
+def _limit_notes(study: Study, tokens: int, done: Finished) -> list[str]:
+    """Report how probable it is that members in their limit are lower than single models in theirs."""
+    single = heavy_weight_decay.size_law(study, tokens)
     if single is None or not done:
         return []
     model, ensemble, record = min(done, key=lambda entry: members_law(entry[2]).E)
     name = f"the limit in K of {model} members ({ensemble.average})"
-    told = [compare_limits(single, members_law(record), names=("the limit in N of single models", name))]
+    comparisons = [compare_limits(single, members_law(record), names=("the limit in N of single models", name))]
     joint = joint_law(done)
     if joint is not None and joint.nested.outer is not None:
         names = ("the limit in N of single models", "the double limit of members (logits)")
-        told.append(compare_limits(single, joint.nested.outer, names=names))
-    return [f"D = {tokens:,}: {comparison.sentence}" for comparison in told]
+        comparisons.append(compare_limits(single, joint.nested.outer, names=names))
+    return [f"D = {tokens:,}: {comparison.sentence}" for comparison in comparisons]
 
 
-def _table(scale: Scale, tokens: int, done: Found) -> Table:
+def _table(tokens: int, done: Finished) -> Table:
     rows = []
     for model, ensemble, record in done:
         for k, losses in record.results["curve"].items():
             low, high = (min(losses), max(losses)) if len(losses) > 1 else (None, None)
-            rows.append((model, ensemble.average, int(k), sum(losses) / len(losses), low, high))
+            rows.append((model, ensemble.average, int(k), statistics.fmean(losses), low, high))
     return Table(
         title=f"Ensembles, D = {tokens:,} tokens (mean, lowest and highest over subsets of K members)",
         columns=("model", "average", "K", "loss", "lowest", "highest"),
@@ -321,19 +431,17 @@ def _table(scale: Scale, tokens: int, done: Found) -> Table:
     )
 
 
-def _figure(records: Records, scale: Scale, tokens: int, done: Found) -> Figure:
-    single, model = heavy_weight_decay.best_single(records, scale, tokens)
+def _figure(study: Study, tokens: int, done: Finished) -> Figure:
+    single, model = heavy_weight_decay.best_single(study, tokens)
 
     def draw(axes: Any) -> None:
         for size, ensemble, record in done:
-            curve = {int(k): losses for k, losses in record.results["curve"].items()}
-            means = [sum(losses) / len(losses) for losses in curve.values()]
-            label = f"{size}, {ensemble.average}"
-            draw_series(axes, list(curve), means, label=label)
+            curve, label = mean_curve(record), f"{size}, {ensemble.average}"
+            draw_series(axes, list(curve), list(curve.values()), label=label)
             if len(curve) > 2:
                 draw_law(axes, members_law(record), 1, 4 * max(curve), label=f"{label}: E + A / K")
-        if math.isfinite(single):
-            axes.axhline(single, color="0.4", linewidth=1, label=f"best single ({model})")
+        if single:
+            axes.axhline(single.mean, color="0.4", linewidth=1, label=f"best single ({model})")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("members K")
         axes.set_ylabel("validation loss (nats per token)")

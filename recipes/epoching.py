@@ -14,7 +14,7 @@ from epochal.report.comparison import difference_claim
 from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
-from epochal.scale import Point, Scale
+from epochal.scale import Scale
 from epochal.search.searches import Search, seed_noise
 from epochal.study import NOTHING, Arm, Result, Study
 
@@ -55,7 +55,9 @@ def standard(study: Study) -> Arm:
 def budgets(study: Study) -> dict[int, tuple[str, ...]]:
     """Return the sizes of the standard recipe at every budget D, ascending."""
     here, scale = settings(study), study.scale
-    models = dict.fromkeys(here.data_scaling_tokens, here.data_scaling_models) | dict.fromkeys(scale.unique_tokens, scale.models)
+    models = dict.fromkeys(here.data_scaling_tokens, here.data_scaling_models) | dict.fromkeys(
+        scale.unique_tokens, scale.models
+    )
     return dict(sorted(models.items()))
 
 
@@ -123,7 +125,9 @@ def first_loss(study: Study, result: Result) -> float:
 def missing(study: Study, tokens: int) -> tuple[str, ...]:
     """Name the standard searches of one budget that have no certificate yet."""
     arm = standard(study)
-    return tuple(f"neighbours of {m} {arm.label}" for m in budgets(study)[tokens] if not study.tuned(arm, m, tokens).certified)
+    return tuple(
+        f"neighbours of {m} {arm.label}" for m in budgets(study)[tokens] if not study.tuned(arm, m, tokens).certified
+    )
 
 
 def report(study: Study) -> Section:
@@ -158,12 +162,12 @@ def _epochs_claim(study: Study) -> tuple[Claim, ...]:
     best, last, swept = pair[0][0].epochs, pair[1][0].epochs, sweep(study)
     return (
         difference_claim(
-            "epoching.epochs",
             f"{settings(study).sweep_model}, wd {study.scale.standard_wd:g}: more epochs than {best} raise the loss again "
             f"({last} epochs against {best})",
             rises(study, pair),
+            id="epoching.epochs",
             paper="falls, then rises (figure only), section 4",
-            reasons=() if len(_curve(study, swept)) == len(swept) else ("epochs of the sweep",),
+            caveats=() if len(_curve(study, swept)) == len(swept) else ("epochs of the sweep",),
         ),
     )
 
@@ -184,10 +188,10 @@ def _size_claim(study: Study) -> tuple[Claim, ...]:
     smallest, largest = pair[0][0], pair[1][0]
     return (
         difference_claim(
-            "epoching.size",
             f"wd {study.scale.standard_wd:g}, {smallest.epochs} epochs: the largest model ({largest.model}) overfits past the "
             f"smallest ({smallest.model})",
             rises(study, pair),
+            id="epoching.size",
             paper="1.4B above 600M by 0.0146 nats, section 4",
         ),
     )

@@ -87,11 +87,11 @@ def plan(
     setting = load_scale(scale)
     workspace = _workspace(setting.name, results, work)
     if watch:
-        _launch("watch").watch(recipes or recipe_names(), workspace, setting, every=seconds(every))
+        _launch("watch").watch(recipes or recipe_names(setting), workspace, setting, every=seconds(every))
         return
     records = load_records(workspace)
     _say_problems(records.problems)
-    view = outlook(recipes or recipe_names(), records, setting, store_vocab_size(workspace, setting))
+    view = outlook(recipes or recipe_names(setting), records, setting, store_vocab_size(workspace, setting))
     state, hardware = view.split, setting.hardware
     print(f"{setting.name}: {len(state.done)} done, {len(state.ready)} ready, {len(state.waiting)} waiting")
     for what, cost in (("known today", view.today), ("to come, if every search ends where it stands", view.later)):
@@ -151,9 +151,7 @@ def run(
     _check_fit(setting, open_store(setting.data, workspace), micro_batch)
     records = load_records(workspace)
     _say_problems(records.problems)
-    names = tuple(recipes or recipe_names())
-    if "continued" in names and setting.continued is not None:
-        open_store(setting.continued.data, workspace)
+    names = tuple(recipes or recipe_names(setting))
     view = outlook(names, records, setting, store_vocab_size(workspace, setting))
     orders = Orders(
         session=uuid.uuid4().hex,
@@ -252,15 +250,17 @@ def _campaign_report(
     from epochal.campaign.plan import load_recipe, recipe_names
     from epochal.records import load_records
     from epochal.scale import load_scale
+    from epochal.study import Study
 
     setting = load_scale(scale)
     records = load_records(_workspace(setting.name, results, work))
     _say_problems(records.problems)
     if not len(records):
         raise ValueError(f"{records.workspace.records} holds no records; run epochal run --scale {scale} first.")
+    study = Study(records, setting)
     sections = [
-        replace(load_recipe(name).report(records, setting), command=f"epochal run {name} --scale {scale}")
-        for name in recipes or recipe_names()
+        replace(load_recipe(name).report(study), command=f"epochal run {name} --scale {scale}")
+        for name in recipes or recipe_names(setting)
     ]
     budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
     left_out = f" {len(records.problems)} malformed ones were left out." * bool(records.problems)
@@ -505,7 +505,7 @@ def _check_fit(setting: "Scale", store: "TokenStore", micro_batch: int | None) -
     """Refuse a campaign that its text or its batch cannot carry before any worker starts."""
     from epochal.scale import Point
 
-    for tokens in setting.budgets:
+    for tokens in setting.unique_tokens:
         point = Point(lr=setting.grid.lr[0], epochs=1, wd=0.0)
         store.training_stream(setting.run(setting.ladder[0].model, tokens, point))
     store.sequences("validation", setting.sequence_length)
@@ -540,7 +540,7 @@ def _find_job(name: str, scale: str, results: Path, work: Path) -> Any:
     record = records.named(name)
     if record is not None:
         return record.job
-    jobs = {job.name: job for job in campaign_jobs(recipe_names(), records, setting)}
+    jobs = {job.name: job for job in campaign_jobs(recipe_names(setting), records, setting)}
     if name not in jobs:
         raise ValueError(f"scale {setting.name!r} plans no job {name!r}{nearest(name, jobs)}; see epochal plan --jobs.")
     return jobs[name]

@@ -6,7 +6,6 @@ Its other tables are the settings of recipes. A recipe reads its own table (`Stu
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from epochal.config import find_config, from_table, nearest, read_toml
@@ -125,7 +124,9 @@ class Scale:
             raise ValueError(f"standard_wd {self.standard_wd} is not in grid.wd; add it there.")
         inner = self.optimizer.base if isinstance(self.optimizer, Spectra) else self.optimizer
         if (inner.lr, inner.wd) != (type(inner)().lr, type(inner)().wd):
-            raise ValueError("[optimizer] must not set lr or wd, which are tuned; set [grid] and the starts of [[ladder]].")
+            raise ValueError(
+                "[optimizer] must not set lr or wd, which are tuned; set [grid] and the starts of [[ladder]]."
+            )
         for tokens in self.unique_tokens:
             self.check_budget(tokens)
 

@@ -206,7 +206,9 @@ class Study:
         descent = self.tuned(arm, model, tokens)
         if descent.best is None:
             return NOTHING
-        return self._result(arm, model, tokens, descent.best, self.scale.seeds, descent.certified, descent.edges, descent.tried)
+        return self._result(
+            arm, model, tokens, descent.best, self.scale.seeds, descent.certified, descent.edges, descent.tried
+        )
 
     # --- tuned on a full grid -------------------------------------------------------------------------------------------
 
@@ -241,7 +243,15 @@ class Study:
         return tuple(self.run(arm, model, tokens, point, seed) for seed in range(count))
 
     def _result(
-        self, arm: Arm, model: str, tokens: int, point: Point, seeds: int, settled: bool, edges: tuple[str, ...], tried: int
+        self,
+        arm: Arm,
+        model: str,
+        tokens: int,
+        point: Point,
+        seeds: int,
+        settled: bool,
+        edges: tuple[str, ...],
+        tried: int,
     ) -> Result:
         runs = self.seeds(arm, model, tokens, point, seeds)
         return Result(point, runs, self.finite(dict(enumerate(runs))), settled, edges, tried)

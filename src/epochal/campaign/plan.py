@@ -6,6 +6,7 @@ campaign before anything has run.
 
 import functools
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,53 +20,78 @@ from epochal.records import Record, Records, Split, Workspace, split
 from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import Scale
 from epochal.search.searches import Search, seed_noise
+from epochal.study import Study
 
 BYTES_PER_WEIGHT = 4
 """Model folders hold float32 weights."""
 
 
-STORY = (
-    "epoching",
-    "heavy_weight_decay",
-    "ensembling",
-    "distillation",
-    "data_efficiency",
-    "downstream",
-    "continued",
-    "optimizers",
-)
-"""The recipes in the order of a report, where each builds on those before; any others follow by name."""
+def recipe_folders() -> list[Path]:
+    """Return the folders of recipes: the working folder's own, which come first, and the built-in ones."""
+    built_in = REPOSITORY / "recipes"
+    own = Path.cwd() / "recipes"
+    return [own, built_in] if own.is_dir() and own.resolve() != built_in.resolve() else [built_in]
 
 
-def recipe_names() -> list[str]:
-    """Return the recipes of the current folder, or else of the repository, in the order of a report."""
-    folder = REPOSITORY / "recipes"
-    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    return sorted(names, key=lambda name: STORY.index(name) if name in STORY else len(STORY))
+def recipe_names(scale: Scale | None = None) -> list[str]:
+    """Return the recipes of a scale, all of them where it names none, in the order of a report."""
+    files = [path.stem for folder in recipe_folders() for path in sorted(folder.glob("*.py"))]
+    known = list(dict.fromkeys(name for name in files if not name.startswith("_")))
+    order: tuple[str, ...] = _built_in("recipes").ORDER
+    known.sort(key=lambda name: order.index(name) if name in order else len(order))
+    if scale is None:
+        return known
+    for name in (*scale.recipes, *scale.tables):
+        if name not in known:
+            raise ValueError(
+                f"scale {scale.name!r} names {name!r}, which is not a recipe{nearest(name, known)}; correct it."
+            )
+    return list(scale.recipes) or known
 
 
 def load_recipe(name: str) -> ModuleType:
     """Import one recipe; raises ValueError with the nearest name when there is none."""
-    if name not in recipe_names():
-        raise ValueError(
-            f"there is no recipe {name!r}{nearest(name, recipe_names())}; known: {', '.join(recipe_names())}."
-        )
+    folder = next((folder for folder in recipe_folders() if (folder / f"{name}.py").is_file()), None)
+    if folder is None or name.startswith("_"):
+        known = recipe_names()
+        raise ValueError(f"there is no recipe {name!r}{nearest(name, known)}; known: {', '.join(known)}.")
+    if folder == REPOSITORY / "recipes":
+        return _built_in(f"recipes.{name}")
+    return _load_file(folder / f"{name}.py")
+
+
+def _built_in(module: str) -> ModuleType:
     if str(REPOSITORY) not in sys.path:
         sys.path.insert(0, str(REPOSITORY))
-    return importlib.import_module(f"recipes.{name}")
+    return importlib.import_module(module)
+
+
+@functools.cache
+def _load_file(path: Path) -> ModuleType:
+    """Import a recipe of the working folder under a name that cannot collide with a built-in one."""
+    spec = importlib.util.spec_from_file_location(f"own_recipes.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    _built_in("recipes")  # so that it can import the built-in ones
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> list[Job]:
-    """Return every job that the recipes name today, each once.
+    """Return every job that the recipes can name from these records, each once.
 
-    Raises ValueError when two recipes give one name two meanings.
+    Raises ValueError when one name stands for two different jobs.
     """
-    found: dict[str, Job] = {}
+    jobs: dict[str, Job] = {}
+    study = Study(records, scale)
     for name in recipes:
-        for job in load_recipe(name).jobs(records, scale):
-            if found.setdefault(job.name, job) != job:
-                raise ValueError(f"job {job.name!r} means two things in recipe {name!r}; give one another name.")
-    return list(found.values())
+        for job in load_recipe(name).plan(study):
+            if jobs.setdefault(job.name, job) != job:
+                raise ValueError(
+                    f"recipe {name!r} plans {job.name!r} with another meaning than before; rename one of them."
+                )
+    return list(jobs.values())
 
 
 class Hypothetical(Records):
@@ -194,8 +220,9 @@ def search_states(
     recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None
 ) -> tuple[SearchState, ...]:
     """Return the state of every search of the recipes, each once; a recipe without searches has none."""
+    study = Study(records, scale)
     modules = [module for module in map(load_recipe, recipes) if hasattr(module, "searches")]
-    found = {search.what: search for module in modules for search in module.searches(records, scale)}
+    found = {search.what: search for module in modules for search in module.searches(study)}
     return tuple(_state(search, records, scale, vocab_size) for search in found.values())
 
 

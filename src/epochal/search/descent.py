@@ -60,7 +60,7 @@ def descend(loss_of: LossOf, start: Point, grid: Grid, way: str = "in turn") -> 
     for field, values in grid.items():
         if start.get(field) not in values:
             raise ValueError(f"start {field} {start.get(field)} is not on its grid {list(values)}; use a grid value.")
-    centre, wanted, visited = _walk(loss_of, start, grid, together=way == "together")
+    centre, wanted, visited = _walk(loss_of, start, grid, together=way == "parallel")
     known = {point: loss for point in visited if (loss := loss_of(point)) is not None}
     best = min(known, key=lambda point: (known[point], point), default=None)
     if wanted and best is not None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from epochal.records import Record, Records
+from epochal.records import Records
 from epochal.run import Job, Run
 from epochal.scale import Point
 from epochal.search.descent import (
