@@ -246,7 +246,7 @@ def test_two_claims_of_one_id_are_refused_and_leave_the_old_report(tmp_path):
     write_report([], tmp_path, title="old")
     before = files(tmp_path)
     same = Section(title="S", question="?", claims=(Claim(id="a.b", text="t", value=""),))
-    with pytest.raises(ValueError, match=r"the id 'a\.b'; give each claim an id of its own"):
+    with pytest.raises(ValueError, match=r"the id 'a\.b'; give each claim its own id"):
         write_report([same, same], tmp_path, title="new")
     assert files(tmp_path) == before
 

@@ -106,9 +106,7 @@ def render_claims(rows: Iterable[ClaimRow]) -> str:
     ids = Counter(table["id"] for table in tables if table["id"])
     repeated = [name for name, count in ids.items() if count > 1]
     if repeated:
-        raise ValueError(
-            f"several claims of this report have the id {repeated[0]!r}; give each claim an id of its own."
-        )
+        raise ValueError(f"several claims of this report have the id {repeated[0]!r}; give each claim its own id.")
     for table in tables:
         if table["interval"] is not None:
             # JSON has no infinity, so an open end becomes null.

@@ -51,7 +51,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[i
 
 
 def _escape(text: str) -> str:
-    """Escape Markdown and HTML except inside `code`; a bare | would end a table cell even there."""
+    """Escape Markdown and HTML except inside `code`; a bare | ends a table cell even in code."""
     parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
     for i in range(0, len(parts), 2):  # the odd parts are code
         plain = re.sub(r"([\\*_\[\]`~])", r"\\\1", parts[i])
