@@ -1,7 +1,6 @@
-"""The committed results as two generated texts: recipes/results/README.md, and the results part of README.md.
+"""Write recipes/results/README.md, and the results part of README.md, from the committed reports.
 
-`python -m recipes._results_page SCALE ...` reads the claims.json that `epochal report --scale SCALE` left, and the records
-beside it. Nothing in either text is typed by hand, so a number there is a number in a record.
+`python -m recipes._results_page SCALE ...` reads the claims.json and the records of each scale. No number is typed by hand.
 """
 
 import sys
@@ -11,112 +10,101 @@ from pathlib import Path
 from epochal.campaign.plan import load_recipe
 from epochal.config import REPOSITORY, write_atomic
 from epochal.records import Workspace, load_records
-from epochal.report.claims import CLAIM_COLUMNS, ClaimRow, read_claims, tally, verdict_line
-from epochal.report.sections import Table, format_interval, markdown_table
+from epochal.report.claims import CLAIM_COLUMNS, ClaimRow, read_claims, tally
+from epochal.report.markdown import markdown_table
+from epochal.report.sections import Table, claim_cells, format_interval
 from epochal.scale import load_scale
 from epochal.study import Study
 
 RESULTS = Path("recipes/results")
 BEGIN, END = "<!-- results: written by make report -->", "<!-- end of results -->"
-AGAIN = "-again"
-"""How the name of a scale ends that repeats rows of another one on other seeds."""
+REPLICATION_SUFFIX = "-again"  # micro-again and micro-drawn-again replicate claims of micro on other seeds
 FIGURES = ("loss-against-epochs", "loss-against-size-{tokens}", "loss-against-members-{tokens}")
 
 
 def main(scales: Sequence[str]) -> None:
-    """Write both texts for the scales named; raises ValueError when one has no report."""
+    """Write both texts for the given scales; raises ValueError for none, and for one without a report."""
     if not scales:
         raise ValueError("name at least one scale that has a report, e.g. python -m recipes._results_page micro.")
-    scales = longest_first(scales)
+    scales = most_records_first(scales)
     rows = {scale: read_claims(RESULTS / scale / "claims.json") for scale in scales}
     readme = REPOSITORY / "README.md"
-    text = spliced(readme.read_text(encoding="utf-8"), headline(scales[0]))
+    readme_text = replace_results(readme.read_text(encoding="utf-8"), main_results(scales[0]))
     write_atomic(RESULTS / "README.md", claims_page(rows))
-    write_atomic(readme, text)
+    write_atomic(readme, readme_text)
 
 
-def longest_first(scales: Sequence[str]) -> list[str]:
-    """Put the campaigns with most records first: the first one's chain stands in the README."""
+def most_records_first(scales: Sequence[str]) -> list[str]:
+    """Sort scales by their number of records; README.md shows the results of the first."""
     return sorted(scales, key=lambda scale: -sum(1 for _ in (RESULTS / scale / "records").glob("*.json")))
 
 
 def claims_page(rows: dict[str, list[ClaimRow]]) -> str:
-    """Render every claim of every scale: the paper's number, ours, its interval and seeds, the verdict, the command."""
+    """Render every claim of every scale, and how the replications compare."""
     lines = [
-        "# Claims, and what the records say",
+        "# Claims and verdicts",
         "",
-        "Written by `make report` from the records of each scale; intervals are 90%, losses nats per token on validation text.",
+        "Written by `make report` from the records of each scale. Intervals are 90%; losses are nats per token on validation "
+        "text.",
     ]
-    for scale, found in rows.items():
-        lines += ["", f"## {scale}", "", f"{tally(found)} Report: [{scale}/report.md]({scale}/report.md)."]
-        for section in dict.fromkeys(row.section for row in found):
-            chosen = [row for row in found if row.section == section]
-            lines += ["", f"### {section}", "", markdown_table(_claims_table(chosen))]
-        first = repeated(scale, rows)
-        if first is not None:
-            lines += ["", *_again(first, scale, rows[first], found)]
+    for scale, claims in rows.items():
+        lines += ["", f"## {scale}", "", f"{tally(claims)} Report: [{scale}/report.md]({scale}/report.md)."]
+        for section in dict.fromkeys(row.section for row in claims):
+            cells = tuple((*claim_cells(row), f"`{row.command}`") for row in claims if row.section == section)
+            table = Table(title="", columns=(*CLAIM_COLUMNS, "Command"), rows=cells)
+            lines += ["", f"### {section}", "", markdown_table(table)]
+        original = replicated_scale(scale, rows)
+        if original is not None:
+            lines += ["", f"### {original}, and {scale} on other seeds", "", *_replication(rows[original], claims)]
     return "\n".join(lines) + "\n"
 
 
-def repeated(scale: str, scales: Iterable[str]) -> str | None:
-    """Return the campaign that a scale repeats rows of: `micro-again` and `micro-drawn-again` those of `micro`."""
-    found = [other for other in scales if scale.endswith(AGAIN) and scale.startswith(f"{other}-")]
-    return max(found, key=len, default=None)
+def replicated_scale(scale: str, scales: Iterable[str]) -> str | None:
+    """Return the scale that `scale` replicates on other seeds; None when its name is not that of a replication."""
+    originals = [other for other in scales if scale.endswith(REPLICATION_SUFFIX) and scale.startswith(f"{other}-")]
+    return max(originals, key=len, default=None)
 
 
-def _again(name: str, again: str, first: list[ClaimRow], second: list[ClaimRow]) -> list[str]:
-    """Compare the numbers of a campaign and of its repetition on other seeds, where both have an interval."""
-    by_text = {row.text: row for row in first}
+def _replication(original: list[ClaimRow], replication: list[ClaimRow]) -> list[str]:
+    """Compare the intervals of the claims that both campaigns have, matched by id."""
+    by_id = {row.id: row for row in original if row.id}
     cells = []
-    for row in second:
-        before = by_text.get(row.text)
-        if before is not None and before.interval is not None and row.interval is not None:
-            meet = before.interval[0] <= row.interval[1] and row.interval[0] <= before.interval[1]
-            shown = (before.value, format_interval(before), row.value, format_interval(row))
-            cells.append((row.text, *shown, "yes" if meet else "no"))
-    agree = sum(cell[-1] == "yes" for cell in cells)
-    columns = ("Claim", "First", "90% interval", "Again", "90% interval again", "Intervals meet")
+    for row in replication:
+        first = by_id.get(row.id)
+        if first is not None and first.interval is not None and row.interval is not None:
+            overlap = first.interval[0] <= row.interval[1] and row.interval[0] <= first.interval[1]
+            shown = (first.value, format_interval(first), row.value, format_interval(row))
+            cells.append((row.text, *shown, "yes" if overlap else "no"))
+    overlapping = sum(cell[-1] == "yes" for cell in cells)
+    columns = ("Claim", "First", "90% interval", "Again", "90% interval again", "Overlap")
     return [
-        f"### {name}, and {again} on other seeds",
-        "",
-        f"{agree} of {len(cells)} intervals meet. Searches were made again too, as wide as the scale's grid, so that a row may "
-        "rest on another setting; an interval is over seeds or members, not over what a search may choose.",
+        f"{overlapping} of {len(cells)} intervals overlap. The searches were repeated too, so a claim may rest on another "
+        "setting; an interval covers the choice of seeds or members, not that of the setting.",
         "",
         markdown_table(Table(title="", columns=columns, rows=tuple(cells))),
     ]
 
 
-def _claims_table(rows: list[ClaimRow]) -> Table:
-    cells = [
-        (row.text, row.paper or None, row.value, format_interval(row), row.seeds, verdict_line(row), f"`{row.command}`")
-        for row in rows
-    ]
-    return Table(title="", columns=(*CLAIM_COLUMNS, "Command"), rows=tuple(cells))
-
-
-def headline(scale_name: str) -> str:
-    """Render the whole chain of one scale as a table with three figures, for the README."""
+def main_results(scale_name: str) -> str:
+    """Render the whole chain of one scale as a table with up to three figures, for README.md."""
     scale = load_scale(scale_name)
     records = load_records(Workspace(scale_name, RESULTS, Path("work")))
     tables: tuple[Table, ...] = load_recipe("distillation").report(Study(records, scale)).tables
     if not tables:
-        raise ValueError(
-            f"{records.workspace.records} does not hold the whole chain yet; run epochal run --scale {scale_name}."
-        )
+        raise ValueError(f"{records.workspace.records} lacks runs of the chain; run epochal run --scale {scale_name}.")
     chain, folder = tables[0], RESULTS / scale_name / "figures"
     names = [name.format(tokens=scale.unique_tokens[0]) for name in FIGURES]
-    figures = [f"![{name}]({folder / name}.svg)" for name in names if (folder / f"{name}.svg").exists()]
     parts = [
         f"{chain.title}, scale `{scale_name}` (nats per token; {len(records)} records):",
         markdown_table(chain),
-        "\n".join(figures),
-        f"Every claim with its verdict: [{RESULTS}/README.md]({RESULTS}/README.md).",
+        "\n".join(f"![{name}]({folder / name}.svg)" for name in names if (folder / f"{name}.svg").exists()),
+        f"All claims with their verdicts: [{RESULTS}/README.md]({RESULTS}/README.md).",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def spliced(readme: str, results: str) -> str:
-    """Return the README with the text between its two marks replaced; raises ValueError when a mark is missing."""
+def replace_results(readme: str, results: str) -> str:
+    """Replace the text between the two marks of README.md; raises ValueError when a mark is missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

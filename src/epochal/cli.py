@@ -205,8 +205,8 @@ def report(
     """Turn records into report.md, report.html, claims.json and figures; needs no torch."""
     from rich.console import Console
 
-    from epochal.report.compare import Campaign, compare_campaigns
-    from epochal.report.sections import print_summary
+    from epochal.report.campaigns import CampaignReport, compare_campaigns
+    from epochal.report.terminal import print_summary
     from epochal.report.write import write_report
 
     if records is not None:
@@ -221,8 +221,8 @@ def report(
             same = other.name == setting.name
             names = (f"{setting.name} here", f"{other.name} there") if same else (setting.name, other.name)
             sections = compare_campaigns(
-                Campaign(names[0], setting.data, found, sections),
-                Campaign(names[1], other.data, theirs, their_sections),
+                CampaignReport(names[0], setting.data, found, sections),
+                CampaignReport(names[1], other.data, theirs, their_sections),
             )
             title, folder = f"epochal: {names[0]} against {names[1]}", out or folder / f"against-{other.name}"
             counts = f"{len(found)} records of {names[0]}, {len(theirs)} of {names[1]}"
@@ -233,7 +233,8 @@ def report(
 
 
 def _point_report(path: Path, reference: str | None) -> "tuple[list[Section], list[str]]":
-    from epochal.report.points import point_sections, read_points
+    from epochal.report.point_laws import point_sections
+    from epochal.report.points import read_points
 
     points, problems = read_points(path)
     _say_problems(problems)

@@ -1,6 +1,5 @@
-"""Figures of a report: one style, three drawing helpers, and a figure as SVG, PNG and the list of its points.
+"""Figures of a report: one style, three drawing helpers, and a figure as SVG.
 
-The points are read back from what was drawn, so that a page can show their numbers whatever a recipe drew them with.
 matplotlib and numpy are imported where they are used: a report without figures needs neither.
 """
 
@@ -9,16 +8,14 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-# Okabe and Ito's colours, which stay apart for every common kind of colour blindness; the order puts the darkest first.
+# Okabe and Ito's colors, distinct under every common color blindness; the darkest first.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # a second sign beside the colour, for print in grey
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one per color, for print in gray
 INK, GRID, PAPER = "#1f2328", "#e3e5e8", "#ffffff"
 SIZE = (5.2, 3.6)  # inches
-POINTS_PER_INCH = 72  # SVG units: at this resolution pixels of the layout are units of the file
-PNG_DPI = 200
+POINTS_PER_INCH = 72  # SVG units
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -53,36 +50,8 @@ STYLE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One number of a figure: its series, its coordinates in data (a name for a bar) and in SVG units.
-
-    `low` and `high` are its 90% interval or None; `box` is (left, top, width, height) of a bar in SVG units.
-    """
-
-    series: str
-    x: float | str
-    y: float
-    low: float | None = None
-    high: float | None = None
-    at: tuple[float, float]
-    box: tuple[float, float, float, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A drawn figure: the bytes of its two files, its points, the names of its axes."""
-
-    name: str
-    svg: str
-    png: bytes
-    points: tuple[Point, ...]
-    x_label: str
-    y_label: str
-
-
 def require_matplotlib() -> Any:
-    """Return the module matplotlib, or say how to get it."""
+    """Return the module matplotlib; raises ValueError with the way to install it."""
     try:
         import matplotlib
     except ImportError:
@@ -92,7 +61,7 @@ def require_matplotlib() -> Any:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Set the rcParams of every figure from matplotlib's own defaults: nothing of the user's settings shows through."""
+    """Set the style of all figures, independent of the user's matplotlib settings."""
     matplotlib = require_matplotlib()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -114,10 +83,10 @@ def draw_series(
     color: str | None = None,
     join: bool = True,
 ) -> Any:
-    """Draw measured points as a line with markers, in the order of x, with a band from `low` to `high`.
+    """Draw measured points as a line with markers, sorted by x, with a band from `low` to `high`.
 
-    None or nan leaves a gap. Returns the line, whose colour a law may share (`color=line.get_color()`); beside a law,
-    `join=False` leaves the points unconnected, with bars for a band.
+    None and nan leave a gap. With `join=False` the points are not connected and the band is drawn as bars, for points
+    next to a law. Returns the line; pass its color to `draw_law`. Raises ValueError for sequences of different lengths.
     """
     import numpy as np
 
@@ -125,9 +94,9 @@ def draw_series(
         raise ValueError(f"series {label!r} has only one end of its band; pass both low and high, or neither.")
     ends = [None if end is None else np.array(end, dtype=float) for end in (low, high)]
     xs, ys = np.array(x, dtype=float), np.array(y, dtype=float)
-    for what, values in (("y", ys), ("low", ends[0]), ("high", ends[1])):
+    for name, values in (("y", ys), ("low", ends[0]), ("high", ends[1])):
         if values is not None and values.shape != xs.shape:
-            raise ValueError(f"series {label!r} has {values.size} values of {what} for {xs.size} of x; give one each.")
+            raise ValueError(f"series {label!r} has {values.size} values of {name} for {xs.size} of x; give as many.")
     order = np.argsort(xs, kind="stable")
     xs, ys, lows, highs = xs[order], ys[order], *(None if end is None else end[order] for end in ends)
     (line,) = axes.plot(xs, ys, label=label or None, color=color)
@@ -139,20 +108,18 @@ def draw_series(
     if lows is not None:
         if join:
             axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.16, linewidth=0)
-        # bars too: a band of one point has no area
+        # Bars in any case, because a band of one point has no area.
         axes.vlines(xs, lows, highs, color=line.get_color(), alpha=0.55, linewidth=1.1)
-    blank = np.full(xs.size, np.nan)
-    line.report_points = _rows(xs, ys, blank if lows is None else lows, blank if highs is None else highs)
     return line
 
 
 def draw_law(
     axes: Any, law: Any, x_min: float, x_max: float, *, label: str = "", color: str | None = None, limit: bool = True
 ) -> Any:
-    """Draw a fitted law of `epochal.scaling` from x_min to x_max with its 90% band; returns the line.
+    """Draw a fitted law of `epochal.scaling` from x_min to x_max with its 90% band.
 
-    Its limit is a dashed line whose interval is a bar at the right edge. An interval far wider than the curve is cut
-    and ends in an arrow head, because drawn whole it would flatten everything else; the numbers are never cut.
+    With `limit`, its asymptote is a dashed line whose 90% interval is a bar at the right edge. Returns the line of the law.
+    Raises ValueError unless 0 < x_min < x_max.
     """
     import numpy as np
 
@@ -162,6 +129,7 @@ def draw_law(
     ys = law.predict(xs)
     (line,) = axes.plot(xs, ys, label=label or None, color=color, zorder=1.8)
     color = line.get_color()
+    # An interval far wider than the curve would flatten everything else, so it is cut one curve's height beyond the curve.
     span = max(float(np.max(ys)) - law.E, 1e-9)
     floor, ceiling = law.E - span, float(np.max(ys)) + span
     low, high = law.predict_interval(xs)
@@ -169,25 +137,23 @@ def draw_law(
         band = np.clip(low, floor, ceiling), np.clip(high, floor, ceiling)
         axes.fill_between(xs, *band, color=color, alpha=0.14, linewidth=0, zorder=1.5)
     if limit:
-        _draw_limit(axes, law, (floor, ceiling), label=label, color=color)
+        _draw_limit(axes, law, floor, ceiling, color=color)
     return line
 
 
-def _draw_limit(axes: Any, law: Any, window: tuple[float, float], *, label: str, color: str) -> None:
+def _draw_limit(axes: Any, law: Any, floor: float, ceiling: float, *, color: str) -> None:
     axes.axhline(law.E, color=color, linestyle=(0, (5, 3)), linewidth=1.1, alpha=0.9, zorder=1.6)
     low, high = law.interval["E"] if law.interval else (math.nan, math.nan)
     edge = {"transform": axes.get_yaxis_transform(), "color": color, "linestyle": "none", "zorder": 2.5}
     if math.isfinite(low) and math.isfinite(high):
-        ends = [max(low, window[0]), min(high, window[1])]
+        ends = [max(low, floor), min(high, ceiling)]
         bar = edge | {"linestyle": "solid", "linewidth": 5, "alpha": 0.4, "solid_capstyle": "butt"}
         axes.plot([0.985, 0.985], ends, **bar)
-        for end, cut, marker in ((ends[0], low < window[0], "v"), (ends[1], high > window[1], "^")):
+        # An arrow head marks an end that is cut.
+        for end, cut, marker in ((ends[0], low < floor, "v"), (ends[1], high > ceiling, "^")):
             if cut:
-                (head,) = axes.plot([0.985], [end], marker=marker, **edge)
-                head.report_points = []  # no measured point
-    (tick,) = axes.plot([0.985], [law.E], marker="_", markersize=8, markeredgewidth=1.8, **edge)
-    tick.report_points = [(math.inf, float(law.E), _finite(low), _finite(high))]
-    tick.report_series = f"{label or 'law'}, limit"
+                axes.plot([0.985], [end], marker=marker, **edge)
+    axes.plot([0.985], [law.E], marker="_", markersize=8, markeredgewidth=1.8, **edge)
 
 
 def draw_bars(
@@ -198,7 +164,10 @@ def draw_bars(
     low: Sequence[float | None] | None = None,
     high: Sequence[float | None] | None = None,
 ) -> Any:
-    """Draw one upright bar a name with its value above it and an optional 90% interval; None leaves a gap."""
+    """Draw one vertical bar for each name, labeled with its value, with an optional 90% interval.
+
+    None leaves a gap. Returns the bars. Raises ValueError for sequences of different lengths.
+    """
     import numpy as np
 
     if (low is None) != (high is None):
@@ -206,7 +175,9 @@ def draw_bars(
     ys = np.array(values, dtype=float)
     lows, highs = (np.full(len(names), np.nan) if end is None else np.array(end, dtype=float) for end in (low, high))
     if not len(names) == ys.size == lows.size == highs.size:
-        raise ValueError(f"there are {len(names)} bar names for {ys.size} values; give one value (or None) each.")
+        raise ValueError(
+            f"there are {len(names)} bar names for {ys.size} values; give one value or None for each name."
+        )
     places = np.arange(len(names))
     bars = axes.bar(places, ys, width=0.62, color=[PALETTE[i % len(PALETTE)] for i in places], alpha=0.85)
     given = np.isfinite(lows) & np.isfinite(highs)
@@ -217,125 +188,28 @@ def draw_bars(
     for place, value, top in zip(places, ys, np.fmax(ys, highs), strict=True):
         text, height = (f"{value:.4g}", max(top, 0.0)) if math.isfinite(value) else ("–", 0.0)
         axes.annotate(text, (place, height), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
-    bars.report_points = [(name, *row[1:]) for name, row in zip(names, _rows(places, ys, lows, highs), strict=True)]
     return bars
-
-
-Row = tuple[float | str, float, float | None, float | None]  # x, y, low, high
-
-
-def _rows(xs: Any, ys: Any, lows: Any, highs: Any) -> list[Row]:
-    return [
-        (float(x), float(y), _finite(low), _finite(high)) for x, y, low, high in zip(xs, ys, lows, highs, strict=True)
-    ]
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _marker(color: Any) -> str:
     return MARKERS[PALETTE.index(color)] if color in PALETTE else MARKERS[0]
 
 
-# --- from a draw function to files ------------------------------------------------------------------------------------
+# --- from a draw function to a file -----------------------------------------------------------------------------------
 
 
-def render(name: str, draw: Callable[[Any], None]) -> Drawing:
-    """Draw one figure; the same draw function and matplotlib give the same bytes."""
+def render_svg(draw: Callable[[Any], None]) -> str:
+    """Draw one figure as SVG; the same draw function and matplotlib version give the same bytes."""
     require_matplotlib()
-    from matplotlib.figure import Figure as MatplotlibFigure  # pyplot would keep global state and look for a display
+    # Not pyplot, which keeps global state and looks for a display.
+    from matplotlib.figure import Figure
 
     with figure_style():
-        figure = MatplotlibFigure(figsize=SIZE, dpi=POINTS_PER_INCH, layout="constrained")
+        figure = Figure(figsize=SIZE, dpi=POINTS_PER_INCH, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         if axes.get_legend() is None and axes.get_legend_handles_labels()[1]:
             axes.legend()
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # one layout for both files and for the positions of the points
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        return Drawing(
-            name=name,
-            svg="".join(line.rstrip() + "\n" for line in svg.getvalue().splitlines()),
-            png=png.getvalue(),
-            points=tuple(point for part in figure.axes for point in _points(part)),
-            x_label=_plain(axes.get_xlabel()) or "x",
-            y_label=_plain(axes.get_ylabel()) or "y",
-        )
-
-
-def _plain(label: str) -> str:
-    """Give an axis label for tooltips, nothing if it is TeX, which is no reading matter there."""
-    return "" if "$" in label else " ".join(label.split())
-
-
-def _points(axes: Any) -> Iterator[Point]:
-    """Find all that reads as a data point and is visible: markers of lines, scatters and bars."""
-    from matplotlib.collections import PathCollection
-    from matplotlib.container import BarContainer, ErrorbarContainer
-
-    names = {
-        bars.lines[0]: bars.get_label()
-        for bars in axes.containers
-        if isinstance(bars, ErrorbarContainer) and bars.lines[0] is not None
-    }
-    for line in axes.lines:
-        rows = getattr(line, "report_points", None)
-        # the caps of error bars are lines with these two markers
-        if rows is None and str(line.get_marker()).lower() in ("none", "", " ", "_", "|"):
-            continue
-        data = line.get_xydata()
-        rows = [(x, y, None, None) for x, y in data.tolist()] if rows is None else rows
-        series = getattr(line, "report_series", None) or names.get(line) or line.get_label()
-        yield from _placed(axes, str(series), rows, line.get_transform().transform(data))
-    for scatter in axes.collections:
-        if isinstance(scatter, PathCollection):
-            yield from _scatter(axes, scatter)
-    for bars in axes.containers:
-        if isinstance(bars, BarContainer):
-            yield from _bars(axes, bars)
-
-
-def _scatter(axes: Any, scatter: Any) -> Iterator[Point]:
-    data = scatter.get_offsets().filled(math.nan)
-    rows: list[Row] = [(float(x), float(y), None, None) for x, y in data]
-    if rows:
-        yield from _placed(axes, str(scatter.get_label()), rows, scatter.get_offset_transform().transform(data))
-
-
-def _placed(axes: Any, series: str, rows: Sequence[Row], places: Any) -> Iterator[Point]:
-    series = "" if series.startswith("_") else series  # matplotlib's mark of "no label"
-    frame = axes.bbox.padded(3)
-    for (x, y, low, high), (left, up) in zip(rows, places, strict=False):
-        if math.isfinite(left) and math.isfinite(up) and math.isfinite(y) and frame.contains(left, up):
-            yield Point(series=series, x=x, y=y, low=low, high=high, at=(float(left), _down(axes, up)))
-
-
-def _bars(axes: Any, bars: Any) -> Iterator[Point]:
-    label = str(bars.get_label())
-    rows = getattr(bars, "report_points", None)
-    for index, patch in enumerate(bars.patches):
-        x, y, low, high = (
-            rows[index] if rows else (patch.get_x() + patch.get_width() / 2, patch.get_height(), None, None)
-        )
-        box = patch.get_window_extent()
-        if not math.isfinite(y) or not math.isfinite(box.y1):
-            continue
-        low_edge, high_edge = max(box.y0, axes.bbox.y0), min(box.y1, axes.bbox.y1)
-        yield Point(
-            series="" if label.startswith("_") else label,
-            x=x,
-            y=float(y),
-            low=low,
-            high=high,
-            at=(float(box.x0 + box.width / 2), _down(axes, high_edge)),
-            box=(float(box.x0), _down(axes, high_edge), float(box.width), max(float(high_edge - low_edge), 0.0)),
-        )
-
-
-def _down(axes: Any, up: float) -> float:
-    """SVG counts from the top."""
-    return float(axes.figure.bbox.height - up)
+    return "".join(line.rstrip() + "\n" for line in svg.getvalue().splitlines())

@@ -1,60 +1,61 @@
 """Write a report: report.md, report.html, claims.json and the figures of all sections."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from epochal.config import write_atomic
 from epochal.report.claims import placed, render_claims
-from epochal.report.figures import Drawing, render, require_matplotlib
+from epochal.report.figures import render_svg, require_matplotlib
 from epochal.report.html import render_html
-from epochal.report.sections import Figure, Section, render_markdown
+from epochal.report.markdown import render_markdown
+from epochal.report.sections import Figure, Section
 
 
 def write_report(
     sections: Sequence[Section], folder: Path, *, title: str, summary: Sequence[str] = (), scale: str = ""
 ) -> Path:
-    """Write report.md, report.html, claims.json and figures/<name>.svg and .png under `folder`.
+    """Write report.md, report.html, claims.json and figures/<name>.svg under `folder`.
 
-    Returns the path of report.html. `scale` names the campaign in claims.json; the title does where it is empty.
-
-    Everything is rendered before the first file is touched, so a failing figure leaves an older report as it was.
-    The bytes depend on the arguments and the version of matplotlib alone.
+    `scale` names the campaign in claims.json, by default the title does. Returns the path of report.html. The bytes
+    depend on the arguments and the version of matplotlib alone. Raises ValueError for a figure that cannot be drawn, two
+    figures of one name and two claims of one id.
     """
-    drawings = _draw_all(sections)
-    markdown = render_markdown(sections, title=title, summary=summary)
-    page = render_html(sections, drawings, title=title, summary=summary)
+    # Everything is rendered before the first file is touched, so a failing figure leaves an older report as it was.
+    figures = _render_figures(sections)
     claims = render_claims(
         placed(claim, scale=scale or title, section=section.title, command=section.command)
         for section in sections
         for claim in section.claims
     )
-    for name, drawing in drawings.items():
-        write_atomic(folder / "figures" / f"{name}.svg", drawing.svg)
-        write_atomic(folder / "figures" / f"{name}.png", drawing.png)
-    write_atomic(folder / "claims.json", claims)
-    write_atomic(folder / "report.md", markdown)
-    write_atomic(folder / "report.html", page)
+    files = {
+        **{f"figures/{name}.svg": svg for name, svg in figures.items()},
+        "claims.json": claims,
+        "report.md": render_markdown(sections, title=title, summary=summary),
+        "report.html": render_html(sections, figures, title=title, summary=summary),
+    }
+    for name, text in files.items():
+        write_atomic(folder / name, text)
     return folder / "report.html"
 
 
-def _draw_all(sections: Sequence[Section]) -> Mapping[str, Drawing]:
-    drawings: dict[str, Drawing] = {}
+def _render_figures(sections: Sequence[Section]) -> dict[str, str]:
+    figures: dict[str, str] = {}
     if any(section.figures for section in sections):
         require_matplotlib()
     for section in sections:
         for figure in section.figures:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", figure.name):
-                raise ValueError(f"figure name {figure.name!r} is no file name; use letters, digits, - and _ only.")
-            if figure.name in drawings:
+                raise ValueError(f"figure name {figure.name!r} must be letters, digits, - and _; rename the figure.")
+            if figure.name in figures:
                 raise ValueError(f"two figures are called {figure.name!r}; rename the one of {section.title!r}.")
-            drawings[figure.name] = _draw_one(figure)
-    return drawings
+            figures[figure.name] = _render_figure(figure)
+    return figures
 
 
-def _draw_one(figure: Figure) -> Drawing:
+def _render_figure(figure: Figure) -> str:
     try:
-        return render(figure.name, figure.draw)
+        return render_svg(figure.draw)
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"figure {figure.name!r} could not be drawn ({what}); correct its draw function.") from error

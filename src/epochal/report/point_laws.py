@@ -1,0 +1,217 @@
+"""Laws through points of loss, along model size N, members K and data D, as sections of a report."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from epochal.config import nearest
+from epochal.report.claims import Claim
+from epochal.report.figures import draw_law, draw_series
+from epochal.report.points import LossPoint
+from epochal.report.sections import Figure, Section, Table
+from epochal.scaling import PowerLaw, compare_limits, data_efficiency, fit_power_law
+
+MIN_PLACES = 3  # a law has three constants
+MIN_PROBABILITY = 0.9  # below it, a comparison of limits has no verdict
+
+# Intervals from such points contained the true limit in 0 to 24 of 100 cases (benchmarks/laws.csv, naive_E).
+NESTED_NOTE = (
+    "Ensembles of K and of K + 1 models share members, so their losses are not independent and their scatter gives no "
+    "interval; the report of a campaign has one, from leaving out members."
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One quantity that grows: a field of LossPoint, with the fields that stay fixed along it."""
+
+    field: str
+    title: str
+    question: str
+    label: str
+    fixed: tuple[str, ...]
+
+
+SIZE = Axis("N", "Size", "Where does each recipe end as models grow?", "parameters N", ("D", "K"))
+MEMBERS = Axis("K", "Members", "Where does each ensemble end as members are added?", "members K", ("D", "N"))
+DATA = Axis("D", "Data", "How does each recipe's best loss fall with data?", "distinct tokens D", ())
+
+
+@dataclass(frozen=True)
+class AxisLaw:
+    """The law of one recipe along one axis, with its points; `place` names the fixed fields ("D = 1,000, K = 1")."""
+
+    recipe: str
+    place: str
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    law: PowerLaw
+
+
+def fit_axis(points: Sequence[LossPoint], axis: Axis) -> list[AxisLaw]:
+    """Fit E + A / x**alpha to every group of points that differ along one axis only.
+
+    Groups with fewer than three places on the axis are left out. Along D each budget counts with its best loss over
+    sizes and members (spec section 8), averaged over seeds.
+    """
+    usable = [point for point in points if _is_finite(getattr(point, axis.field))]
+    if axis is DATA:
+        usable = _best_at_each_budget(usable)
+    groups: dict[tuple[Any, ...], list[LossPoint]] = {}
+    for point in usable:
+        groups.setdefault((point.recipe, *(getattr(point, name) for name in axis.fixed)), []).append(point)
+    laws = []
+    for (recipe, *places), group in groups.items():
+        xs, ys = [float(getattr(point, axis.field)) for point in group], [point.loss for point in group]
+        if len(set(xs)) < MIN_PLACES:
+            continue
+        law = fit_power_law(xs, ys, bootstrap=0)
+        if axis is MEMBERS:
+            law = replace(law, interval=None, note=NESTED_NOTE)
+        place = [f"{name} = {_count(at)}" for name, at in zip(axis.fixed, places, strict=True) if at is not None]
+        laws.append(AxisLaw(recipe, ", ".join(place), tuple(xs), tuple(ys), law))
+    return laws
+
+
+def _best_at_each_budget(points: Sequence[LossPoint]) -> list[LossPoint]:
+    settings: dict[tuple[Any, ...], list[float]] = {}
+    for point in points:
+        settings.setdefault((point.recipe, point.D, point.N, point.K), []).append(point.loss)
+    best: dict[tuple[str, float], float] = {}
+    for (recipe, budget, *_), losses in settings.items():
+        best[recipe, budget] = min(best.get((recipe, budget), math.inf), statistics.fmean(losses))
+    return [LossPoint(recipe, loss, D=budget) for (recipe, budget), loss in best.items()]
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _count(value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:,.0f}"
+
+
+# --- sections -----------------------------------------------------------------------------------------------------------
+
+
+def point_sections(points: Sequence[LossPoint], *, reference: str | None = None) -> list[Section]:
+    """Return sections with laws along N, K and D, each recipe compared with `reference`, and data efficiency.
+
+    The reference is the first recipe by default. Raises ValueError for one that has no points.
+    """
+    recipes = list(dict.fromkeys(point.recipe for point in points))
+    base = recipes[0] if reference is None else reference
+    if base not in recipes:
+        raise ValueError(f"the recipe {base!r} has no points{nearest(base, recipes)}; known: {', '.join(recipes)}.")
+    return referenced_sections(points, {recipe: base for recipe in recipes if recipe != base})
+
+
+def referenced_sections(points: Sequence[LossPoint], references: Mapping[str, str]) -> list[Section]:
+    """Like `point_sections`, with a reference for each recipe; a recipe without one is shown but not compared."""
+    laws = {axis.field: fit_axis(points, axis) for axis in (SIZE, MEMBERS, DATA)}
+    sections = [_law_section(axis, laws[axis.field], references) for axis in (SIZE, MEMBERS, DATA) if laws[axis.field]]
+    base = next((law for law in laws["D"] if law.recipe in references.values()), None)
+    if base is not None:
+        sections.append(_efficiency_section(points, base))
+    return [*sections, _points_section(points, fitted=bool(sections))]
+
+
+def _law_section(axis: Axis, laws: Sequence[AxisLaw], references: Mapping[str, str]) -> Section:
+    rows, notes = [], dict[str, list[str]]()
+    for fit in laws:
+        interval = "–" if fit.law.interval is None else "{:.4f} to {:.4f}".format(*fit.law.interval["E"])
+        rows.append((fit.recipe, fit.place, len(fit.xs), fit.law.E, interval, f"{fit.law.A:.3g}", fit.law.alpha))
+        if fit.law.note:
+            notes.setdefault(fit.law.note, []).append(f"{fit.recipe} ({fit.place})" if fit.place else fit.recipe)
+    columns = ("recipe", "at", "points", "limit E", "90% interval", "A", "alpha")
+    return Section(
+        title=axis.title,
+        question=axis.question,
+        claims=tuple(_limit_claims(axis, laws, references)),
+        tables=(Table(title=f"Laws E + A / {axis.field}^alpha", columns=columns, rows=tuple(rows)),),
+        figures=tuple(_law_figures(axis, laws)),
+        notes=tuple(f"{note} Applies to {'; '.join(recipes)}." for note, recipes in notes.items()),
+    )
+
+
+def _limit_claims(axis: Axis, laws: Sequence[AxisLaw], references: Mapping[str, str]) -> Iterator[Claim]:
+    """Compare the limit of every recipe with its reference's at the same place."""
+    by_place = {(fit.recipe, fit.place): fit for fit in laws}
+    for fit in laws:
+        base = by_place.get((references.get(fit.recipe, ""), fit.place))
+        if base is None:
+            continue
+        comparison = compare_limits(base.law, fit.law, names=(base.recipe, fit.recipe))
+        probability = comparison.probability
+        value = f"{comparison.difference:+.4f} nats"
+        where = f" ({fit.place})" if fit.place else ""
+        text = f"{fit.recipe} ends below {base.recipe} as {axis.field} grows{where}"
+        if probability is None:
+            yield Claim(text=text, value=f"{value}, no interval", provisional=("the points have no interval",))
+            continue
+        sure = max(probability, 1 - probability) >= MIN_PROBABILITY
+        yield Claim(
+            text=text, value=f"{value} (probability {probability:.2f})", holds=probability > 0.5 if sure else None
+        )
+
+
+def _law_figures(axis: Axis, laws: Sequence[AxisLaw]) -> Iterator[Figure]:
+    """Yield one figure for each place, with the points and laws of all recipes there."""
+    by_place: dict[str, list[AxisLaw]] = {}
+    for fit in laws:
+        by_place.setdefault(fit.place, []).append(fit)
+    for number, (place, group) in enumerate(by_place.items(), start=1):
+        where = f" at {place}" if place else ""
+        yield Figure(
+            name=f"loss-against-{axis.field}-{number}",
+            caption=f"Loss against {axis.label}{where}: points, fitted laws with 90% bands, limits dashed.",
+            draw=_draw_laws(axis, group),
+        )
+
+
+def _draw_laws(axis: Axis, laws: Sequence[AxisLaw]) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for fit in laws:
+            line = draw_series(axes, fit.xs, fit.ys, label=fit.recipe, join=False)
+            # A limit of 0 is only the bound of the fit, and its line would squeeze all points together.
+            draw_law(axes, fit.law, min(fit.xs), 4 * max(fit.xs), color=line.get_color(), limit=fit.law.E > 0)
+        axes.set_xscale("log", base=2 if axis is MEMBERS else 10)
+        axes.set_xlabel(axis.label)
+        axes.set_ylabel("loss (nats per token)")
+        axes.legend()
+
+    return draw
+
+
+def _efficiency_section(points: Sequence[LossPoint], base: AxisLaw) -> Section:
+    rows = []
+    others = [point for point in points if _is_finite(point.D) and point.recipe != base.recipe]
+    for point in _best_at_each_budget(others):
+        assert point.D is not None
+        efficiency = data_efficiency(point.loss, point.D, base.law)
+        low, high = efficiency.interval or (None, None)
+        note = efficiency.note or "in range"
+        rows.append((point.recipe, int(point.D), point.loss, efficiency.multiple, low, high, note))
+    columns = ("recipe", "D", "loss", "multiple", "90% low", "90% high", "range")
+    return Section(
+        title="Data efficiency",
+        question=f"How many times more data would {base.recipe} need for the same loss?",
+        tables=(Table(title=f"Against the law of {base.recipe} in D", columns=columns, rows=tuple(sorted(rows))),),
+    )
+
+
+def _points_section(points: Sequence[LossPoint], *, fitted: bool) -> Section:
+    rows = tuple((point.recipe, _cell(point.N), _cell(point.D), _cell(point.K), point.loss) for point in points)
+    note = f"No law is fitted: one needs at least {MIN_PLACES} places along N, K or D with the rest equal."
+    return Section(
+        title="Points",
+        question="What was measured?",
+        tables=(Table(title=f"{len(points)} points", columns=("recipe", "N", "D", "K", "loss"), rows=rows),),
+        notes=() if fitted else (note,),
+    )
+
+
+def _cell(value: float | None) -> int | float | None:
+    return int(value) if value is not None and math.isfinite(value) else value
