@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from epochal.optim import Fira, Spectra, fira, soft_spectral_clip, spectral_clip
-from epochal.optim.spectral_clip import soft_clip_step
+from epochal.optim import Fira, Spectra, fira, soft_spectral_clip
+from epochal.optim.spectral_clip import minimax, soft_clip_step
 
 
 class StaysThere(TorchDispatchMode):
@@ -31,7 +31,7 @@ class StaysThere(TorchDispatchMode):
 @pytest.fixture(params=["triton", "torch"])
 def table(request, monkeypatch):
     """Kernels, or torch as on a GPU without Triton."""
-    monkeypatch.setattr(spectral_clip, "backend", lambda _: request.param)
+    monkeypatch.setattr(minimax, "backend", lambda _: request.param)
     monkeypatch.setattr(fira, "backend", lambda _: request.param)
 
 
@@ -44,7 +44,7 @@ def test_the_clip(table, options):
     x, one = torch.zeros(3, 12, 8, device="meta"), torch.ones(3, device="meta")
     for mode in (contextlib.nullcontext(), StaysThere()):  # the first call makes the table of coefficients
         with mode:
-            assert soft_clip_step(x, x, one, keep=one, rate=one, **options).shape == x.shape
+            assert soft_clip_step(x, x, one, decay_factor=one, step_size=one, **options).shape == x.shape
             assert soft_spectral_clip(x, 1.0, **options).shape == x.shape
 
 

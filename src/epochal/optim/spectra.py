@@ -34,12 +34,11 @@ from epochal.optim.mars import MARS, check_mars_type
 from epochal.optim.muon import orthogonalize
 from epochal.optim.signum import SGDM, SIGNUM
 from epochal.optim.spectral_clip import (
-    KERNELS,
     METHODS,
     hard_spectral_clip,
-    operations,
     soft_clip_step,
     soft_spectral_clip,
+    uses_kernels,
 )
 
 BASES: dict[str, Rule] = {
@@ -139,7 +138,7 @@ def in_blocks(tensor: Tensor, group: Group) -> tuple[Tensor, float]:
 def fused(update: Tensor, group: Group) -> bool:
     """Say whether the clip of an update (B, ...) happens with the step of the weights: where kernels do both."""
     soft = group["operator"] == "soft" and group["method"] in ("auto", "minimax")
-    return soft and update.ndim > 2 and operations(update.device) is KERNELS
+    return soft and update.ndim > 2 and uses_kernels(update.device)
 
 
 class Spectra(MatrixOptimizer):
@@ -302,8 +301,8 @@ class Spectra(MatrixOptimizer):
             w.flatten(0, 1),
             u.flatten(0, 1),
             _threshold_now(step, group).repeat_interleave(u.shape[1], output_size=count),
-            keep=(1 - lr * group["weight_decay"]).expand(count),
-            rate=(alpha * lr).expand(count),
+            decay_factor=(1 - lr * group["weight_decay"]).expand(count),
+            step_size=(alpha * lr).expand(count),
             iterations=group["iterations"],
             dtype=group["dtype"],
         )
