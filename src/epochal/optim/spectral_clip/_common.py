@@ -28,7 +28,7 @@ def frobenius(matrix: Tensor) -> Tensor:
 
 
 def identity_plus(diagonal: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
-    """diagonal I + sum of weight * matrix over `terms`; diagonal and weights (B,), matrices (B, m, m)."""
+    """Polynomial diagonal I + sum of weight * matrix over `terms`; diagonal and weights (B,), matrices (B, m, m)."""
     weight, matrix = terms[0]
     wide = torch.promote_types(matrix.dtype, torch.float32)
     out = matrix.to(wide) * weight.to(wide)[:, None, None]

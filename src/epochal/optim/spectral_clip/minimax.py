@@ -174,7 +174,7 @@ def _product(a: Tensor, b: Tensor, active: Tensor | None) -> Tensor:
 
 
 def _polynomial(q: Tensor, step: Tensor, active: Tensor | None) -> Tensor:
-    """alpha I + beta Q + gamma Q^2 for the coefficients `step` (B, 3)."""
+    """Polynomial alpha I + beta Q + gamma Q^2 with the coefficients `step` (B, 3)."""
     alpha, beta, gamma = step.unbind(-1)
     if not uses_kernels(q.device):
         return identity_plus(alpha, (beta, q), (gamma, q @ q)).to(q.dtype)
