@@ -62,7 +62,8 @@ def _by_eigh(x: Tensor, gram: Tensor, c: Tensor, hard: bool) -> Tensor:
     squared, vectors = torch.linalg.eigh(gram, UPLO="U")
     factor = _factor(squared.double().clamp(min=0), c[:, None], hard).to(x.dtype)
     half = vectors * factor.sqrt()[:, None, :]
-    return (half @ half.mT) @ x
+    out: Tensor = (half @ half.mT) @ x
+    return out
 
 
 def _by_svd(x: Tensor, c: Tensor, hard: bool) -> Tensor:
