@@ -21,10 +21,10 @@ import torch
 from measure import HERE, append, environment, known, seconds
 from torch import Tensor
 
-from epochal.optim import fira, soft_spectral_clip, spectral_clip
+from epochal.optim import fira, soft_spectral_clip
 from epochal.optim.fira import make_hyper
 from epochal.optim.muon import orthogonalize
-from epochal.optim.spectral_clip import soft_clip_step
+from epochal.optim.spectral_clip import minimax, soft_clip_step
 from triton_kernels.backend import backend
 from triton_kernels.softmax_add import softmax_add
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
@@ -110,7 +110,7 @@ def clip_cases(device: str, tiny: bool) -> list[Case]:
     for layers, m, n in [(2, 20, 40)] if tiny else [(48, 768, 768), (24, 1600, 1600), (24, 2048, 2048)]:
         w, x = (torch.randn(layers, m, n, device=device) for _ in range(2))
         c = torch.full((layers,), 10.0, device=device)
-        numbers = {"keep": torch.full_like(c, 0.99), "rate": torch.full_like(c, 0.01)}
+        numbers = {"decay_factor": torch.full_like(c, 0.99), "step_size": torch.full_like(c, 0.01)}
         fixed = {"iterations": 4, "dtype": torch.float16}  # what a CUDA graph can hold
 
         def update(w: Tensor, x: Tensor, method: str) -> None:
@@ -121,11 +121,11 @@ def clip_cases(device: str, tiny: bool) -> list[Case]:
             return w.mul_(0.99).sub_(soft_spectral_clip(x, 10.0, method="minimax"), alpha=0.01)
 
         methods: dict[str, Callable[[], object]] = {
-            "kernel": over("triton", spectral_clip, functools.partial(soft_clip_step, w, x, c, **numbers)),
+            "kernel": over("triton", minimax, functools.partial(soft_clip_step, w, x, c, **numbers)),
             "kernel, fixed count": over(
-                "triton", spectral_clip, functools.partial(soft_clip_step, w, x, c, **numbers, **fixed)
+                "triton", minimax, functools.partial(soft_clip_step, w, x, c, **numbers, **fixed)
             ),
-            "torch": over("torch", spectral_clip, functools.partial(stacked, w, x)),
+            "torch": over("torch", minimax, functools.partial(stacked, w, x)),
             "published steps": lambda w=w, x=x, update=update: update(w, x, "newton_schulz"),
             "muon, 5 steps": lambda w=w, x=x: w.mul_(0.99).sub_(orthogonalize(x), alpha=0.01),
         }

@@ -1,4 +1,4 @@
-"""Everything works with Triton missing and with Triton but no GPU; the path taken is in the record."""
+"""Training works without Triton and with Triton but no GPU; the record names the path taken."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from epochal.training.loop import train
 from triton_kernels import backend
 assert backend.HAS_TRITON == EXPECTED, backend.HAS_TRITON
 space, _, config = tiny.workspace(Path(sys.argv[1]))
-for name, optimizer in {"adamw": AdamW(lr=1e-2), "fira": Fira(lr=1e-2), "spectra": Spectra(base=AdamW(lr=1e-2))}.items():
+for name, optimizer in {"fira": Fira(lr=1e-2), "spectra": Spectra(base=AdamW(lr=1e-2))}.items():
     record = train(tiny.run(config, name=name, optimizer=optimizer, epochs=1), space)
     assert record.status == "done" and record.results["loss"] < 6, record
     paths = (record.provenance["loss_backend"], record.provenance["optimizer_backend"])
@@ -38,7 +38,7 @@ for name, optimizer in {"adamw": AdamW(lr=1e-2), "fira": Fira(lr=1e-2), "spectra
 
 
 @pytest.mark.parametrize("hidden", [True, False], ids=["no triton", "triton without a GPU"])
-def test_a_tiny_training(tmp_path: Path, hidden: bool) -> None:
+def test_a_tiny_training_runs_in_torch(tmp_path: Path, hidden: bool) -> None:
     if not hidden:
         pytest.importorskip("triton")
     code = (HIDE if hidden else "") + TRAIN.replace("EXPECTED", str(not hidden))

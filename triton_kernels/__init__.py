@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, each with its torch reference."""
+"""Triton kernels, one file per operation, each with its torch reference."""

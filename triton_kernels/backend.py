@@ -1,7 +1,7 @@
-"""Which path an operation takes: Triton kernels, Triton's interpreter, or plain torch.
+"""Whether an operation runs as a Triton kernel, in Triton's interpreter, or in plain torch.
 
-Triton is optional. Every kernel file imports ``triton`` and ``tl`` from here, so the package imports without it; the
-choice is a value (`backend`) that the caller can put into a record, never a silent fall-back.
+Triton is optional. Every kernel file imports ``triton`` and ``tl`` from this module, so the package imports without it.
+The choice is a value (`backend`) that the caller can record, not a silent fallback.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ tl: Any = None
 try:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
-except ImportError:  # plain torch is then the only path
+except ImportError:  # plain torch only
     triton = tl = None
 
 HAS_TRITON: bool = triton is not None
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-"""Read once: Triton itself decides when a kernel is decorated, so a later change of the variable has no effect."""
+"""Read once: Triton decides when a kernel is decorated, so a later change of the variable has no effect."""
 
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
-"""How float32 is multiplied: three products on NVIDIA's tensor cores keep its digits; AMD's compiler has no such mode."""
+"""How float32 is multiplied: tf32x3 keeps its precision on NVIDIA tensor cores; AMD's compiler lacks the mode."""
 
 
 def backend(device: torch.device | str) -> str:
@@ -43,5 +43,5 @@ def use_kernel(device: torch.device | str) -> bool:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Decorate with ``triton.jit`` where Triton is there; elsewhere the kernel is never launched."""
+    """Decorate with ``triton.jit`` if Triton is installed; otherwise the kernel is never launched."""
     return triton.jit(function) if HAS_TRITON else function

@@ -3,12 +3,12 @@
     out = f_0 W + f_1 Z X          W <- (1 - lr wd) W - lr alpha H_c(X)   with H_c(X) = f Z X
 
 Shapes: B matrices, m <= n. W, X, out (B, m, n), any strides for W and X (pass transposed views of tall matrices);
-Z (B, m, m); the factors (B, 2) stay on the device, so that choosing them makes nobody wait. Sums are float32.
+Z (B, m, m); factors f (B, 2), kept on the device to avoid a host sync. Sums are float32.
 
-Traffic: reads X and W, writes out; unfused, Z X is written, scaled, converted and read again.
+Bytes moved: X and W are read and out is written once. Unfused, Z X is also written, scaled, converted and read again.
 """
 
-# The arguments of kernels are Triton's own pointers and numbers.
+# Kernel arguments are Triton pointers and scalars, which have no Python type.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton_kernels.backend import INTERPRETED, jit, tl, triton, use_kernel
 
 
 def clip_update_reference(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> Tensor:
-    """Return factors[:, 0] W + factors[:, 1] Z X in the dtype of W, summed in float32: the last product."""
+    """Definition: factors[:, 0] W + factors[:, 1] Z X in the dtype of W, summed in float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     keep, add = factors.to(wide)[:, :, None, None].unbind(1)
     return (keep * weight.to(wide) + add * torch.bmm(z, x).to(wide)).to(weight.dtype)
@@ -64,7 +64,7 @@ def _clip_update_kernel(
 def clip_update(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> Tensor:
     """Return factors[:, 0] W + factors[:, 1] Z X in the dtype of W (B, m, n); Z (B, m, m), X (B, m, n), factors (B, 2).
 
-    Raises ValueError for shapes that do not fit or Z and X of different dtypes.
+    Raises ValueError if the shapes do not match or Z and X have different dtypes.
     """
     _check(weight, z, x, factors)
     out = torch.empty_like(weight)
@@ -74,7 +74,7 @@ def clip_update(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> Tensor
 
 @torch.library.custom_op("epochal_kernels::clip_update_where_", mutates_args=("out",))
 def clip_update_where_(out: Tensor, weight: Tensor, z: Tensor, x: Tensor, factors: Tensor, active: Tensor) -> None:
-    """Write what `clip_update` returns into `out` for the matrices whose `active` (B,) int32 is not 0."""
+    """Write the result of `clip_update` into `out` for the matrices whose `active` (B,) int32 is not 0."""
     _check(weight, z, x, factors)
     _launch(out, weight, z, x, factors, active)
 
@@ -89,14 +89,14 @@ def _check(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> None:
     if z.shape != (batch, m, m) or x.shape != weight.shape or factors.shape != (batch, 2) or z.dtype != x.dtype:
         raise ValueError(
             f"clip_update: Z {tuple(z.shape)} {z.dtype}, X {tuple(x.shape)} {x.dtype} and factors "
-            f"{tuple(factors.shape)} do not fit W {tuple(weight.shape)}; pass (B, m, m), (B, m, n), (B, 2)."
+            f"{tuple(factors.shape)} do not match W {tuple(weight.shape)}; pass (B, m, m), (B, m, n), (B, 2)."
         )
 
 
 def _launch(out: Tensor, weight: Tensor, z: Tensor, x: Tensor, factors: Tensor, active: Tensor | None) -> None:
     if not use_kernel(weight.device) or torch.float64 in (weight.dtype, x.dtype):
-        found = clip_update_reference(weight, z, x, factors)
-        out.copy_(found if active is None else torch.where(active[:, None, None] != 0, found, out))
+        updated = clip_update_reference(weight, z, x, factors)
+        out.copy_(updated if active is None else torch.where(active[:, None, None] != 0, updated, out))
     elif weight.numel():
         batch, m, n = weight.shape
         block, inner = (128, 32) if x.dtype != torch.float32 else (64, 32)

@@ -2,16 +2,16 @@
 
     total_iv <- (total_iv or 0) + w softmax(z_i / T)_v
 
-K teachers share one (N, V) buffer, so memory does not grow with K.
+K teachers share one (N, V) buffer, so memory does not depend on K.
 
 Shapes: N rows (tokens), V vocabulary. z (N, V) any float; total (N, V) float32 (float64 in torch only).
-``logits`` may be ``total`` itself when nothing is accumulated: then the softmax happens in place.
+``logits`` may be ``total`` if nothing is accumulated: the softmax is then in-place.
 
-Traffic: torch writes and reads a temporary (N, V); the kernel reads z twice (the second time from cache for the
-vocabularies in use) and touches total once.
+Bytes moved: z is read twice (the second time from cache for the usual vocabularies), total read and written once. torch
+also writes and reads a temporary (N, V).
 """
 
-# The arguments of kernels are Triton's own pointers and numbers.
+# Kernel arguments are Triton pointers and scalars, which have no Python type.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton_kernels.online import online, online_end
 
 
 def softmax_add_reference(total: Tensor, logits: Tensor, *, weight: float, temperature: float) -> Tensor:
-    """Return total + weight softmax(logits / temperature), all (N, V): the definition."""
+    """Definition: total + weight softmax(logits / temperature), all (N, V)."""
     return total + weight * (logits.to(total.dtype) / temperature).softmax(1)
 
 
@@ -54,21 +54,19 @@ def _softmax_add_kernel(
 
 
 def softmax_add_(total: Tensor, logits: Tensor, weight: float, temperature: float, accumulate: bool) -> None:
-    """Run the operation without registration: here ``logits`` may be ``total`` (see `softmax_add` for the rest)."""
+    """`softmax_add` without operator registration, so that ``logits`` may be ``total``."""
     if total.shape != logits.shape or total.ndim != 2:
         raise ValueError(
             f"softmax_add: logits {tuple(logits.shape)} do not match total {tuple(total.shape)}; pass two (N, V) tensors."
         )
     if total.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"softmax_add: total is {total.dtype}, in which a mixture of many teachers loses its small terms; use float32."
+            f"softmax_add: total must be float32, got {total.dtype}, which drops small terms of a mixture of many teachers."
         )
     rows, vocabulary = total.shape
     row_major = vocabulary < 2 or (total.stride(1) == 1 and logits.stride(1) == 1)
     if not row_major:
-        raise ValueError(
-            f"softmax_add: strides {total.stride()} and {logits.stride()} are not row by row; pass contiguous rows."
-        )
+        raise ValueError(f"softmax_add: rows must be contiguous, got strides {total.stride()} and {logits.stride()}.")
     if not use_kernel(total.device) or total.dtype == torch.float64:
         softmax = (logits.to(total.dtype) / temperature).softmax(1)
         if accumulate:
@@ -84,9 +82,9 @@ def softmax_add_(total: Tensor, logits: Tensor, weight: float, temperature: floa
 
 @torch.library.custom_op("epochal_kernels::softmax_add", mutates_args=("total",))
 def softmax_add(total: Tensor, logits: Tensor, weight: float, temperature: float, accumulate: bool) -> None:
-    """Set ``total`` (N, V) to weight softmax(logits / temperature), added to what it holds if ``accumulate``.
+    """Set ``total`` (N, V) to weight softmax(logits / temperature), or add it if ``accumulate``.
 
-    Raises ValueError for shapes, strides or a dtype of ``total`` that do not fit.
+    Raises ValueError for mismatched shapes, strides, or a ``total`` in half precision.
     """
     softmax_add_(total, logits, weight, temperature, accumulate)
 

@@ -1,24 +1,25 @@
-"""Loss against stored targets: a few probabilities per token, what is left over as one bucket, and the hard label.
+"""Loss against the K stored probabilities of each token, one bucket for the rest, and the hard label.
 
     soft_i = sum_k p_ik (log p_ik - log q_i[id_ik]) + t_i (log t_i - log q_i[rest]),    q = softmax(z)
-    t_i    = max(1 - sum_k p_ik, 0), and 0 where no token is left over;  q_i[rest] = sum of q_i over what is not stored
+    t_i    = max(1 - sum_k p_ik, 0), and 0 if the rest is empty;  q_i[rest] = sum of q_i over the tokens not stored
     loss_i = (1 - w) (-log q_i[y_i]) + w soft_i
 
     dsoft/dz_v = q_v M - p_iv  on the stored ids,   q_v M - t_i q_v / q_i[rest]  elsewhere,   M = sum_k p_ik + t_i
 
-soft is the KL divergence of the distributions over "the stored k, or any other token". Importance-sampled targets
-(arXiv 2503.16870) are the same formula: their weights sum to one, so t = 0. A place that is not needed holds any other id
-with p = 0.
+soft is the KL divergence between distributions over K + 1 outcomes: the stored tokens, or any other. Importance-sampled
+targets (arXiv 2503.16870) use the same formula: their weights sum to one, so t = 0. Pad unused places with any other id
+and p = 0.
 
 Shapes: N rows (tokens), V vocabulary, K stored. z (N, V) float16, bfloat16, float32 (float64 in torch only); y (N,)
 int64; ids (N, K) int64, distinct in a row; p (N, K) any float. A row with ``y = ignore_index`` has loss and gradient 0.
 
-The stored logits are set aside and replaced by -inf, so that every pass sees only the rest: its sum then cannot cancel
-("1 - sum of the stored" does, where they hold nearly everything), and no pass compares positions with K ids.
-Traffic: z read twice and written once, as in softmax_loss.py; the targets are K / V of a dense teacher.
+The kernel saves the stored logits and replaces them by -inf, so both passes over z see only the rest. Its sum then does
+not suffer from cancellation, as 1 - (sum of the stored) would, and no position is compared with K ids.
+
+Bytes moved: z is read twice and written once, as in softmax_loss.py; the targets are K / V of a dense teacher.
 """
 
-# The arguments of kernels are Triton's own pointers and numbers.
+# Kernel arguments are Triton pointers and scalars, which have no Python type.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ from triton_kernels.online import online, online_end
 def sparse_loss_reference(
     logits: Tensor, targets: Tensor, ids: Tensor, p: Tensor, *, weight: float, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Return (loss (N,), gradient (N, V)) in float32, or float64 if the logits are: the definition."""
+    """Definition: (loss (N,), gradient (N, V)) in float32, or float64 for float64 logits."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     p = p.to(z.dtype)
     kept = (targets != ignore_index).unsqueeze(1)
     y = targets.unsqueeze(1).where(kept, 0)
     z_y, hot = z.gather(1, y), z.gather(1, ids)
     z.scatter_(1, ids, -torch.inf)
-    top = z.amax(1, keepdim=True)  # of the rest, which beside the stored ones may be nothing in float32
+    top = z.amax(1, keepdim=True)  # of the rest, which may underflow next to the stored ones
     highest = torch.cat([hot, top], 1).amax(1, keepdim=True)
     top = top.where(top != -torch.inf, highest)
     rest = z.sub_(top).exp_()
     total = rest.sum(1, keepdim=True)
-    # From here on logits are relative to the highest: differences of large numbers would cost digits.
+    # Logits relative to the highest: differences of large numbers would lose digits.
     z_y, hot, log_rest = z_y - highest, hot - highest, top - highest + total.log()
     log_sum = torch.cat([hot, log_rest], 1).logsumexp(1, keepdim=True)
 
@@ -68,7 +69,7 @@ def _sparse_loss_kernel(
     z_nv, y_n, id_nk, p_nk, hot_nk, loss_n, z_stride, V, K, weight, ignore_index,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 in ordinary use
+    row = tl.program_id(0).to(tl.int64)  # N * V exceeds 2^31 in ordinary use
     z_row = z_nv + row * z_stride
     columns = tl.arange(0, BLOCK)
     y = tl.load(y_n + row)
@@ -77,7 +78,7 @@ def _sparse_loss_kernel(
         for start in range(0, V, BLOCK):
             tl.store(z_row + start + columns, tl.zeros([BLOCK], tl.float32), mask=start + columns < V)
     else:
-        # An index outside the vocabulary gives NaN: loud, and without a host synchronisation.
+        # An index outside the vocabulary gives NaN, which is noticed without a host sync.
         z_y = tl.load(z_row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
         hot_m = tl.full([BLOCK_K], float("-inf"), tl.float32)
         hot_s = tl.zeros([BLOCK_K], tl.float32)
@@ -90,24 +91,24 @@ def _sparse_loss_kernel(
             hot = tl.load(z_row + ids, mask=known, other=float("nan")).to(tl.float32)
             hot = tl.where(place < K, hot, float("-inf"))
             tl.store(hot_nk + row * K + place, hot, mask=place < K)
-            tl.debug_barrier()  # all have read before one writes
+            tl.debug_barrier()  # all reads before the first write
             tl.store(z_row + ids, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=known)
             hot_m, hot_s = online(hot_m, hot_s, hot)
-        tl.debug_barrier()  # all have written before one reads
+        tl.debug_barrier()  # all writes before the first read
         rest_m = tl.full([BLOCK], float("-inf"), tl.float32)
         rest_s = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             z = tl.load(z_row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
             rest_m, rest_s = online(rest_m, rest_s, z)
-        # The rest has a top of its own: beside the stored ones its sum may be nothing in float32.
+        # The rest has a separate maximum: relative to that of the stored ones its sum may underflow.
         highest = tl.maximum(tl.max(hot_m, 0), tl.max(rest_m, 0))
         top, total = online_end(rest_m, rest_s)
         empty = total == 0.0
         top = tl.where(empty, highest, top)
-        log_rest = top - highest + tl.log(total)  # -inf where nothing is left over
+        log_rest = top - highest + tl.log(total)  # -inf if the rest is empty
         log_sum = tl.log(tl.sum(hot_s * tl.exp(hot_m - highest), 0) + tl.exp(log_rest))
         mass = tl.sum(masses, 0)
-        t = tl.where(empty | (mass > 1.0), 0.0, 1.0 - mass)  # not maximum(): that may drop a NaN
+        t = tl.where(empty | (mass > 1.0), 0.0, 1.0 - mass)  # not tl.maximum, which may drop a NaN
         scale = (1.0 - weight) + weight * (mass + t)
         factor = scale * tl.exp(top - highest - log_sum) - weight * t / tl.where(empty, 1.0, total)
         for start in range(0, V, BLOCK):
@@ -115,7 +116,7 @@ def _sparse_loss_kernel(
             z = tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32)
             gradient = tl.exp(z - top) * factor - tl.where(index == y, 1.0 - weight, 0.0)
             tl.store(z_row + index, gradient, mask=index < V)
-        tl.debug_barrier()  # the stored places are written last
+        tl.debug_barrier()  # the stored positions are written last
         soft = tl.zeros([BLOCK_K], tl.float32)
         for start in range(0, K, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
@@ -136,7 +137,7 @@ def sparse_loss(
 ) -> Tensor:
     """Return the loss of each row, (N,), and overwrite ``logits`` (N, V) with its gradient.
 
-    Arguments as in the file's docstring. Raises ValueError for shapes, index types or strides that do not fit. On the
+    Arguments as in the file's docstring. Raises ValueError for mismatched shapes, index types or strides. On the
     kernel path an id or a target outside the vocabulary makes the row's loss NaN.
     """
     _check(logits, targets, ids, p)
@@ -177,6 +178,6 @@ def _check(logits: Tensor, targets: Tensor, ids: Tensor, p: Tensor) -> None:
         )
     if ids.ndim != 2 or ids.shape[0] != logits.shape[0] or p.shape != ids.shape or ids.dtype != torch.int64:
         raise ValueError(
-            f"sparse_loss: ids {tuple(ids.shape)} {ids.dtype} and p {tuple(p.shape)} do not fit logits "
+            f"sparse_loss: ids {tuple(ids.shape)} {ids.dtype} and p {tuple(p.shape)} do not match logits "
             f"{tuple(logits.shape)}; pass int64 indices and probabilities of shape ({logits.shape[0]}, K)."
         )

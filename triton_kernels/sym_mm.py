@@ -2,19 +2,22 @@
 
     out = alpha A B^T + beta C + delta I
 
-for A B^T symmetric: B = A (a Gram matrix, "X X^T"), or A and B symmetric and commuting (polynomials in one matrix). In
-16 bits rounded factors commute only roughly; see spectral_clip.py for what that costs.
+for A B^T symmetric: B = A (a Gram matrix X X^T), or A and B symmetric and commuting (polynomials in one matrix). In
+16 bits rounded factors commute only approximately; `spectral_clip/minimax.py` gives the resulting errors.
 
-Shapes: b batch, m rows, k inner. A, B (b, m, k), any strides; C and out (b, m, m); coefficients (b, 3) float32 hold
-(alpha, beta, delta) of each matrix and stay on the device, so that choosing them makes nobody wait; so does `active`
-(b,) int32, which says whose product is wanted: the programs of the others return at once.
+Shapes: b batch, m rows, k inner. A, B (b, m, k), any strides; C and out (b, m, m); coefficients (b, 3) float32 are
+(alpha, beta, delta) of each matrix; `active` (b,) int32 selects the matrices to compute, programs of the others return
+immediately. Both are kept on the device to avoid a host sync.
 
-Dispatch on a GPU: a plain product A B^T goes to cuBLAS. Half the multiplications do not make up for its speed: on an H100
-(benchmarks/kernels_gpu.csv) the kernel takes 3.5 times as long for few small matrices and 1.04 times for eight of 4,096 rows.
-The kernel runs where cuBLAS needs passes of its own, for C and the diagonal, and where it could leave nothing out (`active`).
+Bytes moved: A and B are read for half of the tiles, C is read and out is written once. With cuBLAS, C and the diagonal
+take separate passes over (b, m, m).
+
+Dispatch on a GPU: a plain product A B^T goes to cuBLAS, which is faster despite twice the multiplications. On an H100
+(benchmarks/kernels_gpu.csv) the kernel takes 3.5x as long for a few small matrices and 1.04x for eight of 4,096 rows.
+The kernel runs for products with C and a diagonal, and with `active`, where cuBLAS would compute every matrix.
 """
 
-# The arguments of kernels are Triton's own pointers and numbers.
+# Kernel arguments are Triton pointers and scalars, which have no Python type.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ from torch import Tensor
 from triton_kernels.backend import INTERPRETED, backend, jit, tl, triton
 
 TILES = {torch.float16: (128, 64), torch.bfloat16: (128, 64), torch.float32: (64, 32)}
-"""(rows, inner) of a tile: fits the registers of an 8-warp program; to be tuned on the GPU at hand."""
+"""(rows, inner) of a tile: fits the registers of an 8-warp program; not tuned per GPU."""
 
 
 def sym_mm_reference(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients: Tensor | None = None) -> Tensor:
-    """Return alpha A B^T + beta C + delta I in the dtype of ``a``, summed in float32: the definition."""
+    """Definition: alpha A B^T + beta C + delta I in the dtype of ``a``, summed in float32."""
     wide = torch.promote_types(a.dtype, torch.float32)
     out = torch.bmm(a, b.mT).to(wide)
     if coefficients is not None:
@@ -48,7 +51,7 @@ def _sym_mm_kernel(
     HAS_ON: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
-    # Tiles above the diagonal return at once: an idle program costs less than a square root in the index.
+    # Tiles above the diagonal return immediately: an idle program costs less than a square root in the index.
     tile_m, tile_n = tl.program_id(0), tl.program_id(1)
     wanted = tile_n <= tile_m
     if WHOLE:
@@ -66,7 +69,7 @@ def _sym_mm_kernel(
             left = K - start
             a = tl.load(a_tile, mask=(rows[:, None] < M) & (inner[None, :] < left), other=0.0)
             b = tl.load(b_tile, mask=(columns[None, :] < M) & (inner[:, None] < left), other=0.0)
-            if UPCAST:  # the interpreter multiplies bfloat16 as garbage, without a word
+            if UPCAST:  # the interpreter silently multiplies bfloat16 wrongly
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
@@ -84,7 +87,7 @@ def _sym_mm_kernel(
         if WHOLE:
             tl.store(out + rows[:, None].to(tl.int64) * o_sm + columns[None, :], value, mask=inside)
         else:
-            # Two entries that mirror each other are one number, in the tiles on the diagonal too.
+            # Mirrored entries are the same number, also in the tiles on the diagonal.
             lower = inside & (rows[:, None] >= columns[None, :])
             upper = inside & (rows[:, None] > columns[None, :])
             tl.store(out + rows[:, None].to(tl.int64) * o_sm + columns[None, :], value, mask=lower)
@@ -92,7 +95,7 @@ def _sym_mm_kernel(
 
 
 def sym_mm_path(dtype: torch.dtype, device: torch.device | str, *, plain: bool) -> str:
-    """Return what `sym_mm` runs on: ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` (cuBLAS on a GPU).
+    """Backend of `sym_mm`: ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` (cuBLAS on a GPU).
 
     `plain`: without coefficients and without `active`.
     """
@@ -111,10 +114,9 @@ def sym_mm(
 ) -> Tensor:
     """Return alpha A B^T + beta C + delta I, (b, m, m) in the dtype of ``a``; without coefficients A B^T.
 
-    The caller promises that A B^T and C are symmetric: only one triangle is looked at, and on the kernel path the
-    result is symmetric bit by bit; `whole` looks at all of it. With `active` (b,) int32 only the matrices with a number
-    other than 0 are computed, and what the others hold is not defined.
-    Raises ValueError for shapes or dtypes that do not fit, or for a C without coefficients.
+    A B^T and C must be symmetric, because the kernel computes one triangle and mirrors it bit by bit; with `whole` it
+    computes both. With `active` (b,) int32 only matrices whose entry is not 0 are computed, the others are undefined.
+    Raises ValueError if shapes or dtypes do not match, or for a C without coefficients.
     """
     _check(a, b, c, coefficients)
     batch, m, k = a.shape
@@ -143,8 +145,8 @@ def _(a, b, c=None, coefficients=None, active=None, whole=False):
 def _check(a: Tensor, b: Tensor, c: Tensor | None, coefficients: Tensor | None) -> None:
     if a.ndim != 3 or a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
-            f"sym_mm: A {tuple(a.shape)} {a.dtype} and B {tuple(b.shape)} {b.dtype} have no symmetric product; "
-            "pass two (batch, m, k) tensors of one dtype."
+            f"sym_mm: A {tuple(a.shape)} {a.dtype} and B {tuple(b.shape)} {b.dtype} must have the same shape and dtype; "
+            "pass two (batch, m, k) tensors."
         )
     if c is not None and (coefficients is None or c.shape != (a.shape[0], a.shape[1], a.shape[1])):
         raise ValueError(
@@ -153,5 +155,5 @@ def _check(a: Tensor, b: Tensor, c: Tensor | None, coefficients: Tensor | None) 
         )
     if coefficients is not None and coefficients.shape != (a.shape[0], 3):
         raise ValueError(
-            f"sym_mm: coefficients {tuple(coefficients.shape)} do not fit {a.shape[0]} matrices; pass (batch, 3)."
+            f"sym_mm: coefficients {tuple(coefficients.shape)} do not match {a.shape[0]} matrices; pass (batch, 3)."
         )

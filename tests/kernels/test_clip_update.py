@@ -1,4 +1,4 @@
-"""The spectral clip over the table of kernels: the same mathematics as torch's, the last product with the weight update."""
+"""The spectral clip with Triton kernels: as accurate as with torch, and the weight update in its last product."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from epochal.optim import Spectra, soft_spectral_clip, spectral_clip
-from epochal.optim.spectral_clip import KERNELS, TORCH, operations, soft_clip_step
+from epochal.optim import Spectra, soft_spectral_clip
+from epochal.optim.spectral_clip import minimax, soft_clip_step
 from triton_kernels.clip_update import clip_update, clip_update_reference, clip_update_where_
 from triton_kernels.sym_mm import sym_mm
 
@@ -21,9 +21,8 @@ def randn(*shape, seed=0):
 
 @pytest.fixture
 def kernels(device, monkeypatch):
-    """Take the kernels' table, on the interpreter too."""
-    monkeypatch.setattr(spectral_clip, "backend", lambda _: "triton")
-    assert operations(torch.device(device)) is KERNELS
+    """Take the kernel path, in the interpreter too."""
+    monkeypatch.setattr(minimax, "backend", lambda _: "triton")
     return device
 
 
@@ -36,21 +35,21 @@ def exact(x, c):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 130), (1, 70, 70), (0, 3, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update(device, no_worse, shape, dtype):
+def test_clip_update_is_as_accurate_as_torch(device, no_worse, shape, dtype):
     batch, m, _ = shape
     w, x = (randn(*shape, seed=s).to(device, dtype) for s in (1, 2))
     z = randn(batch, m, m, seed=3).to(device, dtype)
     f = torch.tensor([[0.9, -0.3]], device=device).repeat(batch, 1)
     true, plain = clip_update_reference(*(t.double() for t in (w, z, x, f))), clip_update_reference(w, z, x, f)
-    tall = w.mT.contiguous()  # a tall parameter, seen wide through its strides
+    tall = w.mT.contiguous()  # a tall parameter is passed as a transposed view
     no_worse(clip_update(tall.mT, z, x, f), plain, true)
     no_worse(clip_update(w.float(), z, x, f), clip_update_reference(w.float(), z, x, f), true)
 
 
-def test_wrong_use_and_opcheck(device):
+def test_wrong_arguments_are_refused_and_opcheck_passes(device):
     a, f = randn(2, 3, 5).to(device, torch.float32), torch.ones(2, 2, device=device)
     z = torch.zeros(2, 3, 3, device=device)
-    with pytest.raises(ValueError, match="do not fit W"):
+    with pytest.raises(ValueError, match="do not match W"):
         clip_update(a, torch.zeros(2, 4, 4), a, f)
     torch.library.opcheck(torch.ops.epochal_kernels.clip_update.default, (a, z, a, f))
     tall = randn(2, 5, 3).to(device, torch.float32)
@@ -61,36 +60,37 @@ def test_wrong_use_and_opcheck(device):
 @pytest.mark.parametrize("shape", [(3, 24, 60), (3, 60, 24), (2, 33, 33), (1, 1, 5)])
 @pytest.mark.parametrize("iterations", [None, 5])
 @pytest.mark.parametrize("cublas", [False, True])
-def test_clip_and_step(kernels, monkeypatch, dtype, shape, iterations, cublas):
-    """Conditions of 5 to 400 in one stack: as near to the float64 decomposition as torch's table in that dtype."""
-    if cublas:  # torch's products under the steps that kernels take
+def test_clip_with_and_without_the_weight_update_is_as_accurate_as_torch(
+    kernels, monkeypatch, dtype, shape, iterations, cublas
+):
+    """For conditions of 5 to 400 in one stack, as accurate as torch in that dtype."""
+    if cublas:  # torch's products in the kernels' path
         monkeypatch.setattr("triton_kernels.sym_mm.sym_mm_path", lambda *_, **__: "torch")
     x = randn(*shape) / max(shape) ** 0.5 * torch.tensor([0.3, 1.0, 3.0], dtype=torch.float64)[: shape[0], None, None]
     x, c = x.to(kernels, torch.float32), torch.tensor([0.5, 0.2, 0.4][: shape[0]], device=kernels)
     weight = randn(*shape, seed=4).to(kernels, torch.float32)
-    keep, rate = torch.full_like(c, 0.9), torch.full_like(c, 0.5)
+    decay_factor, step_size = torch.full_like(c, 0.9), torch.full_like(c, 0.5)
     change = -0.5 * exact(x, c)
     options = {"iterations": iterations, "dtype": dtype}
-    moved = soft_clip_step(weight, x, c, keep=keep, rate=rate, **options)
-    mine = error(moved.double() - 0.9 * weight.double(), change)
+    updated = soft_clip_step(weight, x, c, decay_factor=decay_factor, step_size=step_size, **options)
+    fused = error(updated.double() - 0.9 * weight.double(), change)
     alone = error(soft_spectral_clip(x, c, method="minimax", **options), change / -0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spectral_clip, "backend", lambda _: "torch")
-        assert operations(torch.device(kernels)) is TORCH
+        patch.setattr(minimax, "backend", lambda _: "torch")
         incumbent = error(soft_spectral_clip(x, c, method="minimax", **options), change / -0.5)
-    assert (mine <= 1.5 * incumbent + 1e-5).all(), (mine, incumbent)
+    assert (fused <= 1.5 * incumbent + 1e-5).all(), (fused, incumbent)
     assert (alone <= 1.5 * incumbent + 1e-5).all(), (alone, incumbent)
 
 
-def error(found, true):
+def error(value, true):
     norm = torch.linalg.matrix_norm
-    return norm(found.double() - true) / norm(true)
+    return norm(value.double() - true) / norm(true)
 
 
 @pytest.mark.parametrize("condition", [1e3, 1e5, 1e9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_beyond_its_arithmetic_it_shrinks_and_never_grows(dtype, condition):
-    """With a fixed count nothing is chosen by value: what half precision cannot resolve must not blow up."""
+def test_singular_values_shrink_and_never_grow_beyond_the_safe_condition(dtype, condition):
+    """With a fixed count nothing is chosen by value: what half precision cannot resolve must not diverge."""
     u, v = (torch.linalg.qr(randn(96, 96, seed=s)).Q for s in (1, 2))
     x = (u * torch.logspace(0, -4, 96, dtype=torch.float64) * math.sqrt(condition)) @ v
     out = soft_spectral_clip(x.float(), 1.0, method="minimax", iterations=5, dtype=dtype).double()
@@ -98,34 +98,34 @@ def test_beyond_its_arithmetic_it_shrinks_and_never_grows(dtype, condition):
     assert torch.linalg.matrix_norm(out - exact(x[None], torch.ones(1))[0], 2) <= 1.1
 
 
-def test_nothing_and_zero(kernels):
+def test_a_zero_update_leaves_the_decayed_weights(kernels):
     weight, one = torch.ones(2, 3, 4, device=kernels), torch.ones(2, device=kernels)
-    moved = soft_clip_step(weight, torch.zeros_like(weight), one, keep=0.5 * one, rate=one)
-    assert torch.equal(moved, torch.full_like(weight, 0.5))
+    updated = soft_clip_step(weight, torch.zeros_like(weight), one, decay_factor=0.5 * one, step_size=one)
+    assert torch.equal(updated, torch.full_like(weight, 0.5))
 
 
-def test_each_matrix_is_done_in_the_arithmetic_that_its_condition_asks_for(kernels, monkeypatch):
-    """Conditions of 10 to 30,000 in one stack, nothing chosen by the host: all within 1%, none above its threshold."""
+def test_only_ill_conditioned_matrices_are_computed_in_float32(kernels, monkeypatch):
+    """Conditions of 10 to 30,000 in one stack, chosen on the device: all within 1%, none above its threshold."""
     conditions = torch.tensor([10.0, 200.0, 2e3, 3e4])
-    done = []
-    some_ = spectral_clip.clip_update_where_
-    monkeypatch.setattr(spectral_clip, "clip_update_where_", lambda *a: done.append(a[-1].tolist()) or some_(*a))
+    masks = []
+    original = minimax.clip_update_where_
+    monkeypatch.setattr(minimax, "clip_update_where_", lambda *a: masks.append(a[-1].tolist()) or original(*a))
     u, v = (torch.linalg.qr(randn(4, n, 40, seed=n)).Q for n in (40, 70))
     s = torch.logspace(0, -2, 40, dtype=torch.float64) * (conditions - 1).double().sqrt()[:, None]
     x = ((u * s[:, None, :]) @ v.mT).to(kernels, torch.float32)
     c, weight = torch.ones(4, device=kernels), randn(4, 40, 70, seed=9).to(kernels, torch.float32)
     true = exact(x, c)
-    moved = soft_clip_step(weight, x, c, keep=0.9 * c, rate=0.5 * c)
+    updated = soft_clip_step(weight, x, c, decay_factor=0.9 * c, step_size=0.5 * c)
     alone = soft_spectral_clip(x, c, method="minimax")
-    for out in ((0.9 * weight.double() - moved.double()) / 0.5, alone.double()):
+    for out in ((0.9 * weight.double() - updated.double()) / 0.5, alone.double()):
         assert (error(out, true) <= 1e-2).all()
         assert (torch.linalg.matrix_norm(out, 2) <= 1 + 1e-2).all()
-    # The bound is above the largest singular value, so the second is on either side; the others are clear.
-    assert [(first, last) for first, _, *last in done] == [(0, [1, 1])] * 2
+    # The bound exceeds the largest singular value, so the second matrix may be on either side.
+    assert [(first, last) for first, _, *last in masks] == [(0, [1, 1])] * 2
 
 
-def test_nothing_is_computed_for_a_matrix_that_is_not_active(device):
-    """Numbers that would show: what is left out stays as it was, or is not what a product would be."""
+def test_inactive_matrices_are_not_computed(device):
+    """Inactive outputs stay as they were, although a product would have made them NaN."""
     a, z = randn(3, 33, 33).to(device, torch.float32), torch.full((3, 33, 33), math.nan, device=device)
     z[1] = torch.eye(33)
     on, f = torch.tensor([0, 1, 0], dtype=torch.int32, device=device), torch.ones(3, 2, device=device)
@@ -146,15 +146,15 @@ def models(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_spectra_takes_the_same_steps_over_either_table(kernels, dtype, blocks):
-    """Kernels clip as they move the weights; a gradient that is not finite skips its matrix, and only that."""
+def test_spectra_takes_the_same_steps_with_and_without_kernels(kernels, dtype, blocks):
+    """Kernels clip in the weight update; a non-finite gradient skips its matrix only."""
     results = []
     for path in ("triton", "torch"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(spectral_clip, "backend", lambda _, path=path: path)
+            patch.setattr(minimax, "backend", lambda _, path=path: path)
             calls = []
-            step = spectral_clip.clip_update
-            patch.setattr(spectral_clip, "clip_update", lambda *a, step=step, calls=calls: calls.append(1) or step(*a))
+            step = minimax.clip_update
+            patch.setattr(minimax, "clip_update", lambda *a, step=step, calls=calls: calls.append(1) or step(*a))
             parameters = models(kernels, dtype)
             options = {"method": "minimax", "blocks": blocks, "clip": 0.5, "iterations": 5, "weight_decay": 0.1}
             optimizer = Spectra(
@@ -169,5 +169,5 @@ def test_spectra_takes_the_same_steps_over_either_table(kernels, dtype, blocks):
             assert optimizer.skipped == 1
             results.append(parameters)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for mine, plain in zip(*results, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)

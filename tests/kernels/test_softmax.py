@@ -1,4 +1,4 @@
-"""The softmax kernels of the losses: against float64, odd sizes, empty, strided, NaN and infinity."""
+"""The softmax kernels of the losses against float64: odd sizes, empty, strided, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import epochal.loss
 from triton_kernels.softmax_add import softmax_add, softmax_add_, softmax_add_reference
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 
-SHAPES = [(1, 1), (1, 200), (5, 3), (7, 256), (13, 129), (2, 9000), (0, 8)]  # 9,000 is more than a block
+SHAPES = [(1, 1), (1, 200), (5, 3), (7, 256), (13, 129), (2, 9000), (0, 8)]  # 9,000 columns take several blocks
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -43,7 +43,7 @@ def test_softmax_loss(device, no_worse, shape, dtype, weight, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_softmax_loss_reference_is_the_derivative(temperature):
-    """The definition itself, against autograd of the formula in torch's own terms."""
+    """The reference against autograd of torch's own losses."""
     z, y, p = block(6, 11, torch.float64, "cpu")
     z.requires_grad_()
     hard = torch.nn.functional.cross_entropy(z, y, reduction="none")
@@ -52,7 +52,7 @@ def test_softmax_loss_reference_is_the_derivative(temperature):
     (expected,) = torch.autograd.grad(plain.sum(), z)
     loss, gradient = softmax_loss_reference(z.detach(), y, p.double(), weight=0.3, temperature=temperature)
     torch.testing.assert_close(loss, plain.detach())
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)  # p sums to one in float32 only
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)  # p sums to one only in float32
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,7 +75,7 @@ def test_softmax_add_in_place(device):
 
 
 def test_rows_of_a_larger_block(device):
-    """Chunks are views: a row stride larger than the vocabulary must be honoured, and nothing outside touched."""
+    """Chunks are views: rows may be further apart than the vocabulary, and nothing between them is touched."""
     wide, y, p = block(9, 64, torch.float32, device)
     view, before = wide[2:7, 10:53], wide.clone()
     y = (y[2:7] % 43).clone()
@@ -89,7 +89,7 @@ def test_rows_of_a_larger_block(device):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_numbers_stay_in_their_row(device, bad):
+def test_non_finite_numbers_stay_in_their_row(device, bad):
     z, y, p = block(4, 50, torch.float32, device)
     y[:] = 3
     z[1, 7] = bad
@@ -100,8 +100,8 @@ def test_bad_numbers_stay_in_their_row(device, bad):
     assert torch.isfinite(z[[0, 2, 3]]).all()
 
 
-def test_an_impossible_token_has_probability_zero(device):
-    """Minus infinity is a legal logit: mask a token out and the rest is as if it were not there."""
+def test_a_logit_of_minus_infinity_has_probability_zero(device):
+    """A masked token does not change the loss of the others."""
     z, y, _ = block(3, 20, torch.float32, device)
     y[:] = 3
     z[:, 5] = -math.inf
@@ -130,7 +130,7 @@ def test_a_target_outside_the_vocabulary_gives_nan(device):
         (lambda z, y, p: softmax_add(p.t(), z.t(), 1.0, 1.0, True), "contiguous"),
     ],
 )
-def test_wrong_use(call, message):
+def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*block(4, 6, torch.float32, "cpu"))
 
@@ -142,8 +142,8 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
-def test_the_whole_loss_through_the_kernels(device, monkeypatch, average):
-    """Same loss and gradients as in plain torch when epochal.loss takes the kernel path."""
+def test_distillation_loss_is_the_same_through_the_kernels(device, monkeypatch, average):
+    """The kernel path of epochal.loss has the loss and gradients of plain torch."""
     generator = torch.Generator().manual_seed(1)
     hidden, head, x1, w1, x2, w2 = (
         torch.randn(shape, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""The sparse loss against autograd of the divergence between merged distributions, in float64."""
+"""The sparse loss against float64 autograd of the divergence between merged distributions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
 
-# The kernel reckons with log 0 = -inf where nothing is left over; numpy, inside the interpreter, warns of it.
+# The kernel computes log 0 = -inf if the rest is empty, of which numpy warns inside the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning")
 
 
-def stored(rows, vocabulary, count, seed=0, dtype=torch.float32, device="cpu"):
+def stored_targets(rows, vocabulary, count, seed=0, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     z = (2 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
     p, ids = torch.randn(rows, vocabulary, generator=generator).softmax(1).topk(count, 1)
@@ -23,7 +23,7 @@ def stored(rows, vocabulary, count, seed=0, dtype=torch.float32, device="cpu"):
 
 
 def oracle(z, y, ids, p, weight):
-    """(loss, gradient) from torch's own losses on the distributions over the stored tokens and "any other"."""
+    """(loss, gradient) from torch's own losses on the distributions over the stored tokens and the rest."""
     z, p = z.double().requires_grad_(), p.double()
     q = z.softmax(1)
     hot = q.gather(1, ids)
@@ -39,18 +39,18 @@ def oracle(z, y, ids, p, weight):
 @pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_reference_is_the_divergence_of_the_merged_distributions(count, weight):
-    z, y, ids, p = stored(5, 8, count, dtype=torch.float64)
-    for mine, true in zip(
+    z, y, ids, p = stored_targets(5, 8, count, dtype=torch.float64)
+    for value, true in zip(
         sparse_loss_reference(z, y, ids, p, weight=weight), oracle(z, y, ids, p, weight), strict=True
     ):
-        torch.testing.assert_close(mine, true, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(value, true, rtol=1e-7, atol=1e-7)
 
 
 def test_sampled_targets_are_unbiased():
-    """Averaged over every draw, the gradient of merged samples is that of the whole distribution."""
-    z, _, _, _ = stored(1, 6, 1, dtype=torch.float64)
+    """Averaged over every draw, the gradient of sampled targets is that of the full distribution."""
+    z, _, _, _ = stored_targets(1, 6, 1, dtype=torch.float64)
     teacher = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.05, 0.05], dtype=torch.float64)
-    ids = torch.stack([torch.arange(6), (torch.arange(6) + 1) % 6], 1)  # the second place is not needed
+    ids = torch.stack([torch.arange(6), (torch.arange(6) + 1) % 6], 1)  # the second place is padding
     p = torch.tensor([[1.0, 0.0]]).expand(6, 2)
     _, gradients = sparse_loss_reference(z.expand(6, 6), ids[:, 0], ids, p, weight=1.0)
     torch.testing.assert_close((teacher[:, None] * gradients).sum(0), z.softmax(1)[0] - teacher)
@@ -61,7 +61,7 @@ def test_sampled_targets_are_unbiased():
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernel(device, no_worse, shape, dtype):
-    z, y, ids, p = stored(*shape, dtype=dtype, device=device)
+    z, y, ids, p = stored_targets(*shape, dtype=dtype, device=device)
     y[::3] = -100
     exact, exact_gradient = sparse_loss_reference(z.double(), y, ids, p, weight=0.4)
     plain, plain_gradient = sparse_loss_reference(z, y, ids, p, weight=0.4)
@@ -72,11 +72,14 @@ def test_kernel(device, no_worse, shape, dtype):
 
 
 @pytest.mark.parametrize("rest", [-200.0, -math.inf])
-def test_a_rest_that_the_student_rules_out(device, rest):
-    """e^-200 is no float32: finite loss and gradient as in float64; where nothing can be left over, no such term."""
-    z, _, ids, p = stored(3, 20, 4, device=device)
+def test_loss_is_finite_if_the_rest_underflows(device, rest):
+    """exp(-200) underflows float32: loss and gradient as in float64; with logits of -inf the term vanishes."""
+    z, _, ids, p = stored_targets(3, 20, 4, device=device)
     z = z.scatter(1, ids, 1.0) + torch.full_like(z, rest).scatter(1, ids, 0.0)
-    for path in (lambda t: sparse_loss(t, ids[:, 0], ids, p, 0.9), lambda t: into(t, ids[:, 0], ids, p, 0.9)):
+    for path in (
+        lambda t: sparse_loss(t, ids[:, 0], ids, p, 0.9),
+        lambda t: reference_in_place(t, ids[:, 0], ids, p, 0.9),
+    ):
         written = z.clone()
         loss = path(written)
         if rest > -math.inf:
@@ -86,7 +89,7 @@ def test_a_rest_that_the_student_rules_out(device, rest):
         assert torch.isfinite(loss).all() and torch.isfinite(written).all()
 
 
-def into(z, *arguments):
+def reference_in_place(z, *arguments):
     loss, gradient = sparse_loss_reference(z, *arguments[:-1], weight=arguments[-1])
     z.copy_(gradient)
     return loss
@@ -94,39 +97,39 @@ def into(z, *arguments):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_common_offset_of_the_logits_changes_nothing(device, sign):
-    z, y, ids, p = stored(4, 50, 50, device=device)
+    z, y, ids, p = stored_targets(4, 50, 50, device=device)
     z = (64 * z).round() / 64  # exact after the shift
     shifted = z + sign * 4096.0
-    loss, moved = sparse_loss(z, y, ids, p, 0.5), sparse_loss(shifted, y, ids, p, 0.5)
-    torch.testing.assert_close(moved, loss)
+    loss, shifted_loss = sparse_loss(z, y, ids, p, 0.5), sparse_loss(shifted, y, ids, p, 0.5)
+    torch.testing.assert_close(shifted_loss, loss)
     torch.testing.assert_close(shifted, z)
 
 
-def test_every_token_stored(device):
-    """Rounding leaves 1e-7 for which there is no token: it must not become an infinite loss."""
-    z, y, ids, p = stored(6, 33, 33, device=device)
+def test_loss_is_finite_if_every_token_is_stored(device):
+    """Rounding assigns 1e-7 to an empty rest, which must not become an infinite loss."""
+    z, y, ids, p = stored_targets(6, 33, 33, device=device)
     for value in (sparse_loss_reference(z, y, ids, p, weight=0.5)[0], sparse_loss(z, y, ids, p, 0.5)):
         assert torch.isfinite(value).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("stored_place", [True, False])
-def test_bad_numbers_stay_in_their_row(device, bad, stored_place):
-    z, y, ids, p = stored(3, 20, 4, device=device)
+@pytest.mark.parametrize("on_stored_id", [True, False])
+def test_non_finite_numbers_stay_in_their_row(device, bad, on_stored_id):
+    z, y, ids, p = stored_targets(3, 20, 4, device=device)
     y[:] = ids[:, 1]
-    z[1, ids[1, 2] if stored_place else _left_over(ids[1])] = bad
+    z[1, ids[1, 2] if on_stored_id else _first_not_stored(ids[1])] = bad
     expected, _ = sparse_loss_reference(z, y, ids, p, weight=0.5)
     loss = sparse_loss(z, y, ids, p, 0.5)
     assert torch.isnan(loss).tolist() == torch.isnan(expected).tolist() == [False, True, False]
     torch.testing.assert_close(loss[::2], expected[::2])
 
 
-def _left_over(ids):
+def _first_not_stored(ids):
     return next(v for v in range(20) if v not in ids.tolist())
 
 
 def test_an_index_outside_the_vocabulary_gives_nan(device):
-    z, y, ids, p = stored(5, 20, 4, device=device)
+    z, y, ids, p = stored_targets(5, 20, 4, device=device)
     ids[1, 2], ids[2, 0], y[3] = 20, -1, 20
     before = z.clone()
     assert torch.isnan(sparse_loss(z, y, ids, p, 0.5)).tolist() == [False, True, True, True, False]
@@ -135,7 +138,7 @@ def test_an_index_outside_the_vocabulary_gives_nan(device):
 
 
 def test_rows_of_a_larger_block_and_strided_targets(device):
-    wide, y, ids, p = stored(6, 40, 8, device=device)
+    wide, y, ids, p = stored_targets(6, 40, 8, device=device)
     view, before, y = wide[1:5, 3:30], wide.clone(), y[1:5] % 27
     ids, p = torch.stack([torch.arange(4) + 3 * k for k in range(8)], 1).to(device)[:, ::2], p[1:5, ::2]
     loss, gradient = sparse_loss_reference(view, y, ids, p, weight=0.5)
@@ -145,8 +148,8 @@ def test_rows_of_a_larger_block_and_strided_targets(device):
     assert torch.equal(wide, before)
 
 
-def test_wrong_use_and_opcheck(device):
-    z, y, ids, p = stored(3, 20, 4, device=device)
+def test_wrong_arguments_are_refused_and_opcheck_passes(device):
+    z, y, ids, p = stored_targets(3, 20, 4, device=device)
     with pytest.raises(ValueError, match="rows are contiguous"):
         sparse_loss(z.t(), y, ids, p, 0.5)
     with pytest.raises(ValueError, match="do not match"):

@@ -30,7 +30,7 @@ def test_gram(device, no_worse, shape, dtype):
 @pytest.mark.parametrize("rows", [3, 65, 140])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_epilogue_on_commuting_matrices(device, no_worse, rows, dtype):
-    """gamma Q Q + beta Q + alpha I with another set of numbers for each matrix."""
+    """gamma Q Q + beta Q + alpha I with different coefficients for each matrix."""
     x = randn(2, rows, rows) / rows**0.5
     q = (x @ x.mT / 4).to(device, dtype)
     w = torch.tensor([[0.5, -1.5, 2.0], [1.0, 0.25, -3.0]], device=device)
@@ -46,7 +46,7 @@ def test_transposed_and_strided_inputs(device):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_numbers_stay_in_their_matrix(device, bad):
+def test_non_finite_numbers_stay_in_their_matrix(device, bad):
     a = randn(2, 5, 6).to(device, torch.float32)
     a[0, 2, 3] = bad
     out = sym_mm(a, a)
@@ -55,8 +55,8 @@ def test_bad_numbers_stay_in_their_matrix(device, bad):
 
 
 @pytest.mark.parametrize("rows", [5, 70])
-def test_active_is_any_number_but_0_and_whole_asks_for_no_symmetry(device, rows):
-    """Of more than one tile too, and with a stride."""
+def test_any_nonzero_active_computes_and_whole_needs_no_symmetry(device, rows):
+    """In one tile and in several, and with a strided `active`."""
     a, b = (randn(4, rows, 9, seed=seed).to(device, torch.float32) for seed in (0, 1))
     active = torch.tensor([[2, 0], [0, 7], [-1, 0], [1, 0]], dtype=torch.int32, device=device)[:, 0]
     out = sym_mm(a, b, active=active, whole=True)
@@ -66,7 +66,7 @@ def test_active_is_any_number_but_0_and_whole_asks_for_no_symmetry(device, rows)
         torch.testing.assert_close(gram[k], a[k] @ a[k].mT, rtol=1e-4, atol=1e-4)
 
 
-def test_the_path_is_a_value(monkeypatch):
+def test_plain_products_go_to_cublas_and_float64_to_torch(monkeypatch):
     half = torch.float16
     assert sym_mm_path(torch.float64, "cpu", plain=False) == "torch"
     assert sym_mm_path(half, "meta", plain=False) == "torch"
@@ -76,9 +76,9 @@ def test_the_path_is_a_value(monkeypatch):
     assert sym_mm_path(torch.float64, "cuda", plain=False) == "torch"
 
 
-def test_wrong_use():
+def test_wrong_arguments_are_refused():
     a = torch.zeros(2, 3, 4)
-    with pytest.raises(ValueError, match="no symmetric product"):
+    with pytest.raises(ValueError, match="same shape and dtype"):
         sym_mm(a, a[:, :2])
     with pytest.raises(ValueError, match="without coefficients"):
         sym_mm(a, a, torch.zeros(2, 3, 3))

@@ -1,4 +1,4 @@
-"""A backend for torch.compile that runs what it is given and counts the graphs: breaks and recompilations show."""
+"""A backend for torch.compile that runs graphs as they are and counts them, so breaks and recompilations show."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 class CountGraphs:
-    """Give an instance as `backend`; `graphs` is the number of graphs so far. Forgets what was compiled before."""
+    """Pass an instance as `backend`; `graphs` counts the graphs so far. Creating one clears earlier compilations."""
 
     def __init__(self) -> None:
         self.graphs = 0

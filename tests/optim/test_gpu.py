@@ -29,8 +29,8 @@ MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "galore": lambda params, lr: Fira(projected(params), lr=lr, variant="galore"),
     **{f"spectra-{base}": lambda params, lr, base=base: Spectra(params, lr, base=base, clip=2.0) for base in BASES},
 }
-# Largest difference of the weights in units of how far they moved: what each arithmetic allows. SPECTRA's clip is good to
-# 1% here and 0.9% there, Muon multiplies in bfloat16.
+# Largest difference of the weights relative to how far they moved. SPECTRA's clip is accurate to 1% on a GPU and exact on
+# a CPU; Muon multiplies in bfloat16.
 ALLOWED = {"spectra": 3e-2, "muon": 5e-2}
 
 

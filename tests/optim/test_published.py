@@ -3,7 +3,7 @@
     EPOCHAL_SPECTRA_CODE=PATH pytest tests/optim/test_published.py
 
 PATH is a clone of github.com/mlolab/llm-spectral-clipping; without one these tests skip, and the float64 rewrite in
-test_spectra.py stays the oracle. Tolerances: section 8 of our notes on the published code.
+tests/reference/published_spectra.py stays the oracle. Tolerances: section 8 of our notes on the published code.
 """
 
 from __future__ import annotations
