@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from epochal.report.claims import Claim
-from epochal.scaling import seed_interval, unsettled
+from epochal.scaling import caveats, seed_interval
 
 
 def difference_claim(text: str, differences: Sequence[float], *, paper: str = "", reasons: Sequence[str] = ()) -> Claim:
@@ -20,5 +20,5 @@ def difference_claim(text: str, differences: Sequence[float], *, paper: str = ""
         seeds=len(differences),
         holds=mean > 0,
         paper=paper,
-        provisional=tuple(dict.fromkeys((*reasons, *unsettled(differences)))),
+        provisional=tuple(dict.fromkeys((*reasons, *caveats(differences)))),
     )

@@ -15,7 +15,7 @@ from epochal.report.claims import Claim
 from epochal.report.sections import Table
 from epochal.run import AVERAGES, Ensemble, Job, Run, SoftTargetDistillation, without_seed
 from epochal.scale import Kinds, Point, Scale
-from epochal.scaling import seed_interval, unsettled
+from epochal.scaling import caveats, seed_interval
 
 KINDS = {
     "independent": "independent: other weights and order",
@@ -179,7 +179,7 @@ def claims(found: dict[tuple[str, str], Row], scale: Scale, reasons: tuple[str, 
                 interval=seed_interval(values),
                 seeds=len(values),
                 holds=statistics.fmean(values) > 0,
-                provisional=(*reasons, *unsettled(values)),
+                provisional=(*reasons, *caveats(values)),
             )
         )
     return made

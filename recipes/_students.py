@@ -13,7 +13,7 @@ from epochal.report.claims import Claim
 from epochal.report.sections import Table
 from epochal.run import Ensemble, Job, Run, Samples, SoftTargetDistillation, Targets
 from epochal.scale import Point, Scale, Soft
-from epochal.scaling import seed_interval, unsettled
+from epochal.scaling import caveats, seed_interval
 from recipes import ensembling, heavy_weight_decay
 
 TEXT = {
@@ -151,7 +151,7 @@ def claims(records: Records, scale: Scale, reasons: tuple[str, ...]) -> list[Cla
                 seeds=len(values),
                 holds=abs(mean) < 0.01 if way == "cached" else mean > 0,
                 # two that are meant to be equal are not in doubt because they are
-                provisional=(*reasons, *(u for u in unsettled(values) if way != "cached" or u == "one seed")),
+                provisional=(*reasons, *(u for u in caveats(values) if way != "cached" or u == "one seed")),
             )
         )
     return made

@@ -21,7 +21,7 @@ from epochal.report.claims import Claim
 from epochal.report.sections import Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Ablations, Scale, Setting
-from epochal.scaling import seed_interval, unsettled
+from epochal.scaling import caveats, seed_interval
 from recipes import optimizers
 from recipes._differences import difference_claim
 
@@ -196,7 +196,7 @@ def _steps_claim(records: Records, scale: Scale, found: Losses) -> Claim | None:
         value=", ".join(f"{count} steps {mean:+.4f}" for count, mean in means.items()) + " nats",
         interval=seed_interval(changed[worst]),
         seeds=len(changed[worst]),
-        holds=all(abs(means[count]) <= NOISE or bool(unsettled(values)) for count, values in changed.items()),
+        holds=all(abs(means[count]) <= NOISE or bool(caveats(values)) for count, values in changed.items()),
         paper="2.939, 2.936, 2.937 for 5, 10 and 15 steps at 160M, spectra section 3",
         provisional=_few(scale, min(len(values) for values in changed.values())),
     )

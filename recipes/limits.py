@@ -20,7 +20,7 @@ from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, Ensemble, Job, Run
 from epochal.scale import Kinds, Limits, Scale, Setting, member_point
-from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval, unsettled
+from epochal.scaling import PowerLaw, caveats, compare_limits, fit_power_law, seed_interval
 from recipes import _kinds, optimizers
 from recipes._differences import difference_claim
 from recipes.ensembling import members_law
@@ -201,7 +201,7 @@ def _tuned_claims(records: Records, scale: Scale, name: str) -> list[Claim]:
             interval=seed_interval(list(large.values())),
             seeds=seeds,
             holds=all(mean > 0 for mean in means.values()),
-            provisional=tuple(dict.fromkeys((*reasons, *unsettled(list(large.values()))))),
+            provisional=tuple(dict.fromkeys((*reasons, *caveats(list(large.values()))))),
         ),
         Claim(
             text=f"what {name} gains over {BASE} does not shrink from {models[0]} to {models[-1]}",
@@ -209,7 +209,7 @@ def _tuned_claims(records: Records, scale: Scale, name: str) -> list[Claim]:
             interval=seed_interval(change),
             seeds=len(change),
             holds=statistics.fmean(change) >= 0,
-            provisional=tuple(dict.fromkeys((*reasons, *unsettled(change)))),
+            provisional=tuple(dict.fromkeys((*reasons, *caveats(change)))),
         ),
         Claim(
             text=f"{name} has its lowest loss at the decay at which {BASE} has it",

@@ -18,7 +18,7 @@ SIZES, LOSSES = [1e5, 2e5, 4e5, 8e5, 1.6e6], [4.6, 4.4, 4.27, 4.19, 4.13]
 
 
 def curve(axes: Any) -> None:
-    law = fit_power_law(SIZES, LOSSES, bootstrap=0)
+    law = fit_power_law(SIZES, LOSSES)
     line = draw_series(axes, SIZES, LOSSES, label="tuned", join=False)
     draw_law(axes, law, SIZES[0], 4 * SIZES[-1], color=line.get_color())
     axes.set_xscale("log")

@@ -21,7 +21,7 @@ from epochal.run import Ensemble, Run, inputs
 from epochal.scaling import PowerLaw, compare_limits, data_efficiency, fit_power_law
 
 FEWEST = 3
-"""Fewer sizes than constants say nothing about a law."""
+"""A three-constant law needs at least three sizes."""
 
 NESTED = (
     "Ensembles of K and of K + 1 models share members, so their losses are no independent points and their scatter gives "
@@ -186,7 +186,7 @@ def fit_axis(points: Sequence[Measured], axis: Axis) -> list[Fitted]:
         xs, ys = [float(getattr(point, axis.field)) for point in group], [point.loss for point in group]
         if len(set(xs)) >= FEWEST:
             words = [f"{field} = {_count(at)}" for field, at in zip(axis.others, places, strict=True) if at is not None]
-            law = fit_power_law(xs, ys, bootstrap=0)
+            law = fit_power_law(xs, ys)
             if axis is MEMBERS:
                 law = replace(law, interval=None, note=NESTED)
             found.append(Fitted(recipe, ", ".join(words), tuple(xs), tuple(ys), law))
