@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epochal.scaling.members import MembersLaw
-from epochal.scaling.power import LEVEL, Interval, PowerLaw, checked, fit_constants
+from epochal.scaling.power import TAILS, Interval, PowerLaw, checked, fit_constants
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,11 @@ def choose(laws: Mapping[str, PowerLaw]) -> Choice:
     if len({len(law.y) for law in laws.values()}) > 1:
         raise ValueError("The laws were fitted to different numbers of points: fit them to the same points first.")
     scores = {name: aicc(law.residuals, law.parameters, law.weights) for name, law in laws.items()}
+    # Where no score is finite, the law with the fewest constants.
+    best = min(laws, key=lambda name: (scores[name], laws[name].parameters))
     unscored = [name for name, score in scores.items() if math.isinf(score)]
-    warning = ""
-    if unscored:
-        count = len(next(iter(laws.values())).y)
-        warning = f"Too few points ({count}) for an AICc of {', '.join(unscored)}, which is therefore not considered."
-    if len(unscored) == len(scores):
-        fewest = min(laws, key=lambda name: laws[name].parameters)
-        return Choice(fewest, scores, f"Too few points ({count}) for any AICc: took the law with the fewest constants.")
-    return Choice(min(scores, key=scores.__getitem__), scores, warning)
+    warning = f"Too few points ({len(laws[best].y)}) for an AICc of {', '.join(unscored)}." if unscored else ""
+    return Choice(best, scores, warning)
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ def seed_interval(losses: Sequence[float]) -> Interval | None:
     if len(values) < 2:
         return None
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    mean, half_width = float(np.mean(values)), float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * error
+    mean, half_width = float(np.mean(values)), float(stdtrit(len(values) - 1, TAILS[1])) * error
     return mean - half_width, mean + half_width
 
 

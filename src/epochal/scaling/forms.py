@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.power import LEVEL, MIN_DOF, Interval, checked
+from epochal.scaling.power import MIN_DOF, TAILS, Interval, checked
 from epochal.scaling.solve import Array
 
 Data = Mapping[str, Array]
@@ -70,7 +70,7 @@ class SurfaceLaw:
 
         center, gradient = self.predict(**sizes), _jacobian(self.form, self._theta, self._data(sizes))
         variance = np.einsum("ij,jk,ik->i", gradient, self.covariance, gradient)
-        half_width = float(stdtrit(max(self.dof, 1), (1 + LEVEL) / 2)) * np.sqrt(np.maximum(variance, 0.0))
+        half_width = float(stdtrit(max(self.dof, 1), TAILS[1])) * np.sqrt(np.maximum(variance, 0.0))
         return center - half_width, center + half_width
 
     @property
@@ -242,7 +242,7 @@ def _profile_limit(form: Form, data: Data, y: Array, log_shapes: Array, E: float
     from scipy.special import stdtrit
 
     least = float(np.sum(_linear(*form.model(np.exp(log_shapes), data), y)[1] ** 2))
-    threshold = least * (1.0 + float(stdtrit(dof, (1 + LEVEL) / 2)) ** 2 / dof)
+    threshold = least * (1.0 + float(stdtrit(dof, TAILS[1])) ** 2 / dof)
     if threshold <= 1e-24 * float(np.sum(y**2)):
         return E, E
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.power import LEVEL, TAILS, Interval, PowerLaw, checked, fit_power_law
+from epochal.scaling.power import TAILS, Interval, PowerLaw, checked, fit_power_law
 from epochal.scaling.solve import Array
 
 SMALLEST_SIGMA = 1e-9  # nats; noiseless curves would otherwise get infinite weight
@@ -111,6 +111,6 @@ def _inner_sigma(laws: list[PowerLaw]) -> tuple[Array, int]:
     sigma = []
     for law in laws:
         low, high = law.quantiles(TAILS, np.inf)
-        error = (high - low) / (2 * float(stdtrit(law.dof, (1 + LEVEL) / 2)))
+        error = (high - low) / (2 * float(stdtrit(law.dof, TAILS[1])))
         sigma.append(error * np.sqrt(pooled / law.variance) if law.variance > 0 else 0.0)
     return np.maximum(sigma, SMALLEST_SIGMA), dof

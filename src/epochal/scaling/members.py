@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.power import LEVEL, TAILS, Interval, PowerLaw, fit_constants
+from epochal.scaling.power import TAILS, Interval, PowerLaw, fit_constants
 from epochal.scaling.solve import Array
 
 MIN_MEMBERS = 4
@@ -67,6 +67,8 @@ def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
     derived from `losses`, which must then be those of the k consecutive members from each start on a circle. Raises
     ValueError for values that cannot be used and fewer than two k.
     """
+    from scipy.special import stdtrit
+
     count = max(losses, default=0)
     law = _fit({k: float(np.mean(subsets)) for k, subsets in losses.items()})
     curves = _leave_one_out(count, _from_circle(count, losses) if without is None else without)
@@ -78,24 +80,18 @@ def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
         fits = [_fit(curve) for curve in curves]
         replicates = np.array([[fit.E, fit.A] for fit in fits])
         errors = _jackknife_error(replicates.T)
-        interval = _interval(law, errors, count - 1)
+        half_E, half_A = (float(stdtrit(count - 1, TAILS[1])) * errors).tolist()
+        interval = {
+            "E": (law.E - half_E, law.E + half_E),
+            "A": (law.A - half_A, law.A + half_A),
+            "alpha": (EXPONENT,) * 2,
+        }
         return MembersLaw(law, interval, "", count - 1, float(errors[0]), replicates)
     return MembersLaw(law, None, note, max(count - 1, 0))
 
 
 def _fit(curve: Mapping[int, float]) -> PowerLaw:
     return fit_constants(list(curve), list(curve.values()), exponent=EXPONENT)
-
-
-def _interval(law: PowerLaw, errors: Array, dof: int) -> dict[str, Interval]:
-    from scipy.special import stdtrit
-
-    half_E, half_A = (float(stdtrit(dof, (1 + LEVEL) / 2)) * errors).tolist()
-    return {
-        "E": (law.E - half_E, law.E + half_E),
-        "A": (law.A - half_A, law.A + half_A),
-        "alpha": (EXPONENT, EXPONENT),
-    }
 
 
 def _leave_one_out(count: int, without: Curve) -> list[dict[int, float]]:

@@ -215,7 +215,7 @@ def _profile_interval(law: PowerLaw) -> dict[str, Interval]:
     ends = {
         "E": _profile_quantiles(law, tails, np.full(2, np.inf)),
         "A": _profile_quantiles(law, tails, np.ones(2), coefficient=True),
-        "alpha": _alpha_ends(law),
+        "alpha": np.full(2, law.alpha) if law.fixed_alpha is not None else _alpha_ends(law),
     }
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
@@ -240,8 +240,6 @@ def _profile_quantiles(law: PowerLaw, probability: Array, x: Array, *, coefficie
 
 
 def _alpha_ends(law: PowerLaw) -> Array:
-    if law.fixed_alpha is not None:
-        return np.full(2, law.fixed_alpha)
     log_x, _ = _centered_logs(law.x)
     low, high = alpha_range(log_x, law.y, law.weights, law.alpha, _ceiling(law, np.array(TAILS[1:])))
     return np.array([low[0], high[0]])

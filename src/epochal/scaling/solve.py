@@ -11,7 +11,6 @@ Shapes: B problems, n points, G exponents; `log_x` (n,), `y` (B, n) or (n,), `we
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,56 +24,39 @@ ZOOMS = 10  # (2 / 16)**10 = 1e-9 of two cells: below the rounding of a sum of s
 HALVINGS = 40
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Weighted moments of u and y at one exponent per problem; A is the unbounded optimum."""
-
-    total: Array
-    u: Array
-    y: Array
-    spread: Array
-    A: Array
-    square_u: Array
-    cross: Array
-    square_y: Array
-    rss: Array
-
-
 def _sum(weights: Array, a: Array) -> Array:
     total: Array = np.sum(weights * a, axis=-1)
     return total
 
 
 def _ratio(a: Array, b: Array) -> Array:
-    """A / b, zero where b is zero."""
+    """Quotient, zero where b is zero."""
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)
 
 
-def moments(u: Array, y: Array, weights: Array) -> Moments:
-    """Give all that a linear fit of y on u needs."""
-    total = np.sum(weights, axis=-1)
-    mean_u, mean_y = _sum(weights, u) / total, _sum(weights, y) / total
-    # Differences before squares, so that nothing cancels.
-    du, dy = u - mean_u[..., None], y - mean_y[..., None]
-    spread = _sum(weights, du * du)
-    A = _ratio(_sum(weights, du * dy), spread)
-    rest = dy - A[..., None] * du
-    return Moments(
-        total=total,
-        u=mean_u,
-        y=mean_y,
-        spread=spread,
-        A=A,
-        square_u=_sum(weights, u * u),
-        cross=_sum(weights, u * y),
-        square_y=_sum(weights, y * y),
-        rss=_sum(weights, rest * rest),
-    )
+class Moments:
+    """Weighted moments of u and y at one exponent per problem.
+
+    A is the optimum without bounds and rss its sum of squares.
+    """
+
+    def __init__(self, u: Array, y: Array, weights: Array) -> None:
+        self.total = np.sum(weights, axis=-1)
+        self.u, self.y = _sum(weights, u) / self.total, _sum(weights, y) / self.total
+        self.square_u, self.square_y = _sum(weights, u * u), _sum(weights, y * y)
+        self.cross = _sum(weights, u * y)
+        # Differences before squares, so that nothing cancels.
+        du, dy = u - self.u[..., None], y - self.y[..., None]
+        self.spread = _sum(weights, du * du)
+        self.A = _ratio(_sum(weights, du * dy), self.spread)
+        rest = dy - self.A[..., None] * du
+        self.rss = _sum(weights, rest * rest)
 
 
-def linear(u: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Give the best E >= 0 and A >= 0 of `E + A u` and the weighted sum of squares, in closed form."""
-    free = moments(u, y, weights)
+def linear(alphas: Array, log_x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Give the best E >= 0 and A >= 0 at each exponent and the weighted sum of squares, in closed form."""
+    u = np.exp(-alphas[..., None] * log_x)
+    free = Moments(u, y, weights)
     A = np.maximum(free.A, 0.0)
     E = free.y - A * free.u
     # Losses and u are positive, so only one bound can be active at a time.
@@ -84,7 +66,7 @@ def linear(u: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
 
 
 def search(objective: Callable[[Array], Array], low: Array, high: Array) -> Array:
-    """Minimize `objective(alphas (G, B)) -> (G, B)` over alpha in [low, high], both (B,)."""
+    """Minimize `objective(alphas (G, B)) -> (G, B)` over alpha in [low, high], (B,) each."""
     column = np.arange(len(low))
     grid = low * (high / low) ** np.linspace(0.0, 1.0, GRID)[:, None]
     for _ in range(ZOOMS):
@@ -97,26 +79,20 @@ def search(objective: Callable[[Array], Array], low: Array, high: Array) -> Arra
 
 
 def solve(log_x: Array, y: Array, weights: Array, *, alpha: float | None) -> tuple[Array, Array, Array, Array]:
-    """Give E, A, alpha and the sum of squares of the best law for every row of `y` (B, n); `alpha` fixes the exponent."""
-
-    def objective(a: Array) -> Array:
-        return linear(np.exp(-a[..., None] * log_x), y, weights)[2]
-
-    count = len(y)
-    bounds = (np.full(count, bound) for bound in ALPHA_BOUNDS)
-    exponents = np.full(count, alpha) if alpha is not None else search(objective, *bounds)
-    E, A, rss = linear(np.exp(-exponents[:, None] * log_x), y, weights)
-    return E, A, exponents, rss
+    """Give E, A, alpha and the sum of squares of the best law per row of `y` (B, n)."""
+    if alpha is not None:
+        alphas = np.full(len(y), alpha)
+    else:
+        low, high = (np.full(len(y), bound) for bound in ALPHA_BOUNDS)
+        alphas = search(lambda a: linear(a, log_x, y, weights)[2], low, high)
+    E, A, rss = linear(alphas, log_x, y, weights)
+    return E, A, alphas, rss
 
 
 def alpha_range(log_x: Array, y: Array, weights: Array, best: float, ceiling: Array) -> tuple[Array, Array]:
     """Give the lowest and highest exponents with a sum of squares below each ceiling (L,), within ALPHA_BOUNDS."""
-
-    def rss(a: Array) -> Array:
-        return linear(np.exp(-a[..., None] * log_x), y, weights)[2]
-
     grid = np.unique(np.append(np.geomspace(*ALPHA_BOUNDS, 4 * GRID), best))
-    inside = rss(grid) <= ceiling[:, None]
+    inside = linear(grid, log_x, y, weights)[2] <= ceiling[:, None]
     inside[:, np.searchsorted(grid, best)] = True  # rounding must not exclude the optimum itself
     first, last = np.argmax(inside, axis=1), len(grid) - 1 - np.argmax(inside[:, ::-1], axis=1)
     # Bisect both ends together: the arrays are small, so the number of calls is the cost.
@@ -125,7 +101,7 @@ def alpha_range(log_x: Array, y: Array, weights: Array, best: float, ceiling: Ar
     ceilings = np.concatenate([ceiling, ceiling])
     for _ in range(HALVINGS):
         middle = (good + bad) / 2
-        below = rss(middle) <= ceilings
+        below = linear(middle, log_x, y, weights)[2] <= ceilings
         good, bad = np.where(below, middle, good), np.where(below, bad, middle)
     return good[: len(ceiling)], good[len(ceiling) :]
 
@@ -180,7 +156,7 @@ def profile(
     """
 
     def end(a: Array) -> Array:
-        free = moments(np.exp(-a[..., None] * log_x), y, weights)
+        free = Moments(np.exp(-a[..., None] * log_x), y, weights)
         u = np.exp(-a * log_target)
         level = np.zeros_like(u) if coefficient else np.ones_like(u)
         return _extreme(free, ceiling, level, u, sign)
