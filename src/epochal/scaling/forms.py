@@ -41,11 +41,7 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class SurfaceLaw:
-    """A fitted Form: `constants` by name, residuals in nats, and the 90% profile interval of E or a note.
-
-    `covariance` is that of the coefficients and the logs of the shapes, in the order of `constants` (delta method), with
-    `dof` degrees of freedom; nan below two of them.
-    """
+    """A fitted Form: `constants` by name, residuals (n,) in nats, and the 90% profile interval of E or a note."""
 
     form: Form
     constants: dict[str, float]
@@ -53,7 +49,6 @@ class SurfaceLaw:
     interval: dict[str, Interval] | None
     note: str
     dof: int
-    covariance: Array = field(repr=False)
 
     @property
     def E(self) -> float:  # noqa: N802 - named like the constant
@@ -62,24 +57,12 @@ class SurfaceLaw:
 
     def predict(self, **sizes: npt.ArrayLike) -> Array:
         """Evaluate the law at the named sizes (units of the fit; `math.inf` gives a limit)."""
-        return _predict(self.form, self._theta, self._data(sizes))
-
-    def predict_interval(self, **sizes: npt.ArrayLike) -> tuple[Array, Array]:
-        """Give both ends of the pointwise 90% band (delta method), nan where the points are too few."""
-        from scipy.special import stdtrit
-
-        center, gradient = self.predict(**sizes), _jacobian(self.form, self._theta, self._data(sizes))
-        variance = np.einsum("ij,jk,ik->i", gradient, self.covariance, gradient)
-        half_width = float(stdtrit(max(self.dof, 1), TAILS[1])) * np.sqrt(np.maximum(variance, 0.0))
-        return center - half_width, center + half_width
-
-    @property
-    def _theta(self) -> Array:
-        shapes = [math.log(self.constants[name]) for name in self.form.shapes]
-        return np.array([*(self.constants[name] for name in self.form.coefficients), *shapes])
-
-    def _data(self, sizes: Mapping[str, npt.ArrayLike]) -> Data:
-        return {name: np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in self.form.sizes}
+        data = {name: np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in self.form.sizes}
+        coefficients, shapes = (
+            np.array([self.constants[name] for name in names]) for names in (self.form.coefficients, self.form.shapes)
+        )
+        offset, basis = self.form.model(shapes, data)
+        return np.asarray(offset + basis @ coefficients)
 
 
 def power_sum(first: str, second: str) -> Form:
@@ -121,8 +104,8 @@ def fit_surface(form: Form, loss: npt.ArrayLike, *, objective: str = "squares", 
         log_shapes, coefficients = _huber(form, data, y, log_shapes)
     else:
         coefficients = _linear(*form.model(np.exp(log_shapes), data), y)[0]
-    theta = np.append(coefficients, log_shapes)
-    residuals = y - _predict(form, theta, data)
+    offset, basis = form.model(np.exp(log_shapes), data)
+    residuals = y - offset - basis @ coefficients
     values = [*coefficients.tolist(), *np.exp(log_shapes).tolist()]
     constants = dict(zip((*form.coefficients, *form.shapes), values, strict=True))
     dof, interval, note = len(y) - len(constants), None, ""
@@ -130,9 +113,7 @@ def fit_surface(form: Form, loss: npt.ArrayLike, *, objective: str = "squares", 
         note = f"Too few points for an interval: {len(y)} points for {len(constants)} constants."
     elif objective == "squares" and "E" in constants:
         interval = {"E": _profile_limit(form, data, y, log_shapes, constants["E"], dof)}
-    return SurfaceLaw(
-        form, constants, residuals, interval, note, max(dof, 0), _covariance(form, theta, data, residuals, dof)
-    )
+    return SurfaceLaw(form, constants, residuals, interval, note, max(dof, 0))
 
 
 def _size(name: str, values: npt.ArrayLike, count: int) -> Array:
@@ -142,12 +123,6 @@ def _size(name: str, values: npt.ArrayLike, count: int) -> Array:
     if not np.all(array > 0):  # inf is allowed: a limit
         raise ValueError(f"{name} must be positive, got {array[~(array > 0)][0]}: leave that run out.")
     return array
-
-
-def _predict(form: Form, theta: Array, data: Data) -> Array:
-    count = len(form.coefficients)
-    offset, basis = form.model(np.exp(theta[count:]), data)
-    return np.asarray(offset + basis @ theta[:count])
 
 
 def _linear(offset: Array, basis: Array, y: Array) -> tuple[Array, Array]:
@@ -161,9 +136,6 @@ def _linear(offset: Array, basis: Array, y: Array) -> tuple[Array, Array]:
     scale[scale == 0] = 1.0
     coefficients = nnls(basis / scale, rest)[0] / scale
     return coefficients, rest - basis @ coefficients
-
-
-# --- search of the shapes -----------------------------------------------------------------------------------------------
 
 
 def _bounds(form: Form) -> tuple[Array, Array]:
@@ -233,9 +205,6 @@ def _huber(form: Form, data: Data, y: Array, log_shapes: Array) -> tuple[Array, 
     return best[:count], np.exp(best[count:])
 
 
-# --- intervals ----------------------------------------------------------------------------------------------------------
-
-
 def _profile_limit(form: Form, data: Data, y: Array, log_shapes: Array, E: float, dof: int) -> Interval:
     """Fix E, refit the rest, and solve for where the sum of squares crosses the F threshold on both sides."""
     from scipy.optimize import brentq
@@ -263,30 +232,3 @@ def _profile_limit(form: Form, data: Data, y: Array, log_shapes: Array, E: float
         else:
             ends.append(float(brentq(excess, inner, outer, xtol=1e-6)))
     return ends[0], ends[1]
-
-
-def _jacobian(form: Form, theta: Array, data: Data) -> Array:
-    """Derivatives (n, c + s) of the law by its coefficients and log shapes, by central differences."""
-    steps = 1e-5 * np.maximum(np.abs(theta), 1e-3)
-    columns = [
-        (_predict(form, theta + step, data) - _predict(form, theta - step, data)) / (2 * size)
-        for size, step in zip(steps, np.diag(steps), strict=True)
-    ]
-    return np.stack(columns, axis=1)
-
-
-def _covariance(form: Form, theta: Array, data: Data, residuals: Array, dof: int) -> Array:
-    count = len(theta)
-    if dof < MIN_DOF:
-        return np.full((count, count), np.nan)
-    # A coefficient on its bound 0 does not vary.
-    free = np.ones(count, dtype=bool)
-    free[: len(form.coefficients)] = theta[: len(form.coefficients)] > 0
-    jacobian = _jacobian(form, theta, data)[:, free]
-    # Scaled columns, so that a coefficient of 1e3 next to E does not decide what the pseudo-inverse cuts off.
-    scale = np.linalg.norm(jacobian, axis=0)
-    scale[scale == 0] = 1.0
-    inverse = np.linalg.pinv((jacobian / scale).T @ (jacobian / scale), hermitian=True) / np.outer(scale, scale)
-    covariance = np.zeros((count, count))
-    covariance[np.ix_(free, free)] = inverse * float(np.sum(residuals**2)) / dof
-    return covariance
