@@ -13,7 +13,7 @@ from epochal.scaling.power import TAILS, Interval, PowerLaw, checked, fit_consta
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The loss at x predicted without the points there, the measured mean, and the limit E of that refit."""
+    """One size x held out: predicted loss, measured mean, and limit E of the refit."""
 
     x: float
     predicted: float
@@ -27,7 +27,10 @@ class HeldOut:
 
 
 def leave_one_out(law: PowerLaw) -> list[HeldOut]:
-    """Refit without each size (all its seeds); raises ValueError unless there are more sizes than constants."""
+    """Refit without each size (all its seeds).
+
+    Raises ValueError unless there are more distinct sizes than constants.
+    """
     sizes = np.unique(law.x)
     if len(sizes) <= law.parameters:
         raise ValueError(
@@ -49,7 +52,7 @@ def held_out_largest(law: PowerLaw) -> HeldOut:
 
 @dataclass(frozen=True)
 class Choice:
-    """The law with the lowest AICc, all `scores` by name, and a `warning` if the points are too few."""
+    """The law with the lowest AICc; `warning` names the laws without a score."""
 
     best: str
     scores: dict[str, float]
@@ -87,7 +90,10 @@ def choose(laws: Mapping[str, PowerLaw]) -> Choice:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The probability that B's limit is below A's (None: unknown), the difference B - A, and one sentence."""
+    """Two limits compared in one sentence.
+
+    `probability` is that of B's limit being below A's (None: unknown); `difference` is B - A in nats per token.
+    """
 
     probability: float | None
     difference: float

@@ -52,7 +52,7 @@ def slowrun_multiple(loss: float) -> float | None:
 
 
 def law_from_constants(E: float, A: float, alpha: float, *, fitted_range: Interval | None = None) -> PowerLaw:
-    """Give a published law as a PowerLaw without points or interval; `fitted_range` are its smallest and largest x."""
+    """Give a published law, without points or interval; `fitted_range` is its smallest and largest x."""
     for name, value in (("E", E), ("A", A), ("alpha", alpha)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be finite and not negative, got {value}.")

@@ -41,7 +41,10 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class SurfaceLaw:
-    """A fitted Form: `constants` by name, residuals (n,) in nats, and the 90% profile interval of E or a note."""
+    """A fitted Form.
+
+    `constants` are by name and `residuals` (n,) in nats; `interval` has the 90% profile interval of E, or is None.
+    """
 
     form: Form
     constants: dict[str, float]

@@ -61,8 +61,9 @@ class MembersLaw:
 
 
 def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
-    """Fit `E + A / k` to {k: losses of subsets of k members} in nats per token, using the mean at each k.
+    """Fit `E + A / k` to the mean loss at each k.
 
+    `losses` maps k to the losses of subsets of k members, in nats per token.
     `without[k][i]` is the mean loss of k members drawn without member i, as records of ensembles store it. If None, it is
     derived from `losses`, which must then be those of the k consecutive members from each start on a circle. Raises
     ValueError for values that cannot be used and fewer than two k.

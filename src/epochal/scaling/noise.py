@@ -64,7 +64,7 @@ def shrinking_weights(log_x: Array, y: Array, exponent: float | None) -> Array:
 
 
 def seeds_prefer(x: Array, y: Array, weights: Array) -> bool:
-    """True if seeds deviate from the mean of their size as `weights` say rather than evenly, by likelihood ratio."""
+    """True if the scatter of seeds is more likely under `weights` than under equal weights."""
     even = weighted = log_weights = dof = 0.0
     for size in np.unique(x):
         group = x == size
