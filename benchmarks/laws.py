@@ -1,22 +1,22 @@
 """Do nominal 90% intervals of a law's constants cover the truth in 90% of cases?
 
-Draws synthetic laws with constants and noise like those of real records, fits each, and counts. Run:
-`python benchmarks/laws.py` (three to five minutes on one idle core; an interrupted run goes on where it stopped),
-`--laws 5 --out FILE` for a glance. The default, 42 laws in each of 12 combinations of sizes and seeds, is 504 laws for
-every kind of noise.
+Draws synthetic laws with constants and noise like those of real records, fits each, and counts. Run
+`python benchmarks/laws.py` (three to five minutes on one idle core; an interrupted run resumes), or with
+`--laws 5 --out FILE` for a quick look. The default is 42 laws for each of 12 combinations of sizes and seeds, so 504 for
+each kind of noise.
 
-Noise, each with its reason: `constant` 0.001 to 0.01 nats (seeds of one size); `excess` 1% of the excess over the
-limit; `sizes` 0.004 nats per size that all its seeds share (tuning on a grid, model shape) and 0.002 per seed. Every
-row of `laws.csv` is one form, number of sizes, of seeds, and one noise: `given` is the share of laws that got an
-interval at all (the others got "too few points"), the rest are of those: shares whose interval covers (`E`, `A`,
-`alpha` by the reported profile interval; `bootstrap_E` by the bootstrap's percentiles, `huber_E` by the profile after a
-Huber fit), the median width of the interval of E in nats, and the share that reaches down to 0. Rows with `all` sizes
-pool the rows of one noise; `target` says whether their E is covered in 85% to 95%.
+Noise: `constant` is 0.001 to 0.01 nats (seeds of one size); `excess` is 1% of the excess over the limit; `sizes` is 0.004
+nats per size, shared by its seeds (tuning on a grid, model shape), and 0.002 per seed.
 
-Two more forms: `nested K then N` has K = 1, 2, 3, 5, 8 members at each size (sizes: N; seeds: 1), once with the exponent
-of K known and once with it fitted. `members` are ensembles of models that predict numbers under squared error, where
-bias + variance / K holds exactly (sizes: members): `E` by the jackknife over members, `naive_E` by the scatter of the
-curve, as if its points were independent.
+Each row of `laws.csv` is one form, number of sizes and seeds, and noise. `given` is the share of laws with an interval
+(the others have too few points); the other columns are over those. `E`, `A` and `alpha` are shares covered by the profile
+interval, `bootstrap_E` by the bootstrap percentiles; then the median width of the interval of E in nats and the share of
+intervals whose lower end is 0. Rows with `all` sizes pool the rows of one noise; `target` says whether E is covered in
+85% to 95%.
+
+Two more forms: `nested K then N` has K = 1, 2, 3, 5, 8 members at each size, with the exponent of K known or fitted.
+`members` are ensembles under squared error, where bias + variance / K holds exactly (sizes: members): `E` is covered by
+the jackknife over members, `naive_E` by the scatter of the curve, as if its points were independent.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from epochal.scaling import PowerLaw, fit_joint, fit_members, fit_power_law
+from epochal.scaling import bootstrap_interval, fit_joint, fit_members, fit_power_law
 
 OUT = Path(__file__).with_suffix(".csv")
 SIZES, SEEDS, NOISES = (4, 5, 6, 8), (1, 2, 3), ("constant", "excess", "sizes")
 FIELDS = (
-    "form", "sizes", "seeds", "noise", "laws", "given", "E", "A", "alpha", "bootstrap_E", "huber_E", "naive_E",
-    "median_width_E", "reaches_0", "target", "machine", "numpy", "scipy", "date",
+    "form", "sizes", "seeds", "noise", "laws", "given", "E", "A", "alpha", "bootstrap_E", "naive_E", "median_width_E",
+    "reaches_0", "target", "machine", "numpy", "scipy", "date",
 )  # fmt: skip
 Row = dict[str, object]
 
@@ -66,21 +66,17 @@ def study(laws: int, sizes: int, seeds: int, noise: str) -> Row:
     open_below: list[bool] = []
     for index in range(laws):
         truth, x, y = draw_law(rng, sizes, seeds, noise)
-        law = fit_power_law(x, y, bootstrap=200, seed=index)
-        if law.interval is None or law.bootstrap_interval is None:
+        law = fit_power_law(x, y)
+        if law.interval is None:
             continue
-        huber: PowerLaw = fit_power_law(x, y, bootstrap=0, loss="huber")
-        assert huber.interval is not None
-        hits.append([
-            *(covers(law.interval, truth, name) for name in ("E", "A", "alpha")),
-            covers(law.bootstrap_interval, truth, "E"),
-            covers(huber.interval, truth, "E"),
-        ])  # fmt: skip
+        bootstrap = bootstrap_interval(law, draws=200, seed=index)
+        profile_hits = [covers(law.interval, truth, name) for name in ("E", "A", "alpha")]
+        hits.append([*profile_hits, covers(bootstrap, truth, "E")])
         widths.append(law.interval["E"][1] - law.interval["E"][0])
         open_below.append(law.interval["E"][0] == 0.0)
     row: Row = {"form": "power", "sizes": sizes, "seeds": seeds, "noise": noise, "laws": laws, **given(hits, laws)}
     if hits:
-        shares = zip(("E", "A", "alpha", "bootstrap_E", "huber_E"), np.mean(hits, axis=0), strict=True)
+        shares = zip(("E", "A", "alpha", "bootstrap_E"), np.mean(hits, axis=0), strict=True)
         row |= {name: f"{share:.3f}" for name, share in shares}
         row |= {"median_width_E": f"{np.median(widths):.4f}", "reaches_0": f"{np.mean(open_below):.3f}"}
     return row
@@ -91,10 +87,10 @@ def given(hits: list, laws: int) -> Row:
 
 
 def pooled(rows: list[Row], noise: str) -> Row:
-    """The rows of one noise as one, each weighing as many laws as got an interval."""
+    """The rows of one noise as one, weighted by the number of laws with an interval."""
     part = [row for row in rows if row["noise"] == noise]
     counts = np.array([int(row["laws"]) * float(row["given"]) for row in part])
-    names = ("E", "A", "alpha", "bootstrap_E", "huber_E", "reaches_0")
+    names = ("E", "A", "alpha", "bootstrap_E", "reaches_0")
     shares = {
         name: sum(n * float(row[name]) for n, row in zip(counts, part, strict=True) if n) / counts.sum()
         for name in names
@@ -103,7 +99,7 @@ def pooled(rows: list[Row], noise: str) -> Row:
     return {
         "form": "power", "sizes": "all", "seeds": "all", "noise": noise, "laws": total,
         "given": f"{counts.sum() / total:.3f}", **{name: f"{share:.3f}" for name, share in shares.items()},
-        "target": "met" if 0.85 <= shares["E"] <= 0.95 else "wider than need be" if shares["E"] > 0.95 else "missed",
+        "target": "met" if 0.85 <= shares["E"] <= 0.95 else "too wide" if shares["E"] > 0.95 else "missed",
     }  # fmt: skip
 
 
@@ -117,7 +113,7 @@ def study_joint(laws: int, sizes: int, noise: str) -> Row:
         E, A, alpha = rng.uniform(2.5, 3.4), rng.uniform(0.03, 0.15), rng.uniform(0.6, 1.6)
         y = E + A * N**-alpha + rng.uniform(0.2, 0.6) / K ** (1.0 if known else rng.uniform(0.95, 1.1))
         y = y + 0.003 * rng.standard_normal(len(y))
-        joint = fit_joint(N, K, y, bootstrap=0, alpha_K=1.0 if known else None)
+        joint = fit_joint(N, K, y, alpha_K=1.0 if known else None)
         if joint.interval is not None:
             low, high = joint.interval["E"]
             hits.append(low <= E <= high)
@@ -129,7 +125,7 @@ def study_joint(laws: int, sizes: int, noise: str) -> Row:
 
 
 def squared_errors(rng: np.random.Generator, members: int, targets: int = 200):
-    """Bias and the losses of the k neighbours on a circle of members that err in twenty directions."""
+    """Squared bias, and losses of k consecutive members on a circle; errors vary in twenty directions."""
     bias = rng.normal(1.5, 0.5, targets)
     errors = 0.6 * rng.standard_normal((members, 20)) @ rng.standard_normal((20, targets)) / np.sqrt(20)
     curve = {
@@ -148,9 +144,7 @@ def study_members(laws: int, members: int) -> Row:
     for _ in range(laws):
         truth, curve = squared_errors(rng, members)
         interval = fit_members(curve).interval
-        points = fit_power_law(
-            list(curve), [float(np.mean(v)) for v in curve.values()], alpha=1.0, bootstrap=0
-        ).interval
+        points = fit_power_law(list(curve), [float(np.mean(v)) for v in curve.values()], exponent=1.0).interval
         if interval is None or points is None:
             continue
         hits.append(interval["E"][0] <= truth <= interval["E"][1])
@@ -164,7 +158,7 @@ def study_members(laws: int, members: int) -> Row:
 
 
 def load(path: Path) -> list[Row]:
-    """The finished rows of an earlier, interrupted run; pooled rows are made anew."""
+    """The finished rows of an earlier, interrupted run; pooled rows are recomputed."""
     if not path.exists():
         return []
     with path.open() as file:
@@ -181,9 +175,7 @@ def save(path: Path, rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--laws", type=int, default=42, help="per row")
-    parser.add_argument(
-        "--out", type=Path, default=OUT, help="rows that are already there are kept: delete to start anew"
-    )
+    parser.add_argument("--out", type=Path, default=OUT, help="existing rows are kept: delete the file to start over")
     arguments = parser.parse_args()
     where = {
         "machine": platform.machine(), "numpy": np.__version__, "scipy": scipy.__version__,

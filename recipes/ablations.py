@@ -17,7 +17,7 @@ from epochal.report.claims import Claim
 from epochal.report.comparison import ArmLosses, comparison_table, difference_claim, gains_by_seed
 from epochal.report.sections import Section
 from epochal.run import AdamW, Fira, Job, Run, Spectra
-from epochal.scaling import seed_interval, unsettled
+from epochal.scaling import seed_caveats, seed_interval
 from epochal.study import Arm, Study, Sweep
 from recipes import optimizers
 
@@ -149,7 +149,7 @@ def _steps_claim(changed: Losses, plain: dict[int, float], grid: Sweep) -> Claim
         value=", ".join(f"{arm.label.split()[0]} steps {mean:+.4f}" for arm, mean in means.items()) + " nats",
         interval=seed_interval(rises[worst]),
         seeds=len(rises[worst]),
-        holds=all(abs(means[arm]) <= NOISE or bool(unsettled(values)) for arm, values in rises.items()),
+        holds=all(abs(means[arm]) <= NOISE or bool(seed_caveats(values)) for arm, values in rises.items()),
         paper="2.939, 2.936, 2.937 for 5, 10 and 15 steps at 160M, spectra section 3",
         provisional=_few(min(map(len, rises.values())), grid),
     )

@@ -256,8 +256,8 @@ def joint_law(done: Finished) -> JointLaw | None:
         list(laws),
         [math.inf] * len(laws),
         [law.E for law in laws.values()],
-        errors=[max(law.error, SMALLEST_ERROR) for law in laws.values()] if known else None,
-        error_dof=sum(law.dof for law in laws.values()) if known else 0,
+        sigma=[max(law.error, SMALLEST_ERROR) for law in laws.values()] if known else None,
+        sigma_dof=sum(law.dof for law in laws.values()) if known else 0,
     )
 
 
@@ -412,9 +412,9 @@ def _limit_notes(study: Study, tokens: int, done: Finished) -> list[str]:
     name = f"the limit in K of {model} members ({ensemble.average})"
     comparisons = [compare_limits(single, members_law(record), names=("the limit in N of single models", name))]
     joint = joint_law(done)
-    if joint is not None and joint.nested.outer is not None:
+    if joint is not None and joint.outer is not None:
         names = ("the limit in N of single models", "the double limit of members (logits)")
-        comparisons.append(compare_limits(single, joint.nested.outer, names=names))
+        comparisons.append(compare_limits(single, joint.outer, names=names))
     return [f"D = {tokens:,}: {comparison.sentence}" for comparison in comparisons]
 
 

@@ -22,7 +22,7 @@ from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, Ensemble, Job
 from epochal.scale import Scale, member_point
-from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval, unsettled
+from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_caveats, seed_interval
 from epochal.study import Result, Study, Sweep, mean_curve
 from recipes import _member_variants, optimizers
 from recipes._member_variants import VARIANTS, MakeMember
@@ -204,7 +204,7 @@ def _tuned_claims(here: Comparison, label: str) -> list[Claim]:
             interval=seed_interval(list(large.values())),
             seeds=min(len(values) for values in gains.values()),
             holds=all(mean > 0 for mean in means.values()),
-            provisional=tuple(dict.fromkeys((*caveats, *unsettled(list(large.values()))))),
+            provisional=tuple(dict.fromkeys((*caveats, *seed_caveats(list(large.values()))))),
         ),
         Claim(
             id=f"optimizers-at-scale.{key}.lasts",
@@ -213,7 +213,7 @@ def _tuned_claims(here: Comparison, label: str) -> list[Claim]:
             interval=seed_interval(change),
             seeds=len(change),
             holds=statistics.fmean(change) >= 0,
-            provisional=tuple(dict.fromkeys((*caveats, *unsettled(change)))),
+            provisional=tuple(dict.fromkeys((*caveats, *seed_caveats(change)))),
         ),
         Claim(
             id=f"optimizers-at-scale.{key}.same-decay",

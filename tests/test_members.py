@@ -1,5 +1,6 @@
-"""What makes members differ: each field of Run does what it says, alone and through stops, cuts and micro-batches."""
+"""Fields of Run that make ensemble members differ, alone, together, and through stops and micro-batches."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,12 @@ from epochal.training.loop import Pace, train
 from epochal.training.noise import Noise
 from epochal.training.weight_average import WeightAverage, mixing_rate
 
-Made = tuple[Workspace, TokenStore, Path]
+World = tuple[Workspace, TokenStore, Path]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A workspace in which the run "first" is finished."""
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A workspace with a finished run "first", its token store and its data config."""
     space, store, config = tiny.workspace(tmp_path_factory.mktemp("members"))
     trained(tiny.run(config, name="first"), space)
     return space, store, config
@@ -38,12 +39,13 @@ def trained(run: Run, space: Workspace, pace: Pace | None = None) -> Record:
     return record
 
 
-def weights(space: Workspace, name: str) -> dict[str, torch.Tensor]:
-    return load_file(space.folder(name) / "model" / "model.safetensors")
+def assert_same_weights(space: Workspace, first: str, second: str) -> None:
+    one, other = (load_file(space.folder(name) / "model" / "model.safetensors") for name in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def everything(config: Path, **changes: Any) -> Run:
-    """A run with every field of this page at once."""
+    """A run that uses every field tested below."""
     values = {
         "dropout": 0.1,
         "input_mask_prob": 0.5,
@@ -54,70 +56,59 @@ def everything(config: Path, **changes: Any) -> Run:
     return tiny.run(config, epochs=2, **{**values, "order_seed": 1, "wd_schedule": "antiphase", **changes})
 
 
-# --- all together -----------------------------------------------------------------------------------------------------
+# --- all fields together ----------------------------------------------------------------------------------------------
 
 
-def test_stops_and_micro_batches_change_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    space, _, config = made
+def test_stops_and_micro_batches_do_not_change_the_result(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, _, config = world
     whole = trained(everything(config, name="whole"), space)
-    stops, calls = [1, 13, 24], [0]
-
-    def stop_reason() -> str | None:
-        calls[0] += 1
-        return "told to" if calls[0] in stops else None
-
+    stops, polls = (1, 13, 24), itertools.count(1)
     with monkeypatch.context() as patch:
-        patch.setattr("epochal.training.loop.stop_reason", stop_reason)
+        patch.setattr("epochal.training.loop.stop_reason", lambda: "stop requested" if next(polls) in stops else None)
         for _ in stops:
             with pytest.raises(Stopped):
                 train(everything(config, name="cut"), space)
         cut = trained(everything(config, name="cut"), space)
     assert cut.results == whole.results
-    one, other = weights(space, "whole"), weights(space, "cut")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_weights(space, "whole", "cut")
     parts = trained(everything(config, name="parts"), space, Pace(micro_batch=1))
     assert parts.results["loss"] == pytest.approx(whole.results["loss"], abs=1e-5)
     assert parts.results["train_loss"] == pytest.approx(whole.results["train_loss"], abs=1e-5)
 
 
-def test_each_field_changes_the_result(made: Made) -> None:
-    space, _, config = made
+def test_each_field_changes_the_result(world: World) -> None:
+    space, _, config = world
     base = everything(config, name="base")
-    changes: dict[str, dict[str, Any]] = {
-        "dry": {"dropout": 0.0},
-        "seen": {"input_mask_prob": 0.0},
-        "last": {"weight_averaging": "last"},
-        "fresh": {"init_from": None},
-        "alone": {"teach": None},
-    }
-    losses = [trained(replace(base, name=name, **change), space).loss for name, change in changes.items()]
+    changes = {"dropout": 0.0, "input_mask_prob": 0.0, "weight_averaging": "last", "init_from": None, "teach": None}
+    losses = [
+        trained(replace(base, name=f"other-{field}", **{field: value}), space).loss for field, value in changes.items()
+    ]
     assert len({trained(base, space).loss, *losses}) == len(losses) + 1
 
 
-# --- a start ----------------------------------------------------------------------------------------------------------
+# --- initial weights --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_starts_from_the_final_weights_of_another(made: Made) -> None:
-    space, _, config = made
+def test_a_run_starts_from_the_final_weights_of_another(world: World) -> None:
+    space, _, config = world
     record = trained(tiny.run(config, name="still", init_from="first", lr=0.0, epochs=1), space)
-    one, other = weights(space, "first"), weights(space, "still")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_weights(space, "first", "still")
     assert record.inputs.keys() == {"first"}
 
 
-def test_a_start_of_another_shape_or_without_weights_is_refused(made: Made) -> None:
-    space, _, config = made
+def test_a_start_of_another_shape_or_without_a_record_is_refused(world: World) -> None:
+    space, _, config = world
     with pytest.raises(ValueError, match=r"\(w32\) cannot start from 'first'.*start from a run of the same model"):
         train(tiny.run(config, name="wrong", init_from="first", model="w32"), space)
-    with pytest.raises(ValueError, match=r"reads 'nobody', which has no record"):
-        train(tiny.run(config, name="wrong", init_from="nobody"), space)
+    with pytest.raises(ValueError, match=r"reads 'missing', which has no record"):
+        train(tiny.run(config, name="wrong", init_from="missing"), space)
 
 
 # --- held-out tokens --------------------------------------------------------------------------------------------------
 
 
-def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(made: Made) -> None:
-    _, store, config = made
+def test_held_out_tokens_are_the_end_of_the_budget_and_never_trained_on(world: World) -> None:
+    _, store, config = world
     text = np.asarray(store.tokens("train")[:2048])
     for order in ("documents", "sequences", "fixed"):
         run = tiny.run(config, holdout_tokens=512, data_order=order)
@@ -132,7 +123,7 @@ def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(made: Made) ->
 
 
 @pytest.mark.parametrize(("kind", "window"), [("ema", 0.1), ("ema", 1.0), ("swa", 0.25), ("swa", 1.0)])
-def test_averages_are_the_sums_they_claim_to_be(kind: str, window: float) -> None:
+def test_weight_averages_follow_their_formulas(kind: str, window: float) -> None:
     run = tiny.run(Path("kjv"), weight_averaging=kind, averaging_window=window, data="kjv")
     model, rng = torch.nn.Linear(3, 2).double(), torch.Generator().manual_seed(0)
     average, path = WeightAverage(run, model), []
@@ -153,10 +144,10 @@ def test_averages_are_the_sums_they_claim_to_be(kind: str, window: float) -> Non
     assert mixing_rate(run, 1) == 1.0
 
 
-def test_the_average_is_what_a_run_evaluates_and_saves(made: Made) -> None:
+def test_a_run_evaluates_and_saves_the_average(world: World) -> None:
     from transformers import AutoModelForCausalLM
 
-    space, store, config = made
+    space, store, config = world
     record = trained(tiny.run(config, name="swa", weight_averaging="swa", averaging_window=0.5), space)
     model = AutoModelForCausalLM.from_pretrained(space.folder("swa") / "model")
     tokens = torch.from_numpy(store.sequences("validation", 32)).long()
@@ -167,14 +158,14 @@ def test_the_average_is_what_a_run_evaluates_and_saves(made: Made) -> None:
     last = trained(tiny.run(config, name="last", weight_averaging="swa", averaging_window=0.01), space)
     plain = trained(tiny.run(config, name="plain"), space)
     assert last.results == plain.results  # a window of one step
-    assert record.results["train_loss"] == plain.results["train_loss"]  # it is trained the same
+    assert record.results["train_loss"] == plain.results["train_loss"]  # training itself is unchanged
     assert record.loss != plain.loss
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_mask_belongs_to_its_row_and_look() -> None:
+def test_a_mask_depends_on_the_sequence_and_the_purpose() -> None:
     noise = Noise(seed=3, dropout=0.0, input_mask_prob=0.5)
     ones = torch.ones(8, 40, 5)
     noise.begin(range(8))
@@ -187,18 +178,18 @@ def test_a_mask_belongs_to_its_row_and_look() -> None:
         assert not torch.equal(other.hide(ones), whole)
 
 
-def test_inputs_are_hidden_whole_and_in_the_share_that_each_row_draws() -> None:
+def test_inputs_are_masked_whole_at_a_rate_drawn_per_sequence() -> None:
     noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.5)
     noise.begin(range(2000))
     kept = noise.hide(torch.ones(2000, 400, 2))
     assert torch.equal(kept[..., 0], kept[..., 1])
     shares = 1.0 - kept[..., 0].mean(1)
-    assert shares.mean() == pytest.approx(0.25, abs=0.012)  # evenly between 0 and 0.5: 4 sigma
+    assert shares.mean() == pytest.approx(0.25, abs=0.012)  # uniform between 0 and 0.5, to 4 sigma
     assert shares.std() == pytest.approx(0.5 / 12**0.5, abs=0.006)
     assert shares.max() < 0.6
 
 
-def test_dropout_is_on_the_residual_stream_in_training_and_right_on_average() -> None:
+def test_dropout_acts_on_the_residual_stream_in_training_and_keeps_the_mean() -> None:
     model = build_model("w16", vocab_size=64, max_positions=16, seed=0)
     noise = Noise(seed=0, dropout=0.25, input_mask_prob=0.0)
     noise.attach(model)

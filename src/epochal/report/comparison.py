@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from epochal.config import nearest
 from epochal.report.claims import Claim
 from epochal.report.sections import Cell, Table
-from epochal.scaling import seed_interval, unsettled
+from epochal.scaling import seed_caveats, seed_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def difference_claim(
     and while its interval contains zero; the latter does not count against a claim of equality.
     """
     mean = statistics.fmean(differences)
-    noise = [caveat for caveat in unsettled(differences) if tolerance is None or caveat == "one seed"]
+    noise = [caveat for caveat in seed_caveats(differences) if tolerance is None or caveat == "one seed"]
     return Claim(
         id=id,
         text=text,

@@ -67,7 +67,7 @@ def fit_axis(points: Sequence[LossPoint], axis: Axis) -> list[AxisLaw]:
         xs, ys = [float(getattr(point, axis.field)) for point in group], [point.loss for point in group]
         if len(set(xs)) < MIN_PLACES:
             continue
-        law = fit_power_law(xs, ys, bootstrap=0)
+        law = fit_power_law(xs, ys)
         if axis is MEMBERS:
             law = replace(law, interval=None, note=NESTED_NOTE)
         place = [f"{name} = {_count(at)}" for name, at in zip(axis.fixed, places, strict=True) if at is not None]

@@ -1,56 +1,36 @@
-"""Scaling laws with intervals: what a recipe reaches in the limit, and how sure that is. Needs no torch.
+"""Scaling laws with intervals, without torch.
 
-Read `power.py` first (one size, one law), then `members.py` (the limit of one ensemble), `joint.py` (the double limit)
-and `efficiency.py`; `checks.py` asks whether a law deserves belief, `forms.py` has laws in several sizes, `solve.py` the
-arithmetic under all of them.
+Start with `power.py` (one size), then `members.py` (the limit of one ensemble), `joint.py` (the double limit),
+`efficiency.py` (data efficiency), `forms.py` (several sizes) and `checks.py` (can a law be trusted?).
 """
 
+from epochal.scaling.bootstrap import bootstrap_interval
 from epochal.scaling.checks import (
-    Choice,
-    Comparison,
-    HeldOut,
     aicc,
     choose,
     compare_limits,
     held_out_largest,
     leave_one_out,
+    seed_caveats,
     seed_interval,
-    seed_reach,
-    seed_weights,
-    unsettled,
 )
 from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants, slowrun_multiple
-from epochal.scaling.forms import (
-    CHINCHILLA,
-    COUPLED,
-    JOINT,
-    Form,
-    SurfaceLaw,
-    fit_surface,
-    overfitting,
-    power_sum,
-    repetition,
-    with_penalty,
-)
-from epochal.scaling.joint import JointLaw, NestedLimit, fit_joint
+from epochal.scaling.forms import CHINCHILLA, JOINT, Form, SurfaceLaw, fit_surface
+from epochal.scaling.joint import JointLaw, fit_joint
 from epochal.scaling.members import MembersLaw, fit_members
 from epochal.scaling.power import PowerLaw, fit_power_law
 
 __all__ = [
     "CHINCHILLA",
-    "COUPLED",
     "JOINT",
-    "Choice",
-    "Comparison",
     "DataEfficiency",
     "Form",
-    "HeldOut",
     "JointLaw",
     "MembersLaw",
-    "NestedLimit",
     "PowerLaw",
     "SurfaceLaw",
     "aicc",
+    "bootstrap_interval",
     "choose",
     "compare_limits",
     "data_efficiency",
@@ -61,13 +41,7 @@ __all__ = [
     "held_out_largest",
     "law_from_constants",
     "leave_one_out",
-    "overfitting",
-    "power_sum",
-    "repetition",
+    "seed_caveats",
     "seed_interval",
-    "seed_reach",
-    "seed_weights",
     "slowrun_multiple",
-    "unsettled",
-    "with_penalty",
 ]

@@ -1,105 +1,116 @@
-"""The limit of ever more members, from the losses of the subsets of one set of members.
+"""The limit of adding members, `E + A / K`, from losses of subsets of one set of members.
 
-The losses of 1, 2, ..., K members are no independent points: all are made of the same K models, so their scatter about
-the law says nothing about the luck of these members (such intervals covered in 8% to 29% of simulated ensembles). The
-interval here is a jackknife over members (each is left out in turn, with every subset that holds it), which is the error
-that a new draw of members would show (`benchmarks/laws.csv`). Law: E + A / k, for members that are trained independently
-(section 6 of "Pre-training under infinite compute": exponents 1.0 to 1.1).
+Losses of 1, 2, ..., K members are not independent points: all come from the same K models, so their scatter about the
+law does not show how much another draw of members would differ. Intervals from that scatter covered the limit in 0% to
+24% of simulated ensembles (`naive_E` in `benchmarks/laws.csv`). The interval here is a jackknife over members.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from epochal.scaling.power import LEVEL, PowerLaw, fit_power_law
+from epochal.scaling.power import TAILS, Interval, PowerLaw, fit_constants
 from epochal.scaling.solve import Array
 
-FEWEST_MEMBERS = 4
+MIN_MEMBERS = 4
+EXPONENT = 1.0  # of independently trained members; section 6 of "Pre-training under infinite compute" fits 1.0 to 1.1
 Curve = Mapping[int, Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
-class MembersLaw(PowerLaw):
-    """The law in K of one set of members; `replicates` (K, 3) holds E, A, alpha refitted without each member.
+class MembersLaw:
+    """The law in K of one set of members.
 
-    `error` is the jackknife's standard error of E in nats, with `dof` = K - 1; nan where there is none.
+    `law` is the fit to the means at each K, without an interval. `interval` maps E, A and alpha to 90% jackknife
+    intervals, or is None, and `note` says why. `error` is the standard error of E in nats with `dof` = K - 1, nan where
+    unknown. `replicates` (K, 2) holds E and A refitted without each member.
     """
 
-    replicates: Array = field(default_factory=lambda: np.empty((0, 3)), repr=False)
-    error: float = float("nan")
+    law: PowerLaw
+    interval: dict[str, Interval] | None
+    note: str
+    dof: int
+    error: float = math.nan
+    replicates: Array = field(default_factory=lambda: np.empty((0, 2)), repr=False)
 
-    def _quantiles(self, probability: Array, x: Array) -> Array:
+    @property
+    def E(self) -> float:  # noqa: N802 - named like the constant
+        """The limit in nats per token."""
+        return self.law.E
+
+    def predict(self, k: npt.ArrayLike) -> Array:
+        """Evaluate the law at k members (`math.inf` gives E)."""
+        return self.law.predict(k)
+
+    def quantiles(self, probability: npt.ArrayLike, k: npt.ArrayLike) -> Array:
+        """Give quantiles of the confidence distribution at k, nan without an interval; the arguments broadcast."""
         from scipy.special import stdtrit
 
-        E, A, alpha = self.replicates.T
-        spread = _jackknife_error(E + A * np.exp(-alpha * np.log(x)[:, None]))
-        return np.asarray(self.predict(x) + stdtrit(self.dof, probability) * spread)
+        if self.interval is None:
+            return np.full(np.broadcast_shapes(np.shape(probability), np.shape(k)), np.nan)
+        E, A = self.replicates.T
+        error = _jackknife_error(E + A * np.exp(-EXPONENT * np.log(np.asarray(k, np.float64)))[..., None])
+        return np.asarray(self.predict(k) + stdtrit(self.dof, probability) * error)
+
+    def predict_interval(self, k: npt.ArrayLike) -> tuple[Array, Array]:
+        """Give both ends of the pointwise 90% band at k members, nan without an interval."""
+        return self.quantiles(TAILS[0], k), self.quantiles(TAILS[1], k)
 
 
-def fit_members(losses: Curve, without: Curve | None = None, *, alpha: float = 1.0) -> MembersLaw:
-    """Fit `E + A / k**alpha` to {k: losses of subsets of k members}, each k entering once with its mean.
+def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
+    """Fit `E + A / k` to the mean loss at each k.
 
-    Losses are nats per token. `without[k][i]` is the mean of k members when member i does not exist, as records of
-    ensembles hold it; where it is not given it is taken from `losses`, if these are those of the k neighbours from each
-    start on a circle of members. There is no interval below four members or where both are missing; `note` then says
-    why. Raises ValueError on values that cannot be used and on fewer than two k.
+    `losses` maps k to the losses of subsets of k members, in nats per token.
+    `without[k][i]` is the mean loss of k members drawn without member i, as records of ensembles store it. If None, it is
+    derived from `losses`, which must then be those of the k consecutive members from each start on a circle. Raises
+    ValueError for values that cannot be used and fewer than two k.
     """
-    count = max(losses, default=0)
-    means = {k: float(np.mean(values)) for k, values in losses.items()}
-    law = MembersLaw(**vars(fit_power_law(list(means), list(means.values()), alpha=alpha, bootstrap=0)))
-    curves = _leave_one_out(count, losses, without)
-    note = _why_not(count, curves)
-    if note:
-        return replace(law, interval=None, note=note, dof=max(count - 1, 0))
-    fits = [fit_power_law(list(curve), list(curve.values()), alpha=alpha, bootstrap=0) for curve in curves]
-    replicates = np.array([[fit.E, fit.A, fit.alpha] for fit in fits])
-    errors = _jackknife_error(replicates.T)
-    return replace(
-        law,
-        interval=_interval(law, errors, count - 1),
-        note="",
-        dof=count - 1,
-        replicates=replicates,
-        error=float(errors[0]),
-    )
-
-
-def _interval(law: PowerLaw, errors: Array, dof: int) -> dict[str, tuple[float, float]]:
     from scipy.special import stdtrit
 
-    reach = float(stdtrit(dof, (1 + LEVEL) / 2)) * errors
-    centres = {"E": law.E, "A": law.A, "alpha": law.alpha}
-    return {
-        name: (float(centre - half), float(centre + half))
-        for (name, centre), half in zip(centres.items(), reach, strict=True)
-    }
+    count = max(losses, default=0)
+    law = _fit({k: float(np.mean(subsets)) for k, subsets in losses.items()})
+    curves = _leave_one_out(count, _from_circle(count, losses) if without is None else without)
+    if count < MIN_MEMBERS:
+        note = f"Too few members for an interval: {count}, and at least {MIN_MEMBERS} are needed."
+    elif not curves:
+        note = "No interval: all K share members, and the losses without each member are not known."
+    else:
+        fits = [_fit(curve) for curve in curves]
+        replicates = np.array([[fit.E, fit.A] for fit in fits])
+        errors = _jackknife_error(replicates.T)
+        half_E, half_A = (float(stdtrit(count - 1, TAILS[1])) * errors).tolist()
+        interval = {
+            "E": (law.E - half_E, law.E + half_E),
+            "A": (law.A - half_A, law.A + half_A),
+            "alpha": (EXPONENT,) * 2,
+        }
+        return MembersLaw(law, interval, "", count - 1, float(errors[0]), replicates)
+    return MembersLaw(law, None, note, max(count - 1, 0))
 
 
-def _leave_one_out(count: int, losses: Curve, without: Curve | None) -> list[dict[int, float]]:
-    """The curve that each member's absence leaves; empty where nobody knows."""
-    if without is None:
-        without = _from_circle(count, losses)
-    usable = {k: values for k, values in without.items() if len(values) == count}
-    return [{k: values[member] for k, values in usable.items()} for member in range(count)] if len(usable) > 1 else []
+def _fit(curve: Mapping[int, float]) -> PowerLaw:
+    return fit_constants(list(curve), list(curve.values()), exponent=EXPONENT)
+
+
+def _leave_one_out(count: int, without: Curve) -> list[dict[int, float]]:
+    """The curve without each member; empty if unknown."""
+    usable = {k: losses for k, losses in without.items() if len(losses) == count}
+    if len(usable) < 2:
+        return []
+    return [{k: losses[member] for k, losses in usable.items()} for member in range(count)]
 
 
 def _from_circle(count: int, losses: Curve) -> dict[int, list[float]]:
-    """Means of the subsets that do not hold a member; subset `start` of k members is start, ..., start + k - 1."""
-    found = {}
-    for k, values in losses.items():
-        if k < count and len(values) == count:
-            outside = [[start for start in range(count) if (member - start) % count >= k] for member in range(count)]
-            found[k] = [float(np.mean([values[start] for start in starts])) for starts in outside]
-    return found
-
-
-def _why_not(count: int, curves: Sequence[object]) -> str:
-    if count < FEWEST_MEMBERS:
-        return f"Too few members for an interval: {count}, and at least {FEWEST_MEMBERS} are needed."
-    if not curves:
-        return "No interval: all K share members, and the losses without each member are not known."
-    return ""
+    """Mean losses without each member; subset `start` of k members is start, ..., start + k - 1."""
+    without = {}
+    for k, subsets in losses.items():
+        if k < count and len(subsets) == count:
+            starts = [[start for start in range(count) if (member - start) % count >= k] for member in range(count)]
+            without[k] = [float(np.mean([subsets[start] for start in kept])) for kept in starts]
+    return without
 
 
 def _jackknife_error(replicates: Array) -> Array:

@@ -1,11 +1,8 @@
-"""The power law with a limit, `loss = E + A / x**alpha`, and how sure its constants are.
+"""Fit the power law with a limit, `loss = E + A / x**alpha`, and intervals of its constants.
 
-The form is that of "Pre-training under infinite compute" (sections 3 to 5: x = parameters N, members K or tokens D;
-E is the asymptote by which recipes are compared). The paper fits three constants to four points and gives no interval;
-here the interval that is reported is the profile-likelihood interval with Student quantiles, because it is the one
-whose coverage was measured to be honest (`benchmarks/laws.csv`); the bootstrap interval stands beside it. Where the
-points leave fewer than two degrees of freedom there is no interval but a sentence: AICc is not defined there either, and
-one degree of freedom tests nothing.
+The form of "Pre-training under infinite compute" (sections 3 to 5): x is parameters N, members K or tokens D, and E is
+the asymptote by which recipes are compared. The paper fits three constants to four points and gives no interval. The
+intervals here are by profile likelihood with Student quantiles; `benchmarks/laws.csv` has their measured coverage.
 """
 
 import math
@@ -14,31 +11,22 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.solve import Array, profile, solve
+from epochal.scaling.noise import POOLING, POOLING_SHRINKING, noise_variance, seeds_prefer, shrinking_weights
+from epochal.scaling.solve import ALPHA_BOUNDS, Array, alpha_range, profile, solve
 
 LEVEL = 0.90
-ALPHA_BOUNDS = (0.01, 10.0)
-FEWEST = 4  # distinct x below which no interval is given, whatever the number of constants
-FEWEST_FREE = 2  # points beyond the constants below which no interval is given: four points, three constants, one seed
-HUBER_ROUNDS = 60
-POOLING = 0.5  # seeds and sizes share one variance where the F test is less sure than this; see _noise
-POOLING_EXCESS = 0.05  # the same where the seeds showed how their noise falls: their scatter then says more
-FALLS = 1.0  # log-likelihood by which the seeds must prefer noise that falls with the excess
-EXCESS_ROUNDS = 4
-EXCESS_FLOOR = 0.05
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+MIN_SIZES = 4  # distinct x needed for an interval
+MIN_DOF = 2  # degrees of freedom needed for an interval: AICc is undefined below two, and one tests nothing
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class PowerLaw:
-    """A fitted law `E + A / x**alpha`: losses in nats per token, x in the unit it was given in.
+    """A fitted law `E + A / x**alpha`: losses in nats per token, x in the unit of the fit.
 
-    `interval` maps E, A, alpha to 90% intervals (profile likelihood, Student quantiles), or is None where the points
-    cannot carry one; `note` then says why. Those of A and alpha are hulls over constant noise and noise in proportion to
-    the excess, which a few points cannot tell apart and which move them, but hardly E. `bootstrap_interval` is the
-    percentile interval of `draws` ((B, 3): E, A, alpha of refitted bootstrap data). `variance` is that of a point of
-    weight 1 and `dof` its degrees of freedom.
-    The points are taken as independent: losses of nested ensembles are not (`members.py`).
+    `interval` maps E, A and alpha to 90% intervals; it is None if there are too few points, and `note` says why.
+    `variance` is that of a point of weight 1 and `dof` its degrees of freedom.
     """
 
     E: float
@@ -52,11 +40,7 @@ class PowerLaw:
     note: str
     variance: float
     dof: int
-    bootstrap_interval: dict[str, Interval] | None = field(default=None, repr=False)
-    draws: Array = field(default_factory=lambda: np.empty((0, 3)), repr=False)
     fixed_alpha: float | None = None
-    alpha_bounds: Interval = ALPHA_BOUNDS
-    working_y: Array = field(default_factory=lambda: np.empty(0), repr=False)
 
     @property
     def parameters(self) -> int:
@@ -64,395 +48,206 @@ class PowerLaw:
         return 3 if self.fixed_alpha is None else 2
 
     def predict(self, x: npt.ArrayLike) -> Array:
-        """Evaluate the law at x (same unit as in the fit; `math.inf` gives the limit E)."""
-        values = np.asarray(x, dtype=np.float64)
-        if np.any(~(values > 0)):
-            raise ValueError(f"x = {_worst(values, values > 0)} is not positive: a power law needs x > 0, so drop it.")
-        return np.asarray(self.E + self.A * np.exp(-self.alpha * np.log(values)))
+        """Evaluate the law at x (unit of the fit; `math.inf` gives E). Raises ValueError unless all x > 0."""
+        sizes = np.asarray(x, dtype=np.float64)
+        if not np.all(sizes > 0):
+            raise ValueError(f"x must be positive, got {sizes[~(sizes > 0)][0]}.")
+        return np.asarray(self.E + self.A * np.exp(-self.alpha * np.log(sizes)))
 
-    def predict_interval(self, x: npt.ArrayLike, *, level: float = LEVEL) -> tuple[Array, Array]:
-        """Give the two ends of the pointwise band of the law at x, both nan where the fit has no interval."""
-        centre = self.predict(x)
-        if self.interval is None:
-            return np.full_like(centre, np.nan), np.full_like(centre, np.nan)
-        low, high = self.quantiles((1 - level) / 2, x), self.quantiles((1 + level) / 2, x)
-        return low.reshape(centre.shape), high.reshape(centre.shape)
+    def quantiles(self, probability: npt.ArrayLike, x: npt.ArrayLike) -> Array:
+        """Give quantiles of the confidence distribution of the law at x, nan without an interval.
 
-    def quantiles(self, probability: float, x: npt.ArrayLike) -> Array:
-        """Give one quantile of the confidence distribution of the law at x (flat); nan where the fit has no interval."""
-        target = np.asarray(x, dtype=np.float64).ravel()
-        if self.interval is None:
-            return np.full_like(target, np.nan)
-        return self._quantiles(np.full(target.size, probability), target)
-
-    def limit_quantiles(self, probability: npt.ArrayLike) -> Array:
-        """Quantiles of the confidence distribution of E; nan where the fit has no interval.
-
-        The distribution whose central 90% is `interval["E"]`: what comparisons and nested fits draw from.
+        `probability` and `x` broadcast. At `x = math.inf` this is the distribution whose central 90% is `interval["E"]`.
         """
-        levels = np.asarray(probability, dtype=np.float64)
+        levels, sizes = np.broadcast_arrays(np.asarray(probability, np.float64), np.asarray(x, np.float64))
         if self.interval is None:
-            return np.full_like(levels, np.nan)
-        return self._quantiles(levels.ravel(), np.full(levels.size, np.inf)).reshape(levels.shape)
+            return np.full(levels.shape, np.nan)
+        return _profile_quantiles(self, levels.ravel(), sizes.ravel()).reshape(levels.shape)
 
-    def _quantiles(self, probability: Array, x: Array) -> Array:
-        """Where the signed root of the profile's sum of squares meets Student's quantile, for the law at x."""
-        return _profile_ends(self, probability, np.log(x) - np.mean(np.log(self.x)), coefficient=False)
-
-
-def _profile_ends(law: PowerLaw, probability: Array, log_target: Array, *, coefficient: bool) -> Array:
-    from scipy.special import stdtrit
-
-    log_x = np.log(law.x) - np.mean(np.log(law.x))
-    u = np.exp(-law.alpha * log_x)
-    level = law.E + law.A * np.exp(-law.alpha * np.mean(np.log(law.x))) * u
-    least = float(np.sum(law.weights * (law.working_y - level) ** 2))
-    ceiling = least + stdtrit(law.dof, probability) ** 2 * law.variance
-    ends = profile(
-        log_x,
-        law.working_y,
-        law.weights,
-        law.alpha,
-        ceiling=ceiling,
-        log_target=log_target,
-        sign=np.where(probability < 0.5, -1.0, 1.0),
-        alpha=law.fixed_alpha,
-        bounds=law.alpha_bounds,
-        coefficient=coefficient,
-    )
-    # Points exactly on a law leave an ellipse of rounding errors, which may hold no law at all: the law is its interval.
-    exact = (
-        np.full(log_target.shape, law.A) if coefficient else law.predict(np.exp(log_target + np.mean(np.log(law.x))))
-    )
-    return np.where(np.isfinite(ends), ends, exact)
-
-
-def _worst(values: Array, good: npt.NDArray[np.bool_]) -> float:
-    return float(np.ravel(values)[np.argmin(np.ravel(good))])
-
-
-def checked(name: str, values: npt.ArrayLike, *, positive: bool = True) -> Array:
-    """Give a one-dimensional float array, or a ValueError that names the first value that cannot be used."""
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} holds a value that is not a number ({error}): give plain numbers.") from None
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}, but a law needs one value per point: pass a flat list.")
-    if not np.all(np.isfinite(array)):
-        bad = int(np.argmin(np.isfinite(array)))
-        raise ValueError(f"{name}[{bad}] = {array[bad]} is not finite: leave that run out of the fit.")
-    if positive and np.any(array <= 0):
-        bad = int(np.argmax(array <= 0))
-        raise ValueError(f"{name}[{bad}] = {array[bad]} is not positive, which a power law cannot use: leave it out.")
-    return array
-
-
-def checked_points(x: npt.ArrayLike, y: npt.ArrayLike, weights: npt.ArrayLike | None) -> tuple[Array, Array, Array]:
-    """x, y and weights of one length; weights default to 1."""
-    xs, ys = checked("x", x), checked("y", y)
-    ws = np.ones_like(xs) if weights is None else checked("weights", weights)
-    for name, array in (("y", ys), ("weights", ws)):
-        if len(array) != len(xs):
-            raise ValueError(f"{name} has {len(array)} values but x has {len(xs)}: give one per point.")
-    if len(np.unique(xs)) < 2:
-        raise ValueError(f"x has {len(np.unique(xs))} distinct value(s), which is no curve: add runs at other sizes.")
-    return xs, ys, ws
+    def predict_interval(self, x: npt.ArrayLike) -> tuple[Array, Array]:
+        """Give both ends of the pointwise 90% band of the law at x, nan without an interval."""
+        return self.quantiles(TAILS[0], x), self.quantiles(TAILS[1], x)
 
 
 def fit_power_law(
     x: npt.ArrayLike,
     y: npt.ArrayLike,
     *,
-    weights: npt.ArrayLike | None = None,
-    errors: npt.ArrayLike | None = None,
-    error_dof: int = 0,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    alpha: float | None = None,
-    noise: str = "constant",
-    loss: str = "squares",
-    delta: float = 1e-3,
-    alpha_bounds: Interval = ALPHA_BOUNDS,
+    exponent: float | None = None,
+    sigma: npt.ArrayLike | None = None,
+    sigma_dof: int = 0,
 ) -> PowerLaw:
-    """Fit `y = E + A / x**alpha` with E, A >= 0 by multi-start bounded least squares.
+    """Fit `y = E + A / x**alpha` with E, A >= 0 by bounded least squares, with 90% intervals.
 
-    x: sizes (any unit; the constants come out in it), y: losses in nats per token. Several seeds of one size are given
-    as several points with the same x. `weights` are inverse variances up to a factor (`seed_weights` makes them).
-    `errors` are standard errors of y in nats that are known from elsewhere, with `error_dof` degrees of freedom in all
-    (limits of other fits, say); they weigh the points and speak for the noise as repeated seeds would.
-    `alpha` fixes the exponent (1.0 for an ensemble of independent members, section 4 of the paper). `loss="huber"`
-    takes Huber's loss of log residuals with threshold `delta`, as Chinchilla's third approach does; points far off the
-    law then count less. `noise="excess"` weighs for noise that shrinks with the excess over the limit (members of
-    ensembles, relative errors); where several seeds of a size plainly scatter less near the limit, the default takes it
-    too and says so. `bootstrap` draws (0: none) are reproducible by `seed`.
+    x: sizes in any unit; y: losses in nats per token; both (n,). Seeds of one size are points with the same x. Points
+    must be independent: losses of nested ensembles are not (see `fit_members`).
+    `exponent` fixes alpha (1.0 for an ensemble of independent members, section 4 of the paper).
+    `sigma` are standard errors of y in nats known from elsewhere (say, limits of other fits), estimated with `sigma_dof`
+    degrees of freedom in all; they weight the points and contribute to the noise estimate as repeated seeds would.
 
-    Raises ValueError on values that are not finite and positive, on unequal lengths, on fewer than two distinct x.
+    Raises ValueError for values that are not finite and positive, unequal lengths, and fewer than two distinct x.
     """
-    if errors is not None:
-        if weights is not None or error_dof < 1 or noise == "excess":
-            raise ValueError(
-                "errors need error_dof of at least 1, no weights and constant noise: they weigh the points."
-            )
-        weights = checked("errors", errors) ** -2.0
-    xs, ys, ws = checked_points(x, y, weights)
-    _check_options(alpha, noise, loss, delta, alpha_bounds)
-    law = _fit(xs, ys, ws, error_dof, alpha=alpha, noise=noise, loss=loss, delta=delta, alpha_bounds=alpha_bounds)
-    too_few = _too_few(xs, law.parameters, alpha, error_dof)
-    if too_few:
-        return replace(law, note=too_few)
-    other = None
-    if noise == "constant" and loss == "squares" and errors is None:
-        other = _fit(xs, ys, ws, 0, alpha=alpha, noise="excess", loss=loss, delta=delta, alpha_bounds=alpha_bounds)
-        if weights is None and _falls_with_excess(xs, ys, other.weights):
-            law, other = _pooled(other), law
-    interval = _profile_intervals(law)
-    if other is not None:
-        interval |= {
-            name: _hull(interval[name], ends) for name, ends in _profile_intervals(other).items() if name != "E"
-        }
-    draws = _bootstrap(law, bootstrap, seed)
-    return replace(
-        law,
-        interval=interval,
-        note=_notes(law),
-        draws=draws,
-        bootstrap_interval=_percentiles(draws) if bootstrap else None,
-    )
+    weights = None
+    if sigma is not None:
+        if sigma_dof < 1:
+            raise ValueError(f"sigma_dof must be at least 1 where sigma is given, got {sigma_dof}.")
+        weights = checked("sigma", sigma) ** -2.0
+    constant = fit_constants(x, y, weights=weights, exponent=exponent, sigma_dof=sigma_dof)
+    shortage = _shortage(constant, sigma_dof)
+    if shortage:
+        return replace(constant, note=shortage)
+    if sigma is not None:
+        return replace(constant, interval=_profile_interval(constant), note=_notes(constant))
+
+    # A few points cannot show whether noise is constant or shrinks with the excess over the limit, so fit both.
+    by_excess = shrinking_weights(_centered_logs(constant.x)[0], constant.y, exponent)
+    shrinks = seeds_prefer(constant.x, constant.y, by_excess)
+    pooling = POOLING_SHRINKING if shrinks else POOLING
+    shrinking = fit_constants(x, y, weights=by_excess, exponent=exponent, pooling=pooling)
+    law, other = (shrinking, constant) if shrinks else (constant, shrinking)
+    if shrinks:
+        seen = "Seeds scatter less near the limit, so points there have more weight."
+        law = replace(law, note=f"{seen} {law.note}".strip())
+
+    interval, alternative = _profile_interval(law), _profile_interval(other)
+    # The kind of noise hardly moves E, but moves A and alpha: their intervals cover both kinds.
+    for name in ("A", "alpha"):
+        (low, high), (other_low, other_high) = interval[name], alternative[name]
+        interval[name] = min(low, other_low), max(high, other_high)
+    return replace(law, interval=interval, note=_notes(law))
 
 
-def _fit(
-    xs: Array,
-    ys: Array,
-    ws: Array,
-    error_dof: int,
+def fit_constants(
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
     *,
-    alpha: float | None,
-    noise: str,
-    loss: str,
-    delta: float,
-    alpha_bounds: Interval,
+    weights: Array | None = None,
+    exponent: float | None = None,
+    sigma_dof: int = 0,
+    pooling: float = POOLING,
 ) -> PowerLaw:
-    """Fit the constants and the noise; no intervals yet."""
-    centre = float(np.mean(np.log(xs)))
-    log_x = np.log(xs) - centre
-    if noise == "excess":
-        ws = _excess_weights(log_x, ys, ws, alpha, alpha_bounds)
-    working_y, working_w = ys, ws
-    if loss == "huber":
-        working_y, working_w = _huber_points(log_x, ys, ws, alpha, alpha_bounds, delta)
-    E, scaled_A, exponent, _ = (
-        float(v[0]) for v in solve(log_x, working_y[None], working_w, alpha=alpha, bounds=alpha_bounds)
-    )
-    fitted = E + scaled_A * np.exp(-exponent * log_x)
-    variance, dof, note = _noise(xs, working_y - fitted, working_w, 3 if alpha is None else 2, error_dof)
+    """Fit the constants and the noise as `fit_power_law` does, but no intervals.
+
+    `weights` (n,) are inverse variances up to a factor; `pooling` is the p-value of `noise_variance`. Raises ValueError
+    like `fit_power_law`.
+    """
+    xs, ys = checked("x", x), checked("y", y)
+    ws = np.ones_like(xs) if weights is None else weights
+    for name, array in (("y", ys), ("sigma", ws)):
+        if len(array) != len(xs):
+            raise ValueError(f"{name} has {len(array)} values but x has {len(xs)}: give one per point.")
+    if len(np.unique(xs)) < 2:
+        raise ValueError(f"A law needs two distinct x, got {len(np.unique(xs))}: add runs at other sizes.")
+    if exponent is not None and not (math.isfinite(exponent) and exponent > 0):
+        raise ValueError(f"exponent must be a positive number, got {exponent}.")
+
+    # Squares rather than Huber's loss of log residuals: its intervals covered E in 0.86 of laws with constant noise.
+    log_x, center = _centered_logs(xs)
+    E, A, alpha, _ = (float(v[0]) for v in solve(log_x, ys[None], ws, alpha=exponent))
+    residuals = ys - (E + A * np.exp(-alpha * log_x))
+    variance, dof, note = noise_variance(xs, residuals, ws, 3 if exponent is None else 2, sigma_dof, pooling)
     return PowerLaw(
         E=E,
-        A=scaled_A * math.exp(exponent * centre),
-        alpha=exponent,
+        A=A * math.exp(alpha * center),
+        alpha=alpha,
         x=xs,
         y=ys,
-        weights=working_w,
-        residuals=ys - fitted,
+        weights=ws,
+        residuals=residuals,
         interval=None,
         note=note,
         variance=variance,
         dof=dof,
-        fixed_alpha=alpha,
-        alpha_bounds=alpha_bounds,
-        working_y=working_y,
+        fixed_alpha=exponent,
     )
 
 
-def _check_options(alpha: float | None, noise: str, loss: str, delta: float, alpha_bounds: Interval) -> None:
-    if loss not in ("squares", "huber"):
-        raise ValueError(f"loss = {loss!r} is not a loss of this fit: use 'squares' or 'huber'.")
-    if noise not in ("constant", "excess"):
-        raise ValueError(f"noise = {noise!r} is no noise of this fit: use 'constant' or 'excess'.")
-    if not delta > 0:
-        raise ValueError(f"delta = {delta} is no Huber threshold: use a positive number such as 1e-3.")
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha = {alpha} is no exponent of a decreasing law: use a positive number such as 1.0.")
-    if not 0 < alpha_bounds[0] < alpha_bounds[1]:
-        raise ValueError(f"alpha_bounds = {alpha_bounds} is no range: give two positive numbers, the smaller first.")
+def checked(name: str, values: npt.ArrayLike, *, positive: bool = True) -> Array:
+    """Give values (n,) as float64. Raises ValueError that names the first value that cannot be used."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be numbers ({error}).") from None
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be a flat list with one value per point, got shape {array.shape}.")
+    bad = ~np.isfinite(array) | (array <= 0 if positive else False)
+    if np.any(bad):
+        index = int(np.argmax(bad))
+        what = "finite and positive" if positive else "finite"
+        raise ValueError(f"{name}[{index}] must be {what}, got {array[index]}: leave that run out of the fit.")
+    return array
 
 
-def _too_few(x: Array, parameters: int, alpha: float | None, error_dof: int) -> str:
-    distinct, free = len(np.unique(x)), len(x) + error_dof - parameters
-    what = f"{parameters} constants" + ("" if alpha is None else f" (alpha fixed at {alpha:g})")
-    if distinct < FEWEST or distinct <= parameters:
-        return f"Too few points for an interval: {distinct} distinct sizes for {what}; at least {FEWEST} are needed."
-    if free < FEWEST_FREE:
+def _centered_logs(x: Array) -> tuple[Array, float]:
+    center = float(np.mean(np.log(x)))
+    return np.log(x) - center, center
+
+
+def _shortage(law: PowerLaw, sigma_dof: int) -> str:
+    """Why the points cannot carry an interval, empty if they can."""
+    sizes, dof = len(np.unique(law.x)), len(law.x) + sigma_dof - law.parameters
+    what = f"{law.parameters} constants"
+    if law.fixed_alpha is not None:
+        what += f" (alpha fixed at {law.fixed_alpha:g})"
+    if sizes < MIN_SIZES:
+        return f"Too few points for an interval: {sizes} distinct sizes for {what}; at least {MIN_SIZES} are needed."
+    if dof < MIN_DOF:
         return (
-            f"Too few points for an interval: {len(x)} points for {what} leave {free} degree of freedom, and at least "
-            f"{FEWEST_FREE} are needed; add a size or a second seed."
+            f"Too few points for an interval: {len(law.x)} points for {what} leave {dof} degree of freedom, and at least "
+            f"{MIN_DOF} are needed; add a size or a second seed."
         )
     return ""
-
-
-def _noise(
-    x: Array, residual: Array, weights: Array, parameters: int, error_dof: int, pooling: float = POOLING
-) -> tuple[float, int, str]:
-    """Variance of a point of weight 1 and its degrees of freedom.
-
-    Seeds of one size tell the seed noise (and known errors the same); the scatter of sizes about the law also holds what
-    seeds cannot show (tuning, model shape). Where the second is larger, the seeds are pseudo-replicates and only the
-    sizes count. The F test decides at 0.5, not at 0.05, because few sizes hardly ever show a difference that is there:
-    wrong pooling makes intervals too short (coverage 0.72 instead of 0.92 with four sizes and three seeds), wrong
-    separation only wider.
-    """
-    from scipy.special import fdtrc
-
-    groups = [x == value for value in np.unique(x)]
-    # Weights from known errors are inverse variances, so each of their degrees of freedom adds a square of 1.
-    total, within = float(np.sum(weights * residual**2)) + error_dof, float(error_dof)
-    for group in groups:
-        w, r = weights[group], residual[group]
-        within += float(np.sum(w * (r - np.sum(w * r) / np.sum(w)) ** 2))
-    dof_between, dof_within = len(groups) - parameters, len(x) - len(groups) + error_dof
-    if dof_between <= 0 or dof_within == 0:
-        dof = max(len(x) + error_dof - parameters, 0)
-        return total / max(dof, 1), dof, ""
-    between, pure = max(total - within, 0.0) / dof_between, within / dof_within
-    if pure == 0.0 or fdtrc(dof_between, dof_within, between / pure) < pooling:
-        note = "Sizes scatter about the law more than their own noise, so the interval rests on the sizes alone."
-        return between, dof_between, note
-    return total / (dof_between + dof_within), dof_between + dof_within, ""
-
-
-def _falls_with_excess(x: Array, y: Array, weights: Array) -> bool:
-    """Whether seeds of one size scatter as `weights` say rather than evenly, by the likelihood of their deviations alone."""
-    even = fall = logs = freedom = 0.0
-    for value in np.unique(x):
-        here = x == value
-        count = float(np.sum(here)) - 1
-        squares = float(np.sum((y[here] - np.mean(y[here])) ** 2))
-        weight = float(np.mean(weights[here]))
-        freedom, logs = freedom + count, logs + count * math.log(weight)
-        even, fall = even + squares, fall + weight * squares
-    return even > 0 and (freedom * math.log(even / fall) + logs) / 2 > FALLS
-
-
-def _pooled(law: PowerLaw) -> PowerLaw:
-    """Return a law fitted with falling noise that its seeds showed: their scatter counts unless sizes plainly differ."""
-    variance, dof, note = _noise(law.x, law.residuals, law.weights, law.parameters, 0, pooling=POOLING_EXCESS)
-    seen = "Seeds scatter less near the limit, so the points there weigh more."
-    return replace(law, variance=variance, dof=dof, note=f"{seen} {note}".strip())
-
-
-def _profile_intervals(law: PowerLaw) -> dict[str, Interval]:
-    tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    centre = float(np.mean(np.log(law.x)))
-    found = {
-        "E": _profile_ends(law, tails, np.full(2, np.inf), coefficient=False),
-        "A": _profile_ends(law, tails, np.full(2, -centre), coefficient=True),
-        "alpha": _alpha_ends(law),
-    }
-    return {name: (float(ends[0]), float(ends[1])) for name, ends in found.items()}
-
-
-def _hull(first: Interval, second: Interval) -> Interval:
-    return min(first[0], second[0]), max(first[1], second[1])
 
 
 def _notes(law: PowerLaw) -> str:
     notes = [law.note] if law.note else []
     if law.A == 0.0:
         notes.append("The losses do not fall with size, so there is no limit to extrapolate to: E is their mean.")
-    elif law.fixed_alpha is None and not law.alpha_bounds[0] * 1.001 < law.alpha < law.alpha_bounds[1] * 0.999:
-        notes.append(f"The exponent stopped at its bound {law.alpha:g}: the points do not show a limit.")
+    elif law.fixed_alpha is None and not ALPHA_BOUNDS[0] * 1.001 < law.alpha < ALPHA_BOUNDS[1] * 0.999:
+        notes.append(f"The exponent is at its bound {law.alpha:g}: the points do not show a limit.")
     if law.E == 0.0:
-        notes.append("The limit stopped at its bound 0: the points do not show a limit.")
+        notes.append("The limit is at its bound 0: the points do not show a limit.")
     return " ".join(notes)
 
 
+def _profile_interval(law: PowerLaw) -> dict[str, Interval]:
+    tails = np.array(TAILS)
+    ends = {
+        "E": _profile_quantiles(law, tails, np.full(2, np.inf)),
+        "A": _profile_quantiles(law, tails, np.ones(2), coefficient=True),
+        "alpha": np.full(2, law.alpha) if law.fixed_alpha is not None else _alpha_ends(law),
+    }
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+def _profile_quantiles(law: PowerLaw, probability: Array, x: Array, *, coefficient: bool = False) -> Array:
+    """Where the profile's sum of squares meets Student's quantile, for the law at x or (`coefficient`) for A."""
+    log_x, center = _centered_logs(law.x)
+    ends = profile(
+        log_x,
+        law.y,
+        law.weights,
+        law.alpha,
+        ceiling=_ceiling(law, probability),
+        log_target=np.log(x) - center,
+        sign=np.where(probability < 0.5, -1.0, 1.0),
+        alpha=law.fixed_alpha,
+        coefficient=coefficient,
+    )
+    # For points exactly on the law the region is rounding noise and may be empty: return a zero-width interval.
+    exact = np.full(x.shape, law.A) if coefficient else law.predict(x)
+    return np.where(np.isfinite(ends), ends, exact)
+
+
 def _alpha_ends(law: PowerLaw) -> Array:
-    from scipy.special import stdtrit
-
-    from epochal.scaling.solve import alpha_range
-
-    if law.fixed_alpha is not None:
-        return np.full(2, law.fixed_alpha)
-    log_x = np.log(law.x) - np.mean(np.log(law.x))
-    least = float(solve(log_x, law.working_y[None], law.weights, alpha=law.alpha, bounds=law.alpha_bounds)[3][0])
-    ceiling = np.array([least + float(stdtrit(law.dof, (1 + LEVEL) / 2)) ** 2 * law.variance])
-    low, high = alpha_range(log_x, law.working_y, law.weights, law.alpha, ceiling, law.alpha_bounds)
+    log_x, _ = _centered_logs(law.x)
+    low, high = alpha_range(log_x, law.y, law.weights, law.alpha, _ceiling(law, np.array(TAILS[1:])))
     return np.array([low[0], high[0]])
 
 
-def _percentiles(draws: Array) -> dict[str, Interval]:
-    ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return {name: (float(ends[0, i]), float(ends[1, i])) for i, name in enumerate(("E", "A", "alpha"))}
+def _ceiling(law: PowerLaw, probability: Array) -> Array:
+    """The weighted sum of squares at the ends of an interval."""
+    from scipy.special import stdtrit
 
-
-def _bootstrap(law: PowerLaw, count: int, seed: int) -> Array:
-    """Refit `count` data sets made of the law plus resampled residuals with random signs.
-
-    Single seeds are resampled where they are independent points, whole sizes where the sizes scatter more than their
-    seeds do (`_noise`). Residuals of a fit are too small by dof / n, and their own variance is unsure: each draw is
-    scaled by sqrt(dof / chi-squared), which turns normal tails into Student's.
-    """
-    if count == 0:
-        return np.empty((0, 3))
-    rng = np.random.default_rng(seed)
-    centre = float(np.mean(np.log(law.x)))
-    x, y, weights = _units(law)
-    log_x = np.log(x) - centre
-    fitted = law.E + law.A * math.exp(-law.alpha * centre) * np.exp(-law.alpha * log_x)
-    standard = (y - fitted) * np.sqrt(weights)
-    size = math.sqrt(float(np.mean(standard**2)))
-    standard = standard * (math.sqrt(law.variance) / size if size > 0 else 0.0)
-    picks = rng.integers(len(standard), size=(count, len(standard)))
-    signs = rng.choice([-1.0, 1.0], size=picks.shape)
-    scale = np.sqrt(law.dof / rng.chisquare(law.dof, size=(count, 1)))
-    draws = fitted + scale * signs * standard[picks] / np.sqrt(weights)
-    E, A, alpha, _ = solve(log_x, draws, weights, alpha=law.fixed_alpha, bounds=law.alpha_bounds)
-    return np.stack([E, A * np.exp(alpha * centre), alpha], axis=1)
-
-
-def _units(law: PowerLaw) -> tuple[Array, Array, Array]:
-    """What varies independently: the points, or the mean of each size where only the sizes count."""
-    if law.dof >= len(law.x) - law.parameters:
-        return law.x, law.working_y, law.weights
-    sizes = np.unique(law.x)
-    weights = np.array([np.sum(law.weights[law.x == size]) for size in sizes])
-    sums = np.array([np.sum((law.weights * law.working_y)[law.x == size]) for size in sizes])
-    return sizes, sums / weights, weights
-
-
-def _huber_points(
-    log_x: Array, y: Array, weights: Array, alpha: float | None, bounds: Interval, delta: float
-) -> tuple[Array, Array]:
-    """Points whose least squares are stationary for Huber's loss of log residuals: working values and weights.
-
-    Gauss-Newton in the log: log f moves by df / f, so the working value is f + f log(y / f) and its weight psi / f**2.
-    """
-    working_y, working_w = y, weights / y**2
-    previous = np.full(3, np.nan)
-    for _ in range(HUBER_ROUNDS):
-        E, A, exponent, _ = solve(log_x, working_y[None], working_w, alpha=alpha, bounds=bounds)
-        fitted = E[0] + A[0] * np.exp(-exponent[0] * log_x)
-        error = np.log(y / fitted)
-        shrink = np.minimum(1.0, delta / np.maximum(np.abs(error), 1e-300))
-        working_y, working_w = fitted + fitted * error, weights * shrink / fitted**2
-        current = np.array([E[0], A[0], exponent[0]])
-        if np.allclose(current, previous, rtol=1e-10, atol=1e-12):
-            break
-        previous = current
-    return working_y, working_w
-
-
-def _excess_weights(log_x: Array, y: Array, weights: Array, alpha: float | None, bounds: Interval) -> Array:
-    """Weights for noise that is a share of the excess over the limit, with a floor of a twentieth of the largest.
-
-    Without the floor the points nearest the limit would own the fit: their excess is known worst.
-    """
-    current = weights
-    for _ in range(EXCESS_ROUNDS):
-        _, A, exponent, _ = solve(log_x, y[None], current, alpha=alpha, bounds=bounds)
-        excess = A[0] * np.exp(-exponent[0] * log_x)
-        largest = float(np.max(excess))
-        if largest == 0.0:
-            return weights
-        current = weights * largest**2 / (excess**2 + (EXCESS_FLOOR * largest) ** 2)
-    return current
+    least = float(np.sum(law.weights * law.residuals**2))
+    return np.asarray(least + stdtrit(law.dof, probability) ** 2 * law.variance)
