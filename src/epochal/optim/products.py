@@ -41,11 +41,6 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
-def largest_magnitude(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Return the largest magnitude over `dim`, NaN where there is one: what vector_norm takes 25 times longer for."""
-    return torch.maximum(x.amax(dim), -x.amin(dim))
-
-
 def upper_gram(x: Tensor) -> Tensor:
     """Return X X^T of x (..., m, n), (..., m, m), of which only the upper triangle is meant to be read."""
     return _upper(x)

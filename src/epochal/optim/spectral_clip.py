@@ -32,9 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epochal.optim.base import stack
+from epochal.optim.base import largest_magnitude, stack
 from epochal.optim.products import gram as full_gram
-from epochal.optim.products import largest_magnitude, matmul, upper_gram
+from epochal.optim.products import matmul, upper_gram
 from epochal.optim.rational import largest_eigenvalue_bound, soft_clip
 from triton_kernels.backend import backend
 from triton_kernels.clip_update import clip_update, clip_update_where_
