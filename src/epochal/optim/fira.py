@@ -159,7 +159,8 @@ def bias_correction(step: Tensor, group: Group) -> Tensor:
     if not group["correct_bias"]:
         return torch.ones_like(count)
     beta1, beta2 = group["betas"]
-    return torch.sqrt(1 - beta2**count) / (1 - beta1**count)
+    correction: Tensor = torch.sqrt(1 - beta2**count) / (1 - beta1**count)
+    return correction
 
 
 def limit_growth(norm: Tensor, last: Tensor, first_step: Tensor, group: Group) -> tuple[Tensor, Tensor]:

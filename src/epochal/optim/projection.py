@@ -123,7 +123,8 @@ def _iterate(matrix: Tensor, scale: Tensor, old: Tensor) -> Tensor:
     inner.diagonal().add_(16 * old.shape[1] * torch.finfo(inner.dtype).eps)
     lower, _ = torch.linalg.cholesky_ex(inner)
     half = torch.linalg.solve_triangular(lower, upper.mT, upper=False)
-    return basis @ _leading_eigenvectors(half.mT, old.shape[1])
+    vectors: Tensor = basis @ _leading_eigenvectors(half.mT, old.shape[1])
+    return vectors
 
 
 def _signs(new: Tensor, old: Tensor | None, *, axis: int) -> Tensor:
