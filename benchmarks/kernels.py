@@ -22,7 +22,7 @@ from measure import HERE, append, environment, known, seconds
 from torch import Tensor
 
 from epochal.optim import fira, soft_spectral_clip
-from epochal.optim.fira import make_hyper
+from epochal.optim.fira import Fira
 from epochal.optim.muon import orthogonalize
 from epochal.optim.spectral_clip import minimax, soft_clip_step
 from triton_kernels.backend import backend
@@ -35,7 +35,6 @@ from triton_kernels.sym_mm import sym_mm, sym_mm_reference
 Case = tuple[str, dict[str, Callable[[], object]], float, float]
 
 COMPILED = torch.compile(softmax_loss_reference)
-FIRA = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "alpha": 0.25, "gamma": 1.01, "weight_decay": 0.1}
 
 
 def over(path: str, module: ModuleType, function: Callable[[], object]) -> Callable[[], object]:
@@ -149,11 +148,12 @@ def fira_cases(device: str, tiny: bool) -> list[Case]:
         adam = torch.optim.AdamW([torch.nn.Parameter(w.clone())], fused=True)
         adam.param_groups[0]["params"][0].grad = g
 
-        arguments = (w, g, state, make_hyper(FIRA, w), fira.Form("left"))
-        run = functools.partial(fira.fira_step_, *arguments, finite=torch.ones(batch, dtype=torch.bool, device=device))
+        group = {"params": [torch.nn.Parameter(w[0].clone())], "rank": r, "alpha": 0.25}
+        group = Fira([group], lr=1e-3, weight_decay=0.1).param_groups[0]
+        run = functools.partial(fira.fira_update, w, g, state, group, "left")
         methods = {"kernel": over("triton", fira, run), "torch": over("torch", fira, run), "fused AdamW": adam.step}
         if device == "cuda":
-            methods["torch.compile"] = functools.partial(torch.compile(fira.fira_step_), *arguments, **run.keywords)
+            methods["torch.compile"] = functools.partial(torch.compile(fira.fira_update), *run.args)
         if importlib.util.find_spec("fira"):
             methods["published Fira"] = published_fira(w, g, r)
         moved = float(4 * batch * (4 * a * b + 9 * r * b))

@@ -10,7 +10,6 @@ from epochal.config import from_table, to_table
 from epochal.run import (
     AdamW,
     AdEMAMix,
-    DecayGroup,
     Ensemble,
     Fira,
     Job,
@@ -141,7 +140,7 @@ def test_spectra_refuses_bad_values(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda item: type(item).__name__)
 def test_every_optimizer_survives_the_record_and_has_a_fingerprint_of_its_own(optimizer: AdamW) -> None:
-    run = a_run(optimizer=optimizer, decay=(DecayGroup(pattern="head", scale=0.5),))
+    run = a_run(optimizer=optimizer)
     table = json.loads(json.dumps(to_table(run)))
     assert table["optimizer"]["kind"] == type(optimizer).__name__
     assert from_table(table, Run, where="job") == run
@@ -274,7 +273,6 @@ def test_every_field_matters() -> None:
         "num_evals": 3,
         "distill": SequenceDistillation(samples="s", fraction=0.5),
         "wd_schedule": "antiphase",
-        "decay": (DecayGroup(pattern="head", scale=0.5),),
         "teach": SoftTargetDistillation(source="e"),
         "init_from": "b",
         "holdout_tokens": 128,

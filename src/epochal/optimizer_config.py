@@ -1,11 +1,16 @@
-"""The optimizer of a Run, as data: frozen values, told apart by `kind` in TOML and records; no torch.
+"""The optimizer of a Run as a frozen dataclass: one class per kind, no torch.
 
-`lr` is the peak learning rate, `wd` the decoupled weight decay: per step a decayed weight shrinks by lr(t) * wd(t).
-Defaults are those of the published scripts (docs/fira.md section 1.5, docs/spectra.md sections 1.10 and 2.3). What
-each class does with a matrix, `epochal.optim` says; `epochal.optim.build` makes one of the other.
+`lr` is the peak learning rate and `wd` the decoupled weight decay: a decayed weight shrinks by lr(t) * wd(t) per step.
+Defaults are those of the published scripts (docs/fira.md section 1.5, docs/spectra.md sections 1.10 and 2.3).
+
+To add an optimizer, write its dataclass and put it into `__all__` and `Optimizer` in this file, and write a class of
+the same name in epochal/optim/<name in lower case>.py, whose keywords have the names of the dataclass's fields (wd
+becomes `weight_decay`, and beta1, beta2 the pair `betas`). TOML files and records name it by `kind`.
 """
 
 from dataclasses import dataclass
+
+__all__ = ["AdEMAMix", "AdamW", "Fira", "Lion", "Mars", "Muon", "Optimizer", "Signum", "Spectra"]
 
 FIRA_VARIANTS = ("code", "paper", "galore")
 FIRA_SCALINGS = ("column", "matrix")
@@ -22,13 +27,13 @@ def choose(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 def at_least(field: str, value: float, low: float) -> None:
     """Raise ValueError unless `value` is a number of at least `low`."""
-    if not value >= low:
+    if not value >= low:  # so that NaN is refused too
         raise ValueError(f"{field} is {value}; give at least {low}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoupled:
-    """What all optimizers have: the peak learning rate, and a weight decay decoupled from the gradient."""
+    """The fields of every optimizer: peak learning rate and decoupled weight decay."""
 
     lr: float = 1e-3
     wd: float = 0.1
@@ -44,7 +49,7 @@ class Decoupled:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Decoupled):
-    """Decoupled AdamW: per step a decayed weight shrinks by lr(t) * wd (PyTorch's convention, spec section 3)."""
+    """AdamW with PyTorch's decoupled decay: a decayed weight shrinks by lr(t) * wd per step."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -61,7 +66,7 @@ class Signum(Decoupled):
 
 @dataclass(frozen=True, kw_only=True)
 class AdEMAMix(Decoupled):
-    """Adam with a second, slow average; `warmup`: share of all steps over which alpha and beta3 rise to their values."""
+    """Adam with a second, slow average; alpha and beta3 rise over the share `warmup` of all steps."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -97,9 +102,9 @@ class Lion(Decoupled):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Decoupled):
-    """Orthogonalised momentum for the matrices of the blocks, AdamW at the same lr for embedding, head and vectors.
+    """Orthogonalized momentum for the matrices of the blocks; AdamW for embedding, head and vectors.
 
-    A matrix' update is scaled by 0.2 sqrt(max(rows, columns)), so that one learning rate suits both.
+    The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)), so that the same `lr` suits both.
     """
 
     momentum: float = 0.95
@@ -112,11 +117,17 @@ class Muon(Decoupled):
 
 @dataclass(frozen=True, kw_only=True)
 class Fira(Decoupled):
-    """Fira for the matrices whose name contains one of `patterns`, Adam for the rest; variant "galore" is GaLore.
+    """Fira for the matrices whose name contains one of `patterns`, Adam for all else.
 
-    `rank` None: a quarter of the model's width, `alpha` None: 0.25 below 1e9 parameters and 0.0625 from there, the
-    published choices per size. `gap`: steps between two refreshes. `gamma`: growth allowed to the residual a step, None
-    for any. `scaling`: the residual's, one factor a "column" or one for the whole "matrix".
+    Attributes:
+        rank: of the subspace; None for a quarter of the model's width, the published choice.
+        gap: steps between two refreshes of the subspace.
+        alpha: scale of the low-rank update; None for 0.25 below 1e9 parameters and 0.0625 above, as published.
+        variant: "code", "paper" or "galore" (docs/fira.md section 1).
+        gamma: growth allowed to the residual per step, None for no limit.
+        scaling: of the residual, one factor per "column" or one for the whole "matrix".
+        refresh, rotate_states, stagger: see `epochal.optim.fira.Fira`.
+        patterns: parts of parameter names.
     """
 
     wd: float = 0.0
@@ -143,18 +154,25 @@ class Fira(Decoupled):
         at_least("rank", 1 if self.rank is None else self.rank, 1)
 
 
+SpectraBase = AdamW | Signum | AdEMAMix | Mars | Lion
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spectra:
     """A base optimizer whose update has its singular values clipped at `clip`; lr and wd are the base's.
 
-    `apply_to`: "2d" (every matrix, embedding and head too), "all" (vectors by their norm), or regular expressions
-    searched in parameter names. The threshold follows the Run's warm-up, and decays by `clip_decay` over the last
-    `clip_decay_fraction` of the steps. `pre_clip`: threshold on the gradients' singular values, not recommended beside
-    `clip` (the paper's README). `operator`: "soft", "hard" or "normalize". `iterations`: so many of the published
-    Newton-Schulz steps in bfloat16 instead of a clip that is accurate to 1%.
+    Attributes:
+        clip: the threshold; follows the Run's warm-up.
+        apply_to: "2d" (every matrix, embedding and head too), "all" (also vectors, by their norm), or regular
+            expressions searched in parameter names.
+        operator: "soft", "hard" or "normalize".
+        clip_decay, clip_decay_fraction: how the threshold decays over that last share of the steps.
+        pre_clip: threshold on the singular values of the gradients. The paper's README advises against using it
+            together with `clip`.
+        iterations: that many of the published Newton-Schulz steps in bfloat16, instead of a clip accurate to 1%.
     """
 
-    base: AdamW | Signum | AdEMAMix | Mars | Lion
+    base: SpectraBase
     clip: float = 10.0
     apply_to: str | tuple[str, ...] = "2d"
     operator: str = "soft"
@@ -167,7 +185,10 @@ class Spectra:
         choose("operator", self.operator, OPERATORS)
         at_least("iterations", 1 if self.iterations is None else self.iterations, 1)
         if self.iterations is not None and self.operator != "soft":
-            raise ValueError(f"iterations are of the operator 'soft', not of {self.operator!r}; leave them out.")
+            raise ValueError(
+                f"iterations is {self.iterations}, but only the operator 'soft' iterates, and operator is "
+                f"{self.operator!r}; leave iterations out."
+            )
         choose("clip_decay", self.clip_decay, CLIP_DECAYS)
         for name in ("clip", "pre_clip"):
             value = getattr(self, name)
@@ -187,19 +208,5 @@ class Spectra:
         return self.base.wd
 
 
-Optimizer = AdamW | Signum | AdEMAMix | Mars | Lion | Muon | Fira | Spectra
-"""AdamW stands first: a table without a `kind` means it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecayGroup:
-    """Parameters with `pattern` in their name decay by `scale` times the run's wd instead of by the usual mask.
-
-    `pattern` is a regular expression, searched for; the first group that matches a name wins.
-    """
-
-    pattern: str
-    scale: float
-
-    def __post_init__(self) -> None:
-        at_least("scale", self.scale, 0.0)
+# AdamW is first because a table without a `kind` means the first.
+Optimizer = SpectraBase | Muon | Fira | Spectra

@@ -13,44 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from epochal import optimizer_config
 from epochal.config import find_config, model_path, to_table
-from epochal.optimizer_config import (
-    AdamW,
-    AdEMAMix,
-    DecayGroup,
-    Fira,
-    Lion,
-    Mars,
-    Muon,
-    Optimizer,
-    Signum,
-    Spectra,
-    at_least,
-    choose,
-)
+from epochal.optimizer_config import *  # noqa: F403  every optimizer is exported here too
+from epochal.optimizer_config import Optimizer, at_least, choose
 
 __all__ = [
-    "AdEMAMix",
-    "AdamW",
-    "DecayGroup",
     "Ensemble",
-    "Fira",
     "Job",
-    "Lion",
-    "Mars",
-    "Muon",
-    "Optimizer",
     "Run",
     "Samples",
     "SequenceDistillation",
-    "Signum",
     "SoftTargetDistillation",
-    "Spectra",
     "Targets",
     "config_hash",
     "fingerprint",
     "inputs",
 ]
+__all__ += optimizer_config.__all__
 
 ORDERS = ("documents", "sequences", "fixed")
 SCHEDULES = ("cosine", "wsd")
@@ -107,8 +87,8 @@ class Run:
     """Everything that determines one model's weights.
 
     `unique_tokens` is D, `batch_size` counts sequences of `sequence_length` tokens in one optimizer step over all
-    processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.training.schedule`),
-    `decay` changes for some parameters how much of it they get. `holdout_tokens` of D are bought but not trained on: on
+    processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.training.schedule`).
+    `holdout_tokens` of D are bought but not trained on: on
     them the weights of an ensemble's members can be learned. `init_from` names the Run whose final weights this one begins
     with, or is the path of a model folder from elsewhere, with a slash in it (else they are drawn from `init_seed`).
     `weight_averaging`: "last" keeps the final weights; "ema" decays by a factor e per `averaging_window` (a share of the run);
@@ -133,7 +113,6 @@ class Run:
     num_evals: int = 20
     distill: SequenceDistillation | None = None
     wd_schedule: str = "constant"
-    decay: tuple[DecayGroup, ...] = ()
     teach: SoftTargetDistillation | None = None
     init_from: str | None = None
     holdout_tokens: int = 0

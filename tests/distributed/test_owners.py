@@ -101,7 +101,7 @@ def test_stand_ins_keep_numbers_and_leave_the_original_alone() -> None:
     named = parameters()
     optimizer = Fira([{"params": [named[0][1]], "rank": 2, "alpha": 0.5}, {"params": [named[1][1]]}], lr=0.3)
     stand_in = torch.zeros(4, 3)
-    other = optimizer.over({named[0][1]: stand_in})
+    other = optimizer.rebind({named[0][1]: stand_in})
     assert other.param_groups[0]["params"] == [stand_in] and other.param_groups[1]["params"] == []
     assert other.param_groups[0]["alpha"] == 0.5 and other.param_groups[0]["lr"] == 0.3
     stand_in.grad = torch.ones(4, 3)

@@ -1,4 +1,4 @@
-"""Fira's three passes against their definitions in float64, and the optimizer over the kernels' table against torch's."""
+"""Fira's three kernels against their references in float64, and the optimizer with the kernels against torch's path."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from epochal.optim import Fira, fira
-from epochal.optim.fira import KERNELS, Form, fira_step_, make_hyper, operations
+from epochal.optim import fira
+from epochal.optim.fira import Fira
 from triton_kernels.fira_step import (
     fira_adam,
     fira_adam_reference,
@@ -25,52 +25,52 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def operands(shape, device, dtype, turned):
-    """G, P, R, M, V; turned: as views of the transposed matrices."""
+def operands(shape, device, dtype, transposed):
+    """G, P, R, M, V; transposed: as views of transposed matrices."""
     batch, a, b, r = shape
-    made = [randn(batch, a, b), torch.linalg.qr(randn(batch, a, r, seed=1)).Q if r <= a else randn(batch, a, r)]
-    made += [randn(batch, r, b, seed=2), randn(batch, r, b, seed=3), randn(batch, r, b, seed=4).square()]
-    made = [t.to(device, dtype if i == 0 else torch.float32) for i, t in enumerate(made)]
-    return [t.mT.contiguous().mT for t in made] if turned else made
+    tensors = [randn(batch, a, b), torch.linalg.qr(randn(batch, a, r, seed=1)).Q if r <= a else randn(batch, a, r)]
+    tensors += [randn(batch, r, b, seed=2), randn(batch, r, b, seed=3), randn(batch, r, b, seed=4).square()]
+    tensors = [t.to(device, dtype if i == 0 else torch.float32) for i, t in enumerate(tensors)]
+    return [t.mT.contiguous().mT for t in tensors] if transposed else tensors
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("turned", [False, True])
-def test_project(device, no_worse, shape, dtype, turned):
-    g, p, low, _, _ = operands(shape, device, dtype, turned)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_project_is_as_accurate_as_the_reference(device, no_worse, shape, dtype, transposed):
+    g, p, low, _, _ = operands(shape, device, dtype, transposed)
     exact, plain = fira_project_reference(g.double(), p.double()), fira_project_reference(g, p)
     for mine, same, true in zip(fira_project(g, p, low), plain, exact, strict=True):
         no_worse(mine, same, true)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("turned", [False, True])
-def test_adam(device, no_worse, shape, turned):
-    _, _, low, mean, square = operands(shape, device, torch.float32, turned)
-    weights = torch.tensor([[0.1, 0.01], [0.0, 0.0]], device=device)[: shape[0]]  # the second one must stay as it is
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adam_is_as_accurate_as_the_reference(device, no_worse, shape, transposed):
+    _, _, low, mean, square = operands(shape, device, torch.float32, transposed)
+    weights = torch.tensor([[0.1, 0.01], [0.0, 0.0]], device=device)[: shape[0]]  # the second must not change
     eps = torch.tensor(1e-6, device=device)
     exact = fira_adam_reference(*(t.double() for t in (low, mean, square, weights, eps)))
     plain, before = fira_adam_reference(low, mean, square, weights, eps), mean.clone()
-    found = (*fira_adam(low, mean, square, weights, eps), mean, square)
-    for mine, same, true in zip(found, plain, exact, strict=True):
+    results = (*fira_adam(low, mean, square, weights, eps), mean, square)
+    for mine, same, true in zip(results, plain, exact, strict=True):
         no_worse(mine, same, true)
     assert torch.equal(mean[1:], before[1:])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("turned", [False, True])
-def test_update(device, no_worse, shape, dtype, turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_update_is_as_accurate_as_the_reference(device, no_worse, shape, dtype, transposed):
     batch, a, b, _ = shape
-    g, p, low, direction, _ = operands(shape, device, dtype, turned)
+    g, p, low, direction, _ = operands(shape, device, dtype, transposed)
     w = randn(batch, a, b, seed=5).to(device, dtype)
-    whole, keep = (randn(batch, seed=s).to(device).float() for s in (6, 7))
-    share, factor = (randn(batch, b, seed=s).to(device).float() for s in (8, 9))
-    factor[:, 1:2] = 0.0
-    numbers = (g, p, direction, low, whole, share, factor, keep)
+    lowrank_scale, decay = (randn(batch, seed=s).to(device).float() for s in (6, 7))
+    projection_coef, residual_scale = (randn(batch, b, seed=s).to(device).float() for s in (8, 9))
+    residual_scale[:, 1:2] = 0.0
+    numbers = (g, p, direction, low, lowrank_scale, projection_coef, residual_scale, decay)
     exact, plain = fira_update_reference(*(t.double() for t in (w, *numbers))), fira_update_reference(w, *numbers)
-    g[:, :, 1:2] = math.nan  # a factor of 0 skips it
+    g[:, :, 1:2] = math.nan  # a residual_scale of 0 skips it
     fira_update(w, *numbers)
     no_worse(w, plain.to(dtype), exact)
 
@@ -79,11 +79,11 @@ def test_zero_state_and_zero_eps_give_no_nan_outside_the_matrix(device):
     low = torch.ones(1, 3, 5, device=device)
     mean, square = (torch.zeros_like(low) for _ in range(2))
     eps, weights = torch.zeros((), device=device), torch.ones(1, 2, device=device)
-    direction, inside, size = fira_adam(low, mean, square, weights, eps)
-    assert torch.equal(direction, low) and (inside == 3).all() and (size == 3).all()
+    direction, low_squares, direction_squares = fira_adam(low, mean, square, weights, eps)
+    assert torch.equal(direction, low) and (low_squares == 3).all() and (direction_squares == 3).all()
 
 
-def test_wrong_use_and_opcheck(device):
+def test_shapes_that_do_not_fit_are_refused_and_opcheck_passes(device):
     g, p, low, mean, square = operands((2, 6, 9, 2), device, torch.float32, False)
     weights, eps, one = torch.ones(2, 2, device=device), torch.ones((), device=device), torch.ones(2, device=device)
     column = torch.ones(2, 9, device=device)
@@ -100,19 +100,19 @@ def test_wrong_use_and_opcheck(device):
     torch.library.opcheck(ops.fira_update.default, (g.clone(), g, p, mean, low, one, column, column, one))
 
 
-# --- the optimizer over the kernels ---------------------------------------------------------------------------------
+# --- the optimizer with the kernels ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def kernels(device, monkeypatch):
-    """Take the kernels' table, on the interpreter too."""
+    """The device, with kernels even on a CPU, where Triton interprets them."""
     monkeypatch.setattr(fira, "backend", lambda _: "triton")
-    assert operations(torch.zeros(1, device=device)) is KERNELS
+    assert fira.uses_kernels(torch.zeros(1, device=device))
     return device
 
 
-def walk(path, device, dtype, options, monkeypatch):
-    """The weights after three steps from one basis (a GPU's and a CPU's may differ), and the optimizer."""
+def four_steps(path, device, dtype, options, monkeypatch):
+    """The parameters and the optimizer after four steps with one basis: bases of a GPU and of a CPU may differ."""
     monkeypatch.setattr(fira, "backend", lambda _: path)
     shapes = [(24, 10), (24, 10), (10, 24), (16, 16), (7, 1)]
     parameters = [torch.nn.Parameter(randn(*s, seed=i).to(device, dtype)) for i, s in enumerate(shapes)]
@@ -140,34 +140,18 @@ def walk(path, device, dtype, options, monkeypatch):
     ],
     ids=str,
 )
-def test_the_optimizer_takes_the_same_steps_over_either_table(kernels, monkeypatch, options):
-    mine, theirs = (walk(path, kernels, torch.float32, options, monkeypatch) for path in ("triton", "torch"))
-    assert mine[1].skipped == theirs[1].skipped == 1
-    for a, b in zip(mine[0], theirs[0], strict=True):
+def test_the_optimizer_takes_the_same_steps_with_kernels_and_with_torch(kernels, monkeypatch, options):
+    ours, reference = (four_steps(path, kernels, torch.float32, options, monkeypatch) for path in ("triton", "torch"))
+    assert ours[1].skipped == reference[1].skipped == 1
+    for a, b in zip(ours[0], reference[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        for name, value in theirs[1].state[b].items():
+        for name, value in reference[1].state[b].items():
             if name == "limiter" and min(b.shape) == 1 and options.get("variant") == "paper":
-                continue  # of full rank nothing is left but rounding, and the limiter remembers its norm
-            torch.testing.assert_close(mine[1].state[a][name], value, rtol=2e-4, atol=1e-5, msg=name)
+                continue  # at full rank the residual is rounding noise, and the limiter remembers its norm
+            torch.testing.assert_close(ours[1].state[a][name], value, rtol=2e-4, atol=1e-5, msg=name)
 
 
-def test_bfloat16_weights_step_alike(kernels, monkeypatch):
-    mine, theirs = (walk(path, kernels, torch.bfloat16, {}, monkeypatch)[0] for path in ("triton", "torch"))
-    for a, b in zip(mine, theirs, strict=True):
+def test_bfloat16_weights_step_alike_with_kernels_and_with_torch(kernels, monkeypatch):
+    ours, reference = (four_steps(path, kernels, torch.bfloat16, {}, monkeypatch)[0] for path in ("triton", "torch"))
+    for a, b in zip(ours, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_step_waits_for_nothing(kernels, side):
-    """A tensor on the device "meta" has no value: reading one, or a shape that depends on one, raises."""
-    group = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "alpha": 0.25, "gamma": 1.01}
-    w = torch.zeros(3, 12, 8, device="meta")
-    low = (3, 4, 8) if side == "left" else (3, 12, 4)
-    shapes = {"basis": (3, 12, 4) if side == "left" else (3, 4, 8), "exp_avg": low, "exp_avg_sq": low}
-    shapes |= {"limiter": (3,), "step": (3,)}
-    state = {name: torch.zeros(shape, device="meta") for name, shape in shapes.items()}
-    finite = torch.ones(3, dtype=torch.bool, device="meta")
-    assert operations(w) is KERNELS
-    fira_step_(w, torch.zeros_like(w), state, make_hyper(group, w), Form(side), finite=finite)
-    with pytest.raises(RuntimeError, match="meta"):  # it would tell
-        finite.all().item()

@@ -238,7 +238,7 @@ def test_a_shard_that_gets_the_step_moves_as_a_whole_matrix_does(name: str, shap
             optimizer.param_groups[0].update(lr=lr, weight_decay=wd)
             p.grad = gradient.clone()
             optimizer.step()
-        kept = MatrixOptimizer.kept(before, optimizers[0].param_groups[0])
+        kept = MatrixOptimizer.decay_factor(before, optimizers[0].param_groups[0])
         assert torch.equal(whole, before * kept + alone)
 
 

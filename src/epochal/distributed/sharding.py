@@ -59,7 +59,7 @@ class SavedState(Protocol):
 def over(optimizer: torch.optim.Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> torch.optim.Optimizer:
     """Return an optimizer of the same rule and numbers, without state, over stand-ins for some of its parameters."""
     if isinstance(optimizer, MatrixOptimizer):
-        return optimizer.over(stand_ins)
+        return optimizer.rebind(stand_ins)
     groups = [
         {**_numbers(group), "params": [stand_ins[p] for p in group["params"] if p in stand_ins]}
         for group in optimizer.param_groups
@@ -402,7 +402,7 @@ class Sharded(Distributed):
 
     def _keep(self, index: int, before: Tensor) -> Tensor:
         """Return the share of the old weight that stays, (1,): 1 - lr wd, or 1 if the owner skipped the matrix."""
-        kept = MatrixOptimizer.kept(self.stand_ins[index], self._groups[self.entries[index].group])
+        kept = MatrixOptimizer.decay_factor(self.stand_ins[index], self._groups[self.entries[index].group])
         return torch.where(self._count(index) > before, kept, 1.0).reshape(1)
 
     def _gather_gradients(

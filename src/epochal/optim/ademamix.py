@@ -1,9 +1,9 @@
-"""AdEMAMix: Adam with a second, slow average of the gradients (Pagliardini et al. 2024, Algorithm 1).
+"""AdEMAMix (Pagliardini et al. 2024, Algorithm 1): Adam with a second, slow average of the gradients.
 
     m1 <- b1 m1 + (1 - b1) g;   m2 <- b3(t) m2 + (1 - b3(t)) g;   v <- b2 v + (1 - b2) g^2
-    U = (m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v / (1 - b2^t)) + eps)
+    U = (m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v / (1 - b2^t)) + eps);   W <- (1 - lr wd) W - lr U
 
-alpha(t) rises linearly to alpha over `alpha_warmup` steps; b3(t) moves from b1 to b3 over `beta3_warmup` steps so that
+alpha(t) rises linearly to alpha over `alpha_warmup` steps. b3(t) moves from b1 to b3 over `beta3_warmup` steps, so that
 the half-life f(b) = ln 0.5 / ln b - 1 grows linearly. t counts from 1.
 """
 
@@ -25,13 +25,14 @@ def ademamix_init(parameter: Tensor) -> State:
 
 
 def slow_decay(step: Tensor, beta1: float, beta3: float, warmup: int | None) -> Tensor:
-    """Return b3(t) in float64 for steps (B,) counted from 1; without warm-up it is b3 throughout."""
+    """Return b3(t) in float64 for steps (B,) counted from 1; b3 throughout if there is no warm-up."""
+
+    def half_life(beta: float) -> float:
+        return math.log(0.5) / math.log(beta + 1e-8) - 1  # the published code adds 1e-8, too
+
     done = torch.clamp(step.double() / warmup, max=1.0) if warmup else torch.ones_like(step, dtype=torch.float64)
-    # The published code adds 1e-8 inside the logarithm.
-    half_life = (1 - done) * (math.log(0.5) / math.log(beta1 + 1e-8) - 1) + done * (
-        math.log(0.5) / math.log(beta3 + 1e-8) - 1
-    )
-    return torch.where(done < 1, torch.exp(math.log(0.5) / (half_life + 1)), beta3)
+    now = (1 - done) * half_life(beta1) + done * half_life(beta3)
+    return torch.where(done < 1, torch.exp(math.log(0.5) / (now + 1)), beta3)
 
 
 def ademamix_update(
@@ -44,7 +45,16 @@ def ademamix_update(
     beta3_warmup: int | None,
     eps: float,
 ) -> tuple[Tensor, State]:
-    """Return (U, new state) for gradients (B, ...) and moments of the same shape; `step` is (B,)."""
+    """Return (U, new state) of a batch.
+
+    Args:
+        gradient: (B, ...).
+        state: `exp_avg` (m1), `exp_avg_slow` (m2) and `exp_avg_sq` (v) of the same shape, `step` (B,).
+        betas: b1, b2, b3.
+        alpha: final weight of the slow average.
+        alpha_warmup, beta3_warmup: steps until alpha(t) and b3(t) have their final values, None for no warm-up.
+        eps: added to the corrected root.
+    """
     beta1, beta2, beta3 = betas
     step = state["step"] + 1
     fast = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
@@ -52,9 +62,9 @@ def ademamix_update(
     slow = torch.lerp(state["exp_avg_slow"], gradient, slow_weight)
     square = torch.addcmul(state["exp_avg_sq"] * beta2, gradient, gradient, value=1 - beta2)
     ramp = torch.clamp(step.double() / alpha_warmup, max=1.0) if alpha_warmup else torch.ones_like(step)
-    # One division serves both averages: bias_corrected divides by 1 - b1^t, which the slow one must not see.
-    debias = -torch.expm1(step.double() * math.log(beta1)) if beta1 else torch.ones_like(step, dtype=torch.float64)
-    mixed = fast + per_item(alpha * ramp * debias, gradient).to(gradient.dtype) * slow
+    # bias_corrected divides the sum by 1 - b1^t, but the slow average has no bias correction: multiply it beforehand.
+    correction = -torch.expm1(step.double() * math.log(beta1)) if beta1 else torch.ones_like(step, dtype=torch.float64)
+    mixed = fast + per_item(alpha * ramp * correction, gradient).to(gradient.dtype) * slow
     update = bias_corrected(mixed, square, step, betas=(beta1, beta2), eps=eps)
     return update, {"step": step, "exp_avg": fast, "exp_avg_slow": slow, "exp_avg_sq": square}
 
@@ -67,7 +77,15 @@ ADEMAMIX = Rule(
 
 
 class AdEMAMix(RuleOptimizer):
-    """W <- (1 - lr wd) W - lr U; state: `step` and three buffers of the parameter's shape."""
+    """AdEMAMix with decoupled weight decay.
+
+    State per parameter: `step` (0-d) and three buffers of the parameter's shape, float32 for half-precision weights.
+
+    Args:
+        params: parameters or groups.
+        lr, weight_decay: as in AdamW.
+        betas, alpha, alpha_warmup, beta3_warmup, eps: as in `ademamix_update`.
+    """
 
     rule: ClassVar[Rule] = ADEMAMIX
 
@@ -84,5 +102,5 @@ class AdEMAMix(RuleOptimizer):
         beta3_warmup: int | None = None,
     ) -> None:
         warmups = {"alpha_warmup": alpha_warmup, "beta3_warmup": beta3_warmup}
-        own = {"betas": betas, "alpha": alpha, "eps": eps, **warmups}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "alpha": alpha, "eps": eps, **warmups}
+        super().__init__(params, defaults)

@@ -1,4 +1,4 @@
-"""Fira (Chen et al. 2024, arXiv 2410.01623): Adam in a low-rank subspace, plus the rest of the gradient, scaled.
+"""Fira (Chen et al. 2024, arXiv 2410.01623): Adam in a low-rank subspace, plus the scaled rest of the gradient.
 
     R = P^T G;  M, V = Adam's moments of R;  N = M / (sqrt(V) + eps);  phi_i = ||N_i|| / (||R_i|| + 1e-8)
     S = phi * (G - alpha P R), limited to grow by gamma a step;  W <- (1 - lr wd)(W - step (alpha P N + S))
@@ -6,23 +6,24 @@
 Shapes: G, W (B, m, n), a batch of equal shapes; side "left": P (B, m, r), R, M, V, N (B, r, n), phi (B, 1, n);
 side "right" is the mirror image: Q (B, r, n), R (B, m, r), phi (B, m, 1). `std` projects the smaller side.
 
-The residual is never formed: with f = phi / L the step is f*G + P (alpha N - alpha f*R), two products with a basis, and
-||S||^2 = sum_i phi_i^2 (||G_i||^2 - alpha (2 - alpha) ||R_i||^2) for an orthonormal P.
+Variants: "code", the default, is the published package, which produced the numbers of the paper; "paper" is Algorithm 1
+(alpha on the whole update, the true residual, bias correction before phi and the limiter); "galore" has no S.
+docs/fira.md is the specification, with the differences between paper and code.
 
-Variants: "code", the default, is the published package, whose numbers the paper prints; "paper" is Algorithm 1 (alpha
-on the whole update, the true residual, bias correction before phi and the limiter); "galore" has no S.
+Differs from the published code:
+- after a zero norm the limiter starts afresh; the published one throttles for 1,400 steps (`limiter="compat"`);
+- moments, basis and limiter are float32 for half-precision weights;
+- the signs of the basis are kept from one refresh to the next;
+- a parameter is skipped if its gradient or the gradient's squares are not finite.
 
-Differs from the published code in: a limiter that saw a zero norm starts afresh instead of throttling for 1,400 steps
-(`limiter="compat"` keeps that); moments, basis and limiter in float32 whatever the weights; signs of the basis kept
-from one refresh to the next; a gradient that is not finite, or whose squares are not, skips its parameter.
-For the 2-D weights of attention and MLP blocks; embeddings, head and vectors belong into a group without `rank`.
+Use it for the matrices of attention and MLP blocks; embeddings, head and vectors belong in a group without `rank`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,292 +32,255 @@ from epochal.optim.base import (
     Group,
     MatrixOptimizer,
     State,
+    known_true,
     new_state,
     per_item,
     round_stochastically,
+    scalar,
     stack,
     state_dtype,
 )
-from epochal.optim.products import matmul
 from epochal.optim.projection import METHODS, PROJ_TYPES, compute_basis, project, projected_side, rotate_moments
+from triton_kernels import fira_step as kernels
 from triton_kernels.backend import backend
-from triton_kernels.fira_step import fira_adam, fira_project, fira_update
 
 VARIANTS = ("code", "paper", "galore")
-FLOOR = 1e-8  # of the two ratios, phi and the limiter's; a literal in the published code
+LIMITERS = ("zero_safe", "compat")
+RATIO_EPS = 1e-8  # of phi and of the limiter; a literal in the published code
 
 logger = logging.getLogger(__name__)
 
 
-class Hyper(NamedTuple):
-    """What the hyper-parameters come to, as 0-d tensors, so that a new value recompiles nothing.
+# --- one step between two refreshes, on a batch (B, m, n) ----------------------------------------------------------
 
-    `lr`, `low_lr` = lr alpha and the betas are float64; the others meet matrices and have the state's dtype: the
-    moments' weights 1 - beta (from the Python numbers: 1 - 0.999 in float32 is off by 5e-5), `removed` = alpha
-    (2 - alpha), `decay` = 1 - lr wd, and `eps`, never 0, so that a zero gradient has a direction.
+
+def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, side: str) -> Tensor:
+    """Take one step of Algorithm 1 with the current basis, in place on `weight` and `state`.
+
+    Args:
+        weight, gradient: (B, m, n), both of the state's dtype.
+        state: `basis`, `exp_avg`, `exp_avg_sq`, `limiter` (B,) and `step` (B,), shapes as at the top of this file.
+        group: the hyper-parameters of `Fira`, and `alpha`.
+        side: "left" or "right".
+
+    Returns:
+        (B,) booleans: False for a matrix that was skipped because its gradient is not finite.
     """
+    alpha, dtype = group["alpha"], weight.dtype
+    decay = MatrixOptimizer.decay_factor(weight, group) if group["weight_decay"] else None
 
-    lr: Tensor
-    low_lr: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    mean_weight: Tensor
-    square_weight: Tensor
-    eps: Tensor
-    alpha: Tensor
-    removed: Tensor
-    gamma: Tensor
-    decay: Tensor
+    # Project: R = P^T G, and the squared norm of each column of G.
+    low, gradient_squares = project_gradient(gradient, state, side)
+
+    # A matrix with a non-finite gradient keeps its weights and state: R, the weight of R in the moments and, through
+    # the bias correction, the step size become zero. Masks are needed only if there is such a matrix.
+    finite = all_finite(gradient_squares)
+    mask = None if known_true(finite) else finite
+    moment_weights = [scalar(1 - beta, low) for beta in group["betas"]]
+    lr = scalar(group["lr"], state["step"].double())
+    if decay is not None:
+        lr = lr * decay  # the published code decays the updated weight: (1 - lr wd)(W - step U)
+    if mask is not None:
+        low, gradient_squares = (torch.where(per_item(mask, x), x, 0.0) for x in (low, gradient_squares))
+        moment_weights = [per_item(mask * weight, low) for weight in moment_weights]
+        decay = None if decay is None else per_item(torch.where(mask, decay, 1.0), weight)
+
+    # Adam in the subspace: N = M / (sqrt(V) + eps), and the squared norms of the columns of R and N.
+    direction, low_squares, direction_squares = adam_in_subspace_(low, state, moment_weights, group["eps"], side)
+    first_step = state["step"] == 0
+    state["step"].add_(finite)
+    correction = torch.where(finite, bias_correction(state["step"], group), 0.0)  # 0/0 before the first step
+    lowrank_scale = per_item(lr * alpha * correction, low).to(dtype)
+    if group["variant"] == "galore":
+        apply_fira_(weight, gradient, state["basis"], direction, low, lowrank_scale, None, None, decay, mask, side)
+        return finite
+
+    # Scale the residual: S = phi * (G - removed P R), with phi_i = ||N_i|| / ||R_i|| for each column or the whole matrix.
+    axes = (-2, -1) if group["scaling"] == "matrix" else ()
+    phi = _sum(direction_squares, axes).sqrt() / (_sum(low_squares, axes).sqrt() + RATIO_EPS)
+    if group["variant"] == "paper":
+        removed, residual_lr = 1.0, torch.where(finite, lr * alpha, 0.0)
+        phi = phi * per_item(correction, phi).to(dtype)
+    else:
+        removed, residual_lr = alpha, lr * correction
+
+    # Limit the growth of ||S||. The residual itself is never formed: the columns of P are orthonormal, so
+    # ||G_i - removed P R_i||^2 = ||G_i||^2 - removed (2 - removed) ||R_i||^2.
+    residual_squares = gradient_squares - removed * (2 - removed) * low_squares
+    norm = (phi.square() * residual_squares.clamp_(min=0)).sum((-2, -1)).sqrt()
+    divisor, remembered = limit_growth(norm, state["limiter"], first_step, group)
+    state["limiter"].copy_(torch.where(finite, remembered, state["limiter"]))
+
+    # W <- decay W - (P (lowrank_scale N - projection_coef R) + residual_scale G): two products with a basis, not three.
+    residual_scale = phi * per_item(residual_lr / divisor, phi).to(dtype)
+    coefficients = (lowrank_scale, removed * residual_scale, residual_scale, decay)
+    apply_fira_(weight, gradient, state["basis"], direction, low, *coefficients, mask, side)
+    return finite
 
 
-class Form(NamedTuple):
-    """What selects code rather than numbers; gamma=None is `limiter="off"` here."""
-
-    side: str
-    variant: str = "code"
-    scaling: str = "column"
-    limiter: str = "mended"
-    correct_bias: bool = True
-    decays: bool = True
-
-
-# --- the mathematics, on a batch (B, m, n) -------------------------------------------------------------------------
+def _sum(squares: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return squares.sum(axes, keepdim=True) if axes else squares
 
 
 def square_sums(matrix: Tensor, side: str) -> Tensor:
     """Return the squared norms along the projected axis, kept as 1: (B, 1, n) for "left", (B, m, 1) for "right"."""
-    # On a CPU vector_norm is ten times slower than a temporary over the first axis, and half of it over the last.
+    # On a CPU vector_norm takes ten times as long as squaring into a temporary over the first axis, and half as long
+    # over the last.
     if side == "left":
         return (matrix * matrix).sum(-2, keepdim=True)
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
     return norms.square()
 
 
-def all_finite(energy: Tensor) -> Tensor:
-    """Return (B,) booleans for `square_sums` of B matrices: false for a NaN, an infinity, or squares that overflow."""
-    return energy.flatten(1).sum(1) < torch.inf
+def all_finite(squares: Tensor) -> Tensor:
+    """Return (B,) booleans for `square_sums` of B matrices: False for a NaN, an infinity, or squares that overflow."""
+    return squares.flatten(1).sum(1) < torch.inf
 
 
-def adam_direction_(
-    gradient: Tensor, state: State, weights: tuple[Tensor, Tensor], eps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Update exp_avg, exp_avg_sq in place; return N = M / (sqrt(V) + eps) and the squared gradient.
+def adam_direction_(gradient: Tensor, state: State, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """Update exp_avg and exp_avg_sq in place; return N = M / (sqrt(V) + eps) and the squared gradient.
 
-    No bias correction in N.
+    weights: 1 - beta1 and 1 - beta2, 0-d or broadcast over the gradient. There is no bias correction in N.
     """
     squares = gradient * gradient
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
-    mean.lerp_(gradient, weights[0])
-    square.lerp_(squares, weights[1])
-    return torch.div(mean, square.sqrt().add_(eps)), squares
+    mean = state["exp_avg"].lerp_(gradient, weights[0])
+    square = state["exp_avg_sq"].lerp_(squares, weights[1])
+    return torch.div(mean, square.sqrt().add_(safe_eps(eps))), squares
 
 
-def bias_correction(step: Tensor, hyper: Hyper, wanted: bool) -> Tensor:
-    """Return sqrt(1 - beta2^t) / (1 - beta1^t), or ones, in float64 for t = step, shaped as `step`."""
+def safe_eps(eps: float) -> float:
+    """Return eps, but never 0, so that a zero gradient has a direction: 0, not NaN."""
+    return max(eps, 1e-30)
+
+
+def bias_correction(step: Tensor, group: Group) -> Tensor:
+    """Return sqrt(1 - beta2^t) / (1 - beta1^t), or ones without `correct_bias`, in float64, for t = step."""
     count = step.double()
-    if not wanted:
+    if not group["correct_bias"]:
         return torch.ones_like(count)
-    return torch.sqrt(1 - hyper.beta2**count) / (1 - hyper.beta1**count)
+    beta1, beta2 = group["betas"]
+    correction: Tensor = torch.sqrt(1 - beta2**count) / (1 - beta1**count)
+    return correction
 
 
-def limit(norm: Tensor, last: Tensor, first: Tensor, gamma: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Return the divisor L of the norm-growth limiter and the norm to remember; all (B,), `first` boolean.
+def limit_growth(norm: Tensor, last: Tensor, first_step: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Return the divisor of the norm-growth limiter and the norm to remember; all (B,), `first_step` boolean.
 
-    "compat" is the published rule. "mended" remembers no zero and takes a zero in `last` for "nothing seen yet".
+    "compat" is the published rule. "zero_safe" never remembers a zero, and reads a zero in `last` as "no norm so far".
     """
-    if mode == "off":
+    gamma = group["gamma"]
+    if gamma is None:
         return torch.ones_like(norm), norm
-    fresh = first if mode == "compat" else last == 0
-    growth = torch.maximum(norm / (last + FLOOR), gamma) / gamma
+    fresh = first_step if group["limiter"] == "compat" else last == 0
+    growth = (norm / (last + RATIO_EPS)).clamp(min=gamma) / gamma
     divisor = torch.where(fresh, 1.0, growth)
-    kept = norm / divisor
-    if mode == "mended":
-        kept = torch.where((kept > 0) & (kept < torch.inf), kept, last)
-    return divisor, kept
+    limited = norm / divisor
+    if group["limiter"] == "zero_safe":
+        limited = torch.where((limited > 0) & (limited < torch.inf), limited, last)
+    return divisor, limited
 
 
-def residual_scale(size: Tensor, inside: Tensor, form: Form) -> Tensor:
-    """Return phi, shaped as `inside` (||R_i||^2), or (B, 1, 1) for matrix scaling; size: ||N_i||^2, N uncorrected."""
-    if form.scaling == "matrix":
-        size, inside = size.sum((-2, -1), keepdim=True), inside.sum((-2, -1), keepdim=True)
-    return size.sqrt() / (inside.sqrt() + FLOOR)
+# --- the three passes over matrices, by kernels or by torch ----------------------------------------------------------
 
 
-class Factors(NamedTuple):
-    """The step in numbers: W <- keep W - (back(whole N - share R) + factor G), with `keep` in the other three too.
-
-    whole: (B, 1, 1). share, factor: as `square_sums`, or (B, 1, 1); None for variant "galore". keep: (B, 1, 1), 0-d, or
-    None where nothing decays.
-    """
-
-    whole: Tensor
-    share: Tensor | None
-    factor: Tensor | None
-    keep: Tensor | None
+def uses_kernels(like: Tensor) -> bool:
+    """Return whether matrices as `like` go through triton_kernels.fira_step; a compiler fuses torch's operations."""
+    return backend(like.device) == "triton" and like.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-class Operations(NamedTuple):
-    """The passes over matrices, by torch or by kernels; everything between is a few numbers for each column.
-
-    project: (G, basis, a moment, side) -> R and `square_sums` of G. adam: (R, state, moments' weights, eps, side) -> N
-    and `square_sums` of R and of N, with exp_avg and exp_avg_sq updated in place. update: (W, G, basis, N, R, factors,
-    finite, side) -> None, in place on W.
-    """
-
-    project: Callable[[Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]
-    adam: Callable[[Tensor, State, tuple[Tensor, Tensor], Tensor, str], tuple[Tensor, Tensor, Tensor]]
-    update: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Factors, Tensor | None, str], None]
+def _projected_axis_first(tensor: Tensor, side: str) -> Tensor:
+    """View matrices as the kernels expect them."""
+    return tensor if side == "left" else tensor.mT
 
 
-def _torch_project(gradient: Tensor, basis: Tensor, moment: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    return project(gradient, basis, side), square_sums(gradient, side)
+def project_gradient(gradient: Tensor, state: State, side: str) -> tuple[Tensor, Tensor]:
+    """Return R and the `square_sums` of G."""
+    if uses_kernels(gradient):
+        operands = (gradient, state["basis"], state["exp_avg"])
+        low, squares = kernels.fira_project(*(_projected_axis_first(t, side) for t in operands))
+        return _projected_axis_first(low, side), _projected_axis_first(squares[:, None], side)
+    return project(gradient, state["basis"], side), square_sums(gradient, side)
 
 
-def _torch_adam(
-    low: Tensor, state: State, weights: tuple[Tensor, Tensor], eps: Tensor, side: str
+def adam_in_subspace_(
+    low: Tensor, state: State, weights: Sequence[Tensor], eps: float, side: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Update the moments of R in place; return N and the `square_sums` of R and N. Arguments: see `adam_direction_`."""
+    if uses_kernels(low):
+        both = torch.stack([weight.reshape(-1).expand(len(low)) for weight in weights], 1)
+        operands = (_projected_axis_first(t, side) for t in (low, state["exp_avg"], state["exp_avg_sq"]))
+        direction, *sums = kernels.fira_adam(*operands, both, scalar(safe_eps(eps), low))
+        low_squares, direction_squares = (_projected_axis_first(x[:, None], side) for x in sums)
+        return _projected_axis_first(direction, side), low_squares, direction_squares
     direction, squares = adam_direction_(low, state, weights, eps)
     return direction, squares.sum(-2 if side == "left" else -1, keepdim=True), square_sums(direction, side)
 
 
-def _torch_update(
+def apply_fira_(
     weight: Tensor,
     gradient: Tensor,
     basis: Tensor,
     direction: Tensor,
     low: Tensor,
-    factors: Factors,
-    finite: Tensor | None,
+    lowrank_scale: Tensor,
+    projection_coef: Tensor | None,
+    residual_scale: Tensor | None,
+    decay: Tensor | None,
+    mask: Tensor | None,
     side: str,
 ) -> None:
-    inner = direction.mul_(factors.whole)
-    if factors.share is not None:
-        inner = inner.addcmul_(low, factors.share, value=-1)
-    step = matmul(basis, inner) if side == "left" else matmul(inner, basis)
-    if factors.factor is not None:
-        safe = gradient if finite is None else torch.where(per_item(finite, gradient), gradient, 0.0)
-        step.addcmul_(safe, factors.factor)
-    if factors.keep is not None:
-        weight.mul_(factors.keep)
+    """W <- decay W - (P (lowrank_scale N - projection_coef R) + residual_scale G), in place; overwrites `direction`.
+
+    lowrank_scale: (B, 1, 1). projection_coef, residual_scale: as `square_sums`, or (B, 1, 1); None for "galore".
+    decay: 0-d or (B, 1, 1), None for no decay. mask: (B,), False where G is not finite and the scales are zero.
+    """
+    if uses_kernels(weight):
+        w, g, p, n, r = (_projected_axis_first(t, side) for t in (weight, gradient, basis, direction, low))
+        zero, one = n.new_zeros(()), n.new_ones(())
+        whole, kept = ((one if x is None else x).reshape(-1).expand(len(n)) for x in (lowrank_scale, decay))
+        columns = (
+            zero if x is None else _projected_axis_first(x, side)[:, 0] for x in (projection_coef, residual_scale)
+        )
+        kernels.fira_update(w, g, p, n, r, whole, *(x.expand(len(n), n.shape[2]) for x in columns), kept)
+        return
+    inner = direction.mul_(lowrank_scale)
+    if projection_coef is not None:
+        inner.addcmul_(low, projection_coef, value=-1)
+    step = basis @ inner if side == "left" else inner @ basis
+    if residual_scale is not None:
+        safe = gradient if mask is None else torch.where(per_item(mask, gradient), gradient, 0.0)
+        step.addcmul_(safe, residual_scale)
+    if decay is not None:
+        weight.mul_(decay)
     weight.sub_(step)
 
 
-def _turned(tensor: Tensor, side: str) -> Tensor:
-    """View a matrix so that the projected axis comes first, as the kernels have it."""
-    return tensor if side == "left" else tensor.mT
-
-
-def _kernel_project(gradient: Tensor, basis: Tensor, moment: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    low, energy = fira_project(*(_turned(t, side) for t in (gradient, basis, moment)))
-    return _turned(low, side), _turned(energy[:, None], side)
-
-
-def _kernel_adam(
-    low: Tensor, state: State, weights: tuple[Tensor, Tensor], eps: Tensor, side: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    both = torch.stack([weight.reshape(-1).expand(len(low)) for weight in weights], 1)
-    moments = (_turned(t, side) for t in (low, state["exp_avg"], state["exp_avg_sq"]))
-    direction, inside, size = fira_adam(*moments, both, eps)
-    return _turned(direction, side), _turned(inside[:, None], side), _turned(size[:, None], side)
-
-
-def _kernel_update(
-    weight: Tensor,
-    gradient: Tensor,
-    basis: Tensor,
-    direction: Tensor,
-    low: Tensor,
-    factors: Factors,
-    finite: Tensor | None,
-    side: str,
-) -> None:
-    w, g, p, n, r = (_turned(t, side) for t in (weight, gradient, basis, direction, low))
-
-    def vector(value: Tensor | None) -> Tensor:
-        wide = n.new_zeros(()) if value is None else _turned(value, side)[:, 0]
-        return wide.expand(len(n), n.shape[2])
-
-    keep = n.new_ones(()) if factors.keep is None else factors.keep
-    scalars = [value.reshape(-1).expand(len(n)) for value in (factors.whole, keep)]
-    fira_update(w, g, p, n, r, scalars[0], vector(factors.share), vector(factors.factor), scalars[1])
-
-
-TORCH = Operations(_torch_project, _torch_adam, _torch_update)
-KERNELS = Operations(_kernel_project, _kernel_adam, _kernel_update)
-
-
-def operations(like: Tensor) -> Operations:
-    """Return the table for matrices as `like`; a compiler gets torch's, which it can fuse."""
-    kernels = backend(like.device) == "triton" and like.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return KERNELS if kernels else TORCH
-
-
-def fira_step_(
-    weight: Tensor,
-    gradient: Tensor,
-    state: State,
-    hyper: Hyper,
-    form: Form,
-    *,
-    projected: tuple[Tensor, Tensor] | None = None,
-    finite: Tensor | None = None,
-) -> None:
-    """Take one step between two refreshes, in place on weight (B, m, n) and on every tensor of `state` but the basis.
-
-    gradient: (B, m, n) of the state's dtype; projected: R and `square_sums` of it, where they are known. Where `finite`
-    (B,) is false, nothing of that matrix changes.
-    """
-    passes, basis, dtype = operations(weight), state["basis"], state["exp_avg"].dtype
-    low, energy = projected or passes.project(gradient, basis, state["exp_avg"], form.side)
-    weights = (hyper.mean_weight, hyper.square_weight)
-    if finite is not None:
-        low, energy = (torch.where(per_item(finite, value), value, 0.0) for value in (low, energy))
-        # A moment's weight of zero leaves it as it is, bit by bit: no masks of R's size.
-        weights = (per_item(finite * weights[0], low), per_item(finite * weights[1], low))
-    direction, inside, size = passes.adam(low, state, weights, hyper.eps, form.side)
-    first = state["step"] == 0
-    state["step"].add_(1 if finite is None else finite)
-    correction = bias_correction(state["step"], hyper, form.correct_bias)
-    if finite is not None:
-        correction = torch.where(finite, correction, 0.0)  # 0/0 before the first step
-    lr, low_lr, keep = hyper.lr, hyper.low_lr, None
-    if form.decays:
-        lr, low_lr = lr * hyper.decay, low_lr * hyper.decay
-        keep = hyper.decay if finite is None else per_item(torch.where(finite, hyper.decay, 1.0), weight)
-    whole = per_item(low_lr * correction, low).to(dtype)
-    if form.variant == "galore":
-        passes.update(weight, gradient, basis, direction, low, Factors(whole, None, None, keep), finite, form.side)
-        return
-
-    scale = residual_scale(size, inside, form)
-    if form.variant == "paper":
-        scale = scale * per_item(correction, low).to(dtype)
-        rest, outer = energy - inside, low_lr.expand_as(correction)
-    else:
-        rest, outer = energy - hyper.removed * inside, lr * correction
-    norm = (scale.square() * rest.clamp_(min=0)).sum((-2, -1)).sqrt()
-    divisor, kept = limit(norm, state["limiter"], first, hyper.gamma, form.limiter)
-    state["limiter"].copy_(kept if finite is None else torch.where(finite, kept, state["limiter"]))
-    factor = scale * per_item(outer / divisor, scale).to(dtype)
-    share = factor if form.variant == "paper" else factor * hyper.alpha
-    passes.update(weight, gradient, basis, direction, low, Factors(whole, share, factor, keep), finite, form.side)
-
-
-# --- the class -----------------------------------------------------------------------------------------------------
+# --- the optimizer -------------------------------------------------------------------------------------------------
 
 
 class Fira(MatrixOptimizer):
-    """Fira for groups with the key `rank`, Adam (Hugging Face's form) for the others; decay is decoupled.
+    """Fira for groups with the key `rank`, Adam (Hugging Face's form) for the others; weight decay is decoupled.
 
-    A projected group may also hold `update_proj_gap` (200 steps), `alpha` (1.0) and `proj_type` ("std", "reverse_std",
-    "left", "right"), as the published package has them; the rank is cut to min(m, n). State of a projected (m, n)
-    matrix, a = the projected axis, b = the other: `basis` (a r), `exp_avg`, `exp_avg_sq` (b r each), `limiter`, `step`.
+    A projected group may also set `update_proj_gap` (200 steps), `alpha` (1.0) and `proj_type` ("std", "reverse_std",
+    "left", "right"), as in the published package; the rank is cut to min(m, n).
+    State of a projected (m, n) matrix, a = the projected axis, b = the other: `basis` (a r elements), `exp_avg` and
+    `exp_avg_sq` (b r each), `limiter`, `step`.
 
-    variant: "code" | "paper" | "galore" (see the module). scaling: "column" | "matrix". gamma: growth allowed to the
-    residual's norm in a step, None for no limit. limiter: "mended" | "compat". refresh: "svd" | "gram" | "subspace".
-    rotate_states: carry the moments into the new basis. stagger: spread the refreshes after the first over the gap.
-    stochastic_rounding: of bfloat16 weights. Raises ValueError for any value out of range and for a projected
-    parameter that is not a matrix.
+    Args:
+        params: parameters, or groups such as `fira_param_groups` returns.
+        lr, betas, eps, weight_decay: as in AdamW.
+        correct_bias: whether the step size has Adam's bias correction.
+        variant: "code", "paper" or "galore"; see the top of this file.
+        gamma: growth allowed to the norm of the residual in one step, None for no limit.
+        refresh: how bases are computed, "svd", "gram" or "subspace"; see `epochal.optim.projection`.
+        rotate_states: whether a refresh carries the moments into the new basis.
+        scaling: one factor phi for every "column" or for the whole "matrix".
+        limiter: "zero_safe" or "compat"; see the top of this file.
+        stagger: whether the refreshes of different matrices are spread over the gap, after the first.
+        stochastic_rounding: of bfloat16 weights.
+
+    Raises:
+        ValueError: for a value out of range, and for a projected parameter that is not a matrix.
     """
 
     def __init__(
@@ -333,17 +297,17 @@ class Fira(MatrixOptimizer):
         refresh: str = "gram",
         rotate_states: bool = False,
         scaling: str = "column",
-        limiter: str = "mended",
+        limiter: str = "zero_safe",
         stagger: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
-        choices = {"variant": variant, "gamma": gamma, "scaling": scaling, "limiter": limiter}
+        residual = {"variant": variant, "gamma": gamma, "scaling": scaling, "limiter": limiter}
         bases = {"refresh": refresh, "rotate_states": rotate_states, "stagger": stagger}
-        super().__init__(params, {**adam, **choices, **bases, "stochastic_rounding": stochastic_rounding})
+        super().__init__(params, {**adam, **residual, **bases, "stochastic_rounding": stochastic_rounding})
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group after checking it; the caller's dict is left as it is."""
+        """Check and add a group; the caller's dict is not changed."""
         group = dict(param_group)
         if "rank" in group:
             group = {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", **group}
@@ -355,29 +319,29 @@ class Fira(MatrixOptimizer):
             raise
         if "rank" in group:
             logger.info("Fira projects %d matrices to rank %d", len(self.param_groups[-1]["params"]), group["rank"])
-        self._forget_clock()
+        self._reset_clock()
 
-    def _forget_clock(self) -> None:
-        # An upper bound of each matrix' completed steps, known without asking the device; see `_due`.
+    def _reset_clock(self) -> None:
+        # Per matrix, an upper bound of its completed steps that needs no read from the device; see `_due`.
         self._clock: dict[Tensor, int] = {}
-        self._last_hyper: tuple[tuple[Any, ...], Hyper] | None = None
         matrices = [p for group in self.param_groups if "rank" in group for p in group["params"]]
-        self._place = {p: (index, len(matrices)) for index, p in enumerate(matrices)}
+        # Per matrix, its index and the number of all matrices, for `stagger`.
+        self._position = {p: (index, len(matrices)) for index, p in enumerate(matrices)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # torch calls this when a state is loaded, copied or unpickled: each may change the counts.
+        # torch calls this when a state is loaded, copied or unpickled; any of these may change the step counts.
         super().__setstate__(state)
-        self._forget_clock()
+        self._reset_clock()
 
     def needs_whole(self, parameter: Tensor, group: Group) -> bool:
-        """Whether the parameter is projected."""
+        """Return whether the parameter is projected."""
         return "rank" in group
 
-    def over(self, stand_ins: Mapping[Tensor, Tensor]) -> Self:
-        """As the base class; every matrix keeps its turn among all matrices for `stagger`."""
-        other = super().over(stand_ins)
-        other._forget_clock()
-        other._place = {stand_ins[p]: place for p, place in self._place.items() if p in stand_ins}
+    def rebind(self, params: Mapping[Tensor, Tensor]) -> Self:
+        """As the base class; `stagger` still counts all matrices, so refreshes stay at the same steps."""
+        other = super().rebind(params)
+        other._reset_clock()
+        other._position = {params[p]: position for p, position in self._position.items() if p in params}
         return other
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
@@ -394,44 +358,42 @@ class Fira(MatrixOptimizer):
         zeros = {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name, shape in shapes.items()}
         return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros}
 
-    # --- a step: refreshes in the order of the parameters, then batches ----------------------------------------------
+    # --- refreshes ---
 
     def buckets(self, group: Group) -> list[list[Tensor]]:
-        """List what can be stacked; new parameters get their state, those due their basis."""
-        found = super().buckets(group)
+        """As the base class; also refreshes every basis that is due."""
+        buckets = super().buckets(group)
         if "rank" not in group:
-            return found
+            return buckets
         for p in group["params"]:
             if p.grad is not None and p.numel() > 0 and self._due(p, group):
                 self._refresh(p, group)
-        return found
+        return buckets
 
     def _due(self, p: Tensor, group: Group) -> bool:
-        """Whether p's completed steps are a multiple of the gap, without a device sync unless it is likely.
-
-        The clock counts attempts, the state's `step` those that were not skipped: the clock is never behind. So it
-        reaches each multiple first, and only there is the true count read and the clock set back.
-        """
+        """Return whether the number of p's completed steps is a multiple of the gap (shifted by its stagger)."""
+        # The true count is on the device, and reading it is a sync. `_clock` counts attempted steps, `step` only those
+        # that were not skipped, so the clock reaches every multiple first. Only then is the true count read.
         gap = group["update_proj_gap"]
-        index, count = self._place[p]
-        phase = index * gap // count if group["stagger"] else 0
+        index, count = self._position[p]
+        shift = index * gap // count if group["stagger"] else 0
 
-        def hits(done: int) -> bool:
-            return done == 0 or (done + phase) % gap == 0
+        def due(done: int) -> bool:
+            return done == 0 or (done + shift) % gap == 0
 
         done = self._clock.get(p)
-        if done is None or hits(done):
+        if done is None or due(done):
             done = int(self.state[p]["step"])
         self._clock[p] = done + 1
-        return hits(done)
+        return due(done)
 
     def _refresh(self, p: Tensor, group: Group) -> None:
-        """Replace the basis by that of the current gradient, and carry the moments along if asked to."""
+        """Replace the basis by that of the current gradient; with `rotate_states`, rotate the moments into it."""
         assert p.grad is not None
         state = self.state[p]
         side = projected_side(p.shape, group["proj_type"])
         if not bool(all_finite(square_sums(p.grad.to(state_dtype(p.dtype)).unsqueeze(0), side))):
-            del self._clock[p]  # the step will be skipped, and this refresh is due again at the next
+            del self._clock[p]  # this step will be skipped, so the refresh is due again at the next
             return
         old = state["basis"]
         previous = old if int(state["step"]) > 0 else None
@@ -444,111 +406,69 @@ class Fira(MatrixOptimizer):
         basis = basis.to(old.dtype)
         if group["rotate_states"] and previous is not None:
             moments = (state["exp_avg"], state["exp_avg_sq"])
-            turned = rotate_moments(*moments, old, basis, side, state["step"], group["betas"])
-            torch._foreach_copy_(list(moments), list(turned))
+            rotated = rotate_moments(*moments, old, basis, side, state["step"], group["betas"])
+            torch._foreach_copy_(list(moments), list(rotated))
         old.copy_(basis)
 
+    # --- the step ---
+
     def step_bucket(self, parameters: list[Tensor], group: Group) -> None:
-        """Step a bucket in place: a single matrix without a copy, small ones stacked."""
+        """Update one bucket in place; a single float32 matrix is updated without copying it."""
         if "rank" not in group:
             super().step_bucket(parameters, group)
             return
-        kept = parameters[0].dtype
-        wide = state_dtype(kept)
+        dtype = parameters[0].dtype
+        wide = state_dtype(dtype)
         weights = stack([p.detach() for p in parameters]).to(wide)
         gradients = stack([p.grad for p in parameters if p.grad is not None]).to(wide)
         states = [self.state[p] for p in parameters]
         state = {name: stack([one[name] for one in states]) for name in states[0]}
-        form = _form(parameters[0], group)
-        projected = operations(weights).project(gradients, state["basis"], state["exp_avg"], form.side)
-        finite = all_finite(projected[1])
-        # Looking is free on a CPU and a sync elsewhere; without a look the step masks what may not be finite.
-        clean = finite.device.type == "cpu" and bool(finite.all())
-        if not clean:
-            self.skipped += (~finite).sum().to(self.skipped.device)
-        hyper = self._hyper(group, weights)
-        fira_step_(weights, gradients, state, hyper, form, projected=projected, finite=None if clean else finite)
-        if group["stochastic_rounding"] and kept == torch.bfloat16:
+
+        finite = fira_update(weights, gradients, state, group, projected_side(parameters[0].shape, group["proj_type"]))
+        self.skipped += (~finite).sum().to(self.skipped.device)
+
+        if group["stochastic_rounding"] and dtype == torch.bfloat16:
             weights = round_stochastically(weights)
-        if len(parameters) > 1 or kept != wide:
+        # `stack` returned views of a single matrix and its state, which are updated already; write back only copies.
+        if len(parameters) > 1 or dtype != wide:
             torch._foreach_copy_(parameters, list(weights.unbind(0)))
         if len(parameters) > 1:
             for name, value in state.items():
                 if name != "basis":
                     torch._foreach_copy_([one[name] for one in states], list(value.unbind(0)))
 
-    def _hyper(self, group: Group, like: Tensor) -> Hyper:
-        # The same for all matrices of a group in a step; eleven fills are much for a small one.
-        names = ("lr", "betas", "eps", "weight_decay", "gamma")
-        key = (*(group[name] for name in names), group.get("alpha"), like.device, like.dtype)
-        if isinstance(group["lr"], Tensor):  # its value may change in place
-            return make_hyper(group, like)
-        if self._last_hyper is None or self._last_hyper[0] != key:
-            self._last_hyper = (key, make_hyper(group, like))
-        return self._last_hyper[1]
-
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
         """Return Adam's (U, new state) of a bucket that is not projected."""
-        hyper = self._hyper(group, gradients)
         new = {name: value.clone() for name, value in state.items()}
         step = new["step"].add_(1)
-        direction, _ = adam_direction_(gradients, new, (hyper.mean_weight, hyper.square_weight), hyper.eps)
-        factor = bias_correction(step, hyper, group["correct_bias"])
+        weights = [scalar(1 - beta, gradients) for beta in group["betas"]]
+        direction, _ = adam_direction_(gradients, new, weights, group["eps"])
         # The published code decays the updated weight, (1 - lr wd)(W - lr U); the base class decays only W.
-        return direction.mul_(per_item(factor, direction) * hyper.decay), new
+        factor = per_item(bias_correction(step, group), direction) * self.decay_factor(gradients, group)
+        return direction.mul_(factor), new
 
 
-def _form(p: Tensor, group: Group) -> Form:
-    side = projected_side(p.shape, group["proj_type"])
-    limiter = "off" if group["gamma"] is None else group["limiter"]
-    return Form(side, group["variant"], group["scaling"], limiter, group["correct_bias"], group["weight_decay"] != 0)
-
-
-def make_hyper(group: Group, like: Tensor) -> Hyper:
-    """Return a group's numbers beside `like`, in its dtype where they meet matrices."""
-    lr, alpha, (beta1, beta2) = group["lr"], group.get("alpha", 1.0), group["betas"]
-    gamma = 1.0 if group["gamma"] is None else group["gamma"]
-    exact = (lr, lr * alpha, beta1, beta2)
-    decay = MatrixOptimizer.kept(like, group)
-    broad = (1 - beta1, 1 - beta2, max(group["eps"], 1e-30), alpha, alpha * (2 - alpha), gamma, decay)
-    scalars = [_scalar(value, like.device, torch.float64) for value in exact]
-    return Hyper(*scalars, *(_scalar(value, like.device, like.dtype) for value in broad))
-
-
-def _scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype)
-    # A fill, not a copy: torch.tensor(..., device="cuda") would wait for the device.
-    return torch.full((), value, device=device, dtype=dtype)
-
-
-# --- refusals and groups -------------------------------------------------------------------------------------------
+# --- checks and parameter groups -----------------------------------------------------------------------------------
 
 
 def _check_matrix(p: Tensor) -> None:
     if p.ndim != 2:
         raise ValueError(
-            f"Fira cannot project a parameter of shape {tuple(p.shape)}: it needs whole matrices; give it a group "
-            "without `rank`, or use a profile that does not flatten parameters."
+            f"Fira cannot project a parameter of shape {tuple(p.shape)}, because it needs whole matrices; put it in a "
+            "group without `rank`, or train with a parallelism that does not flatten parameters."
         )
 
 
 def _check_group(group: Group) -> None:
-    """Raise ValueError for the first value out of range."""
     _check_numbers(group)
-    choices = {
-        "variant": VARIANTS,
-        "scaling": ("column", "matrix"),
-        "limiter": ("mended", "compat"),
-        "refresh": METHODS,
-    }
+    choices = {"variant": VARIANTS, "scaling": ("column", "matrix"), "limiter": LIMITERS, "refresh": METHODS}
     if "rank" in group:
         choices["proj_type"] = PROJ_TYPES
         for p in group["params"]:
             _check_matrix(p)
     for name, allowed in choices.items():
         if group[name] not in allowed:
-            raise ValueError(f"{name}={group[name]!r} is not known to Fira; use one of {', '.join(allowed)}.")
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {group[name]!r}.")
 
 
 def _check_numbers(group: Group) -> None:
@@ -564,12 +484,12 @@ def _check_numbers(group: Group) -> None:
     if "rank" in group:
         for name in ("rank", "update_proj_gap"):
             value = group[name]
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            demands[name] = (whole, "a whole number, at least 1")
+            positive_integer = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            demands[name] = (positive_integer, "a positive integer")
         demands["alpha"] = (group["alpha"] > 0, "greater than 0")
     for name, (met, demand) in demands.items():
         if not met:
-            raise ValueError(f"{name}={group[name]!r} is out of Fira's range; it must be {demand}.")
+            raise ValueError(f"{name} must be {demand}, got {group[name]!r}.")
 
 
 def fira_param_groups(
@@ -583,9 +503,14 @@ def fira_param_groups(
 ) -> list[Group]:
     """Return two groups: all other trainable parameters, and the matrices whose name contains one of the patterns.
 
-    A matrix is a trainable 2-D parameter outside nn.Embedding; a shared one is counted once. The second group's key
-    `matched` tells how many each pattern matched. Raises ValueError when a pattern matches nothing.
+    A matrix is a trainable 2-D parameter outside nn.Embedding; a shared one is counted once. The key `matched` of the
+    second group is the number of matrices that each pattern matched.
+
+    Raises:
+        ValueError: for a pattern that matches nothing, and for no patterns.
     """
+    if not patterns:
+        raise ValueError("patterns must not be empty, or nothing would be projected; name parts of the model.")
     embedded = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in embedded]
@@ -593,11 +518,9 @@ def fira_param_groups(
     for pattern, count in matched.items():
         if count == 0:
             raise ValueError(
-                f"The pattern {pattern!r} is in no name of the model's {len(matrices)} trainable matrices; "
+                f"The pattern {pattern!r} matches none of the model's {len(matrices)} trainable matrices; "
                 f"use parts of names such as {matrices[0][0] if matrices else 'attn'!r}."
             )
-    if not matched:
-        raise ValueError("fira_param_groups got no patterns, so nothing would be projected; name parts of the model.")
     chosen = [p for name, p in matrices if any(pattern in name for pattern in patterns)]
     taken = {id(p) for p in chosen}
     others = [p for _, p in named if id(p) not in taken]

@@ -1,6 +1,6 @@
-"""Lion: the sign of an interpolated momentum (Chen et al. 2023, Algorithm 2).
+"""Lion (Chen et al. 2023, arXiv 2302.06675, Algorithm 2): the sign of an interpolated momentum.
 
-U = sign(b1 m + (1 - b1) g);   m <- b2 m + (1 - b2) g
+U = sign(b1 m + (1 - b1) g);   m <- b2 m + (1 - b2) g;   W <- (1 - lr wd) W - lr U
 """
 
 from __future__ import annotations
@@ -19,17 +19,34 @@ def lion_init(parameter: Tensor) -> State:
 
 
 def lion_update(gradient: Tensor, state: State, *, betas: tuple[float, float]) -> tuple[Tensor, State]:
-    """Return (U, new state) for gradients (B, ...)."""
+    """Return (U, new state) of a batch.
+
+    Args:
+        gradient: (B, ...).
+        state: `exp_avg` (m) of the same shape, `step` (B,).
+        betas: b1, the weight of the momentum in the update, and b2, its decay rate.
+    """
     beta1, beta2 = betas
-    direction = torch.lerp(state["exp_avg"], gradient, 1 - beta1).sign()
-    return direction, {"step": state["step"] + 1, "exp_avg": torch.lerp(state["exp_avg"], gradient, 1 - beta2)}
+    # The sign uses the old momentum; the momentum itself then moves more slowly, by b2.
+    update = torch.lerp(state["exp_avg"], gradient, 1 - beta1).sign()
+    momentum = torch.lerp(state["exp_avg"], gradient, 1 - beta2)
+    return update, {"step": state["step"] + 1, "exp_avg": momentum}
 
 
 LION = Rule(lion_init, lion_update, {"betas": (0.9, 0.99)})
 
 
 class Lion(RuleOptimizer):
-    """W <- (1 - lr wd) W - lr U; state: `step` and one buffer of the parameter's shape."""
+    """Lion with decoupled weight decay.
+
+    State per parameter: `step` (0-d) and `exp_avg` of the parameter's shape, float32 for half-precision weights.
+
+    Args:
+        params: parameters or groups.
+        lr: every element moves by this much per step, so about a tenth of Adam's.
+        betas: b1, b2 in the formula at the top of this file.
+        weight_decay: decoupled, multiplied by lr.
+    """
 
     rule: ClassVar[Rule] = LION
 

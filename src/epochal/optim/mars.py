@@ -1,11 +1,11 @@
-"""MARS, approximate form: variance reduction by the previous gradient, before AdamW or Lion (Yuan et al. 2024).
+"""MARS, approximate form (Yuan et al. 2024): variance reduction by the previous gradient, before AdamW or Lion.
 
-    c = g + gamma b1 / (1 - b1) (g - g_previous), divided by its Frobenius norm where that exceeds 1 (per matrix)
-    mars-adamw: m, v from c, U as AdamW;   mars-lion: m from c, U = sign(m)
+    c = g + gamma b1 / (1 - b1) (g - g_previous), divided by its Frobenius norm if that exceeds 1 (per matrix)
+    mars-adamw: m, v from c, U as in AdamW;   mars-lion: m from c, U = sign(m);   W <- (1 - lr wd) W - lr U
 
-Vectors take AdamW with betas of their own, at `vector_lr_scale` times the learning rate.
+Vectors take AdamW with `vector_betas`, at `vector_lr_scale` times the learning rate.
 Differs from the published code: vectors decay with the group's weight decay at the group's learning rate (there: 0.1 at
-the vectors' learning rate, whatever the group says), and mars-shampoo is not offered.
+the vectors' learning rate, whatever the group says), and mars-shampoo is not implemented.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from epochal.optim.adamw import adamw_update, bias_corrected
+from epochal.optim.adamw import adamw_init, adamw_update, bias_corrected
 from epochal.optim.base import Rule, RuleOptimizer, State, new_state, per_item
+
+MARS_TYPES = ("mars-adamw", "mars-lion")
 
 
 def mars_init(parameter: Tensor) -> State:
     """Return zero moments and, for matrices, a zero previous gradient."""
     if parameter.ndim < 2:
-        return new_state(parameter, "exp_avg", "exp_avg_sq")
+        return adamw_init(parameter)
     return new_state(parameter, "exp_avg", "exp_avg_sq", "previous")
 
 
@@ -37,13 +39,24 @@ def mars_update(
     mars_type: str,
     eps: float,
 ) -> tuple[Tensor, State]:
-    """Return (U, new state) for gradients (B, ...), every item with its own norm rule; `step` is (B,)."""
+    """Return (U, new state) of a batch.
+
+    Args:
+        gradient: (B, n) for vectors, (B, m, n) or more axes for matrices.
+        state: `exp_avg` (m), `exp_avg_sq` (v) and, for matrices, `previous` of the same shape; `step` (B,).
+        betas, vector_betas: decay rates of the moments of matrices and of vectors.
+        gamma: strength of the variance reduction.
+        vector_lr_scale: factor on the update of vectors.
+        mars_type: "mars-adamw" or "mars-lion".
+        eps: added to the corrected root.
+    """
     if gradient.ndim < 3:
         update, state = adamw_update(gradient, state, betas=vector_betas, eps=eps)
         return vector_lr_scale * update, state
     beta1, beta2 = betas
     step = state["step"] + 1
     corrected = gradient + gamma * beta1 / (1 - beta1) * (gradient - state["previous"])
+    # Every item of the batch is clipped by its own norm.
     norm = torch.linalg.vector_norm(corrected.flatten(1), dim=1)
     corrected = corrected / per_item(norm.clamp(min=1.0), corrected)
     mean = torch.lerp(state["exp_avg"], corrected, 1 - beta1)
@@ -70,9 +83,18 @@ MARS = Rule(
 
 
 class Mars(RuleOptimizer):
-    """W <- (1 - lr wd) W - lr U; state: `step`, two moments and, for matrices, the previous gradient.
+    """MARS with decoupled weight decay.
 
-    Raises ValueError for a `mars_type` other than "mars-adamw" and "mars-lion".
+    State per parameter: `step` (0-d), two moments and, for matrices, the previous gradient, each of the parameter's
+    shape, float32 for half-precision weights.
+
+    Args:
+        params: parameters or groups.
+        lr, weight_decay: as in AdamW.
+        betas, vector_betas, gamma, vector_lr_scale, mars_type, eps: as in `mars_update`.
+
+    Raises:
+        ValueError: for an unknown `mars_type`.
     """
 
     rule: ClassVar[Rule] = MARS
@@ -92,11 +114,11 @@ class Mars(RuleOptimizer):
     ) -> None:
         check_mars_type(mars_type)
         vectors = {"vector_betas": vector_betas, "vector_lr_scale": vector_lr_scale}
-        own = {"betas": betas, "gamma": gamma, "mars_type": mars_type, "eps": eps, **vectors}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own})
+        matrices = {"betas": betas, "gamma": gamma, "mars_type": mars_type}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "eps": eps, **matrices, **vectors})
 
 
 def check_mars_type(mars_type: str) -> None:
-    """Raise ValueError unless `mars_type` is one that `mars_update` knows."""
-    if mars_type not in ("mars-adamw", "mars-lion"):
-        raise ValueError(f"mars_type={mars_type!r} is not offered; use 'mars-adamw' or 'mars-lion'.")
+    """Raise ValueError for an unknown `mars_type`."""
+    if mars_type not in MARS_TYPES:
+        raise ValueError(f"mars_type must be one of {', '.join(MARS_TYPES)}, got {mars_type!r}.")

@@ -1,10 +1,11 @@
-"""Muon for matrices, AdamW for everything else, in one optimizer (Jordan et al. 2024).
+"""Muon (Jordan et al. 2024) for matrices and AdamW for all else, in one optimizer.
 
-    b <- mu b + (1 - mu) g;   d = (1 - mu) g + mu b (Nesterov) or b;   U = scale * NS5(d / ||d||_F)
+    b <- mu b + (1 - mu) g;   d = (1 - mu) g + mu b (Nesterov) or b
+    U = scale * NS5(d / ||d||_F);   W <- (1 - lr wd) W - lr U
 
-NS5 is five quintic Newton-Schulz steps in bfloat16. torch.optim.Muon is the same update on matrices (the tests compare
-them); it refuses every other parameter and loops over matrices, where this class updates equal shapes in one batch and
-gives vectors, and groups marked `{"orthogonalize": False}` (embeddings, head), to AdamW at the same learning rate.
+NS5 is five quintic Newton-Schulz steps in bfloat16. torch.optim.Muon has the same update (the tests compare them), but it
+refuses parameters that are not matrices and loops over matrices. This class updates equal shapes in one batch. It gives
+vectors, and groups with `"orthogonalize": False` (embeddings, head), to AdamW at the same learning rate.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from epochal.optim.adamw import adamw_init, adamw_update
 from epochal.optim.base import Group, MatrixOptimizer, State
 from epochal.optim.signum import momentum_init
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the published quintic
+LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")  # torch's names
 
 
 def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Push the singular values of x (..., m, n) towards 1 by quintic Newton-Schulz steps; returns `dtype`."""
+    """Push the singular values of x (..., m, n) towards 1 by quintic Newton-Schulz steps in `dtype`."""
     a, b, c = COEFFICIENTS
     y = x.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    y = y.mT if tall else y
+    y = y.mT if tall else y  # the Gram matrix of the smaller side
+    # The iteration needs singular values of at most 1; the Frobenius norm is an upper bound of the largest.
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = y @ y.mT
@@ -37,7 +40,7 @@ def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.
 
 
 def muon_scale(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
-    """Return the factor on the learning rate: sqrt(max(1, rows/columns)), or 0.2 sqrt(max(rows, columns))."""
+    """Return the factor on the update: sqrt(max(1, rows/columns)), or 0.2 sqrt(max(rows, columns))."""
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
@@ -46,7 +49,16 @@ def muon_scale(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
 def muon_update(
     gradient: Tensor, state: State, *, momentum: float, nesterov: bool, ns_steps: int, adjust_lr_fn: str | None
 ) -> tuple[Tensor, State]:
-    """Return (U, new state) for gradients (B, m, n) and `momentum_buffer` (B, m, n)."""
+    """Return (U, new state) of a batch of matrices.
+
+    Args:
+        gradient: (B, m, n).
+        state: `momentum_buffer` (b) of the same shape, `step` (B,).
+        momentum: mu.
+        nesterov: whether d looks one step ahead.
+        ns_steps: number of Newton-Schulz steps.
+        adjust_lr_fn: see `muon_scale`.
+    """
     buffer = torch.lerp(state["momentum_buffer"], gradient, 1 - momentum)
     direction = torch.lerp(gradient, buffer, momentum) if nesterov else buffer
     rows, columns = gradient.shape[-2:]
@@ -55,11 +67,21 @@ def muon_update(
 
 
 class Muon(MatrixOptimizer):
-    """W <- (1 - lr wd) W - lr U; state: `step` and one buffer for a matrix, `step` and two for anything else.
+    """Muon and AdamW with decoupled weight decay.
 
-    `adjust_lr_fn` is torch's: None or "original" scales by sqrt(max(1, rows/columns)), "match_rms_adamw" by
-    0.2 sqrt(max(rows, columns)), with which one learning rate suits matrices and vectors.
-    Raises ValueError for any other.
+    State per matrix: `step` (0-d) and `momentum_buffer`; per other parameter: `step` and Adam's two moments. Buffers
+    have the parameter's shape and are float32 for half-precision weights.
+
+    Args:
+        params: parameters or groups; a group with `"orthogonalize": False` takes AdamW.
+        lr, weight_decay: as in AdamW.
+        momentum, nesterov, ns_steps: as in `muon_update`.
+        adjust_lr_fn: torch's; None or "original" scales by sqrt(max(1, rows/columns)), "match_rms_adamw" by
+            0.2 sqrt(max(rows, columns)), so that one learning rate suits matrices and vectors.
+        betas, eps: of AdamW.
+
+    Raises:
+        ValueError: for an unknown `adjust_lr_fn`.
     """
 
     def __init__(
@@ -75,24 +97,22 @@ class Muon(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-            raise ValueError(
-                f"adjust_lr_fn={adjust_lr_fn!r} is not a rule Muon knows; use None, 'original' or 'match_rms_adamw'."
-            )
-        matrix = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
+        if adjust_lr_fn not in LR_ADJUSTMENTS:
+            raise ValueError(f"adjust_lr_fn must be one of {LR_ADJUSTMENTS}, got {adjust_lr_fn!r}.")
+        matrices = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         others = {"betas": betas, "eps": eps, "orthogonalize": True}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **matrix, **others})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **matrices, **others})
 
     def needs_whole(self, parameter: Tensor, group: Group) -> bool:
-        """Whether the parameter is a matrix that is orthogonalised."""
+        """Return whether the parameter is a matrix that is orthogonalized."""
         return parameter.ndim == 2 and bool(group["orthogonalize"])
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
-        """Return a momentum buffer for a matrix, two moments for anything else."""
+        """Return a momentum buffer for a matrix, two moments for any other parameter."""
         return momentum_init(parameter) if self.needs_whole(parameter, group) else adamw_init(parameter)
 
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return (U, new state) of a bucket of matrices, or AdamW's of anything else."""
+        """Return Muon's (U, new state) of a bucket of matrices, AdamW's of any other."""
         if "momentum_buffer" not in state:
             return adamw_update(gradients, state, betas=group["betas"], eps=group["eps"])
         names = ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")

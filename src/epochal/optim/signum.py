@@ -1,9 +1,9 @@
-"""Signum, and SGD with momentum: the sign of a Nesterov momentum, or the momentum itself (Bernstein et al. 2018).
+"""Signum (Bernstein et al. 2018) and SGD with momentum: the sign of a Nesterov momentum, or the momentum itself.
 
-    b <- mu b + g;   d = g + mu b (Nesterov) or b;   U = sign(d), or d for sgdm
+    b <- mu b + g;   d = g + mu b (Nesterov) or b;   U = sign(d), or d for sgdm;   W <- (1 - lr wd) W - lr U
 
-Differs from the code SPECTRA was published with: there the buffer starts as a copy of the weights, here as zeros
-(`Spectra(compat="upstream")` restores that).
+Differs from the code published with SPECTRA, where the buffer starts as a copy of the weights, not at zero
+(`Spectra(compat="upstream")` follows that code).
 """
 
 from __future__ import annotations
@@ -22,14 +22,21 @@ def momentum_init(parameter: Tensor) -> State:
 
 
 def sgdm_update(gradient: Tensor, state: State, *, momentum: float, nesterov: bool) -> tuple[Tensor, State]:
-    """Return (momentum direction, new state) for gradients (B, ...); no dampening."""
+    """Return (d, new state) of a batch; there is no dampening.
+
+    Args:
+        gradient: (B, ...).
+        state: `momentum_buffer` (b) of the same shape, `step` (B,).
+        momentum: mu.
+        nesterov: whether d looks one step ahead.
+    """
     buffer = state["momentum_buffer"] * momentum + gradient
     direction = gradient + momentum * buffer if nesterov else buffer
     return direction, {"step": state["step"] + 1, "momentum_buffer": buffer}
 
 
 def signum_update(gradient: Tensor, state: State, *, momentum: float, nesterov: bool) -> tuple[Tensor, State]:
-    """Return (sign of the momentum direction, new state) for gradients (B, ...)."""
+    """Return (sign(d), new state) of a batch; arguments as in `sgdm_update`."""
     direction, state = sgdm_update(gradient, state, momentum=momentum, nesterov=nesterov)
     return torch.sign(direction), state
 
@@ -39,7 +46,17 @@ SGDM = Rule(momentum_init, sgdm_update, {"momentum": 0.95, "nesterov": True})
 
 
 class Signum(RuleOptimizer):
-    """W <- (1 - lr wd) W - lr sign(d); state: `step` and one buffer of the parameter's shape."""
+    """Signum with decoupled weight decay.
+
+    State per parameter: `step` (0-d) and `momentum_buffer` of the parameter's shape, float32 for half-precision weights.
+
+    Args:
+        params: parameters or groups.
+        lr: every element moves by this much per step.
+        momentum: mu in the formula at the top of this file.
+        nesterov: whether the sign is that of the momentum one step ahead.
+        weight_decay: decoupled, multiplied by lr.
+    """
 
     rule: ClassVar[Rule] = SIGNUM
 

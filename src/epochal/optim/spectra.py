@@ -125,10 +125,10 @@ class Spectra(MatrixOptimizer):
         matrix = parameter.ndim >= 2
         return self.selected[parameter] or (matrix and (group["pre_clip"] is not None or not self.rule.elementwise))
 
-    def over(self, stand_ins: Mapping[Tensor, Tensor]) -> Self:
-        """As the base class; a stand-in is clipped where its parameter is."""
-        other = super().over(stand_ins)
-        other.selected = {stand_ins[p]: clipped for p, clipped in self.selected.items() if p in stand_ins}
+    def rebind(self, params: Mapping[Tensor, Tensor]) -> Self:
+        """As the base class; a replacement is clipped if its parameter is."""
+        other = super().rebind(params)
+        other.selected = {params[p]: clipped for p, clipped in self.selected.items() if p in params}
         return other
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
@@ -167,7 +167,7 @@ class Spectra(MatrixOptimizer):
         super().step_bucket(parameters, group if self.selected[parameters[0]] else {**group, "operator": None})
 
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return (alpha H_c(U), new state) of a bucket; (U, new state) without operator, or if `move` will clip."""
+        """Return (alpha H_c(U), new state) of a bucket; (U, new state) without operator, or if `apply_update` will clip."""
         update, new = self.rule.apply(gradients, state, group)
         if self.compat == "upstream" and self.rule is MARS and parameters.ndim < 3:
             # The published vectors decay by 0.1 at their own learning rate, inside U.
@@ -180,10 +180,10 @@ class Spectra(MatrixOptimizer):
             return clip_vectors(update, c, operator=group["operator"], compat=self.compat), new
         return clip_matrices(update, c, group), new
 
-    def move(self, weights: Tensor, update: Tensor, step: Tensor, group: Group) -> Tensor:
+    def apply_update(self, weights: Tensor, update: Tensor, step: Tensor, group: Group) -> Tensor:
         """Return the new weights of a bucket; a kernel clips while it updates them."""
         if group["operator"] is None or not _clips_in_kernel(update, group):
-            return super().move(weights, update, step, group)
+            return super().apply_update(weights, update, step, group)
         (w, _), (u, alpha) = _in_blocks(weights, group), _in_blocks(update, group)
         lr = scalar(group["lr"], step.double())
         count = u.shape[0] * u.shape[1]

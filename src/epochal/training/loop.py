@@ -129,9 +129,7 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
     noise = Noise(seed=run.order_seed, dropout=run.dropout, input_mask_prob=run.input_mask_prob)
     noise.attach(model)
     rise = round(run.warmup * run.steps)
-    make_optimizer = functools.partial(
-        build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=rise, decay=run.decay
-    )
+    make_optimizer = functools.partial(build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=rise)
     processes.prepare(Objective(model, noise, teacher, run.precision), make_optimizer)
     average = WeightAverage(run, model)
     progress = _resume(run, workspace, processes, checkpoint, average)
