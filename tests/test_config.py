@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from epochal.config import find_config, from_table, load_toml, nearest, to_table, write_atomic
+from epochal.config import find_config, from_table, load_toml, nearest, replaced_folder, to_table, write_atomic
 from epochal.run import AdamW, Ensemble, Run, Samples, SequenceDistillation
 
 
@@ -156,3 +156,22 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [item.name for item in path.parent.iterdir()] == ["file"]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "sub" / "folder"
+
+    def write(name: str) -> None:
+        with replaced_folder(folder) as temporary:
+            (temporary / name).write_text("")
+            if name == "broken":
+                raise OSError("disk full")
+
+    write("old")
+    (folder.with_name(".folder.tmp")).mkdir()
+    (folder.with_name(".folder.tmp") / "left by a killed process").write_text("")
+    with pytest.raises(OSError, match="disk full"):
+        write("broken")
+    assert [str(item.relative_to(folder.parent)) for item in folder.parent.rglob("*")] == ["folder", "folder/old"]
+    write("new")
+    assert [str(item.relative_to(folder.parent)) for item in folder.parent.rglob("*")] == ["folder", "folder/new"]

@@ -3,14 +3,16 @@
 Also the one rule for names: `kjv` means `configs/data/kjv.toml`; anything with a slash or a suffix is a path.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import os
+import shutil
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,19 +169,44 @@ def seconds(text: str) -> float:
     return value
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file beside its place, flush it to disk, and rename it: readers see the old or the new, never half."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to the file `path`; on success it is flushed to disk and renamed to `path`.
+
+    Readers see the old file or the new one, never half of it. After an error the old file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
     try:
-        with beside.open("wb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode())
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder next to the folder `path`; on success it replaces `path`, after an error it is removed.
+
+    Only one process may replace a folder at a time.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # without the process id: a killed process's folder is removed
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file so that readers see the old content or the new, never half of it."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 def model_path(name_or_path: str | Path) -> Path:

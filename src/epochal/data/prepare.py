@@ -7,7 +7,6 @@ runs of a campaign share is the first D tokens of that order, so a smaller subse
 import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from epochal.config import find_config, load_toml, to_table
+from epochal.config import find_config, load_toml, replaced_folder, to_table
 from epochal.data.documents import Source, read_documents
 from epochal.data.store import META_VERSION, SPLITS, TokenStore
 from epochal.data.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer
@@ -94,22 +93,11 @@ def prepare(name: str, data_folder: Path) -> TokenStore:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second start waits here, then finds the store
         try:
             if not folder.exists():
-                _build_beside(config, folder, path)
+                with replaced_folder(folder) as temporary:
+                    _build(config, temporary, path)
         finally:
             lock_path.unlink(missing_ok=True)
     return TokenStore.open(folder, config_hash=config_hash(path))
-
-
-def _build_beside(config: DataConfig, folder: Path, path: Path) -> None:
-    """Build the store beside its place and rename it; what a killed start left there goes."""
-    beside = folder.with_name(f".{path.stem}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        _build(config, beside, path)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def content_hash(text: str) -> int:
