@@ -8,8 +8,8 @@ from typing import Any
 from epochal.config import find_config, load_toml, nearest
 from epochal.run import AdamW, Run, SequenceDistillation
 
-SEARCHES = ("in turn", "together")
-"""How the tuner asks for runs: whole stars, one neighbour at a time, or through Optuna first (`tuner.py`)."""
+SEARCH_MODES = ("sequential", "parallel")
+"""How a search asks for runs. sequential: one neighbor at a time; parallel: all neighbors (`search/descent.py`)."""
 
 
 Value = float | int
@@ -271,7 +271,7 @@ class Scale:
     optimizers: Comparison | None = None
     ablations: Ablations | None = None
     limits: Limits | None = None
-    search: str = "in turn"
+    search_mode: str = "sequential"
     continued: Continued | None = None
     kinds: Kinds | None = None
     soft: Soft | None = None
@@ -287,8 +287,8 @@ class Scale:
         ):
             if not values:
                 raise ValueError(f"{what} is empty; give at least one.")
-        if self.search not in SEARCHES:
-            raise ValueError(f"search is {self.search!r}; choose from {', '.join(SEARCHES)}.")
+        if self.search_mode not in SEARCH_MODES:
+            raise ValueError(f"search_mode must be one of {', '.join(SEARCH_MODES)}, got {self.search_mode!r}.")
         if self.ladder[0].lr is None or self.ladder[0].epochs is None:
             raise ValueError(
                 f"the smallest size {self.ladder[0].model!r} needs lr and epochs: its search starts there."

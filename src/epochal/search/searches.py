@@ -111,7 +111,7 @@ def ensemble_search(
 def _descent(loss_of: LossOf, start: Point | None, grid: Grid, scale: Scale) -> Descent:
     if start is None:
         return NOT_STARTED
-    return descend(loss_of, start, grid, scale.search)
+    return descend(loss_of, start, grid, scale.search_mode)
 
 
 def mean_curve(record: Record) -> dict[int, float]:
