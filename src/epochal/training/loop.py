@@ -466,5 +466,4 @@ def _save_model(model: Any, store: TokenStore, folder: Path) -> None:
     """Write a Hugging Face folder with weights, config and tokenizer."""
     with replaced_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        for file in store.tokenizer_folder.iterdir():
-            shutil.copy(file, temporary / file.name)
+        shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
