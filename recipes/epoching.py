@@ -126,7 +126,7 @@ def missing(study: Study, tokens: int) -> tuple[str, ...]:
     """Name the standard searches of one budget that have no certificate yet."""
     arm = standard(study)
     return tuple(
-        f"neighbours of {m} {arm.label}" for m in budgets(study)[tokens] if not study.tuned(arm, m, tokens).certified
+        f"neighbors of {m} {arm.label}" for m in budgets(study)[tokens] if not study.tuned(arm, m, tokens).certified
     )
 
 

@@ -68,7 +68,7 @@ def size_law(study: Study, tokens: int) -> PowerLaw | None:
 def missing(study: Study, tokens: int) -> tuple[str, ...]:
     """Name what the tuned losses of one budget lack for a final verdict: neighbors that have not run, and seeds."""
     models = [model for model in study.scale.models if not study.tuned(TUNED, model, tokens).certified]
-    return (*(f"neighbours of {model}" for model in models), *(("one seed",) if study.scale.seeds < 2 else ()))
+    return (*(f"neighbors of {model}" for model in models), *(("one seed",) if study.scale.seeds < 2 else ()))
 
 
 def report(study: Study) -> Section:

@@ -86,11 +86,11 @@ def rows(*texts: str, column: str = "text") -> bytes:
         ("a.jsonl", rows("x") + b"{text\n", "line 2: not JSON"),
         ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
         ("a.jsonl", rows("x", column="texts"), "did you mean 'texts'"),
-        ("a.jsonl", b'{"text": 3}\n', "not text"),
+        ("a.jsonl", b'{"text": 3}\n', "must hold text"),
         ("a.jsonl", b"", "has no documents"),
         ("a.parquet", b"PAR", "parquet"),
         ("a.jsonl.gz", gzip.compress(rows("x", column="body")), "has no column 'text'"),
-        ("a.docx", b"abc", "unknown ending"),
+        ("a.docx", b"abc", "unknown file type"),
     ],
 )
 def test_bad_text_is_refused(refused: Refused, tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
@@ -112,7 +112,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
     good = path.read_text()
     for old, new, words in [
         ("[split]", "[spilt]", "did you mean 'split'"),
-        ("train = 300", "train = 3", "train is 3"),
+        ("train = 300", "train = 3", "train must be at least 258"),
         ("train = 300", "trian = 300", "did you mean 'train'"),
         ("validation = 0.1", "validation = 2.0", "leave no training text"),
         ("licence =", "license =", "did you mean 'licence'"),
@@ -133,7 +133,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
     [
         ("warmup =", "warmpu =", "did you mean 'warmup'"),
         ("batch_size = 4", "batch_size = 5", "use 1920 or 2080"),
-        ("batch_size = 4", 'batch_size = "4"', "not of type int"),
+        ("batch_size = 4", 'batch_size = "4"', "must be of type int"),
         ("batch_size = 4", "", "missing key 'batch_size'"),
         ('models = ["w16"]', 'models = ["w23"]', "is not on the ladder"),
         ("wd = [0.1, 0.8]", "wd = [0.8]", "standard_wd 0.1"),
@@ -187,10 +187,10 @@ def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campa
     ("options", "words"),
     [
         (["--micro-batch", "3"], "does not divide"),
-        (["--time-limit", "soon"], "is no duration"),
-        (["--time-limit", "-3m"], "is no duration"),
-        (["--time-limit", "nan"], "is no duration"),
-        (["--checkpoint-every", "0"], "is no duration"),
+        (["--time-limit", "soon"], "A duration must be"),
+        (["--time-limit", "-3m"], "A duration must be"),
+        (["--time-limit", "nan"], "A duration must be"),
+        (["--checkpoint-every", "0"], "A duration must be"),
         (["--tracker", "mlflow"], "is unknown"),
         (["--profile", "none-such"], "none-such"),
     ],

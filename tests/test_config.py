@@ -1,11 +1,11 @@
-"""TOML into dataclasses: unknown and missing keys, wrong types, unreadable files, and back again."""
+"""TOML into dataclasses and back, names of configs, and interrupted writes."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from epochal.config import find_config, from_table, load_toml, nearest, to_table, write_atomic
+from epochal.config import find_config, from_table, load_toml, nearest, replaced_folder, to_table, write_atomic
 from epochal.run import AdamW, Ensemble, Run, Samples, SequenceDistillation
 
 
@@ -28,8 +28,8 @@ class Outer:
 GOOD = {"rate": 1, "inner": {"size": 2}}
 
 
-def test_a_full_table() -> None:
-    found = from_table(
+def test_a_table_becomes_a_dataclass_and_back() -> None:
+    outer = from_table(
         {
             **GOOD,
             "maybe": "x",
@@ -38,51 +38,51 @@ def test_a_full_table() -> None:
             "table": {"a": 1},
         },
         Outer,
-        where="here",
+        where="x.toml",
     )
-    assert found == Outer(1.0, Inner(2), "x", (Inner(1), Inner(2, ("a",))), True, {"a": 1.0})
-    assert isinstance(found.rate, float)
-    assert from_table(to_table(found), Outer, where="there") == found
+    assert outer == Outer(1.0, Inner(2), "x", (Inner(1), Inner(2, ("a",))), True, {"a": 1.0})
+    assert isinstance(outer.rate, float)
+    assert from_table(to_table(outer), Outer, where="x.toml") == outer
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "phrases"),
     [
         ({"rat": 1}, ("unknown key 'rat'", "did you mean 'rate'")),
-        ({"inner": {"size": 2, "nmes": []}}, ("here: inner", "unknown key 'nmes'", "did you mean 'names'")),
+        ({"inner": {"size": 2, "nmes": []}}, ("x.toml: inner", "unknown key 'nmes'", "did you mean 'names'")),
         ({"zzzzzz": 1}, ("unknown key 'zzzzzz'",)),
-        ({"inner": {}}, ("here: inner", "missing key 'size'")),
-        ({"rate": "fast"}, ("here: rate", "'fast'", "float")),
-        ({"rate": True}, ("here: rate", "True", "float")),
+        ({"inner": {}}, ("x.toml: inner", "missing key 'size'")),
+        ({"rate": "fast"}, ("x.toml: rate", "'fast'", "float")),
+        ({"rate": True}, ("x.toml: rate", "True", "float")),
         ({"inner": {"size": 2.5}}, ("size", "2.5", "int")),
         ({"inner": {"size": True}}, ("size", "True", "int")),
-        ({"inner": 3}, ("inner", "not a table")),
-        ({"many": {"size": 1}}, ("many", "not a list")),
-        ({"many": [1]}, ("many", "not a table")),
+        ({"inner": 3}, ("inner", "must be a table")),
+        ({"many": {"size": 1}}, ("many", "must be a list")),
+        ({"many": [1]}, ("many", "must be a table")),
         ({"maybe": 3}, ("maybe", "3", "str")),
         ({"flag": 1}, ("flag", "bool")),
-        ({"table": 1}, ("table", "not a table")),
-        ({"inner": {"size": 1, "names": "abc"}}, ("names", "not a list")),
+        ({"table": 1}, ("table", "must be a table")),
+        ({"inner": {"size": 1, "names": "abc"}}, ("names", "must be a list")),
     ],
 )
-def test_each_mistake_is_one_sentence(changes: dict[str, object], words: tuple[str, ...]) -> None:
+def test_a_bad_table_is_refused_in_one_line(changes: dict[str, object], phrases: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as caught:
-        from_table({**GOOD, **changes}, Outer, where="here")
+        from_table({**GOOD, **changes}, Outer, where="x.toml")
     message = str(caught.value)
-    assert message.startswith("here")
-    assert all(word in message for word in words), message
+    assert message.startswith("x.toml")
+    assert all(phrase in message for phrase in phrases), message
     assert message.endswith(".")
     assert "\n" not in message
 
 
-def test_a_missing_key_is_named() -> None:
-    with pytest.raises(ValueError, match=r"here: missing key 'inner'"):
-        from_table({"rate": 1}, Outer, where="here")
+def test_a_missing_key_is_reported() -> None:
+    with pytest.raises(ValueError, match=r"x.toml: missing key 'inner'"):
+        from_table({"rate": 1}, Outer, where="x.toml")
 
 
-def test_the_sentence_of_a_dataclass_gets_its_place() -> None:
-    with pytest.raises(ValueError, match=r"here: lr is -1"):
-        from_table({"lr": -1}, AdamW, where="here")
+def test_an_error_of_a_dataclass_names_its_file() -> None:
+    with pytest.raises(ValueError, match=r"x.toml: lr is -1"):
+        from_table({"lr": -1}, AdamW, where="x.toml")
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_the_sentence_of_a_dataclass_gets_its_place() -> None:
         Samples(name="s", source="e", tokens=10, max_length=5, temperature=0.5),
     ],
 )
-def test_jobs_survive_a_round_trip(job: Run | Ensemble | Samples) -> None:
+def test_jobs_survive_a_round_trip_through_tables(job: Run | Ensemble | Samples) -> None:
     assert from_table(to_table(job), type(job), where="job") == job
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (None, "does not exist"),
         (b"rate = \xff", "is not UTF-8 text"),
@@ -116,16 +116,16 @@ def test_jobs_survive_a_round_trip(job: Run | Ensemble | Samples) -> None:
         (b"", "missing key 'rate'"),
     ],
 )
-def test_unreadable_files(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "x.toml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load_toml(path, Outer)
     assert str(path) in str(caught.value)
 
 
-def test_names_are_looked_up_here_first_then_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_folder_is_searched_before_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_config("scales", "demo", ".toml").is_absolute()
     mine = tmp_path / "configs" / "scales" / "demo.toml"
@@ -139,7 +139,7 @@ def test_names_are_looked_up_here_first_then_in_the_repository(tmp_path: Path, m
         find_config("scales", "a/b.toml", ".toml")
 
 
-def test_nearest_says_nothing_when_nothing_is_near() -> None:
+def test_no_name_is_suggested_if_none_is_similar() -> None:
     assert nearest("zzz", ["abc"]) == ""
     assert nearest("abd", ["abc"]) == " (did you mean 'abc'?)"
 
@@ -156,3 +156,22 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [item.name for item in path.parent.iterdir()] == ["file"]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "sub" / "folder"
+
+    def write(name: str) -> None:
+        with replaced_folder(folder) as temporary:
+            (temporary / name).write_text("")
+            if name == "broken":
+                raise OSError("disk full")
+
+    write("old")
+    (folder.with_name(".folder.tmp")).mkdir()
+    (folder.with_name(".folder.tmp") / "left by a killed process").write_text("")
+    with pytest.raises(OSError, match="disk full"):
+        write("broken")
+    assert [str(item.relative_to(folder.parent)) for item in folder.parent.rglob("*")] == ["folder", "folder/old"]
+    write("new")
+    assert [str(item.relative_to(folder.parent)) for item in folder.parent.rglob("*")] == ["folder", "folder/new"]

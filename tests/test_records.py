@@ -196,7 +196,7 @@ def test_each_malformed_record_is_named_with_its_reason(workspace: Workspace) ->
         "gap.json: misses results and inputs",
         "nan.json: holds NaN, which is no number",
         "old.json: has version 0, not 1",
-        "words.json: job: epochs is 'many', not of type int; correct the value.",
+        "words.json: job: epochs must be of type int, got 'many'.",
     )
 
 

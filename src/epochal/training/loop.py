@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from epochal.config import replaced_folder
 from epochal.data.store import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.distributed.first_step_check import Proof
 from epochal.distributed.processes import Processes
@@ -460,11 +461,7 @@ def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **valu
 
 
 def _save_model(model: Any, store: TokenStore, folder: Path) -> None:
-    """Write a Hugging Face folder: weights, config, tokenizer; beside and renamed."""
-    beside = folder.with_name(".model.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    for file in store.tokenizer_folder.iterdir():
-        shutil.copy(file, beside / file.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    """Write a Hugging Face folder with weights, config and tokenizer."""
+    with replaced_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
