@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from epochal.records import Record, Records, needed
+from epochal.campaign.plan import ready_jobs
+from epochal.records import Record, Records
 from epochal.report.claims import Claim
 from epochal.report.sections import Section, Table
 from epochal.run import Job, Run
@@ -59,7 +60,7 @@ class Change:
 
 def plan(records: Records, scale: Scale) -> list[Job]:
     """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+    return ready_jobs(jobs(records, scale), records)
 
 
 def jobs(records: Records, scale: Scale) -> list[Job]:

@@ -10,7 +10,8 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
-from epochal.records import Record, Records, needed
+from epochal.campaign.plan import ready_jobs
+from epochal.records import Record, Records
 from epochal.report.claims import Claim
 from epochal.report.sections import Section, Table
 from epochal.run import Ensemble, Job, Run
@@ -23,7 +24,7 @@ AVERAGES = ("logits", "probs", "parameters")
 
 def plan(records: Records, scale: Scale) -> list[Job]:
     """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+    return ready_jobs(jobs(records, scale), records)
 
 
 def jobs(records: Records, scale: Scale) -> list[Job]:

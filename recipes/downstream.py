@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epochal.records import Record, Records, needed
+from epochal.campaign.plan import ready_jobs
+from epochal.records import Record, Records
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
@@ -37,7 +38,7 @@ Floats = npt.NDArray[np.float64]
 
 def plan(records: Records, scale: Scale) -> list[Job]:
     """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+    return ready_jobs(jobs(records, scale), records)
 
 
 def jobs(records: Records, scale: Scale) -> list[Job]:

@@ -8,7 +8,8 @@ Found: recipes/results/<scale>/report.md
 import math
 from dataclasses import dataclass, replace
 
-from epochal.records import Record, Records, needed
+from epochal.campaign.plan import ready_jobs
+from epochal.records import Record, Records
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
@@ -21,7 +22,7 @@ from recipes._differences import difference_claim
 
 def plan(records: Records, scale: Scale) -> list[Job]:
     """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+    return ready_jobs(jobs(records, scale), records)
 
 
 def jobs(records: Records, scale: Scale) -> list[Job]:

@@ -9,7 +9,8 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from epochal.records import Record, Records, needed
+from epochal.campaign.plan import ready_jobs
+from epochal.records import Record, Records
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_law, draw_series
 from epochal.report.sections import Figure, Section, Table
@@ -23,7 +24,7 @@ from recipes import epoching
 
 def plan(records: Records, scale: Scale) -> list[Job]:
     """Return the jobs still needed whose inputs exist."""
-    return needed(jobs(records, scale), records)
+    return ready_jobs(jobs(records, scale), records)
 
 
 def jobs(records: Records, scale: Scale) -> list[Job]:
