@@ -34,9 +34,9 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # A stamp per extra: an interrupted installation is done again, a changed pin installs what changed. The published fira
-# package is a test oracle and skypilot holds the schema of its tasks; both come without their many dependencies. Byte code
-# is made where it is first needed: of all of it pip would take half of the time.
+# package is a test oracle; it comes without its many dependencies. Byte code is compiled at the first import: compiling all
+# of it takes half of pip's time.
 .venv/demo .venv/test: .venv/%: pyproject.toml constraints.txt | .venv/bin/pip
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[$*]"
-	$(if $(filter test,$*),$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps fira skypilot)
+	$(if $(filter test,$*),$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps fira)
 	touch $@

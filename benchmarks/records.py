@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT), str(ROOT / "tests")]
 
 from test_recipes import made_up_record  # noqa: E402
 
-from epochal.campaign.plan import campaign_jobs  # noqa: E402
-from epochal.records import Records, Workspace, split, write_record  # noqa: E402
+from epochal.campaign.plan import campaign_jobs, partition_jobs  # noqa: E402
+from epochal.records import Records, Workspace, write_record  # noqa: E402
 from epochal.run import Job, Run  # noqa: E402
 from epochal.scale import Scale, load_scale  # noqa: E402
 from epochal.search.descent import Point  # noqa: E402
@@ -38,7 +38,7 @@ def campaign(space: Workspace, scale: Scale) -> dict[str, Job]:
     while True:
         records = Records(space, known.values())
         records.has_output = lambda job: True
-        ready = split(campaign_jobs(CHAIN, records, scale), records).ready
+        ready = partition_jobs(campaign_jobs(CHAIN, records, scale), records).ready
         if not ready:
             return known
         known |= {job.name: made_up_record(job, records) for job in ready}

@@ -1,1 +1,1 @@
-"""Submission to a cluster, beside the package: nothing in src/epochal imports it."""
+"""Submission to Slurm. Imports epochal; nothing in epochal imports it at module level."""

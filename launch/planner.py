@@ -1,7 +1,7 @@
-"""The job that plans: what is ready and in no hands becomes an array, and the next planner waits for its first end.
+"""The planner job: submits all jobs that are ready and unclaimed as an array, then waits for the first task to end.
 
-`python -m launch.planner NOTE`, started by Slurm. The successor is there before anything else is done, so a planner may
-be killed at any moment; every allocation that ends looks whether there is a planner left (`ensure_planner`).
+`python -m launch.planner CAMPAIGN_FILE`, started by Slurm. A planner submits its successor before anything else, so it may be
+killed at any moment; each array task that ends submits a planner if none is in the queue (`ensure_planner`).
 """
 
 import fcntl
@@ -14,30 +14,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from epochal.campaign.cluster import Submitted, load_submitted
-from epochal.campaign.plan import campaign_jobs
-from epochal.campaign.worker import claim, failed, urgency
+from epochal.campaign.cluster import ClusterCampaign, load_cluster_campaign
+from epochal.campaign.plan import campaign_jobs, ready_jobs
+from epochal.campaign.worker import claim, has_failed, urgency
 from epochal.config import write_atomic
-from epochal.records import load_records, needed
+from epochal.records import load_records
 from epochal.run import Job, Run
 from epochal.scale import load_scale
 from launch import slurm
 
 WAIT_SECONDS = 60
-"""How long a planner waits when there is nothing to wait for: jobs in hands outside Slurm, or a failed attempt."""
+"""Delay of the next planner if there is no task to wait for: jobs run outside Slurm, or this round failed."""
 
 
-def main(note: Path) -> int:
-    """Plan one round; returns 0 when it goes on or all is done, 1 when jobs failed for good, 2 for wrong use."""
-    campaign = load_submitted(note)
+def main(path: Path) -> int:
+    """Plan one round; returns 0 if the campaign continues or all is done, 1 if jobs failed, 2 for wrong use."""
+    campaign = load_cluster_campaign(path)
     if campaign is None:
-        print(f"{note.name} is gone: the campaign is over or was stopped.")
+        print(f"{path.name} is gone: the campaign is over or was stopped.")
         return 0
-    with _alone(campaign):
+    with _planner_lock(campaign):
         successor = _successor(campaign)
         try:
             return _round(campaign, successor)
-        except ValueError as error:
+        except ValueError as error:  # would fail in every round
             slurm.cancel(successor)
             print(f"epochal: {error}", file=sys.stderr)
             return 2
@@ -47,98 +47,107 @@ def main(note: Path) -> int:
 
 
 @contextmanager
-def _alone(campaign: Submitted) -> Iterator[None]:
-    """Hold the lock of the folder: one planner at a time, whoever submitted it."""
+def _planner_lock(campaign: ClusterCampaign) -> Iterator[None]:
+    """Lock the folder: two users may have submitted planners, but only one works at a time."""
     campaign.folder.mkdir(parents=True, exist_ok=True)
     with (campaign.folder / "planner.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _successor(campaign: Submitted) -> str:
-    """Return the planner that follows this one: the one that waits already, or a new one. Others are cancelled."""
-    me = os.environ["SLURM_JOB_ID"]
-    waiting = [
-        task.job_id for task in slurm.queue(campaign.planner_name) if task.job_id != me and task.state == "PENDING"
+def _successor(campaign: ClusterCampaign) -> str:
+    """Return the job id of the next planner: one that is already pending, or a new one; cancel all others."""
+    own_id = os.environ["SLURM_JOB_ID"]
+    pending = [
+        task.job_id for task in slurm.queue(campaign.planner_name) if task.job_id != own_id and task.state == "PENDING"
     ]
-    slurm.cancel(*waiting[1:])
-    if waiting and slurm.update(waiting[0], Dependency=f"afterany:{me}", StartTime="now"):
-        return waiting[0]
-    return slurm.submit(slurm.planner_script(campaign), campaign.folder, dependency=f"afterany:{me}")
+    slurm.cancel(*pending[1:])
+    if pending and slurm.update(pending[0], Dependency=f"afterany:{own_id}", StartTime="now"):
+        return pending[0]
+    return slurm.submit(slurm.planner_script(campaign), campaign.folder, dependency=f"afterany:{own_id}")
 
 
-def _round(campaign: Submitted, successor: str) -> int:
-    """Submit what is ready and set what the successor waits for; ends the campaign when nothing is left."""
+def _round(campaign: ClusterCampaign, successor: str) -> int:
+    """Submit the ready jobs and set the successor's dependency; end the campaign if no job is left."""
     tasks = slurm.queue(campaign.runs_name)
-    busy = {name for task in tasks for name in names_of(campaign, task)}
-    ready, lost = _ready(campaign)
-    free = [job for job in ready if job.name not in busy and not _in_hands(campaign, job)]
-    alive = [task.job_id for task in tasks] + [task for group in _groups(campaign, free) for task in group]
+    queued = {name for task in tasks for name in names_of(campaign, task)}
+    ready, failed = _ready_and_failed(campaign)
+    free = [job for job in ready if job.name not in queued and not _is_claimed(campaign, job)]
+    task_ids = [task.job_id for task in tasks] + _submit_arrays(campaign, free)
     print(
-        f"{time.strftime('%F %T')}: {len(ready)} ready, {len(busy)} in the queue, {len(free)} submitted, {len(lost)} failed"
+        f"{time.strftime('%F %T')}: {len(ready)} ready, {len(queued)} in the queue, {len(free)} submitted, "
+        f"{len(failed)} failed"
     )
-    if alive:
-        _wait_for(campaign, successor, slurm.after_any(alive))
+    if task_ids:
+        _set_dependency(campaign, successor, slurm.after_any(task_ids))
         return 0
-    if ready:
+    if ready:  # all claimed outside this queue: look again later
         slurm.update(successor, Dependency="", StartTime=f"now+{WAIT_SECONDS}")
         return 0
     campaign.path.unlink(missing_ok=True)
     slurm.cancel(successor)
-    print("nothing is left to do" + (f"; failed: {', '.join(lost)}" if lost else ""))
-    return int(bool(lost))
+    print("the campaign is complete" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))
 
 
-def _ready(campaign: Submitted) -> tuple[list[Job], list[str]]:
-    """Return the jobs to do, the most urgent first, and the names of those that failed for good."""
-    orders = campaign.orders
-    records = load_records(orders.workspace)
-    jobs = needed(campaign_jobs(orders.recipes, records, load_scale(orders.scale)), records)
-    lost = [job.name for job in jobs if failed(orders.workspace, job, orders)]
-    return sorted((job for job in jobs if job.name not in lost), key=urgency, reverse=True), lost
+def _ready_and_failed(campaign: ClusterCampaign) -> tuple[list[Job], list[str]]:
+    """Return the ready jobs, most urgent first, and the names of those that used up their retries."""
+    config = campaign.config
+    records = load_records(config.workspace)
+    jobs = ready_jobs(campaign_jobs(config.recipes, records, load_scale(config.scale)), records)
+    failed = [job.name for job in jobs if has_failed(config.workspace, job, config)]
+    return sorted((job for job in jobs if job.name not in failed), key=urgency, reverse=True), failed
 
 
-def _in_hands(campaign: Submitted, job: Job) -> bool:
-    """Whether somebody outside this queue works on the job: a worker on a login node, another user."""
-    with claim(campaign.orders.workspace, job) as free:
-        return not free
+def _is_claimed(campaign: ClusterCampaign, job: Job) -> bool:
+    """Whether a process outside this queue runs the job, such as a worker on a login node."""
+    with claim(campaign.config.workspace, job) as claimed:
+        return not claimed
 
 
-def _groups(campaign: Submitted, jobs: Sequence[Job]) -> Iterator[list[str]]:
-    """Submit jobs as arrays, those on several nodes apart from those on one; yields the task ids of each array."""
-    nodes = campaign.cluster.nodes
-    runs = [job.name for job in jobs if nodes > 1 and isinstance(job, Run)]
-    rest = [job.name for job in jobs if job.name not in runs]
-    for names, width, pack in ((runs, nodes, 1), (rest, 1, campaign.cluster.pack)):
-        packs = [names[i : i + pack] for i in range(0, len(names), pack)][: slurm.ARRAY_TASKS]
-        if packs:
-            batch = write_batch(campaign, packs, nodes=width)
-            job_id = slurm.submit(slurm.array_script(campaign, batch, len(packs), nodes=width), campaign.folder)
-            yield [f"{job_id}_{index}" for index in range(len(packs))]
+def arrays(campaign: ClusterCampaign, jobs: Sequence[Job]) -> Iterator[tuple[list[list[str]], int]]:
+    """Yield the job names of each task of an array and the nodes of a task: multi-node runs apart from the rest."""
+    nodes, pack = campaign.cluster.nodes, campaign.cluster.pack
+    wide = [job.name for job in jobs if nodes > 1 and isinstance(job, Run)]
+    narrow = [job.name for job in jobs if job.name not in wide]
+    for names, per_task, width in ((wide, 1, nodes), (narrow, pack, 1)):
+        if names:
+            yield [names[i : i + per_task] for i in range(0, len(names), per_task)], width
 
 
-def write_batch(campaign: Submitted, packs: Sequence[Sequence[str]], *, nodes: int) -> Path:
-    """Write which task of an array does which jobs; return the file, whose name the array carries as its comment."""
+def _submit_arrays(campaign: ClusterCampaign, jobs: Sequence[Job]) -> list[str]:
+    """Submit jobs as arrays; returns the ids of all tasks."""
+    task_ids = []
+    for tasks, nodes in arrays(campaign, jobs):
+        tasks = tasks[: slurm.ARRAY_TASKS]
+        batch = write_batch(campaign, tasks, nodes=nodes)
+        job_id = slurm.submit(slurm.array_script(campaign, batch, len(tasks), nodes=nodes), campaign.folder)
+        task_ids += [f"{job_id}_{index}" for index in range(len(tasks))]
+    return task_ids
+
+
+def write_batch(campaign: ClusterCampaign, tasks: Sequence[Sequence[str]], *, nodes: int) -> Path:
+    """Write which task of an array runs which jobs; returns the file, whose name is the array's comment."""
     path = campaign.folder / "batches" / f"{uuid.uuid4().hex[:12]}.json"
-    write_atomic(path, json.dumps({"campaign": str(campaign.path), "nodes": nodes, "tasks": packs}, indent=1))
+    write_atomic(path, json.dumps({"campaign": str(campaign.path), "nodes": nodes, "tasks": tasks}, indent=1))
     return path
 
 
-def names_of(campaign: Submitted, task: slurm.Task) -> list[str]:
-    """Return the jobs of a task in the queue."""
+def names_of(campaign: ClusterCampaign, task: slurm.Task) -> list[str]:
+    """Return the job names of a task in the queue."""
     table = json.loads((campaign.folder / "batches" / f"{task.comment}.json").read_text(encoding="utf-8"))
     names: list[str] = table["tasks"][task.index]
     return names
 
 
-def _wait_for(campaign: Submitted, successor: str, dependency: str) -> None:
-    """Let the successor wait; somebody may have cancelled it meanwhile, then there is a new one."""
+def _set_dependency(campaign: ClusterCampaign, successor: str, dependency: str) -> None:
+    # Submit another planner if the successor was cancelled in the meantime.
     if not slurm.update(successor, Dependency=dependency):
         slurm.submit(slurm.planner_script(campaign), campaign.folder, dependency=dependency)
 
 
-def ensure_planner(campaign: Submitted) -> None:
-    """Submit a planner if the campaign goes on and none is left."""
+def ensure_planner(campaign: ClusterCampaign) -> None:
+    """Submit a planner if the campaign is active and none is in the queue."""
     if campaign.path.exists() and not slurm.queue(campaign.planner_name):
         slurm.submit(slurm.planner_script(campaign), campaign.folder)
 

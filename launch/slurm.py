@@ -1,7 +1,7 @@
-"""Slurm: sbatch files, submission, and what is alive in the queue.
+"""Slurm commands: write sbatch files, submit them, read the queue.
 
-submitit renders the sbatch file and reads node lists. Its executor would pickle a function for every task; pickles are
-never loaded here, and a campaign needs none: a task reads its jobs from a JSON file by its array index.
+submitit only renders the sbatch file. Its executor is not used because it passes pickled functions; a task here reads its
+jobs from a JSON file by its array index.
 """
 
 import os
@@ -13,23 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epochal.campaign.cluster import Submitted
+from epochal.campaign.cluster import ClusterCampaign
 from epochal.config import REPOSITORY, nearest, seconds
 
 ARRAY_TASKS = 1000
-"""Tasks of one array at most: Slurm's own limit is 1,001 unless the site raised it."""
+"""Most tasks in one array: Slurm's default MaxArraySize of 1,001 allows indices 0 to 1,000."""
 
 TRIES, TRY_SECONDS = 6, 10.0
-"""How often a command is tried while the controller does not answer (it restarts, it is busy)."""
+"""Attempts, and seconds between them, while the Slurm controller does not answer (restarting or busy)."""
 
 
 class SlurmError(RuntimeError):
-    """A Slurm command failed, or is not there; the message is what it said."""
+    """A Slurm command failed or is not installed; the message is its error output."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One line of the queue: job id (`array_index` for a task), name, state, node, and the comment it was given."""
+    """One line of squeue; the job id of an array task is `job_index`."""
 
     job_id: str
     name: str
@@ -45,9 +45,9 @@ class Task:
 
 
 def render(
-    campaign: Submitted, command: list[str], *, name: str, tasks: int = 0, comment: str = "", nodes: int = 1
+    campaign: ClusterCampaign, command: list[str], *, name: str, tasks: int = 0, comment: str = "", nodes: int = 1
 ) -> str:
-    """Return the sbatch file of the planner (`tasks` 0) or of an array; raises ValueError for an unknown option."""
+    """Return the sbatch file of the planner (tasks = 0) or an array; raises ValueError for an unknown option."""
     from submitit.slurm import slurm
 
     cluster = campaign.cluster
@@ -60,7 +60,7 @@ def render(
         if key not in known:
             raise ValueError(
                 f"cluster {cluster.name!r}: Slurm option {key!r} is unknown to submitit{nearest(key, known)}; "
-                "correct it, or put it under additional_parameters by sbatch's own name."
+                "correct it, or put sbatch's own name for it under additional_parameters."
             )
     extra = dict(options.pop("additional_parameters", {}))
     extra |= {"requeue": True, **({"comment": comment} if comment else {})}
@@ -79,84 +79,86 @@ def render(
 
 
 def _for_planner(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a small job shares with a training job: where it may run and who pays, not what it takes."""
+    """Options that the planner shares with training jobs: where to run and who pays, not the resources."""
     kept = ("partition", "account", "qos", "constraint", "exclude", "wckey", "additional_parameters")
     return {"nodes": 1, "ntasks_per_node": 1, **{key: options[key] for key in kept if key in options}}
 
 
 def _environment() -> list[str]:
-    """Shell lines that make a job see what its submitter saw."""
+    """Shell lines that give a job the submitter's folder and Python path."""
     paths = shlex.quote(f"{REPOSITORY / 'src'}:{REPOSITORY}")
     return [f"cd {shlex.quote(str(Path.cwd()))}", f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"']
 
 
-def planner_script(campaign: Submitted) -> str:
-    """Return the sbatch file of the job that plans."""
+def planner_script(campaign: ClusterCampaign) -> str:
+    """Return the sbatch file of the planner."""
     command = [sys.executable, "-m", "launch.planner", str(campaign.path)]
     return render(campaign, command, name=campaign.planner_name)
 
 
-def array_script(campaign: Submitted, batch: Path, tasks: int, *, nodes: int) -> str:
-    """Return the sbatch file of an array that works off a batch."""
-    command = [sys.executable, "-m", "launch.element", str(batch)]
+def array_script(campaign: ClusterCampaign, batch: Path, tasks: int, *, nodes: int) -> str:
+    """Return the sbatch file of the array that runs a batch."""
+    command = [sys.executable, "-m", "launch.array_task", str(batch)]
     return render(campaign, command, name=campaign.runs_name, tasks=tasks, comment=batch.stem, nodes=nodes)
 
 
 def submit(script: str, folder: Path, *, dependency: str | None = None) -> str:
     """Submit an sbatch file and return the job id."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    words = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else [])]
-    return call(words, script).strip().partition(";")[0]
+    command = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else [])]
+    return call(command, script).strip().partition(";")[0]
 
 
 def check(script: str) -> None:
-    """Ask Slurm whether it would take an sbatch file; raises SlurmError when not."""
+    """Raise SlurmError if Slurm would refuse an sbatch file."""
     call(["sbatch", "--test-only"], script)
 
 
 def queue(*names: str) -> list[Task]:
-    """Return what is alive under these names: pending, running or completing."""
-    words = ["squeue", "--noheader", "--array", f"--name={','.join(names)}", "--format=%i|%j|%T|%N|%M|%k"]
-    lines = [line.split("|", 5) for line in call(words).splitlines() if line]
+    """Return the pending, running and completing tasks with these job names."""
+    command = ["squeue", "--noheader", "--array", f"--name={','.join(names)}", "--format=%i|%j|%T|%N|%M|%k"]
+    lines = [line.split("|", 5) for line in call(command).splitlines() if line]
     return [Task(job, name, state, node, comment, elapsed) for job, name, state, node, elapsed, comment in lines]
 
 
 def update(job_id: str, **values: str) -> bool:
-    """Change a pending job; False when it is pending no more."""
-    words = ["scontrol", "update", f"JobId={job_id}", *(f"{key}={value}" for key, value in values.items())]
-    return subprocess.run(words, env=_outside(), capture_output=True, check=False).returncode == 0
+    """Change a pending job; returns False if it is no longer pending."""
+    command = ["scontrol", "update", f"JobId={job_id}", *(f"{key}={value}" for key, value in values.items())]
+    return subprocess.run(command, env=_clean_environment(), capture_output=True, check=False).returncode == 0
 
 
 def cancel(*job_ids: str) -> None:
-    """Cancel jobs; those that have ended meanwhile are no matter."""
+    """Cancel jobs; errors are ignored because a job may have ended in the meantime."""
     if job_ids:
-        subprocess.run(["scancel", *job_ids], env=_outside(), capture_output=True, check=False)
+        subprocess.run(["scancel", *job_ids], env=_clean_environment(), capture_output=True, check=False)
 
 
 def after_any(tasks: list[str]) -> str:
-    """A dependency that is fulfilled when the first of these ends, however it ends.
-
-    Of a long list the first hundred will do: they were submitted first, and all that ended is seen at the next plan.
-    """
+    """Return a dependency that is satisfied when the first of these tasks ends, successfully or not."""
+    # The first hundred are enough: they were submitted first, and the next planner sees all that ended.
     return "?".join(f"afterany:{task}" for task in tasks[:100])
 
 
-def call(words: list[str], text: str | None = None) -> str:
-    """Run a Slurm command, again while the controller does not answer; raises SlurmError when it says no."""
+def call(command: list[str], text: str | None = None) -> str:
+    """Run a Slurm command, retrying while the controller does not answer; raises SlurmError if it fails."""
     for attempt in range(TRIES):
         try:
-            done = subprocess.run(words, input=text, env=_outside(), capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                command, input=text, env=_clean_environment(), capture_output=True, text=True, check=False
+            )
         except FileNotFoundError:
-            raise SlurmError(f"{words[0]} is not installed here") from None
-        if done.returncode == 0:
-            return done.stdout
-        silent = any(sign in done.stderr for sign in ("Unable to contact", "timed out", "Zero Bytes", "try again"))
-        if not silent or attempt + 1 == TRIES:
+            raise SlurmError(f"{command[0]} is not installed") from None
+        if result.returncode == 0:
+            return result.stdout
+        unanswered = any(
+            reason in result.stderr for reason in ("Unable to contact", "timed out", "Zero Bytes", "try again")
+        )
+        if not unanswered or attempt + 1 == TRIES:
             break
         time.sleep(TRY_SECONDS)
-    raise SlurmError(f"{words[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    raise SlurmError(f"{command[0]}: {result.stderr.strip() or f'exit code {result.returncode}'}")
 
 
-def _outside() -> dict[str, str]:
-    """The environment without the settings of an allocation we are in: sbatch would take them as wishes."""
+def _clean_environment() -> dict[str, str]:
+    """The environment without the SLURM_* variables of the current allocation, which sbatch would read as options."""
     return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}

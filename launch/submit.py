@@ -1,25 +1,27 @@
-"""`epochal run --cluster`: hand a campaign to Slurm, show what would be handed over, or take it back."""
+"""`epochal run --cluster`: submit a campaign to Slurm, print its batch files, or stop it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from epochal.campaign.cluster import Submitted, check_locks
-from epochal.run import Job, Run
+from epochal.campaign.cluster import ClusterCampaign, check_locks
+from epochal.run import Job
 from launch import slurm
+from launch.planner import arrays
 
 
-def submit(campaign: Submitted) -> str:
-    """Submit the first planner and return what to tell the user; a campaign that is in flight is left alone.
+def submit(campaign: ClusterCampaign) -> str:
+    """Submit the first planner and return a message for the user; does nothing if the campaign is active.
 
-    Raises ValueError where locks do not hold between machines, an option is unknown, or Slurm refuses the jobs.
+    Raises ValueError if locks do not hold between machines, an option is unknown, or Slurm refuses the jobs.
     """
-    check_locks(campaign.orders.workspace.work)
+    check_locks(campaign.config.workspace.work)
     script, nodes = slurm.planner_script(campaign), campaign.cluster.nodes
-    with _one_sentence(campaign):
-        waiting = slurm.queue(campaign.planner_name)
-        if waiting and campaign.path.exists():
-            return f"already in flight (planner {waiting[0].job_id}); to change it, stop it first (--stop)."
+    with _slurm_errors(campaign):
+        planners = slurm.queue(campaign.planner_name)
+        if planners and campaign.path.exists():
+            return f"already submitted (planner {planners[0].job_id}); to change it, stop it first (--stop)."
+        # Slurm also checks the array now: otherwise only the planner's log would say that it is refused.
         slurm.check(slurm.array_script(campaign, Path("batch.json"), 1, nodes=nodes))
         campaign.save()
         job_id = slurm.submit(script, campaign.folder)
@@ -27,34 +29,32 @@ def submit(campaign: Submitted) -> str:
     return f"submitted planner {job_id} as {campaign.planner_name}; epochal plan --watch shows it, logs are in {logs}"
 
 
-def stop(campaign: Submitted) -> str:
-    """Take a campaign back: nothing more is submitted, what runs saves itself."""
+def stop(campaign: ClusterCampaign) -> str:
+    """Stop a campaign: cancel its jobs, which save checkpoints, and submit nothing more."""
     campaign.path.unlink(missing_ok=True)
-    with _one_sentence(campaign):
+    with _slurm_errors(campaign):
         tasks = slurm.queue(campaign.planner_name, campaign.runs_name)
     slurm.cancel(*(task.job_id for task in tasks))
-    return f"stopped: {len(tasks)} jobs cancelled; runs save themselves and continue when it is submitted again."
+    return f"stopped: {len(tasks)} jobs cancelled; runs save checkpoints and resume when it is submitted again."
 
 
 @contextmanager
-def _one_sentence(campaign: Submitted) -> Iterator[None]:
-    """Turn what a Slurm command says into a sentence for the user."""
+def _slurm_errors(campaign: ClusterCampaign) -> Iterator[None]:
+    """Turn the error of a Slurm command into one sentence for the user."""
     try:
         yield
     except slurm.SlurmError as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"cluster {campaign.cluster.name!r}: {said}; correct the cluster file or try later.") from None
+        message = " ".join(str(error).split())
+        raise ValueError(
+            f"cluster {campaign.cluster.name!r}: {message}; correct the cluster file or try later."
+        ) from None
 
 
-def preview(campaign: Submitted, ready: list[Job]) -> Iterator[str]:
-    """Yield the sbatch files that would be submitted now: the planner, and the arrays it would submit."""
-    cluster = campaign.cluster
+def preview(campaign: ClusterCampaign, ready: Sequence[Job]) -> Iterator[str]:
+    """Yield the sbatch files that would be submitted now: the planner's and those of its arrays."""
     yield slurm.planner_script(campaign)
-    wide = [job for job in ready if cluster.nodes > 1 and isinstance(job, Run)]
-    for jobs, nodes, pack in ((wide, cluster.nodes, 1), ([job for job in ready if job not in wide], 1, cluster.pack)):
-        if jobs:
-            names = ", ".join(job.name for job in jobs[:5]) + (", ..." if len(jobs) > 5 else "")
-            text = slurm.array_script(
-                campaign, campaign.folder / "batches" / "BATCH.json", -(-len(jobs) // pack), nodes=nodes
-            )
-            yield f"# {len(jobs)} jobs, {pack} to a task: {names}\n{text}"
+    for tasks, nodes in arrays(campaign, ready):
+        names = [name for task in tasks for name in task]
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        script = slurm.array_script(campaign, campaign.folder / "batches" / "BATCH.json", len(tasks), nodes=nodes)
+        yield f"# {len(names)} jobs, {len(tasks[0])} to a task: {shown}\n{script}"

@@ -4,7 +4,9 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from epochal.campaign.worker import WorkerConfig
 from epochal.records import Records, Workspace, load_records
 from epochal.scale import Scale, load_scale
 
@@ -90,6 +92,18 @@ class Campaign:
             *("--results", str(self.folder / "results")),
             *("--work", str(self.folder / "work")),
         ]
+
+    def worker_config(self, *recipes: str, session: str = "first", **changes: Any) -> WorkerConfig:
+        """What `epochal run RECIPES` hands to a worker; `changes` replace fields."""
+        return WorkerConfig(
+            session=session,
+            scale=str(self.scale_path),
+            recipes=recipes,
+            results=str(self.folder / "results"),
+            work=str(self.folder / "work"),
+            threads=1,
+            **changes,
+        )
 
     def rewrite(self, old: str, new: str) -> None:
         """Change the scale file."""

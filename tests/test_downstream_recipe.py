@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import spearmanr
 from test_recipes import made_up_record, simulate
 
-from epochal.campaign.plan import load_recipe, recipe_names
-from epochal.records import Record, Records, Workspace, load_records, needed
+from epochal.campaign.plan import load_recipe, ready_jobs, recipe_names
+from epochal.records import Record, Records, Workspace, load_records
 from epochal.report.write import write_report
 from epochal.run import Ensemble
 from epochal.scale import Scale, load_scale
@@ -49,7 +49,7 @@ def answer(records: Records, scale: Scale, shares: dict[str, dict[str, float]]) 
 
 def test_every_size_every_k_and_both_students_are_asked_once(finished: tuple[Records, Scale]) -> None:
     records, scale = finished
-    jobs = needed(downstream.jobs(records, scale), records)
+    jobs = ready_jobs(downstream.jobs(records, scale), records)
     assert all(isinstance(job, Ensemble) and job.tasks == TASKS and job.average == "logits" for job in jobs)
     groups = [job.runs for job in jobs if isinstance(job, Ensemble)]
     assert len(set(groups)) == len(groups) == len({job.name for job in jobs})

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from epochal.campaign.plan import Hypothetical, campaign_jobs, flops_of, load_recipe, outlook, recipe_names
+from epochal.campaign.plan import (
+    AssumeAllDone,
+    campaign_jobs,
+    cost_estimate,
+    flops_of,
+    load_recipe,
+    ready_jobs,
+    recipe_names,
+)
 from epochal.models.config import parameter_counts
-from epochal.records import Record, Records, Workspace, load_records, needed, write_record
+from epochal.records import Record, Records, Workspace, load_records, write_record
 from epochal.report.sections import Section
 from epochal.report.write import write_report
 from epochal.run import (
@@ -146,10 +154,10 @@ def test_a_whole_campaign_at_demo_scale(workspace: Workspace) -> None:
 
     records = load_records(workspace)
     assert len(records) == len(done)
-    view = outlook(CHAIN, records, scale)
+    view = cost_estimate(CHAIN, records, scale)
     assert view.today.jobs == 0
     assert view.later.jobs == 0
-    assert len(view.split.done) == len(done)
+    assert len(view.status.done) == len(done)
 
 
 def test_another_first_seed_repeats_the_campaign_on_other_draws(workspace: Workspace, tmp_path: Path) -> None:
@@ -287,11 +295,11 @@ def test_every_scale_loads_and_is_priced_in_a_second(name: str, tmp_path: Path) 
     assert scale.name == name
     records = Records(Workspace(name, tmp_path / "results", tmp_path / "work"))
     started = time.process_time()
-    view = outlook(recipe_names(), records, scale)
+    view = cost_estimate(recipe_names(), records, scale)
     assert time.process_time() - started < 1.0
     assert view.today.flops > 0
     assert view.later.jobs > 0
-    assert not needed([], records)
+    assert not ready_jobs([], records)
 
 
 def test_several_budgets_and_sizes_get_their_laws(workspace: Workspace, tmp_path: Path) -> None:
@@ -592,7 +600,7 @@ def test_continued_runs_start_from_the_tuned_base(workspace: Workspace) -> None:
 
 def test_the_papers_continued_setting_is_priced(workspace: Workspace) -> None:
     """Eight members of 4 x 4.19e9 tokens and one pass over 73.4e9 dominate: 6 N tokens for N = 3.21e9."""
-    view = outlook(["continued"], Records(workspace), load_scale("paper-math"))
+    view = cost_estimate(["continued"], Records(workspace), load_scale("paper-math"))
     tokens = 4194304000 * (1 + 1 + 8 * 4) + 73400320000
     assert view.today.flops == pytest.approx(6 * 3_212_749_824 * tokens)
 
@@ -669,8 +677,8 @@ def test_a_plan_prices_teachers(workspace: Workspace) -> None:
         pass
     records = load_records(workspace)
     jobs = {job.name: job for job in load_recipe("distillation").jobs(records, scale)}
-    ready = needed(jobs.values(), records)
-    view = outlook(("distillation",), records, scale)
+    ready = ready_jobs(jobs.values(), records)
+    view = cost_estimate(("distillation",), records, scale)
     plain = sum(flops_of(job) for job in jobs.values() if records.get(job) is None)
     teachers = sum(
         2 * parameter_counts(jobs[name].model).total * run.tokens  # type: ignore[union-attr]
@@ -779,7 +787,7 @@ def test_students_report_shares_of_the_gain_and_sizes(workspace: Workspace) -> N
     )
     assert f"a share of {scale.students.fraction:g} sampled, wd {scale.students.wd:g}" in told
     uneven = replace(scale, students=replace(scale.students, fraction=0.7))  # 16 / 0.3 is no whole number of epochs
-    assert "do NOT cost the student the same" in _students.notes(Hypothetical(Records(workspace)), uneven)[0]
+    assert "do NOT cost the student the same" in _students.notes(AssumeAllDone(Records(workspace)), uneven)[0]
     claim = next(claim for claim in section.claims if "cached: as good as" in claim.text)
     assert claim.value == "0.0000 nats" and claim.holds
 

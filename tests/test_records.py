@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from epochal.records import Record, Records, Workspace, input_marks, load_records, needed, split, write_record
+from epochal.campaign.plan import partition_jobs, ready_jobs
+from epochal.records import Record, Records, Workspace, input_fingerprints, load_records, write_record
 from epochal.run import AdamW, Ensemble, Job, Run, Samples, SequenceDistillation, fingerprint
 
 WEIGHTS = Path("model/model.safetensors")
@@ -225,7 +226,7 @@ def test_a_mismatch_names_the_fields_and_the_way_out(workspace: Workspace) -> No
     assert str(path) in message
     assert "\n" not in message
     with pytest.raises(ValueError, match="epochs"):
-        split([other], load_records(workspace))
+        partition_jobs([other], load_records(workspace))
 
 
 def test_a_record_that_fitted_once_is_not_taken_for_another_job(workspace: Workspace) -> None:
@@ -255,9 +256,9 @@ def test_a_record_made_from_another_input_is_refused(workspace: Workspace) -> No
 def test_the_chain_becomes_ready_step_by_step(workspace: Workspace) -> None:
     for ready in (["a", "b"], ["e"], ["s"], ["student"], []):
         records = load_records(workspace)
-        state = split(CHAIN, records)
+        state = partition_jobs(CHAIN, records)
         assert sorted(names(state.ready)) == ready
-        assert names(needed(CHAIN, records)) == names(state.ready)
+        assert names(ready_jobs(CHAIN, records)) == names(state.ready)
         assert {*names(state.done), *names(state.ready), *state.waiting} == set(names(CHAIN))
         finish(workspace, *state.ready)
     assert sorted(names(state.done)) == sorted(names(CHAIN))
@@ -265,7 +266,7 @@ def test_the_chain_becomes_ready_step_by_step(workspace: Workspace) -> None:
 
 def test_waiting_jobs_name_what_they_lack(workspace: Workspace) -> None:
     finish(workspace, A)
-    waiting = split(CHAIN, load_records(workspace)).waiting
+    waiting = partition_jobs(CHAIN, load_records(workspace)).waiting
     assert waiting["e"] == ("b",)
     assert set(waiting["s"]) == {"e", "b"}
     assert waiting["student"] == ("s",)
@@ -275,19 +276,19 @@ def test_finished_work_needs_no_weights(workspace: Workspace) -> None:
     """A clean clone holds committed records and no weights."""
     for job in CHAIN:
         write_record(workspace, record_of(job))
-    assert needed(CHAIN, load_records(workspace)) == []
+    assert ready_jobs(CHAIN, load_records(workspace)) == []
 
 
 def test_missing_weights_are_made_again_only_for_unfinished_readers(workspace: Workspace) -> None:
     for job in (A, B, E):
         write_record(workspace, record_of(job))
-    state = split(CHAIN, load_records(workspace))
+    state = partition_jobs(CHAIN, load_records(workspace))
     assert sorted(names(state.ready)) == ["a", "b"]
     assert set(state.waiting) == {"s", "student"}
     assert names(state.done) == ["e"]
 
     finish(workspace, A, B)
-    assert names(needed(CHAIN, load_records(workspace))) == ["s"]
+    assert names(ready_jobs(CHAIN, load_records(workspace))) == ["s"]
 
 
 def test_lost_weights_are_made_again_from_the_first_of_a_line_of_runs(workspace: Workspace) -> None:
@@ -295,29 +296,29 @@ def test_lost_weights_are_made_again_from_the_first_of_a_line_of_runs(workspace:
     line = [A, *(run_named(name, init_from=before) for before, name in pairwise("acde"))]
     for job in line[:-1]:
         write_record(workspace, record_of(job))
-    state = split(line, load_records(workspace))
+    state = partition_jobs(line, load_records(workspace))
     assert names(state.ready) == ["a"] and state.waiting == {"c": ("a",), "d": ("c",), "e": ("d",)}
 
 
 def test_marks_are_those_of_all_that_is_read_and_a_diverged_run_leaves_nothing_to_read(workspace: Workspace) -> None:
     marks = {job.name: fingerprint(job) for job in (A, B, E)}
-    assert input_marks(S, Records(workspace, [record_of(job) for job in (A, B, E)])) == marks
+    assert input_fingerprints(S, Records(workspace, [record_of(job) for job in (A, B, E)])) == marks
     with pytest.raises(ValueError, match=r"'e' reads 'b', which has no record; run it first"):
-        input_marks(S, Records(workspace, [record_of(job) for job in (A, E)]))
+        input_fingerprints(S, Records(workspace, [record_of(job) for job in (A, E)]))
     gone = record_of(B, status="diverged", results={"loss": None})
     with pytest.raises(ValueError, match=r"'e' reads 'b', which diverged and left no weights"):
-        input_marks(E, Records(workspace, [record_of(A), gone]))
+        input_fingerprints(E, Records(workspace, [record_of(A), gone]))
 
 
 def test_a_lost_file_of_samples_is_drawn_again_for_a_student(workspace: Workspace) -> None:
     finish(workspace, A, B, E)
     write_record(workspace, record_of(S))
-    assert names(needed(CHAIN, load_records(workspace))) == ["s"]
+    assert names(ready_jobs(CHAIN, load_records(workspace))) == ["s"]
 
 
 def test_an_input_that_nobody_plans_is_refused(workspace: Workspace) -> None:
     with pytest.raises(ValueError, match=r"'e' reads 'a', which no recipe plans"):
-        split([E, B], load_records(workspace))
+        partition_jobs([E, B], load_records(workspace))
 
 
 def test_records_by_name(workspace: Workspace) -> None:
@@ -331,7 +332,7 @@ def test_records_by_name(workspace: Workspace) -> None:
 def test_a_job_that_reads_a_diverged_run_waits_and_nothing_runs_again(workspace: Workspace) -> None:
     finish(workspace, B)
     write_record(workspace, record_of(A, status="diverged", results={"loss": None}))
-    state = split(CHAIN, load_records(workspace))
+    state = partition_jobs(CHAIN, load_records(workspace))
     assert state.ready == ()
     assert state.waiting["e"] == ("a",)
     assert set(names(state.done)) == {"a", "b"}

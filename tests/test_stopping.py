@@ -55,16 +55,12 @@ def test_a_deadline_a_note_and_a_parent_that_is_gone_ask_too(tmp_path: Path) -> 
 
 
 def test_a_worker_without_its_parent_takes_no_job(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = campaign.workspace
-    orders = worker.Orders(
-        session="s", scale=str(campaign.scale_path), recipes=("epoching",), results=str(space.results),
-        work=str(space.work), threads=1, parent=os.getpid(),
-    )  # fmt: skip
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(orders))))
+    config = campaign.worker_config("epoching", parent=os.getpid())
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(config))))
     monkeypatch.setattr(worker, "_events", lambda: pytest.fail)
-    monkeypatch.setattr(worker, "_prepare_process", lambda orders: None)
+    monkeypatch.setattr(worker, "_prepare_process", lambda config: None)
     assert worker.main() == EXIT_STOPPED == 75
-    assert not space.records.exists()
+    assert not campaign.workspace.records.exists()
 
 
 def test_a_launched_run_is_asked_by_a_note_and_ended_when_it_does_not_answer(tmp_path: Path) -> None:

@@ -1,46 +1,145 @@
-"""What is installed, what works, and which profile suits this machine."""
+"""`epochal doctor`: what is installed, what works, and which parallelism preset suits this machine.
+
+`python -m epochal.doctor step | triton | ranks` runs one check in its own process and raises if it fails.
+"""
 
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 
-from epochal import doctor_checks as checks
+from epochal.config import find_config
 from epochal.provenance import device_name, versions
 
 OPTIONAL = {
-    "datasets": "hub data sets",
+    "datasets": "Hugging Face data sets",
     "matplotlib": "figures of reports",
-    "deepspeed": "ZeRO profiles",
+    "deepspeed": "ZeRO presets",
     "triton": "GPU kernels",
     "submitit": "Slurm clusters",
     "lm_eval": "downstream tasks",
     "tensorboard": "the default tracker",
 }
+TIMEOUT_SECONDS = 180
+NETWORK_REMEDY = (
+    "set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME to the right network interface; on GPUs, run it again with "
+    "NCCL_DEBUG=INFO, then with NCCL_P2P_DISABLE=1"
+)
 
 
 def examine() -> int:
-    """Print the findings; returns 0 when what is installed works here, else 1."""
+    """Print what is installed and what works; returns 1 if something installed does not work, else 0."""
     import torch
 
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(
+        f"device: {device_name()}, {gpus} GPUs, {cores} cores; {shutil.disk_usage('.').free / 1e9:.0f} GB free on disk"
+    )
+    installed = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
     for name, purpose in OPTIONAL.items():
-        state = "installed" if importlib.util.find_spec(name) else f"missing: pip install {name.replace('_', '-')}"
-        print(f"{name} ({purpose}): {state}")
-    gpus = torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0))
-    print(f"device: {device_name()}, {gpus} GPUs, {cores} cores, {shutil.disk_usage('.').free / 1e9:.0f} GB free here")
-    try:
-        weight = torch.nn.Parameter(torch.ones(4, 4, device="cuda" if gpus else "cpu"))
-        (weight @ weight).sum().backward()  # type: ignore[no-untyped-call]
-        torch.optim.AdamW([weight], fused=True).step()
-    except RuntimeError as error:
-        print(f"a training step fails here: {error}")
-        return 1
-    found = [checks.triton_kernel(gpus), checks.two_processes(gpus)]
-    for line in (line for check in found for line in check.lines):
-        print(line)
-    suggestion = f"--jobs {max(gpus, 1)}" if gpus else f"--jobs {cores}"
-    print(f"a training step works; for many small runs use {suggestion}")
+        print(
+            f"{name} ({purpose}): {'installed' if installed[name] else 'missing: pip install ' + name.replace('_', '-')}"
+        )
+
+    works = [_check("training step in fp32 and bf16", ["epochal.doctor", "step"], {}, "reinstall torch")]
+    if installed["triton"]:
+        # Without a GPU Triton runs the kernel in its interpreter, which tests the installation but not the driver.
+        interpret = {} if gpus else {"TRITON_INTERPRET": "1"}
+        works.append(_check("Triton kernel", ["epochal.doctor", "triton"], interpret, "check nvidia-smi and gcc"))
+    # Two NCCL processes cannot share one GPU: with fewer than two GPUs they run on the CPU with gloo.
+    backend, environment = ("NCCL", {}) if gpus > 1 else ("gloo", {"CUDA_VISIBLE_DEVICES": ""})
+    for preset in ("ddp2", *(["zero2"] if installed["deepspeed"] else [])):
+        launch = ["epochal.distributed.launcher", "--config_file", str(find_config("accelerate", preset, ".yaml"))]
+        arguments = [*launch, "--num_processes", "2", "-m", "epochal.doctor", "ranks"]
+        works.append(_check(f"two processes ({preset}, {backend})", arguments, environment, NETWORK_REMEDY))
+
+    print(f"recommended for many small runs: --jobs {gpus or cores}")
     if gpus > 1:
-        print("for a run that one GPU does not hold: --profile zero3 or fsdp2, with num_processes as many as GPUs")
-    return int(any(check.failed for check in found))
+        print(
+            f"recommended for one large run: a copy of --preset ddp8, or fsdp2 to shard the model, with {gpus} processes"
+        )
+    return int(not all(works))
+
+
+def _check(title: str, arguments: list[str], environment: dict[str, str], remedy: str) -> bool:
+    """Run a module in its own process and print whether it works."""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{title}: FAILS (timed out after {TIMEOUT_SECONDS} s); {remedy}")
+        return False
+    errors = [line.strip() for line in result.stderr.splitlines() if "Error: " in line] or ["no error message"]
+    print(f"{title}: works" if result.returncode == 0 else f"{title}: FAILS ({errors[0]}); {remedy}")
+    return result.returncode == 0
+
+
+# --- in the processes that are started -------------------------------------------------------------------------------
+
+
+def run_step() -> None:
+    """Raise if a training step fails."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.nn.Parameter(torch.ones(4, 4, device=device))
+    for bf16 in (False, True):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = (weight @ weight).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    torch.optim.AdamW([weight], fused=True).step()
+
+
+def run_triton() -> None:
+    """Raise if the loss kernel disagrees with its reference."""
+    import torch
+
+    from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.arange(4, device=device)
+    expected, _ = softmax_loss_reference(logits.double(), targets)
+    torch.testing.assert_close(softmax_loss(logits.clone(), targets).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def run_ranks() -> None:
+    """Raise if an all-reduce is wrong, or one step of Muon differs from that of one process."""
+    import torch
+
+    from epochal.distributed.first_step_check import Proof
+    from epochal.distributed.processes import Processes
+    from epochal.optim import Muon
+
+    class MeanSquare(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.model(x)
+            return output.square().mean()
+
+    processes = Processes(clip_norm=1.0)
+    total = float(processes.sum(torch.tensor(processes.rank + 1.0)))
+    if total != processes.world * (processes.world + 1) / 2:
+        raise RuntimeError(f"the sum of ranks is {total} over {processes.world} processes")
+    processes.prepare(MeanSquare(), lambda model: Muon(model.parameters(), lr=0.1))
+    with processes.accumulating(last=True):
+        processes.backward(processes.objective(torch.randn(4, 9, device=processes.device)))
+    with Proof(processes, "doctor"):
+        processes.step()
+    os._exit(0)  # the destructor of a gloo group may hang
+
+
+if __name__ == "__main__":
+    {"step": run_step, "triton": run_triton, "ranks": run_ranks}[sys.argv[1]]()

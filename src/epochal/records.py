@@ -245,75 +245,22 @@ def _mismatch(workspace: Workspace, job: Job, record: Record) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Split:
-    """Jobs by state: `done`, `ready` (inputs exist), `waiting` (name of the job to the inputs it lacks)."""
+def input_fingerprints(job: Job, records: Records) -> dict[str, str]:
+    """Return the fingerprints of the finished jobs that a job reads, including the members of ensembles.
 
-    done: tuple[Job, ...]
-    ready: tuple[Job, ...]
-    waiting: dict[str, tuple[str, ...]]
-
-
-def split(jobs: Iterable[Job], records: Records) -> Split:
-    """Sort jobs into done, ready and waiting.
-
-    A finished job whose weights are not on this disk (a clean clone with committed records) becomes ready again
-    only when an unfinished job reads them. A job that reads a diverged run waits for ever: there is nothing to read.
+    Raises ValueError if one has no record, or diverged and so has no weights.
     """
-    by_name = {job.name: job for job in jobs}
-    unfinished = {name for name, job in by_name.items() if records.get(job) is None}
-    stack = list(unfinished)
-    while stack:
-        for name in _reads(by_name[stack.pop()], by_name):
-            if name not in unfinished and not records.has_output(by_name[name]) and not records.diverged(name):
-                unfinished.add(name)
-                stack.append(name)
-    lacking = {
-        name: tuple(
-            source for source in _reads(by_name[name], by_name) if source in unfinished or records.diverged(source)
-        )
-        for name in unfinished
-    }
-    return Split(
-        done=tuple(job for name, job in by_name.items() if name not in unfinished),
-        ready=tuple(job for name, job in by_name.items() if name in unfinished and not lacking[name]),
-        waiting={name: lacking[name] for name in by_name if name in unfinished and lacking[name]},
-    )
-
-
-def needed(jobs: Iterable[Job], records: Records) -> list[Job]:
-    """Return the jobs whose results are missing and whose inputs exist: what `plan` answers."""
-    return list(split(jobs, records).ready)
-
-
-def _reads(job: Job, by_name: dict[str, Job]) -> tuple[str, ...]:
-    """Names of all jobs whose outputs or records a job reads; what reads an ensemble reads its members."""
-    names = inputs(job)
-    for name in inputs(job):
-        source = by_name.get(name)
-        names += inputs(source) if isinstance(source, Ensemble) else ()
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        raise ValueError(f"job {job.name!r} reads {unknown[0]!r}, which no recipe plans; plan it beside.")
-    return names
-
-
-def input_marks(job: Job, records: Records) -> dict[str, str]:
-    """Return the fingerprints of the finished jobs that a job reads, the members of ensembles among them.
-
-    Raises ValueError for one without a record, or without weights because it diverged.
-    """
-    marks = {}
+    fingerprints = {}
     for name in inputs(job):
         record = records.named(name)
         if record is None:
             raise ValueError(f"{job.name!r} reads {name!r}, which has no record; run it first.")
         if record.status == "diverged":
             raise ValueError(f"{job.name!r} reads {name!r}, which diverged and left no weights; name another.")
-        marks[name] = record.fingerprint
+        fingerprints[name] = record.fingerprint
         if isinstance(record.job, Ensemble):
-            marks |= input_marks(record.job, records)
-    return marks
+            fingerprints |= input_fingerprints(record.job, records)
+    return fingerprints
 
 
 def file_hash(path: Path) -> str:

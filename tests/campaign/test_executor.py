@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from campaigns import Campaign, make_campaign
 
-from epochal.campaign.plan import campaign_jobs
-from epochal.records import needed
+from epochal.campaign.plan import campaign_jobs, ready_jobs
 
 PATIENCE = 240.0
 Losses = dict[str, tuple[Any, ...]]
@@ -99,7 +98,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Los
         first.kill()
     found = results_of(campaign)
     assert sorted(first.done) == sorted(found)
-    assert needed(campaign_jobs(["distillation"], campaign.records, campaign.scale), campaign.records) == []
+    assert ready_jobs(campaign_jobs(["distillation"], campaign.records, campaign.scale), campaign.records) == []
     assert any(name.startswith("student-ensemble") for name in found)
     return found
 

@@ -1,4 +1,4 @@
-"""32 workers on one folder and 1,000 trivial jobs: every job exactly once, and planning stays quick."""
+"""32 workers on one folder and 1,000 trivial jobs: each job runs exactly once, and planning stays fast."""
 
 import json
 import subprocess
@@ -30,19 +30,19 @@ def plan(recipes, records, scale):
     planned.append(time.thread_time())
     return jobs
 
-def say(event):  # one write of one line: appended whole
+def emit(event):  # one write per line: lines of different workers do not mix
     log.write(json.dumps(event) + chr(10))
     log.flush()
 
-def slowest():  # processor seconds from one plan to the next, the trivial job between them included
+def slowest():  # processor seconds from one plan to the next, including the trivial job between them
     return max((b - a for a, b in zip(planned, planned[1:])), default=0.0)
 
 worker.campaign_jobs = plan
-worker.execute = lambda job, orders: Record(job, fingerprint(job), "done", {"loss": 1.0})
+worker.execute = lambda job, config: Record(job, fingerprint(job), "done", {"loss": 1.0})
 places = {"results": f"{folder}/results", "work": f"{folder}/work"}
-orders = worker.Orders(session="s", scale=scale_path, recipes=("none",), threads=1, **places)
-code = worker.work(orders, say)
-say({"event": "end", "slowest": slowest(), "plans": len(planned)})
+config = worker.WorkerConfig(session="s", scale=scale_path, recipes=("none",), threads=1, **places)
+code = worker.work(config, emit)
+emit({"event": "end", "slowest": slowest(), "plans": len(planned)})
 sys.exit(code)
 """
 

@@ -1,9 +1,8 @@
-"""One worker: what it claims, in which order it works, and what it keeps of starts that ended."""
+"""One worker: which job it claims next, what it leaves on disk, and when it gives up."""
 
 import fcntl
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,131 +10,128 @@ from campaigns import Campaign
 
 from epochal.campaign import worker
 from epochal.campaign.plan import campaign_jobs
-from epochal.campaign.worker import SILENT_ENDS, Orders, claim
+from epochal.campaign.worker import MAX_SILENT_CRASHES, WorkerConfig, claim, claim_next
 from epochal.records import Record, load_records, write_record
 from epochal.run import Ensemble, Job, Run, fingerprint
 from epochal.stopping import Stopped
 
 
-def orders_for(campaign: Campaign, **changes: Any) -> Orders:
-    space = campaign.workspace
-    return Orders(
-        session=changes.pop("session", "first"), scale=str(campaign.scale_path), recipes=("ensembling",),
-        results=str(space.results), work=str(space.work), threads=1, **changes,
-    )  # fmt: skip
+def one_run(campaign: Campaign) -> Run:
+    job = campaign_jobs(["epoching"], campaign.records, campaign.scale)[0]
+    assert isinstance(job, Run)
+    return job
 
 
-def job_of(campaign: Campaign) -> Job:
-    return campaign_jobs(["epoching"], campaign.records, campaign.scale)[0]
-
-
-def test_who_waits_for_the_lock_of_a_job_and_who_comes_later_see_the_same_lock(campaign: Campaign) -> None:
-    """A lock file that goes with its lock lets both in: one holds a file that has no name any more."""
-    job, space = job_of(campaign), campaign.workspace
-    with claim(space, job) as mine:
-        assert mine
-        with claim(space, job) as other:
-            assert not other
-        waiting = next((space.work / space.scale / "locks").iterdir()).open("a")
-    with waiting:
-        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with claim(space, job) as later:
-            assert not later
-    with claim(space, job) as later:
-        assert later
-
-
-def test_a_job_is_taken_while_a_process_started_for_it_lives(campaign: Campaign) -> None:
-    job, space = job_of(campaign), campaign.workspace
-    with claim(space, job) as mine:
-        assert mine
-        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False)
-    with claim(space, job) as other:
-        assert not other, "the worker is gone, its run is not"
-    process.communicate(timeout=60)
-    with claim(space, job) as other:
-        assert other
-
-
-def test_what_unlocks_others_comes_first_then_the_longest(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
-    def done(job: Job, orders: Orders) -> Record:
-        campaign.workspace.folder(job.name).mkdir(parents=True, exist_ok=True)
-        (campaign.workspace.folder(job.name) / "model").mkdir()
-        return Record(job, fingerprint(job), "done", {"loss": 1.0, "parameters": 1})
-
-    one = job_of(campaign)
-    assert isinstance(one, Run)
-    runs = [replace(one, name=f"of-{epochs}", epochs=epochs) for epochs in (2, 4, 1, 3)]
-    both = Ensemble(name="both", runs=("of-4", "of-3"), average="logits")
-    monkeypatch.setattr(worker, "campaign_jobs", lambda *_: [*runs, both])
-    monkeypatch.setattr(worker, "execute", done)
-    said: list[dict[str, Any]] = []
-    assert worker.work(orders_for(campaign), said.append) == 0
-    started = [event["name"] for event in said if event["event"] == "started"]
-    assert started == ["of-4", "of-3", "both", "of-2", "of-1"]
-    left = [file.name for file in Path(campaign.workspace.work).rglob("attempt.json")]
-    assert not left, "a job that ended in good order is not being worked on"
-
-
-def finished(job: Job, status: str = "done") -> Record:
+def record_of(job: Job, status: str = "done") -> Record:
     return Record(job, fingerprint(job), status, {"loss": 1.0, "parameters": 1} if status == "done" else {})
 
 
-def test_what_others_finished_meanwhile_is_not_done_again(campaign: Campaign) -> None:
-    job, space = job_of(campaign), campaign.workspace
-    seen = load_records(space)
-    assert worker._still_needed(job, seen)
-    write_record(space, finished(job))
-    assert not worker._still_needed(job, seen), "the record came after the look"
-    seen = load_records(space)
-    assert worker._still_needed(job, seen), "a record without the weights, as in a clean clone"
-    output = space.output(job)
-    assert output is not None
-    output.mkdir(parents=True)
-    assert not worker._still_needed(job, seen), "the weights came after the look"
+def test_a_process_that_waits_for_a_lock_and_a_later_one_see_the_same_lock(campaign: Campaign) -> None:
+    """If the lock file were deleted with its lock, both could hold a claim: one of them on a file without a name."""
+    job, workspace = one_run(campaign), campaign.workspace
+    with claim(workspace, job) as claimed:
+        assert claimed
+        with claim(workspace, job) as claimed_again:
+            assert not claimed_again
+        waiting = next((workspace.work / workspace.scale / "locks").iterdir()).open("a")
+    with waiting:
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with claim(workspace, job) as claimed:
+            assert not claimed
+    with claim(workspace, job) as claimed:
+        assert claimed
 
 
-def test_a_failed_job_counts_though_nothing_is_ready_and_only_for_whom_it_was_meant(
+def test_a_job_stays_claimed_while_a_process_started_for_it_lives(campaign: Campaign) -> None:
+    job, workspace = one_run(campaign), campaign.workspace
+    with claim(workspace, job) as claimed:
+        assert claimed
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False)
+    with claim(workspace, job) as claimed:
+        assert not claimed, "the worker is gone, but its run is not"
+    process.communicate(timeout=60)
+    with claim(workspace, job) as claimed:
+        assert claimed
+
+
+def test_jobs_that_unlock_others_come_first_then_the_longest(
     campaign: Campaign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, space = job_of(campaign), campaign.workspace
-    assert isinstance(one, Run)
-    runs = [replace(one, name=name) for name in ("lost", "kept")]
+    def execute(job: Job, config: WorkerConfig) -> Record:
+        (campaign.workspace.folder(job.name) / "model").mkdir(parents=True)
+        return record_of(job)
+
+    runs = [replace(one_run(campaign), name=f"of-{epochs}", epochs=epochs) for epochs in (2, 4, 1, 3)]
+    both = Ensemble(name="both", runs=("of-4", "of-3"), average="logits")
+    monkeypatch.setattr(worker, "campaign_jobs", lambda *_: [*runs, both])
+    monkeypatch.setattr(worker, "execute", execute)
+    events: list[dict[str, Any]] = []
+    assert worker.work(campaign.worker_config("ensembling"), events.append) == 0
+    started = [event["name"] for event in events if event["event"] == "started"]
+    assert started == ["of-4", "of-3", "both", "of-2", "of-1"]
+    assert not list(campaign.workspace.work.rglob("attempt.json")), "a finished job still looks like a running one"
+
+
+def test_the_next_claim_skips_jobs_of_other_workers_and_finished_ones(campaign: Campaign) -> None:
+    longest, job = (replace(one_run(campaign), name=name, epochs=n) for name, n in (("longest", 4), ("job", 2)))
+    workspace = campaign.workspace
+
+    def next_name(records: Any) -> str | None:
+        with claim_next([job, longest], records) as claimed:
+            return claimed.name if claimed else None
+
+    records = load_records(workspace)
+    assert next_name(records) == "longest"
+    with claim(workspace, longest):
+        assert next_name(records) == "job"
+        write_record(workspace, record_of(job))
+        assert next_name(records) is None, "another worker wrote a record after the records were read"
+        records = load_records(workspace)
+        assert next_name(records) == "job", "a record without its weights, as in a fresh clone"
+        (workspace.folder("job") / "model").mkdir(parents=True)
+        assert next_name(records) is None, "another worker made the weights after the records were read"
+
+
+def test_a_failed_job_decides_the_exit_code_only_of_workers_that_could_take_it(
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, config = campaign.workspace, campaign.worker_config("ensembling")
+    runs = [replace(one_run(campaign), name=name) for name in ("lost", "kept")]
     both = Ensemble(name="both", runs=("lost", "kept"), average="logits")
     monkeypatch.setattr(worker, "campaign_jobs", lambda *_: [*runs, both])
-    write_record(space, finished(runs[0], "diverged"))  # so that the ensemble waits for ever
-    write_record(space, finished(runs[1]))
-    (space.folder("kept") / "model").mkdir(parents=True)
-    said: list[dict[str, Any]] = []
-    assert worker.work(orders_for(campaign), said.append) == 0
-    worker._write_failure(both, orders_for(campaign), "no disk", "")
-    assert worker.work(orders_for(campaign), said.append) == 1
-    assert worker.work(orders_for(campaign, only=("kept",)), said.append) == 0
-    assert worker.work(orders_for(campaign, session="second"), said.append) == 0
-    assert not said, "nothing was started"
+    write_record(workspace, record_of(runs[0], "diverged"))  # the ensemble is never ready
+    write_record(workspace, record_of(runs[1]))
+    (workspace.folder("kept") / "model").mkdir(parents=True)
+    events: list[dict[str, Any]] = []
+    assert worker.work(config, events.append) == 0
+    worker._write_failure(both, config, "no disk", "")
+    assert worker.work(config, events.append) == 1
+    assert worker.work(replace(config, only=("kept",)), events.append) == 0
+    assert worker.work(replace(config, session="second"), events.append) == 0
+    assert not events, "nothing was started"
 
 
-def test_starts_without_a_word_count_until_there_is_a_new_checkpoint_or_session(campaign: Campaign) -> None:
-    job, orders = job_of(campaign), orders_for(campaign)
+def test_silent_crashes_are_counted_until_a_new_checkpoint_or_session(campaign: Campaign) -> None:
+    job, config = one_run(campaign), campaign.worker_config("ensembling")
     checkpoints = campaign.workspace.folder(job.name) / "checkpoints"
-    for step in range(2 * SILENT_ENDS):  # each gets a little further
+    for step in range(2 * MAX_SILENT_CRASHES):  # each attempt gets a little further
         (checkpoints / f"step-{step:08d}").mkdir(parents=True)
-        worker._begin_attempt(job, orders)
-    for _ in range(SILENT_ENDS - 1):
-        worker._begin_attempt(job, orders)
-    with pytest.raises(RuntimeError, match=rf"ended {SILENT_ENDS} times without a word or a new checkpoint"):
-        worker._begin_attempt(job, orders)
-    worker._begin_attempt(job, orders_for(campaign, session="second"))
+        worker._begin_attempt(job, config)
+    for _ in range(MAX_SILENT_CRASHES - 1):
+        worker._begin_attempt(job, config)
+    with pytest.raises(RuntimeError, match=rf"crashed {MAX_SILENT_CRASHES} times without an error message or a new"):
+        worker._begin_attempt(job, config)
+    worker._begin_attempt(job, replace(config, session="second"))
 
 
-def test_a_job_that_is_stopped_in_good_order_may_be_stopped_for_ever(campaign: Campaign) -> None:
-    job, orders = job_of(campaign), orders_for(campaign)
+def test_a_stopped_job_may_be_stopped_any_number_of_times(campaign: Campaign) -> None:
+    job, config = one_run(campaign), campaign.worker_config("ensembling")
 
-    def stopped(event: dict[str, Any]) -> None:
+    def stop(event: dict[str, Any]) -> None:
         assert event["event"] == "started", event
         raise Stopped("time limit")
 
-    for _ in range(SILENT_ENDS + 1):
+    for _ in range(MAX_SILENT_CRASHES + 1):
         with pytest.raises(Stopped):
-            worker.run_job(job, orders, stopped, {})
+            worker.run_job(job, config, stop, {})
     assert not list(campaign.workspace.folder(job.name).iterdir())

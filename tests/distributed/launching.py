@@ -74,10 +74,10 @@ def launch(profile: str, run_json: Path, world: int) -> tuple[list[int], str]:
 
 def write_job(folder: Path, run: Run, space: Workspace, profile: str, **changes: Any) -> Path:
     """What a worker hands to the processes that it launches."""
-    orders = {"session": "s", "scale": "tiny", "recipes": [], "threads": 1, "profile": profile, "micro_batch": 1}
-    orders |= {"results": str(space.results), "work": str(space.work), **changes}
+    config = {"session": "s", "scale": "tiny", "recipes": [], "threads": 1, "preset": profile, "micro_batch": 1}
+    config |= {"results": str(space.results), "work": str(space.work), **changes}
     run_json = folder / "run.json"
-    run_json.write_text(json.dumps({"run": to_table(run), "orders": orders}), encoding="utf-8")
+    run_json.write_text(json.dumps({"run": to_table(run), "config": config}), encoding="utf-8")
     return run_json
 
 

@@ -95,12 +95,12 @@ def test_why_a_launched_run_was_refused_reaches_the_user(tmp_path: Path, monkeyp
     """The event that a worker sends, which is what `epochal run` prints, is the sentence and not an exit code."""
     space, _, config = tiny.workspace(tmp_path)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate hands a profile over
-    monkeypatch.setattr(worker, "launch_command", lambda orders: [sys.executable])
-    orders = worker.Orders(
-        session="s", scale="tiny", recipes=(), results=str(space.results), work=str(space.work), threads=1, profile="p"
+    monkeypatch.setattr(worker, "launch_command", lambda _: [sys.executable])
+    options = worker.WorkerConfig(
+        session="s", scale="tiny", recipes=(), results=str(space.results), work=str(space.work), threads=1, preset="p"
     )
     said: list[dict[str, Any]] = []
-    worker.run_job(tiny.run(config, name="refused"), orders, said.append, {})
+    worker.run_job(tiny.run(config, name="refused"), options, said.append, {})
     assert [event["event"] for event in said] == ["started", "failed"]
     assert said[1]["message"] == "the profile sets mixed_precision to 'bf16'; a Run names its own: write 'no'."
     assert sorted(file.name for file in space.folder("refused").iterdir()) == ["failure.json", "run.json"]

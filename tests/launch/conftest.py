@@ -1,4 +1,4 @@
-"""A Slurm for the tests of this folder, or the reason why there is none."""
+"""A Slurm for the tests of this folder; they are skipped where it cannot run."""
 
 import os
 from collections.abc import Iterator

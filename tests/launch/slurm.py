@@ -1,6 +1,6 @@
-"""A real Slurm of two nodes on this one machine, in a folder of its own: munged, slurmctld and two slurmd.
+"""A real Slurm of two nodes on this one machine: munged, slurmctld and two slurmd in a temporary folder.
 
-It needs the programs of Debian's `slurm-wlm` and `munge`, root, and nothing else: no service, no file of the system.
+Needs root and the programs of Debian's `slurm-wlm` and `munge`; it uses no system service or file.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 CORES = 4
-"""What each node claims to have: more than there are, so that small jobs share this machine."""
+"""Cores that each node claims to have: more than exist, so that small jobs share this machine."""
 
-# A requeued job waits for its old credential to expire, 120 seconds by default: `cred_expire` is that trap's setting.
+# A requeued job waits until its old credential expires, 120 seconds by default: `cred_expire` shortens that.
 CONFIG = """
 ClusterName=epochal
 SlurmctldHost={host}(127.0.0.1)
@@ -57,7 +57,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """Say why there can be no Slurm here, or None."""
+    """Return the reason why Slurm cannot run on this machine, or None."""
     lacking = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if lacking:
         return f"{lacking[0]} is not installed (Debian: slurm-wlm, munge)"
@@ -79,7 +79,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _die_with_parent() -> None:
-    """Let the kernel end a daemon whose parent is gone, however it went (prctl PR_SET_PDEATHSIG)."""
+    """Make the kernel kill a daemon when its parent ends (prctl PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -157,7 +157,7 @@ class Slurm:
         self._start("slurmd", "-D", "-N", name, label=name)
 
     def stop_node(self, name: str) -> None:
-        """Stop the slurmd of a node; its jobs go on, as they do on a cluster."""
+        """Stop the slurmd of a node; its jobs continue, as on a real cluster."""
         daemon = self.daemons.pop(name)
         daemon.terminate()
         daemon.wait(20)

@@ -1,6 +1,6 @@
-"""Rounds of planning and their tasks, on a queue that is played: what is submitted, what waits for what, what ends.
+"""Planner rounds and array tasks on a simulated queue: what is submitted, what depends on what, when it ends.
 
-The real Slurm is in test_slurm.py; here its commands are answered from a list, and files say what has been done.
+test_slurm.py uses a real Slurm; here a fake answers its commands.
 """
 
 import json
@@ -14,50 +14,50 @@ from typing import Any
 import pytest
 from campaigns import Campaign
 
-from epochal.campaign.cluster import Cluster, Submitted, submission
+from epochal.campaign.cluster import Cluster, ClusterCampaign, cluster_campaign
 from epochal.campaign.plan import campaign_jobs
-from epochal.campaign.worker import Orders, claim
+from epochal.campaign.worker import WorkerConfig, claim
 from epochal.config import write_atomic
 from epochal.records import Record, write_record
 from epochal.run import Ensemble, Job, Run, fingerprint
-from launch import element, planner, slurm, submit
+from launch import array_task, planner, slurm, submit
 
 
 @dataclass
 class Queue:
-    """squeue, sbatch, scontrol and scancel: job ids to what was asked for, arrays task by task."""
+    """A fake of squeue, sbatch, scontrol and scancel; `jobs` are the tasks in the queue by id."""
 
     jobs: dict[str, dict[str, str]] = field(default_factory=dict)
     scripts: list[dict[str, str]] = field(default_factory=list)
     busy: int = 0
     environments: list[dict[str, str]] = field(default_factory=list)
 
-    def run(self, words: list[str], *, env: dict[str, str], input: str | None = None, **_: Any) -> Any:
+    def run(self, command: list[str], *, env: dict[str, str], input: str | None = None, **_: Any) -> Any:
         self.environments.append(env)
         if self.busy:
             self.busy -= 1
             return subprocess.CompletedProcess(
-                words, 1, "", "slurm_load_jobs error: Unable to contact slurm controller"
+                command, 1, "", "slurm_load_jobs error: Unable to contact slurm controller"
             )
-        code, text = getattr(self, words[0])(words[1:], input)
-        return subprocess.CompletedProcess(words, code, text, "no such job" if code else "")
+        code, text = getattr(self, command[0])(command[1:], input)
+        return subprocess.CompletedProcess(command, code, text, "no such job" if code else "")
 
-    def squeue(self, words: list[str], _: str | None) -> tuple[int, str]:
-        options = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+    def squeue(self, command: list[str], _: str | None) -> tuple[int, str]:
+        options = dict(word.removeprefix("--").partition("=")[::2] for word in command)
         assert "array" in options and "noheader" in options
         rows = [job for job in self.jobs.values() if job["name"] in options["name"].split(",")]
         letters = {"%i": "id", "%j": "name", "%T": "state", "%N": "node", "%M": "elapsed", "%k": "comment"}
         columns = [letters[column] for column in options["format"].split("|")]
         return 0, "".join("|".join(row[column] for column in columns) + "\n" for row in rows)
 
-    def sbatch(self, words: list[str], script: str | None) -> tuple[int, str]:
-        assert script is not None and ("--parsable" in words or words == ["--test-only"])
+    def sbatch(self, command: list[str], script: str | None) -> tuple[int, str]:
+        assert script is not None and ("--parsable" in command or command == ["--test-only"])
         lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
         options = dict(line.partition("=")[::2] for line in lines)
-        waits = [word.removeprefix("--dependency=") for word in words if word.startswith("--dependency=")]
+        waits = [word.removeprefix("--dependency=") for word in command if word.startswith("--dependency=")]
         number = str(100 + len(self.scripts))
-        self.scripts.append({**options, "test-only": "yes" * (words == ["--test-only"])})
-        if words == ["--test-only"]:
+        self.scripts.append({**options, "test-only": "yes" * (command == ["--test-only"])})
+        if command == ["--test-only"]:
             return 0, ""
         first, last = map(int, re.match(r"(\d+)-(\d+)", options.get("array", "0-0")).groups())  # type: ignore[union-attr]
         for index in range(first, last + 1):
@@ -65,17 +65,17 @@ class Queue:
             self.jobs[list(self.jobs)[-1]]["comment"] = options.get("comment", "")
         return 0, f"{number};cluster\n"
 
-    def scontrol(self, words: list[str], _: str | None) -> tuple[int, str]:
-        what, *values = words
+    def scontrol(self, command: list[str], _: str | None) -> tuple[int, str]:
+        action, *values = command
         changes = dict(value.partition("=")[::2] for value in values)
         job = self.jobs.get(changes.pop("JobId"), {"state": "gone"})
-        if what != "update" or job["state"] != "PENDING":
+        if action != "update" or job["state"] != "PENDING":
             return 1, ""
         job.update(changes)
         return 0, ""
 
-    def scancel(self, words: list[str], _: str | None) -> tuple[int, str]:
-        for number in words:
+    def scancel(self, command: list[str], _: str | None) -> tuple[int, str]:
+        for number in command:
             self.jobs.pop(number, None)
         return 0, ""
 
@@ -89,29 +89,25 @@ class Queue:
 
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
-    made = Queue()
-    monkeypatch.setattr(slurm.subprocess, "run", made.run)  # type: ignore[attr-defined]
-    return made
+    simulated = Queue()
+    monkeypatch.setattr(slurm.subprocess, "run", simulated.run)  # type: ignore[attr-defined]
+    return simulated
 
 
-Make = Callable[..., tuple[Submitted, list[Job]]]
+Make = Callable[..., tuple[ClusterCampaign, list[Job]]]
 
 
 @pytest.fixture
 def make(campaign: Campaign, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Five runs of unlike length and an ensemble of the first two, submitted with some settings of a cluster."""
-    space = campaign.workspace
+    """Submit five runs of different length and an ensemble of the first two, with some cluster settings."""
     one = campaign_jobs(["epoching"], campaign.records, campaign.scale)[0]
     assert isinstance(one, Run)
     jobs: list[Job] = [replace(one, name=f"r{epochs}", epochs=epochs) for epochs in (1, 2, 3, 4, 5)]
     jobs.append(Ensemble(name="both", runs=("r1", "r2"), average="logits"))
 
-    def begin(**settings: Any) -> tuple[Submitted, list[Job]]:
-        orders = Orders(
-            session="s", scale=str(campaign.scale_path), recipes=("epoching", "limits"), results=str(space.results),
-            work=str(space.work), threads=1,
-        )  # fmt: skip
-        submitted = submission(orders, Cluster(name="c", **settings))
+    def begin(**settings: Any) -> tuple[ClusterCampaign, list[Job]]:
+        config = campaign.worker_config("epoching", "limits", session="s")
+        submitted = cluster_campaign(config, Cluster(name="c", **settings))
         submitted.save()
         monkeypatch.setattr(planner, "campaign_jobs", lambda *_: jobs)
         return submitted, jobs
@@ -119,38 +115,38 @@ def make(campaign: Campaign, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> M
     return begin
 
 
-def plan(campaign: Submitted, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run the planner as Slurm does: the one that waits, or the first of all; it leaves the queue when it ends."""
+def plan(campaign: ClusterCampaign, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the pending planner, or the first one, as Slurm would; it leaves the queue when it ends."""
     waiting = queue.named("plan")
-    me = waiting[0] if waiting else "99"
-    queue.add(me, campaign.planner_name, state="RUNNING")
-    monkeypatch.setenv("SLURM_JOB_ID", me)
+    own_id = waiting[0] if waiting else "99"
+    queue.add(own_id, campaign.planner_name, state="RUNNING")
+    monkeypatch.setenv("SLURM_JOB_ID", own_id)
     try:
         return planner.main(campaign.path)
     finally:
-        del queue.jobs[me]
+        del queue.jobs[own_id]
 
 
-def done(campaign: Submitted, *jobs: Job) -> None:
+def done(campaign: ClusterCampaign, *jobs: Job) -> None:
     for job in jobs:
-        (campaign.orders.workspace.folder(job.name) / "model").mkdir(parents=True)
+        (campaign.config.workspace.folder(job.name) / "model").mkdir(parents=True)
         record = Record(job, fingerprint(job), "done", {"loss": 1.0, "parameters": 1})
-        write_record(campaign.orders.workspace, record)
+        write_record(campaign.config.workspace, record)
 
 
-def lost(campaign: Submitted, name: str, attempts: int) -> None:
+def fail(campaign: ClusterCampaign, name: str, attempts: int) -> None:
     failure = {"session": "s", "attempts": attempts}
-    write_atomic(campaign.orders.workspace.folder(name) / "failure.json", json.dumps(failure))
+    write_atomic(campaign.config.workspace.folder(name) / "failure.json", json.dumps(failure))
 
 
-def tasks(campaign: Submitted, queue: Queue) -> dict[str, list[str]]:
-    """What each task in the queue will do, from the files that it will read."""
-    found = {}
+def tasks(campaign: ClusterCampaign, queue: Queue) -> dict[str, list[str]]:
+    """The job names of each task in the queue, from its batch file."""
+    names = {}
     for number in queue.named("run"):
         batch = json.loads((campaign.folder / "batches" / f"{queue.jobs[number]['comment']}.json").read_text())
         assert batch["campaign"] == str(campaign.path)
-        found[number] = batch["tasks"][int(number.partition("_")[2])]
-    return found
+        names[number] = batch["tasks"][int(number.partition("_")[2])]
+    return names
 
 
 def test_a_campaign_from_the_first_round_to_the_last(make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +158,7 @@ def test_a_campaign_from_the_first_round_to_the_last(make: Make, queue: Queue, m
     (successor,) = queue.named("plan")
     assert queue.jobs[successor]["Dependency"] == "?".join(f"afterany:{number}" for number in first)
 
-    # The first task ends; what the others do stays theirs.
+    # The first task ends; the others keep their jobs.
     done(campaign, *jobs[3:5])
     del queue.jobs[next(iter(first))]
     assert plan(campaign, queue, monkeypatch) == 0
@@ -171,7 +167,7 @@ def test_a_campaign_from_the_first_round_to_the_last(make: Make, queue: Queue, m
     assert third != successor
     assert queue.jobs[third]["Dependency"] == "?".join(f"afterany:{number}" for number in list(first)[1:])
 
-    # Two are done, one was killed: it comes back, and with it what has become ready.
+    # Two are done, one was killed: it is submitted again, together with the job that has become ready.
     done(campaign, *jobs[:2])
     for number in list(first)[1:]:
         del queue.jobs[number]
@@ -183,14 +179,14 @@ def test_a_campaign_from_the_first_round_to_the_last(make: Make, queue: Queue, m
     for number in queue.named("run"):
         del queue.jobs[number]
     assert plan(campaign, queue, monkeypatch) == 0
-    assert queue.jobs == {} and not campaign.path.exists(), "nobody waits for a campaign that is over"
+    assert queue.jobs == {} and not campaign.path.exists(), "no planner is left when the campaign is over"
     assert plan(campaign, queue, monkeypatch) == 0 and queue.jobs == {}
 
 
-def test_runs_on_several_nodes_are_apart_from_what_one_node_does(
+def test_multi_node_runs_are_submitted_apart_from_single_node_jobs(
     make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    campaign, jobs = make(nodes=2, profile="ddp2")
+    campaign, jobs = make(nodes=2, preset="ddp2")
     done(campaign, *jobs[:3])
     assert plan(campaign, queue, monkeypatch) == 0
     wide, narrow = queue.scripts[-2:]
@@ -206,7 +202,7 @@ def test_runs_on_several_nodes_are_apart_from_what_one_node_does(
     assert len(queue.jobs[queue.named("plan")[0]]["Dependency"].split("?")) == 3
 
 
-def test_an_array_takes_no_more_tasks_than_slurm_allows(
+def test_an_array_has_no_more_tasks_than_slurm_allows(
     make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     campaign, _ = make(pack=1)
@@ -217,43 +213,39 @@ def test_an_array_takes_no_more_tasks_than_slurm_allows(
     assert sorted(name for names in tasks(campaign, queue).values() for name in names) == ["r1", "r2", "r3", "r4", "r5"]
 
 
-def test_what_others_do_and_what_failed_for_good_is_left_alone(
+def test_claimed_jobs_and_jobs_out_of_retries_are_not_submitted(
     make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     campaign, jobs = make(retries=1)
     done(campaign, *jobs[1:5])
-    with claim(campaign.orders.workspace, jobs[0]) as mine:
+    with claim(campaign.config.workspace, jobs[0]) as mine:
         assert mine
         assert plan(campaign, queue, monkeypatch) == 0
         assert tasks(campaign, queue) == {}
         (successor,) = queue.named("plan")
         assert queue.jobs[successor]["Dependency"] == "" and queue.jobs[successor]["StartTime"] == "now+60"
-    lost(campaign, "r1", 1)
+    fail(campaign, "r1", 1)
     assert plan(campaign, queue, monkeypatch) == 0
-    assert list(tasks(campaign, queue).values()) == [["r1"]], "it may be tried once more"
-    lost(campaign, "r1", 2)
+    assert list(tasks(campaign, queue).values()) == [["r1"]], "one retry is left"
+    fail(campaign, "r1", 2)
     for number in queue.named("run"):
         del queue.jobs[number]
     assert plan(campaign, queue, monkeypatch) == 1
     assert queue.jobs == {} and not campaign.path.exists()
 
 
-def test_there_is_one_successor_whatever_was_in_the_queue(
-    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extra_pending_planners_are_cancelled(make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign, _ = make()
     monkeypatch.setenv("SLURM_JOB_ID", "50")
     for number, state in (("50", "RUNNING"), ("51", "PENDING"), ("52", "PENDING"), ("53", "RUNNING")):
         queue.add(number, campaign.planner_name, "afterany:1", state)
     assert planner.main(campaign.path) == 0
-    assert queue.named("plan") == ["50", "51", "53"], "itself and one that has started are no successors"
+    assert queue.named("plan") == ["50", "51", "53"], "running planners are kept"
     assert queue.jobs["51"]["Dependency"].startswith("afterany:100_0?afterany:100_1")
     assert queue.jobs["51"]["StartTime"] == "now"
 
 
-def test_a_successor_that_was_cancelled_meanwhile_has_a_successor(
-    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_successor_is_replaced(make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign, _ = make()
     really = slurm.submit
 
@@ -272,7 +264,7 @@ def test_a_successor_that_was_cancelled_meanwhile_has_a_successor(
 @pytest.mark.parametrize(
     ("error", "code", "left"), [(ValueError("no such recipe"), 2, []), (OSError("the disk is gone"), None, ["now+60"])]
 )
-def test_a_round_that_fails_is_tried_again_unless_it_would_fail_for_ever(
+def test_a_failed_round_is_tried_again_unless_it_is_wrong_use(
     make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int | None, left: list[str]
 ) -> None:
     campaign, _ = make()
@@ -289,7 +281,7 @@ def test_a_round_that_fails_is_tried_again_unless_it_would_fail_for_ever(
     assert [(job["StartTime"], job["Dependency"]) for job in queue.jobs.values()] == [(start, "") for start in left]
 
 
-def test_a_campaign_is_submitted_once_and_taken_back_whole(
+def test_a_campaign_is_submitted_once_and_stopped_completely(
     make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     campaign, jobs = make(pack=2)
@@ -298,8 +290,8 @@ def test_a_campaign_is_submitted_once_and_taken_back_whole(
     assert len(arrays) == 1 and "--array=0-2%" in arrays[0] and arrays[0].startswith("# 5 jobs, 2 to a task: r1, ")
     assert submit.submit(campaign).startswith("submitted planner 101 ") and campaign.path.exists()
     assert queue.scripts[0]["test-only"] and queue.named("run") == []
-    again = submission(replace(campaign.orders, recipes=campaign.orders.recipes[::-1]), campaign.cluster)
-    assert submit.submit(again).startswith("already in flight (planner 101)")
+    again = cluster_campaign(replace(campaign.config, recipes=campaign.config.recipes[::-1]), campaign.cluster)
+    assert submit.submit(again).startswith("already submitted (planner 101)")
 
     assert plan(campaign, queue, monkeypatch) == 0
     assert len(queue.named("run")) == 3
@@ -314,7 +306,7 @@ def test_a_campaign_is_submitted_once_and_taken_back_whole(
     ("reason", "over", "waiting", "planners"),
     [(None, False, 0, 1), ("SIGUSR1", False, 0, 1), ("SIGTERM", False, 0, 0), (None, True, 0, 0), (None, False, 1, 1)],
 )
-def test_a_task_does_its_own_jobs_and_leaves_a_planner_behind(
+def test_a_task_runs_its_own_jobs_and_ensures_a_planner(
     make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch,
     reason: str | None, over: bool, waiting: int, planners: int,
 ) -> None:  # fmt: skip
@@ -322,29 +314,29 @@ def test_a_task_does_its_own_jobs_and_leaves_a_planner_behind(
     for number in range(waiting):
         queue.add(str(number), campaign.planner_name)
     batch = planner.write_batch(campaign, [["r5", "r4"], ["r3"], ["r2", "r1"]], nodes=3)
-    given: list[tuple[Orders, dict[str, Any]]] = []
+    calls: list[tuple[WorkerConfig, dict[str, Any]]] = []
 
-    def run_campaign(orders: Orders, **options: Any) -> int:
-        given.append((orders, options))
+    def run_campaign(config: WorkerConfig, **options: Any) -> int:
+        calls.append((config, options))
         if over:
             campaign.path.unlink()
         return 75
 
-    monkeypatch.setattr(element, "run_campaign", run_campaign)
-    monkeypatch.setattr(element, "stop_reason", lambda: reason)
+    monkeypatch.setattr(array_task, "run_campaign", run_campaign)
+    monkeypatch.setattr(array_task, "stop_reason", lambda: reason)
     environment = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_CPUS_PER_TASK": "8"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert element.main(batch) == 75
-    ((orders, options),) = given
-    assert (orders.only, orders.nodes, orders.threads) == (("r2", "r1"), 3, 4)
+    assert array_task.main(batch) == 75
+    ((config, options),) = calls
+    assert (config.only, config.nodes, config.threads) == (("r2", "r1"), 3, 4)
     assert (options["jobs"], options["log_prefix"]) == (2, "7_2-")
     assert len(queue.named("plan")) == planners
     if over:
-        assert element.main(batch) == 0 and len(given) == 1, "who comes late finds nothing to do"
+        assert array_task.main(batch) == 0 and len(calls) == 1, "a late task of a finished campaign runs nothing"
 
 
-def test_a_controller_that_is_busy_is_asked_again_and_an_allocation_is_not_inherited(
+def test_commands_are_retried_while_the_controller_is_busy_and_do_not_inherit_an_allocation(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
@@ -362,8 +354,8 @@ def test_a_controller_that_is_busy_is_asked_again_and_an_allocation_is_not_inher
     queue.busy = slurm.TRIES
     with pytest.raises(slurm.SlurmError, match="Unable to contact"):
         slurm.queue("mine")
-    assert len(waits) == 2 * (slurm.TRIES - 1), "nobody waits for a last answer"
+    assert len(waits) == 2 * (slurm.TRIES - 1), "no wait after the last attempt"
 
 
-def test_of_a_long_list_the_first_hundred_are_waited_for() -> None:
+def test_a_dependency_lists_at_most_a_hundred_tasks() -> None:
     assert slurm.after_any([str(number) for number in range(150)]).split("?") == [f"afterany:{n}" for n in range(100)]

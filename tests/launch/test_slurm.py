@@ -1,4 +1,4 @@
-"""Campaigns on a real Slurm of two nodes: one run over both, and twenty runs that everything happens to."""
+"""Campaigns on a real Slurm of two nodes: one run over both nodes, and many runs with failures of all kinds."""
 
 import json
 import os
@@ -17,30 +17,23 @@ import pytest
 from campaigns import Campaign, make_campaign
 from slurm import Slurm
 
-from epochal.campaign.worker import Orders, work
+from epochal.campaign.worker import work
 from epochal.config import REPOSITORY
 from epochal.records import Workspace
 from launch.watch import state
 
 PATIENCE = 400.0
-pytestmark = pytest.mark.timeout(900)  # on a busy machine; about half a minute each on an idle one
-PROFILE = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-num_machines: 1
-num_processes: 1
-machine_rank: 0
-mixed_precision: "no"
-"""
+MEMBERS = 12
+pytestmark = pytest.mark.timeout(900)  # on a busy machine; less than a minute each on an idle one
 
 
 class OnSlurm:
     """A campaign that is submitted to a Slurm with `epochal run --cluster`."""
 
     def __init__(self, slurm: Slurm, campaign: Campaign, recipe: str, cluster: str) -> None:
-        self.slurm, self.campaign = slurm, campaign
+        self.slurm, self.campaign, self.recipe = slurm, campaign, recipe
+        self.work = campaign.workspace.work / "tiny-scale"
         (campaign.folder / "cluster.toml").write_text(cluster)
-        self.arguments = ["run", recipe, *campaign.options, "--cluster", str(campaign.folder / "cluster.toml")]
         self.environment = {
             **slurm.environment,
             "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}",
@@ -48,92 +41,72 @@ class OnSlurm:
         }
 
     def start(self, *options: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "epochal.cli", *self.arguments, "--tracker", "none", *options]
+        command = [sys.executable, "-m", "epochal.cli", "run", self.recipe, *self.campaign.options]
+        command += ["--cluster", str(self.campaign.folder / "cluster.toml"), "--tracker", "none", *options]
         return subprocess.Popen(
             command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def submit(self, *options: str) -> str:
+    def submit(self, *options: str, code: int = 0) -> str:
         process = self.start(*options)
         text, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, text
+        assert process.returncode == code, text
         return text
 
     @property
-    def notes(self) -> list[Path]:
-        """The notes of campaigns that go on."""
-        return list((self.campaign.workspace.work / "tiny-scale" / "cluster").glob("campaign-*.json"))
+    def active(self) -> bool:
+        """Whether the campaign file exists."""
+        return any((self.work / "cluster").glob("campaign-*.json"))
 
     def queue(self, kind: str, *states: str) -> list[str]:
         """Job ids in the queue: `kind` is run or plan."""
-        words = ["squeue", "-h", "-r", "-o", "%i|%j|%T"]
-        lines = [line.split("|") for line in self.slurm.run(*words).stdout.split()]
+        rows = [line.split("|") for line in self.slurm.run("squeue", "-h", "-r", "-o", "%i|%j|%T").stdout.split()]
         return [
-            job for job, name, state in lines if name.startswith(f"epochal-{kind}-") and state in (states or (state,))
+            job for job, name, state in rows if name.startswith(f"epochal-{kind}-") and state in (states or (state,))
         ]
 
     def attempts(self) -> list[dict[str, Any]]:
-        """What is being worked on: the notes of jobs whose process is alive."""
-        found = []
-        for path in (self.campaign.workspace.work / "tiny-scale").glob("*/attempt.json"):
+        """The attempt.json of each job whose process is alive."""
+        attempts = []
+        for path in self.work.glob("*/attempt.json"):
             try:
-                found.append({"name": path.parent.name, **json.loads(path.read_text())})
+                attempts.append({"name": path.parent.name, **json.loads(path.read_text())})
             except FileNotFoundError:
                 continue
-        return [table for table in found if Path(f"/proc/{table['pid']}").exists()]
+        return [attempt for attempt in attempts if Path(f"/proc/{attempt['pid']}").exists()]
 
     def steps(self) -> int:
-        """Lines of training loss that the run in flight has logged."""
-        paths = (self.campaign.workspace.work / "tiny-scale").glob("*/metrics.jsonl")
-        return max((path.read_text().count("train_loss") for path in paths), default=0)
+        """Lines of training loss that the current run has logged."""
+        return max((path.read_text().count("train_loss") for path in self.work.glob("*/metrics.jsonl")), default=0)
 
     def watch(self) -> str:
         """What `epochal plan --watch` shows now."""
         with mock.patch.dict(os.environ, self.environment):
-            lines, _ = state([self.arguments[1]], self.campaign.workspace, self.campaign.scale)
+            lines, _ = state([self.recipe], self.campaign.workspace, self.campaign.scale)
         return "\n".join(lines)
 
     def log(self) -> str:
-        """All that planners and tasks said."""
-        files = sorted((self.campaign.workspace.work / "tiny-scale" / "cluster" / "logs").glob("*"))
-        files += sorted((self.campaign.workspace.work / "tiny-scale" / "logs").glob("*"))
+        """The output of all planners, tasks and workers."""
+        files = [*sorted((self.work / "cluster" / "logs").glob("*")), *sorted((self.work / "logs").glob("*"))]
         return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in files)
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
+        """Wait for a condition and return its value."""
         deadline = time.monotonic() + PATIENCE
-        while not (found := condition()):
+        while not (value := condition()):
             if time.monotonic() > deadline:
                 queue = self.slurm.run("squeue").stdout
                 raise AssertionError(f"waited in vain for {what}\n{queue}\n{self.log()}\n{self.slurm.logs()}")
             time.sleep(0.05)
-        return found
+        return value
 
     def finish(self) -> None:
-        self.until(
-            lambda: not self.notes and not self.queue("run") and not self.queue("plan"), "the end of the campaign"
-        )
+        self.until(lambda: not (self.active or self.queue("run") or self.queue("plan")), "the end of the campaign")
 
 
-def here(folder: Path, prepared: Path, recipe: str, **changes: int) -> Campaign:
-    """The same campaign, run in this process."""
-    campaign = make(folder, prepared, **changes)
-    space = campaign.workspace
-    orders = Orders(
-        session="here", scale=str(campaign.scale_path), recipes=(recipe,), results=str(space.results),
-        work=str(space.work), threads=1,
-    )  # fmt: skip
-    assert work(orders, lambda event: None) == 0
-    return campaign
-
-
-def make(folder: Path, prepared: Path, *, epochs: int | None = None, members: int = 2) -> Campaign:
-    campaign = make_campaign(folder, prepared)
-    campaign.rewrite("count = 2", f"count = {members}")
-    if epochs is not None:
-        campaign.rewrite("epochs = [1, 2]", f"epochs = [{epochs}]")
-        campaign.rewrite(
-            "lr = 0.01\nepochs = 1\nwd = 0.8\n\n[ensemble]", f"lr = 0.01\nepochs = {epochs}\nwd = 0.8\n\n[ensemble]"
-        )
+def in_this_process(campaign: Campaign, recipe: str) -> Campaign:
+    """Run a campaign to its end without Slurm: the reference."""
+    assert work(campaign.worker_config(recipe), lambda event: None) == 0
     return campaign
 
 
@@ -145,59 +118,78 @@ def results_of(campaign: Campaign) -> dict[str, Any]:
     }
 
 
-def test_two_nodes_equal_one_process_though_a_rank_is_killed_and_the_time_is_up(
+# --- one run over two nodes ------------------------------------------------------------------------------------------
+
+PRESET = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 1
+machine_rank: 0
+mixed_precision: "no"
+"""
+
+
+def one_long_run(folder: Path, prepared: Path) -> Campaign:
+    campaign = make_campaign(folder, prepared)
+    campaign.rewrite("epochs = [1, 2]", "epochs = [6]")
+    campaign.rewrite("lr = 0.01\nepochs = 1\nwd = 0.8\n\n[ensemble]", "lr = 0.01\nepochs = 6\nwd = 0.8\n\n[ensemble]")
+    return campaign
+
+
+def ranks(workspace: Workspace) -> list[int]:
+    """Process ids of the ranks of a run that has taken a step."""
+    if not any(path.read_text() for path in (workspace.work / "tiny-scale").glob("*/metrics.jsonl")):
+        return []
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        launcher = "epochal.distributed.launcher" in command
+        if "epochal.cli" in command and str(workspace.work) in "".join(command) and not launcher:
+            processes.append(int(path.parent.name))
+    return sorted(processes)
+
+
+def test_two_nodes_equal_one_process_after_a_killed_rank_and_a_time_limit(
     slurm: Slurm, tmp_path: Path, prepared: Path
 ) -> None:
-    alone = here(tmp_path / "alone", prepared, "epoching", epochs=6)
-    campaign = make(tmp_path / "slurm", prepared, epochs=6)
-    (campaign.folder / "node.yaml").write_text(PROFILE)
+    expected = results_of(in_this_process(one_long_run(tmp_path / "alone", prepared), "epoching"))
+    campaign = one_long_run(tmp_path / "slurm", prepared)
+    (campaign.folder / "node.yaml").write_text(PRESET)
     cluster = f"""
-        profile = "{campaign.folder / "node.yaml"}"
+        preset = "{campaign.folder / "node.yaml"}"
         nodes = 2
         time_limit = "10m"
         grace = "1m"
         [slurm]
         cpus_per_task = 2
     """
-    there = OnSlurm(slurm, campaign, "epoching", cluster)
-    there.submit("--checkpoint-every", "0.3s")
-    victim = there.until(lambda: ranks(campaign.workspace), "a rank that trains")
-    os.kill(victim[-1], signal.SIGKILL)
-    there.until(lambda: "ended with exit code" in there.log(), "somebody to notice")
-    steps = there.steps()
-    there.until(lambda: there.steps() > steps, "a rank that trains again")
-    slurm.run(
-        "scancel", "--signal=USR1", "--batch", there.queue("run", "RUNNING")[0]
-    )  # as Slurm does near a time limit
-    there.finish()
+    on_slurm = OnSlurm(slurm, campaign, "epoching", cluster)
+    on_slurm.submit("--checkpoint-every", "0.3s")
+    os.kill(on_slurm.until(lambda: ranks(campaign.workspace), "a rank that trains")[-1], signal.SIGKILL)
+    on_slurm.until(lambda: "ended with exit code" in on_slurm.log(), "the failure to be logged")
+    steps = on_slurm.steps()
+    on_slurm.until(lambda: on_slurm.steps() > steps, "a rank that trains again")
+    # What Slurm sends before a time limit.
+    slurm.run("scancel", "--signal=USR1", "--batch", on_slurm.queue("run", "RUNNING")[0])
+    on_slurm.finish()
 
-    theirs, ours = results_of(campaign), results_of(alone)
-    assert theirs.keys() == ours.keys() and ours
-    for name, (job, mark, status, results, inputs) in theirs.items():
-        assert (job, mark, status, inputs) == (*ours[name][:3], ours[name][4])
+    results = results_of(campaign)
+    assert results.keys() == expected.keys() and expected
+    for name, (job, fingerprint, status, numbers, inputs) in results.items():
+        assert (job, fingerprint, status, inputs) == (*expected[name][:3], expected[name][4])
         for key in ("loss", "train_loss", "test_loss"):
-            assert results[key] == pytest.approx(ours[name][3][key], abs=1e-5), name
-    worlds = {record.provenance["world_size"] for record in campaign.records}
-    assert worlds == {2}
-    assert all(record.provenance["resumed_at"] for record in campaign.records), "nothing was saved when time was up"
-    failures = re.findall(r"^     FAILED ", there.log(), flags=re.MULTILINE)
+            assert numbers[key] == pytest.approx(expected[name][3][key], abs=1e-5), name
+    assert {record.provenance["world_size"] for record in campaign.records} == {2}
+    assert all(record.provenance["resumed_at"] for record in campaign.records), "no checkpoint was saved on SIGUSR1"
+    failures = re.findall(r"^     FAILED ", on_slurm.log(), flags=re.MULTILINE)
     assert len(failures) == 1, "only the killed rank is a failure"
 
 
-def ranks(space: Workspace) -> list[int]:
-    """Ranks that have taken a step of a run of this workspace."""
-    if not any(path.read_text() for path in (space.work / "tiny-scale").glob("*/metrics.jsonl")):
-        return []
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if "epochal.cli" in words and str(space.work) in "".join(words) and "epochal.distributed.launcher" not in words:
-            found.append(int(path.parent.name))
-    return sorted(found)
-
+# --- many runs, and failures while they run --------------------------------------------------------------------------
 
 CLUSTER = """
 pack = 2
@@ -209,56 +201,84 @@ cpus_per_task = 2
 """
 
 
-def test_twenty_runs_and_everything_that_happens_to_them(slurm: Slurm, tmp_path: Path, prepared: Path) -> None:
-    undisturbed = here(tmp_path / "alone", prepared, "ensembling", members=16)
-    campaign = make(tmp_path / "slurm", prepared, members=16)
-    there = OnSlurm(slurm, campaign, "ensembling", CLUSTER)
+def many_runs(folder: Path, prepared: Path) -> Campaign:
+    campaign = make_campaign(folder, prepared)
+    campaign.rewrite("count = 2", f"count = {MEMBERS}")
+    return campaign
 
-    # What Slurm would refuse is said at once, and nothing is submitted.
-    wrong = OnSlurm(slurm, campaign, "ensembling", CLUSTER.replace("[slurm]", '[slurm]\npartition = "gpu"'))
-    process = wrong.start()
-    text, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2 and "invalid partition" in text and not there.notes, text
-    there = OnSlurm(slurm, campaign, "ensembling", CLUSTER)
 
-    # Taken back at once: nothing stays in the queue, nothing comes back.
-    there.submit()
-    assert "stopped" in there.submit("--stop")
-    there.until(lambda: not there.queue("plan") and not there.queue("run"), "an empty queue")
-    assert not there.notes
+def test_an_option_that_slurm_refuses_is_wrong_use_and_nothing_is_submitted(
+    slurm: Slurm, tmp_path: Path, prepared: Path
+) -> None:
+    cluster = CLUSTER.replace("[slurm]", '[slurm]\npartition = "gpu"')
+    on_slurm = OnSlurm(slurm, many_runs(tmp_path, prepared), "ensembling", cluster)
+    assert "invalid partition" in on_slurm.submit(code=2)
+    assert not on_slurm.active
 
-    # Two submitters at once: one campaign.
-    both = [there.start("--checkpoint-every", "0.01s") for _ in range(2)]
-    texts = [process.communicate(timeout=PATIENCE)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], texts
-    assert "already in flight" in there.submit()
 
-    there.until(lambda: there.attempts(), "a job that runs")
-    requeued = there.queue("run", "RUNNING")[0]
-    shown = there.watch()
-    assert re.search(r"^  running  w16-\S+  .*\d+_\d+ on n[12]$", shown, flags=re.MULTILINE), shown
-    assert re.search(r"^  planner  \d+ pending$", shown, flags=re.MULTILINE), shown
-    slurm.run("scontrol", "requeue", requeued)
+def test_stop_empties_the_queue(slurm: Slurm, tmp_path: Path, prepared: Path) -> None:
+    on_slurm = OnSlurm(slurm, many_runs(tmp_path, prepared), "ensembling", CLUSTER)
+    on_slurm.submit()
+    assert "stopped" in on_slurm.submit("--stop")
+    on_slurm.until(lambda: not on_slurm.queue("plan") and not on_slurm.queue("run"), "an empty queue")
+    assert not on_slurm.active
 
-    planners = there.until(lambda: there.queue("plan", "PENDING"), "a planner that waits")
-    slurm.run("scancel", *planners)
 
-    victim = there.until(lambda: there.attempts(), "another job that runs")[0]
-    os.kill(victim["pid"], signal.SIGKILL)
+@pytest.fixture(scope="module")
+def running(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> OnSlurm:
+    """A campaign of many runs that two users submitted at the same time. The tests below disturb it while it runs."""
+    on_slurm = OnSlurm(slurm, many_runs(tmp_path_factory.mktemp("many"), prepared), "ensembling", CLUSTER)
+    submitters = [on_slurm.start("--checkpoint-every", "0.01s") for _ in range(2)]
+    texts = [process.communicate(timeout=PATIENCE)[0] for process in submitters]
+    assert [process.returncode for process in submitters] == [0, 0], texts
+    assert "already submitted" in on_slurm.submit()
+    return on_slurm
 
-    there.until(lambda: len(campaign.records) > 4, "five records")
-    slurm.stop_node("n1")
-    there.until(lambda: len(campaign.records) > 6, "two more records while a slurmd is down")
-    slurm.start_node("n1")
 
-    there.until(lambda: there.queue("run", "RUNNING"), "a task that runs")
-    slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    slurm.run("scontrol", "update", "NodeName=n2", "State=RESUME")
-    there.finish()
+def test_watch_shows_running_jobs_and_the_pending_planner(running: OnSlurm) -> None:
+    running.until(running.attempts, "a running job")
+    text = running.watch()
+    assert re.search(r"^  running  w16-\S+  .*\d+_\d+ on n[12]$", text, flags=re.MULTILINE), text
+    assert re.search(r"^  planner  \d+ pending$", text, flags=re.MULTILINE), text
 
-    assert results_of(campaign) == results_of(undisturbed)
-    assert len(campaign.records) >= 20
-    done = Counter(re.findall(r"^ *\d+ done  (\S+)", there.log(), flags=re.MULTILINE))
-    assert max(done.values()) == 1, f"a job ran twice: {done}"
-    assert "     FAILED " not in there.log()
-    assert not list((campaign.workspace.work / "tiny-scale").glob("*/attempt.json")), "a job ended in no good order"
+
+def test_a_planner_follows_a_requeued_task_and_a_cancelled_planner(running: OnSlurm) -> None:
+    running.slurm.run("scontrol", "requeue", running.until(lambda: running.queue("run", "RUNNING"), "a task")[0])
+    pending = running.until(lambda: running.queue("plan", "PENDING"), "a pending planner")
+    running.slurm.run("scancel", *pending)
+    running.until(lambda: set(running.queue("plan")) - set(pending) or not running.active, "another planner")
+
+
+def test_a_job_continues_after_its_worker_is_killed(running: OnSlurm) -> None:
+    killed = running.until(running.attempts, "a running job")[0]
+    os.kill(killed["pid"], signal.SIGKILL)
+    records = running.campaign.workspace.records
+    running.until((records / f"{killed['name']}.json").exists, f"the record of {killed['name']}")
+
+
+def test_jobs_finish_while_a_node_is_down(running: OnSlurm) -> None:
+    count = len(running.campaign.records)
+    running.slurm.stop_node("n1")
+    try:
+        running.until(lambda: len(running.campaign.records) > count or not running.active, "a record")
+    finally:
+        running.slurm.start_node("n1")
+    running.until(lambda: running.queue("run", "RUNNING") or not running.active, "a task that runs")
+    running.slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    running.slurm.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+def test_the_disturbed_campaign_has_the_results_of_an_undisturbed_one(
+    running: OnSlurm, tmp_path: Path, prepared: Path
+) -> None:
+    running.finish()
+    assert results_of(running.campaign) == results_of(in_this_process(many_runs(tmp_path, prepared), "ensembling"))
+    assert len(running.campaign.records) > MEMBERS
+
+
+def test_no_job_of_the_disturbed_campaign_ran_twice_or_failed(running: OnSlurm) -> None:
+    running.finish()
+    done = Counter(re.findall(r"^ *\d+ done  (\S+)", running.log(), flags=re.MULTILINE))
+    assert done and max(done.values()) == 1, f"a job ran twice: {done}"
+    assert "     FAILED " not in running.log()
+    assert not list(running.work.glob("*/attempt.json")), "a finished job still looks like a running one"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_recipes import finish, made_up_loss, simulate
 
-from epochal.campaign.plan import load_recipe, outlook, search_states
+from epochal.campaign.plan import cost_estimate, load_recipe, search_states
 from epochal.cli import _hours, _search_lines
 from epochal.records import Record, Records, Workspace, load_records
 from epochal.run import Ensemble, Job, Run, fingerprint
@@ -135,7 +135,7 @@ def test_a_campaign_that_tunes_its_members(workspace: Workspace, scale: Scale) -
     members = ensembling.members(records, scale, "w64", tokens)
     assert [run.epochs for run in members] == [search.descent.best.epochs] * scale.ensemble.count
     assert all(records.get(run) for run in members)
-    assert any(state.what.startswith("w64 members") for state in outlook(["ensembling"], records, scale).searches)
+    assert any(state.what.startswith("w64 members") for state in cost_estimate(["ensembling"], records, scale).searches)
 
 
 # --- noise and early stopping --------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""A cluster: one TOML file that says how a campaign is laid onto a scheduler. How fast, never what.
+"""Cluster settings: one TOML file says how a campaign is mapped onto a scheduler; nothing in it changes a result.
 
-Submission itself lives in `launch/`; this file knows the settings and where a submitted campaign keeps its notes.
+Submission itself is in `launch/`.
 """
 
 import hashlib
@@ -9,45 +9,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from epochal.campaign.worker import Orders
+from epochal.campaign.worker import WorkerConfig
 from epochal.config import find_config, from_table, load_toml, seconds, to_table, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cloud:
-    """What the exports for SkyPilot and Kubernetes need beyond a scheduler's settings.
-
-    `image` holds this repository and its packages at `folder`, `volume` is shared by all workers (ReadWriteMany, with
-    `flock`) and mounted at `mount`; `gpu` is a SkyPilot accelerator such as "H100:8", `memory` counts GB.
-    """
-
-    image: str
-    volume: str
-    mount: str = "/shared"
-    folder: str = "/epochal"
-    gpu: str = ""
-    cpus: int = 8
-    memory: int = 32
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of one worker."""
-        name, _, count = self.gpu.partition(":")
-        return int(count or 1) if name else 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """One cluster.
+    """Settings of one cluster.
 
-    An allocation of `nodes` machines does one Run through the accelerate `profile` (what one node does); with `pack`
-    above 1 it does that many jobs side by side. At most `parallel` allocations run at once. `grace` before the end of
-    `time_limit` a run is told to save itself. `slurm` holds sbatch options by submitit's names, `planner` those that
-    differ for the small job that plans, `setup` shell lines that come first.
+    preset: parallelism preset (configs/accelerate) of one node; without it a Run is one process.
+    nodes: machines per Run. pack: jobs side by side in one allocation (above 1 only with nodes = 1).
+    parallel: allocations running at the same time.
+    time_limit: of one allocation. grace: a run is told to save a checkpoint this long before it.
+    retries: how often a failed job is tried again.
+    slurm: sbatch options, by submitit's names. planner: those that differ for the planner job.
+    setup: shell lines that run first.
     """
 
     name: str = ""
-    profile: str | None = None
+    preset: str | None = None
     nodes: int = 1
     pack: int = 1
     parallel: int = 64
@@ -58,22 +38,21 @@ class Cluster:
     setup: tuple[str, ...] = ()
     slurm: dict[str, Any] = field(default_factory=dict)
     planner: dict[str, Any] = field(default_factory=dict)
-    cloud: Cloud | None = None
 
     def __post_init__(self) -> None:
-        for what in ("nodes", "pack", "parallel"):
-            if getattr(self, what) < 1:
-                raise ValueError(f"{what} is {getattr(self, what)}; give at least 1.")
+        for key in ("nodes", "pack", "parallel"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}.")
         if self.retries < 0:
-            raise ValueError(f"retries is {self.retries}; give 0 or more.")
+            raise ValueError(f"retries must be 0 or more, got {self.retries}.")
         if self.nodes > 1 and self.pack > 1:
             raise ValueError(
-                f"nodes is {self.nodes} and pack {self.pack}; jobs are packed on one node, so use nodes = 1."
+                f"nodes is {self.nodes} and pack is {self.pack}, but jobs are packed on one node: use nodes = 1."
             )
-        if self.nodes > 1 and self.profile is None:
-            raise ValueError(f"nodes is {self.nodes} without a profile; name one from configs/accelerate.")
+        if self.nodes > 1 and self.preset is None:
+            raise ValueError(f"nodes is {self.nodes} without a preset; name one from configs/accelerate.")
         if not seconds(self.grace) < seconds(self.time_limit):
-            raise ValueError(f"grace {self.grace} is no shorter than time_limit {self.time_limit}; shorten it.")
+            raise ValueError(f"grace must be shorter than time_limit {self.time_limit}, got {self.grace}.")
 
 
 def load_cluster(name: str) -> Cluster:
@@ -83,55 +62,55 @@ def load_cluster(name: str) -> Cluster:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submitted:
-    """A campaign that was handed to a cluster: what planner and allocations read from the shared disk."""
+class ClusterCampaign:
+    """A campaign submitted to a cluster: what the planner and the array tasks read from the shared disk."""
 
-    orders: Orders
+    config: WorkerConfig
     cluster: Cluster
 
     @property
     def folder(self) -> Path:
-        """Where its notes, batches and logs lie."""
-        return self.orders.workspace.work / self.orders.workspace.scale / "cluster"
+        """Folder of the campaign file, the batches and the logs."""
+        return self.config.workspace.work / self.config.workspace.scale / "cluster"
 
     @property
     def path(self) -> Path:
-        """The note of this campaign: there while it goes on; without it nothing more is submitted."""
-        return self.folder / f"campaign-{_digest(*sorted(self.orders.recipes))}.json"
+        """Campaign file; exists while the campaign is active, delete it to stop submitting."""
+        return self.folder / f"campaign-{_digest(*sorted(self.config.recipes))}.json"
 
     @property
     def planner_name(self) -> str:
-        """The scheduler's name for the planners of this campaign."""
-        return f"epochal-plan-{self._place}-{_digest(*sorted(self.orders.recipes))}"
+        """Slurm job name of the planners of this campaign."""
+        return f"epochal-plan-{self._suffix}-{_digest(*sorted(self.config.recipes))}"
 
     @property
     def runs_name(self) -> str:
-        """The scheduler's name for everything that works in this folder, whichever recipes asked for it."""
-        return f"epochal-run-{self._place}"
+        """Slurm job name of all tasks that work in this folder, for any recipe."""
+        # Not specific to the recipes: campaigns that share a folder must see each other's jobs.
+        return f"epochal-run-{self._suffix}"
 
     @property
-    def _place(self) -> str:
-        space = self.orders.workspace
-        return f"{space.scale}-{_digest(str(space.results), str(space.work))}"
+    def _suffix(self) -> str:
+        workspace = self.config.workspace
+        return f"{workspace.scale}-{_digest(str(workspace.results), str(workspace.work))}"
 
     def save(self) -> None:
-        """Write the note."""
-        write_atomic(
-            self.path, json.dumps({"orders": asdict(self.orders), "cluster": to_table(self.cluster)}, indent=1)
-        )
+        """Write the campaign file."""
+        table = {"config": asdict(self.config), "cluster": to_table(self.cluster)}
+        write_atomic(self.path, json.dumps(table, indent=1))
 
 
-def submission(orders: Orders, cluster: Cluster) -> Submitted:
-    """Return a campaign as a cluster will see it: absolute paths, and the cluster's pace where the orders name none."""
-    profile = orders.profile or (cluster.profile and str(find_config("accelerate", cluster.profile, ".yaml")))
-    return Submitted(
-        orders=replace(
-            orders,
-            scale=str(find_config("scales", orders.scale, ".toml").resolve()),
-            results=str(Path(orders.results).resolve()),
-            work=str(Path(orders.work).resolve()),
-            profile=None if profile is None else str(Path(profile).resolve()),
-            micro_batch=orders.micro_batch or cluster.micro_batch,
+def cluster_campaign(config: WorkerConfig, cluster: Cluster) -> ClusterCampaign:
+    """Return a campaign with absolute paths, and the cluster's settings where `config` has none."""
+    preset = config.preset or (cluster.preset and str(find_config("accelerate", cluster.preset, ".yaml")))
+    return ClusterCampaign(
+        config=replace(
+            config,
+            scale=str(find_config("scales", config.scale, ".toml").resolve()),
+            results=str(Path(config.results).resolve()),
+            work=str(Path(config.work).resolve()),
+            preset=None if preset is None else str(Path(preset).resolve()),
+            micro_batch=config.micro_batch or cluster.micro_batch,
             retries=cluster.retries,
             grace_seconds=seconds(cluster.grace),
         ),
@@ -139,35 +118,36 @@ def submission(orders: Orders, cluster: Cluster) -> Submitted:
     )
 
 
-def load_submitted(path: Path) -> Submitted | None:
-    """Read the note of a campaign; None when it is over or was stopped."""
+def load_cluster_campaign(path: Path) -> ClusterCampaign | None:
+    """Read a campaign file; None if the campaign is over or was stopped."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return from_table(table, Submitted, where=str(path))
+    return from_table(table, ClusterCampaign, where=str(path))
 
 
 def check_locks(folder: Path, mounts: str | None = None) -> None:
-    """Raise ValueError where file locks are known not to hold between machines (`mounts`: text of /proc/mounts).
+    """Raise ValueError if file locks in `folder` hold on one machine only.
 
-    A claim is a lock: where only one machine sees it, a job could run twice.
+    `mounts` is the text of /proc/mounts. Claims are locks: if other machines do not see them, a job could run twice.
     """
     text = Path("/proc/mounts").read_text(encoding="utf-8") if mounts is None else mounts
-    place, point, kind, options = folder.resolve(), "", "", set[str]()
+    path, point, file_system, options = folder.resolve(), "", "", set[str]()
     for line in text.splitlines():
-        words = line.split()
-        if place.is_relative_to(words[1]) and len(words[1]) >= len(point):
-            point, kind, options = words[1], words[2], set(words[3].split(","))
-    if kind == "nfs4":
-        options.discard("nolock")  # version 4 has its locks inside and does not read this option
-    bad = options & {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
-    if bad:
+        fields = line.split()
+        # The deepest mount point above the folder counts.
+        if path.is_relative_to(fields[1]) and len(fields[1]) >= len(point):
+            point, file_system, options = fields[1], fields[2], set(fields[3].split(","))
+    if file_system == "nfs4":
+        options.discard("nolock")  # NFS 4 has locks in the protocol and ignores this option
+    local = options & {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
+    if local:
         raise ValueError(
-            f"{folder} is on {kind} mounted at {point} with {min(bad)}: locks hold on one machine only and a job could "
-            f"run twice; mount it with shared locks (Lustre: flock) or choose another --work."
+            f"{folder} is on {file_system} mounted at {point} with {min(local)}: locks hold on one machine only and a job "
+            f"could run twice; mount it with shared locks (Lustre: flock) or choose another --work."
         )
 
 
-def _digest(*words: str) -> str:
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What a campaign in flight looks like: live lines on a terminal, one log line per event elsewhere."""
+"""Progress of a running campaign: a live table on a terminal, one log line per event elsewhere."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from epochal.campaign.executor import Board
+from epochal.campaign.executor import CampaignStatus
 from epochal.records import Workspace
 
 
 class Display:
-    """Shows the Board of a campaign; use as a context manager and as the `progress` of `run_campaign`."""
+    """Shows a CampaignStatus: a context manager, and the `progress` of `run_campaign`."""
 
     def __init__(self, console: Console, workspace: Workspace, *, done: int, flops_to_do: float) -> None:
         self.console, self.workspace = console, workspace
@@ -31,20 +31,22 @@ class Display:
         if self.live is not None:
             self.live.stop()
 
-    def __call__(self, board: Board, event: dict[str, Any] | None) -> None:
-        """Print an event; redraw what is running."""
+    def __call__(self, status: CampaignStatus, event: dict[str, Any] | None) -> None:
+        """Print an event and redraw the table of running jobs."""
         if event is not None:
-            self._print(board, event)
+            self._print(status, event)
         if self.live is not None:
-            self.live.update(self._table(board))
+            self.live.update(self._table(status))
 
-    def _print(self, board: Board, event: dict[str, Any]) -> None:
+    def _print(self, status: CampaignStatus, event: dict[str, Any]) -> None:
         name = event.get("name", "")
         match event["event"]:
             case "done":
                 loss = "" if event["loss"] is None else f"loss {event['loss']:.4f}  "
-                state = "" if event["status"] == "done" else f"{event['status']}  "
-                self._line(f"{self.done_before + board.done:4d} done  {name}  {loss}{state}{event['seconds']:.1f} s")
+                diverged = "" if event["status"] == "done" else f"{event['status']}  "
+                self._line(
+                    f"{self.done_before + status.done:4d} done  {name}  {loss}{diverged}{event['seconds']:.1f} s"
+                )
             case "failed":
                 self._line(f"     FAILED {name}: {event['message']}")
             case "error" | "note":
@@ -53,19 +55,19 @@ class Display:
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _table(self, board: Board) -> Table:
+    def _table(self, status: CampaignStatus) -> Table:
         seconds = time.monotonic() - self.started
         table = Table.grid(padding=(0, 2))
-        left = max(0.0, self.flops_to_do - board.flops)
-        eta = f", about {left / board.flops * seconds / 60:.0f} min left" if board.flops and left else ""
-        table.add_row(f"[bold]{self.done_before + board.done} done[/], {len(board.running)} running{eta}")
-        for name in board.running:
+        remaining = max(0.0, self.flops_to_do - status.flops)
+        eta = f", about {remaining / status.flops * seconds / 60:.0f} min left" if status.flops and remaining else ""
+        table.add_row(f"[bold]{self.done_before + status.done} done[/], {len(status.running)} running{eta}")
+        for name in status.running:
             table.add_row(name, *last_metrics(self.workspace, name))
         return table
 
 
 def last_metrics(workspace: Workspace, name: str) -> tuple[str, ...]:
-    """Return the newest line of a run's metrics for people; nothing for other jobs."""
+    """Return step, loss and speed of a run, formatted; empty if it has no metrics."""
     path = workspace.folder(name) / "metrics.jsonl"
     try:
         with path.open("rb") as file:

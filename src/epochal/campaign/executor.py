@@ -1,6 +1,6 @@
-"""Run a campaign here: start workers, show what they do, stop them together.
+"""Run a campaign on this machine: start workers, report their events, stop them together.
 
-The parent only watches. What is done is in the records; workers of another start on the same folder share the work.
+The parent process only watches: all state is in the records, so several starts on one folder share the work.
 """
 
 import contextlib
@@ -11,72 +11,73 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from epochal.campaign.worker import Orders
+from epochal.campaign.worker import WorkerConfig
 from epochal.stopping import EXIT_STOPPED, listen, stop_reason
 
 TICK_SECONDS = 0.5
 
 
 @dataclass
-class Board:
-    """What is known about a campaign in flight: for the display only."""
+class CampaignStatus:
+    """What the workers have reported: jobs done, names of running and failed jobs, FLOPs of those done, errors."""
 
-    total: int
-    done: int
-    running: dict[str, float] = field(default_factory=dict)
+    done: int = 0
+    running: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     flops: float = 0.0
     errors: list[str] = field(default_factory=list)
 
 
-def run_campaign(orders: Orders, *, jobs: int, progress: Any, log_prefix: str = "") -> int:
-    """Run a campaign with `jobs` workers until nothing is left; returns the exit code.
+Progress = Callable[[CampaignStatus, dict[str, Any] | None], None]
 
-    0: all done. 1: a job failed. 2: wrong use. 75: stopped on purpose, run again to continue. `progress` is called
-    with the Board and an event (or None) whenever something changed.
+
+def run_campaign(config: WorkerConfig, *, jobs: int, progress: Progress, log_prefix: str = "") -> int:
+    """Run a campaign with `jobs` workers until no job is left; returns the exit code.
+
+    0: all done. 1: a job failed. 2: wrong use. 75: stopped on purpose, run again to continue. `progress` is called with
+    the CampaignStatus and each event, and with None at every tick.
     """
-    deadline = float("inf") if orders.seconds_left is None else time.monotonic() + orders.seconds_left
+    deadline = float("inf") if config.seconds_left is None else time.monotonic() + config.seconds_left
     listen(deadline=deadline)
-    log_folder = orders.workspace.work / orders.workspace.scale / "logs"
+    log_folder = config.workspace.work / config.workspace.scale / "logs"
     log_folder.mkdir(parents=True, exist_ok=True)
     events: queue.Queue[dict[str, Any]] = queue.Queue()
-    board = Board(0, 0)
-    mine = replace(orders, parent=os.getpid())
+    status = CampaignStatus()
+    config = replace(config, parent=os.getpid())
     workers = [
-        _start(mine, number, jobs, log_folder / f"{log_prefix}worker-{number}.log", events) for number in range(jobs)
+        _start(config, number, jobs, log_folder / f"{log_prefix}worker-{number}.log", events) for number in range(jobs)
     ]
     try:
-        while any(worker.poll() is None for worker in workers) or not events.empty():
-            if stop_reason() is not None:
-                break
+        while any(worker.poll() is None for worker in workers) and stop_reason() is None:
             with contextlib.suppress(queue.Empty):
                 event = events.get(timeout=TICK_SECONDS)
-                _note(board, event)
-                progress(board, event)
-            progress(board, None)
+                _update(status, event)
+                progress(status, event)
+            progress(status, None)
     finally:
-        _stop(workers, orders.grace_seconds)
-    while not events.empty():  # what workers said last
+        _stop(workers, config.grace_seconds)
+    while not events.empty():
         event = events.get()
-        _note(board, event)
-        progress(board, event)
+        _update(status, event)
+        progress(status, event)
     codes = [worker.returncode for worker in workers]
     if stop_reason() is not None or EXIT_STOPPED in codes:
         return EXIT_STOPPED
     if 2 in codes:
-        raise ValueError(board.errors[0] if board.errors else f"a worker refused to start; see {log_folder}.")
-    return int(bool(board.failed) or any(codes))
+        raise ValueError(status.errors[0] if status.errors else f"a worker refused to start; see {log_folder}.")
+    return int(bool(status.failed) or any(codes))
 
 
-def _start(orders: Orders, number: int, jobs: int, log_path: Path, events: "queue.Queue[dict[str, Any]]") -> Any:
+def _start(config: WorkerConfig, number: int, jobs: int, log_path: Path, events: "queue.Queue[dict[str, Any]]") -> Any:
     """Start one worker process and a thread that reads its events."""
-    environment = {**os.environ, **_gpus(number, jobs, launches=orders.profile is not None)}
+    environment = {**os.environ, **_gpus(number, jobs, launches=config.preset is not None)}
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environment["OMP_NUM_THREADS"] = str(orders.threads)
+    environment["OMP_NUM_THREADS"] = str(config.threads)
     with log_path.open("w") as log:
         worker: Any = subprocess.Popen(
             [sys.executable, "-m", "epochal.campaign.worker"],
@@ -88,14 +89,14 @@ def _start(orders: Orders, number: int, jobs: int, log_path: Path, events: "queu
         )
     assert worker.stdin is not None and worker.stdout is not None
     with worker.stdin as pipe:
-        json.dump(asdict(orders), pipe)
+        json.dump(asdict(config), pipe)
     worker.reader = threading.Thread(target=_listen_to, args=(worker.stdout, events), daemon=True)
     worker.reader.start()
     return worker
 
 
 def _gpus(number: int, jobs: int, *, launches: bool) -> dict[str, str]:
-    """Give a worker its GPUs of those in sight: one, in turn, or its share where it launches several processes."""
+    """Assign visible GPUs to workers round-robin: one each, or an equal share if the worker launches processes."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     devices = listed.split(",") if listed else [str(index) for index in range(count)]
@@ -112,24 +113,24 @@ def _listen_to(pipe: IO[str], events: "queue.Queue[dict[str, Any]]") -> None:
                 events.put(json.loads(line))
 
 
-def _note(board: Board, event: dict[str, Any]) -> None:
+def _update(status: CampaignStatus, event: dict[str, Any]) -> None:
     name = event.get("name", "")
     match event["event"]:
         case "started":
-            board.running[name] = time.monotonic()
+            status.running.append(name)
         case "done":
-            board.running.pop(name, None)
-            board.done += 1
-            board.flops += event["flops"]
+            status.done += 1
+            status.flops += event["flops"]
         case "failed":
-            board.running.pop(name, None)
-            board.failed.append(f"{name}: {event['message']}")
+            status.failed.append(f"{name}: {event['message']}")
         case "error":
-            board.errors.append(event["message"])
+            status.errors.append(event["message"])
+    if event["event"] in ("done", "failed") and name in status.running:  # a job may fail before it starts
+        status.running.remove(name)
 
 
 def _stop(workers: list[Any], grace_seconds: float) -> None:
-    """Ask all workers to stop, wait for them to save, and kill what is left: it resumes from before."""
+    """Ask all workers to stop, wait for them to save, and kill the rest: they resume from the last checkpoint."""
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
@@ -141,4 +142,5 @@ def _stop(workers: list[Any], grace_seconds: float) -> None:
             worker.kill()
             worker.wait()
     for worker in workers:
-        worker.reader.join(TICK_SECONDS)  # a process that outlives its worker may hold the pipe open
+        # With a timeout: a process that outlives its worker may hold the pipe open.
+        worker.reader.join(TICK_SECONDS)

@@ -1,23 +1,22 @@
-"""Planning a campaign: which recipes, which jobs, what they cost. Pure functions of the records; no torch.
+"""Plan a campaign: its recipes, its jobs, which of them are ready, and what they cost.
 
-`Hypothetical` answers every question with an equal loss, so every search ends where it starts: that prices a whole
-campaign before anything has run.
+Pure functions of the records, without torch.
 """
 
 import functools
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from epochal.config import REPOSITORY, nearest
+from epochal.config import REPOSITORY, find_config, nearest
 from epochal.models.config import parameter_counts
-from epochal.records import Record, Records, Split, Workspace, split
-from epochal.run import Ensemble, Job, Run, Samples, Targets
+from epochal.records import Record, Records, Workspace
+from epochal.run import Ensemble, Job, Run, Samples, Targets, inputs
 from epochal.scale import Scale
 from epochal.search.searches import Search, seed_noise
 from epochal.study import Study
@@ -94,8 +93,65 @@ def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> lis
     return list(jobs.values())
 
 
-class Hypothetical(Records):
-    """Records in which every job has run: the real ones, and an equal loss for all others."""
+@dataclass(frozen=True)
+class JobStatus:
+    """Jobs by status: `done`, `ready` (all inputs exist), `waiting` (job name to the inputs it lacks)."""
+
+    done: tuple[Job, ...]
+    ready: tuple[Job, ...]
+    waiting: dict[str, tuple[str, ...]]
+
+
+def partition_jobs(jobs: Iterable[Job], records: Records) -> JobStatus:
+    """Partition jobs into done, ready and waiting; raises ValueError if a job reads an unplanned one.
+
+    A finished job whose weights are not on this disk (a fresh clone with committed records) becomes ready again only if an
+    unfinished job reads them. A job that reads a diverged run stays waiting.
+    """
+    by_name = {job.name: job for job in jobs}
+    unfinished = {name for name, job in by_name.items() if records.get(job) is None}
+    stack = list(unfinished)
+    while stack:
+        for name in _reads(by_name[stack.pop()], by_name):
+            if name not in unfinished and not records.has_output(by_name[name]) and not records.diverged(name):
+                unfinished.add(name)
+                stack.append(name)
+    lacking = {
+        name: tuple(
+            source for source in _reads(by_name[name], by_name) if source in unfinished or records.diverged(source)
+        )
+        for name in unfinished
+    }
+    return JobStatus(
+        done=tuple(job for name, job in by_name.items() if name not in unfinished),
+        ready=tuple(job for name, job in by_name.items() if name in unfinished and not lacking[name]),
+        waiting={name: lacking[name] for name in by_name if name in unfinished and lacking[name]},
+    )
+
+
+def ready_jobs(jobs: Iterable[Job], records: Records) -> list[Job]:
+    """Return the jobs that have no result yet and whose inputs exist."""
+    return list(partition_jobs(jobs, records).ready)
+
+
+def _reads(job: Job, by_name: Mapping[str, Job]) -> tuple[str, ...]:
+    """Names of all jobs whose outputs or records a job reads, including the members of an ensemble."""
+    names = inputs(job)
+    for name in inputs(job):
+        source = by_name.get(name)
+        names += inputs(source) if isinstance(source, Ensemble) else ()
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f"job {job.name!r} reads {unknown[0]!r}, which no recipe plans; plan both.")
+    return names
+
+
+class AssumeAllDone(Records):
+    """Records in which every job has run: the real ones, and a loss of 1.0 for all others.
+
+    With equal losses every search stops at its first point: the jobs planned from these records are a lower bound on what a
+    campaign takes, known before anything has run.
+    """
 
     def __init__(self, records: Records) -> None:
         super().__init__(records.workspace, records)
@@ -110,13 +166,13 @@ class Hypothetical(Records):
         return record
 
     def has_output(self, job: Job) -> bool:
-        """Say yes: everything has run."""
+        """Return True."""
         return True
 
 
 @dataclass(frozen=True)
-class Price:
-    """What jobs cost: device-hours at the scale's measured speed, training FLOPs, and bytes kept on disk."""
+class Cost:
+    """Cost of jobs: training FLOPs, device-hours at the scale's measured speed, bytes kept on disk."""
 
     jobs: int
     flops: float
@@ -125,14 +181,14 @@ class Price:
 
 
 def flops_of(job: Job, vocab_size: int | None = None, jobs: Mapping[str, Job] | None = None) -> float:
-    """Return the training FLOPs of a Run, 6 N tokens; 0 for evaluation and sampling, which cost little beside it.
+    """Return the training FLOPs of a Run: 6 N per token, plus the forward passes of an online teacher.
 
-    Masked inputs are a second pass over the same tokens. Each model of an online teacher reads them too, forward alone:
-    2 N of its own. `jobs` by name say which models those are; a teacher that is not there is not counted.
+    0 for other jobs: evaluation and sampling are cheap by comparison. `jobs` by name are those that may be the teacher;
+    without them its passes are not counted.
     """
     if not isinstance(job, Run):
         return 0.0
-    passes = 2 if job.input_mask_prob else 1
+    passes = 2 if job.input_mask_prob else 1  # masked inputs are a second pass over the same tokens
     per_token = 6.0 * passes * _weights(job.model, vocab_size, Path.cwd())
     if job.teach is not None and job.teach.mode == "online":
         models = _models_of(job.teach.source, jobs or {})
@@ -141,7 +197,7 @@ def flops_of(job: Job, vocab_size: int | None = None, jobs: Mapping[str, Job] | 
 
 
 def _models_of(source: str, jobs: Mapping[str, Job]) -> list[str]:
-    """Return the model of a Run, or those of an Ensemble's members."""
+    """Model of a Run, or those of an Ensemble's members."""
     job = jobs.get(source)
     if isinstance(job, Ensemble):
         return [model for name in job.runs for model in _models_of(name, jobs)]
@@ -150,18 +206,18 @@ def _models_of(source: str, jobs: Mapping[str, Job]) -> list[str]:
 
 @functools.cache
 def _weights(model: str, vocab_size: int | None, folder: Path) -> int:
-    """Count the weights of a model, seen from a working folder: for prices and for the order of jobs."""
+    # `folder` is part of the cache key: a model name is looked up in the current folder first.
     return parameter_counts(model, vocab_size=vocab_size).total
 
 
-def price(
-    jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None, among: Mapping[str, Job] | None = None
-) -> Price:
-    """Add up the cost of jobs on the hardware of their scale; `among` are the jobs by name that they may read."""
+def cost_of(
+    jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None, jobs_by_name: Mapping[str, Job] | None = None
+) -> Cost:
+    """Add up the cost of jobs on the hardware of their scale; `jobs_by_name` may contain their teachers."""
     flops, disk, count = 0.0, 0, 0
     for job in jobs:
         count += 1
-        flops += flops_of(job, vocab_size, among)
+        flops += flops_of(job, vocab_size, jobs_by_name)
         match job:
             case Run():
                 disk += BYTES_PER_WEIGHT * parameter_counts(job.model, vocab_size=vocab_size).total
@@ -171,49 +227,62 @@ def price(
                 disk += job.bytes(vocab_size)
             case Ensemble():
                 pass
-    return Price(jobs=count, flops=flops, hours=flops / scale.hardware.flops / 3600, disk=disk)
+    return Cost(jobs=count, flops=flops, hours=flops / scale.hardware.flops / 3600, disk=disk)
 
 
 @dataclass(frozen=True)
 class SearchState:
-    """Where one search stands in words, what its next round costs, and a bound on what that can gain (nats, or None).
+    """State of one search as text, the cost of its next round, and a bound on that round's gain.
 
-    `finer` is what a finer grid around the best point could gain, by the quadratic through its star (nats, or None).
+    gain: upper bound in nats, None if unknown.
+    finer: gain of a finer grid around the optimum, by a quadratic fit to its neighbors (nats, or None).
     """
 
     what: str
     state: str
     begun: bool
     certified: bool
-    next_round: Price
+    next_round: Cost
     gain: float | None
     finer: float | None
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """The state of a campaign: jobs by state today, and what is still to come if every search ends where it stands."""
+class CostEstimate:
+    """Status and cost of a campaign.
 
-    split: Split
-    today: Price
-    later: Price
+    today: cost of the unfinished jobs that are planned now.
+    later: cost of the jobs still to be planned, assuming that each search is already at its optimum.
+    largest: the run with the most text on each data set, planned now or later.
+    """
+
+    status: JobStatus
+    today: Cost
+    later: Cost
     searches: tuple[SearchState, ...]
+    largest: tuple[Run, ...]
 
 
-def outlook(recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None) -> Outlook:
-    """Say what is done, ready and waiting, and what the rest of the campaign costs at least."""
+def cost_estimate(
+    recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None
+) -> CostEstimate:
+    """Return the status of a campaign and a lower bound on the cost of its remaining jobs."""
     jobs = campaign_jobs(recipes, records, scale)
-    state = split(jobs, records)
+    status = partition_jobs(jobs, records)
     by_name = {job.name: job for job in jobs}
-    unfinished = [*state.ready, *(by_name[name] for name in state.waiting)]
-    hypothetical = Hypothetical(records)
-    future = campaign_jobs(recipes, hypothetical, scale)
-    known = {job.name for job in jobs}
-    later = [job for job in future if job.name not in known and records.named(job.name) is None]
-    searches = search_states(recipes, records, scale, vocab_size)
-    among = {job.name: job for job in future} | by_name
-    today, coming = (price(these, scale, vocab_size, among) for these in (unfinished, later))
-    return Outlook(state, today, coming, searches)
+    unfinished = [*status.ready, *(by_name[name] for name in status.waiting)]
+    future = campaign_jobs(recipes, AssumeAllDone(records), scale)
+    later = [job for job in future if job.name not in by_name and records.named(job.name) is None]
+    by_name = {job.name: job for job in future} | by_name
+    runs = sorted((job for job in by_name.values() if isinstance(job, Run)), key=lambda run: run.unique_tokens)
+    largest = {run.data: run for run in runs}
+    return CostEstimate(
+        status=status,
+        today=cost_of(unfinished, scale, vocab_size, by_name),
+        later=cost_of(later, scale, vocab_size, by_name),
+        searches=search_states(recipes, records, scale, vocab_size),
+        largest=tuple(largest.values()),
+    )
 
 
 def search_states(
@@ -222,8 +291,8 @@ def search_states(
     """Return the state of every search of the recipes, each once; a recipe without searches has none."""
     study = Study(records, scale)
     modules = [module for module in map(load_recipe, recipes) if hasattr(module, "searches")]
-    found = {search.what: search for module in modules for search in module.searches(study)}
-    return tuple(_state(search, records, scale, vocab_size) for search in found.values())
+    searches = {search.what: search for module in modules for search in module.searches(study)}
+    return tuple(_state(search, records, scale, vocab_size) for search in searches.values())
 
 
 def _state(search: Search, records: Records, scale: Scale, vocab_size: int | None) -> SearchState:
@@ -235,21 +304,16 @@ def _state(search: Search, records: Records, scale: Scale, vocab_size: int | Non
         state=str(certificate) if certificate else waiting,
         begun=search.descent.best is not None,
         certified=search.descent.certified,
-        next_round=price(unfinished, scale, vocab_size),
+        next_round=cost_of(unfinished, scale, vocab_size),
         gain=search.gain,
         finer=search.finer,
     )
 
 
 def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:
-    """Return the vocabulary of a prepared token store, or None: then the model files' own is priced."""
-    import json
-
-    from epochal.config import find_config
-
+    """Return the vocabulary size of the prepared token store, or None if there is no store yet."""
     path = workspace.data / find_config("data", scale.data, ".toml").stem / "meta.json"
     try:
-        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return int(meta["vocab_size"])
+        return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
     except (OSError, ValueError, KeyError):
         return None

@@ -1,8 +1,7 @@
-"""One worker of a campaign: plan, claim, run, again, until nothing is left.
+"""A campaign worker: plan, claim a job, run it, and repeat until no job is left.
 
-Any number of workers on any number of machines may share a folder. A job is claimed by an exclusive lock (flock) on its
-lock file, which the kernel drops when the process ends however it ends, so there is nothing to expire and no clock; the
-result is a record that is renamed into place. Workers speak to their parent in JSON lines on standard output.
+Any number of workers on any number of machines may share a folder. A worker claims a job with an exclusive lock (flock) and
+writes its result as a record that is renamed into place. Events go to the parent process as JSON lines on standard output.
 """
 
 import contextlib
@@ -15,29 +14,44 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from epochal.campaign.integrity import seal, set_aside_damaged_inputs
-from epochal.campaign.plan import campaign_jobs, flops_of
+from epochal.campaign.integrity import quarantine_corrupt_inputs, write_checksums
+from epochal.campaign.plan import campaign_jobs, flops_of, ready_jobs
 from epochal.config import from_table, to_table, write_atomic
-from epochal.records import Record, Records, Workspace, load_record, load_records, needed, write_record
+from epochal.records import Record, Records, Workspace, load_record, load_records, write_record
 from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import load_scale
 from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_reason
 
 POLL_SECONDS = 0.5
 
+MAX_SILENT_CRASHES = 3
+"""Give up on a job after this many crashes without an error message or a new checkpoint."""
+
+STOP_NOTE = "stop"
+"""A file in a run's folder that asks its processes to stop."""
+
+Emit = Callable[[dict[str, Any]], None]
+"""Sends one event to the parent process."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What a worker is told: which campaign, and how fast (never what).
+class WorkerConfig:
+    """Which campaign a worker runs, and with which resources; nothing here changes a result.
 
-    `only` names the jobs it may take (none: all), `nodes` the machines of one Run where Slurm gave it several, `retries`
-    how often a job that failed is tried again in the same session, `grace_seconds` how long it may take to save itself.
+    session: id of one `epochal run`; a job that failed is tried again in the next session.
+    preset: an accelerate YAML; each Run is then trained by the processes it launches.
+    micro_batch: sequences per forward pass and process.
+    seconds_left: time limit. parent: process id of the parent; the worker stops when the parent ends.
+    only: names of the jobs the worker may take (empty: all).
+    nodes: machines per Run, above 1 inside a Slurm allocation only.
+    retries: how often a failed job is tried again in the same session.
+    grace_seconds: time a job gets to save a checkpoint before it is killed.
     """
 
     session: str
@@ -46,7 +60,7 @@ class Orders:
     results: str
     work: str
     threads: int
-    profile: str | None = None
+    preset: str | None = None
     micro_batch: int | None = None
     trackers: tuple[str, ...] = ()
     checkpoint_seconds: float = 300.0
@@ -64,133 +78,152 @@ class Orders:
 
 
 def main() -> int:
-    """Run a worker with the orders on standard input; returns its exit code."""
-    orders = from_table(json.load(sys.stdin), Orders, where="orders")
-    deadline = float("inf") if orders.seconds_left is None else time.monotonic() + orders.seconds_left
-    listen(deadline=deadline, parent=orders.parent)
-    say = _events()
-    _prepare_process(orders)
+    """Run a worker with the WorkerConfig on standard input; returns its exit code."""
+    config = from_table(json.load(sys.stdin), WorkerConfig, where="worker config")
+    deadline = float("inf") if config.seconds_left is None else time.monotonic() + config.seconds_left
+    listen(deadline=deadline, parent=config.parent)
+    emit = _events()
+    _prepare_process(config)
     try:
-        return work(orders, say)
+        return work(config, emit)
     except Stopped:
         return EXIT_STOPPED
     except ValueError as error:
-        say({"event": "error", "message": str(error)})
+        emit({"event": "error", "message": str(error)})
         return 2
-    except OSError as error:  # a disk so full that not even a failure can be written
-        say({"event": "error", "message": f"{error}; make room, then run again."})
+    except OSError as error:  # the disk is so full that even failure.json cannot be written
+        emit({"event": "error", "message": f"{error}; free some space, then run again."})
         return 1
 
 
-def work(orders: Orders, say: Any) -> int:
-    """Run ready jobs until none is left that this worker could do; returns 1 if one failed, else 0."""
-    workspace, scale = orders.workspace, load_scale(orders.scale)
+def work(config: WorkerConfig, emit: Emit) -> int:
+    """Run ready jobs until this worker can do no more; returns 1 if a job failed, else 0."""
+    workspace, scale = config.workspace, load_scale(config.scale)
     while True:
         check_stop()
         records = load_records(workspace)
-        jobs = campaign_jobs(orders.recipes, records, scale)
-        mine_to_do = [job for job in needed(jobs, records) if not orders.only or job.name in orders.only]
-        ready = [job for job in mine_to_do if not failed(workspace, job, orders)]
+        jobs = campaign_jobs(config.recipes, records, scale)
+        allowed = [job for job in ready_jobs(jobs, records) if not config.only or job.name in config.only]
+        ready = [job for job in allowed if not has_failed(workspace, job, config)]
         if not ready:
-            return int(any(failed(workspace, job, orders) for job in (mine_to_do if orders.only else jobs)))
-        for job in sorted(ready, key=urgency, reverse=True):
-            with claim(workspace, job) as mine:
-                if mine and _still_needed(job, records):
-                    if _inputs_are_sound(job, records, say):
-                        run_job(job, orders, say, {other.name: other for other in jobs})
-                    break
-        else:  # every ready job is in other hands
-            if orders.only:
-                return 0  # an allocation is not for waiting in; whoever plans next looks again
-            time.sleep(POLL_SECONDS)
+            return int(any(has_failed(workspace, job, config) for job in (allowed if config.only else jobs)))
+        with claim_next(ready, records) as job:
+            if job is not None:
+                # Corrupt inputs were moved aside: the next plan makes them again before this job.
+                if not _corrupt_inputs(job, records, emit):
+                    run_job(job, config, emit, {other.name: other for other in jobs})
+                continue
+        # All ready jobs are claimed by other workers.
+        if config.only:
+            return 0  # do not idle on a cluster allocation; the next planner run resubmits
+        time.sleep(POLL_SECONDS)
 
 
 def urgency(job: Job) -> tuple[float, str]:
-    """Order of the ready jobs: what is cheap and unlocks others first, then the longest."""
+    """Sort key of ready jobs, most urgent last: long runs, then the cheap jobs that unlock others."""
     return (flops_of(job) if isinstance(job, Run) else float("inf"), job.name)
 
 
-def _still_needed(job: Job, records: Records) -> bool:
-    """Look again after the claim: another worker may have finished the job since `records` were read."""
-    before, now = records.named(job.name), load_record(records.workspace, job.name)
-    return now is None or (now == before and not records.has_output(job))
-
-
-def _inputs_are_sound(job: Job, records: Records, say: Any) -> bool:
-    """Check what a job reads; what is damaged is moved aside, so that the next plan makes it again."""
-    said = set_aside_damaged_inputs(job, records)
-    for message in said:
-        say({"event": "note", "message": message})
-    return not said
+@contextmanager
+def claim_next(ready: Sequence[Job], records: Records) -> Iterator[Job | None]:
+    """Claim the most urgent job that is free and still needed; yields None if there is none."""
+    for job in sorted(ready, key=urgency, reverse=True):
+        with claim(records.workspace, job) as claimed:
+            # Between reading the records and the claim another worker may have finished the job.
+            if claimed and _still_needed(job, records):
+                yield job
+                return
+    yield None
 
 
 @contextmanager
 def claim(workspace: Workspace, job: Job) -> Iterator[bool]:
-    """Try to claim a job; gives False when it is in other hands. The lock file stays: only the lock counts."""
+    """Try to claim a job; yields False if another process holds the claim.
+
+    The kernel releases the lock when the process ends, however it ends: claims need no expiry and no clock.
+    """
     path = workspace.work / workspace.scale / "locks" / f"{job.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The file is never deleted: otherwise two processes could lock two files of the same name.
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        # A process started for the job inherits the lock: while it lives, the job is taken, whoever else dies.
+        # Processes started for the job inherit the lock: the job stays claimed while one of them lives.
         os.set_inheritable(file.fileno(), True)
         yield True
 
 
-def run_job(job: Job, orders: Orders, say: Any, jobs: Mapping[str, Job]) -> None:
+def _still_needed(job: Job, records: Records) -> bool:
+    before, now = records.named(job.name), load_record(records.workspace, job.name)
+    return now is None or (now == before and not records.has_output(job))
+
+
+def _corrupt_inputs(job: Job, records: Records, emit: Emit) -> bool:
+    messages = quarantine_corrupt_inputs(job, records)
+    for message in messages:
+        emit({"event": "note", "message": message})
+    return bool(messages)
+
+
+def run_job(job: Job, config: WorkerConfig, emit: Emit, jobs_by_name: Mapping[str, Job]) -> None:
     """Run one claimed job and write its record; a failure is written to the job's folder, not raised.
 
-    `jobs` are those of the campaign by name, for what a teacher among them costs.
+    `jobs_by_name` are the jobs of the campaign, needed to count the FLOPs of a teacher.
     """
-    workspace, started = orders.workspace, time.monotonic()
-    attempt = workspace.folder(job.name) / "attempt.json"
+    folder, started = config.workspace.folder(job.name), time.monotonic()
     try:
-        _begin_attempt(job, orders)
-        say({"event": "started", "name": job.name})
-        if isinstance(job, Run) and orders.profile is not None:
-            _launch(job, orders)
-            record = load_records(workspace).named(job.name)
-            assert record is not None
-        else:
-            found = execute(job, orders)
-            assert found is not None
-            record = found
-            seal(workspace, job)
-            write_record(workspace, record)
+        _begin_attempt(job, config)
+        emit({"event": "started", "name": job.name})
+        record = _run_and_record(job, config)
     except Stopped:
-        attempt.unlink(missing_ok=True)
+        (folder / "attempt.json").unlink(missing_ok=True)
         raise
     except Exception as error:
-        _write_failure(job, orders, str(error), traceback.format_exc())
-        attempt.unlink(missing_ok=True)
-        say({"event": "failed", "name": job.name, "message": str(error) or type(error).__name__})
+        _write_failure(job, config, str(error), traceback.format_exc())
+        (folder / "attempt.json").unlink(missing_ok=True)
+        emit({"event": "failed", "name": job.name, "message": str(error) or type(error).__name__})
         return
     for name in ("attempt.json", "failure.json"):
-        (workspace.folder(job.name) / name).unlink(missing_ok=True)
-    seconds = round(time.monotonic() - started, 2)
-    say(
+        (folder / name).unlink(missing_ok=True)
+    emit(
         {
             "event": "done",
             "name": job.name,
             "loss": record.results.get("loss"),
             "status": record.status,
-            "seconds": seconds,
-            "flops": flops_of(job, jobs=jobs),
+            "seconds": round(time.monotonic() - started, 2),
+            "flops": flops_of(job, jobs=jobs_by_name),
         }
     )
 
 
-def execute(job: Job, orders: Orders) -> Record | None:
-    """Do one job in this process and return its record (None on processes that are not the main one)."""
-    workspace = orders.workspace
+def _run_and_record(job: Job, config: WorkerConfig) -> Record:
+    workspace = config.workspace
+    if isinstance(job, Run) and config.preset is not None:
+        _launch(job, config)  # rank 0 writes the record
+        record = load_records(workspace).named(job.name)
+        assert record is not None
+        return record
+    record = execute(job, config)
+    assert record is not None
+    # Checksums first: a record says that the outputs are complete.
+    write_checksums(workspace, job)
+    write_record(workspace, record)
+    return record
+
+
+def execute(job: Job, config: WorkerConfig) -> Record | None:
+    """Run one job in this process; returns its record, or None on ranks other than 0."""
+    workspace = config.workspace
+    # Imported here because these load torch: planning must stay fast.
     match job:
         case Run():
             from epochal.training.loop import Pace, train
 
-            pace = Pace(orders.micro_batch, orders.trackers, orders.checkpoint_seconds, orders.profile or "here")
+            pace = Pace(config.micro_batch, config.trackers, config.checkpoint_seconds, config.preset or "here")
             return train(job, workspace, pace)
         case Ensemble():
             from epochal.evaluation.ensembles import evaluate_ensemble
@@ -206,36 +239,39 @@ def execute(job: Job, orders: Orders) -> Record | None:
             return compute_targets(job, workspace, load_records(workspace))
 
 
-def _launch(run: Run, orders: Orders) -> None:
-    """Train one Run on the processes of an accelerate profile; raises when it fails, Stopped when it was stopped."""
-    folder = orders.workspace.folder(run.name)
+# --- runs of several processes ---------------------------------------------------------------------------------------
+
+
+def _launch(run: Run, config: WorkerConfig) -> None:
+    """Train one Run on the processes of a preset; raises if it fails, Stopped if it was stopped."""
+    folder = config.workspace.folder(run.name)
     path = folder / "run.json"
-    write_atomic(path, json.dumps({"run": to_table(run), "orders": asdict(orders)}, indent=1))
+    write_atomic(path, json.dumps({"run": to_table(run), "config": asdict(config)}, indent=1))
     for note in (STOP_NOTE, LAST_WORD):
         (folder / note).unlink(missing_ok=True)
     process = subprocess.Popen(
-        [*launch_command(orders), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
+        [*launch_command(config), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
     )
     while process.poll() is None:
         if stop_reason() is not None:
-            _stop_launched(process, folder / STOP_NOTE, orders.grace_seconds)
+            _stop_launched(process, folder / STOP_NOTE, config.grace_seconds)
         time.sleep(0.1)
-    if process.returncode != 0:
-        check_stop()
-        if process.returncode == EXIT_STOPPED:  # a signal reached the run and not this worker
-            raise Stopped(f"{run.name} was stopped")
-        said = _take_last_word(folder)
-        if process.returncode == 2 and said:  # a refusal is a sentence for people
-            raise ValueError(said)
-        said = said or "without a word (killed, or it could not start); see the worker's log"
-        raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}: {said}")
+    if process.returncode == 0:
+        return
+    check_stop()
+    if process.returncode == EXIT_STOPPED:  # a signal reached the run but not this worker
+        raise Stopped(f"{run.name} was stopped")
+    message = _take_last_word(folder)
+    if process.returncode == 2 and message:  # wrong use: the message is already a sentence for the user
+        raise ValueError(message)
+    message = message or "died without an error message (killed or out of memory); see the worker's log"
+    raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}: {message}")
 
 
 def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds: float) -> None:
-    """Let the processes of a run save themselves: a file asks them, on whatever node; a signal ends what is left.
-
-    A signal to the launcher first would give them 30 seconds (torchrun's own limit), too few for a large checkpoint.
-    """
+    """Ask the processes of a run to save a checkpoint and stop, then terminate any that did not."""
+    # A file reaches ranks on other nodes too. A signal to the launcher would leave them only 30 seconds (torchrun's
+    # own limit), too short for a large checkpoint.
     note.touch()
     try:
         process.wait(0.8 * grace_seconds)
@@ -243,9 +279,6 @@ def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds
         process.terminate()
         process.wait()
 
-
-STOP_NOTE = "stop"
-"""A file in a run's folder that asks its processes to stop."""
 
 LAST_WORD = "last-word"
 """A file in a run's folder with the error of the first of its processes that failed, for the worker that launched them."""
@@ -267,48 +300,75 @@ def _take_last_word(folder: Path) -> str:
     return said
 
 
-def failed(workspace: Workspace, job: Job, orders: Orders) -> bool:
-    """Whether a job failed too often in this session: it is tried again in the next, not in a circle."""
-    failure = _read_table(workspace.folder(job.name) / "failure.json")
-    return failure.get("session") == orders.session and int(failure.get("attempts", 1)) > orders.retries
+def launch_command(config: WorkerConfig) -> list[str]:
+    """Return the command that starts a module on all processes of a preset, across nodes with srun."""
+    options = ["--config_file", str(config.preset)]
+    if config.nodes == 1:
+        return [sys.executable, "-m", "epochal.distributed.launcher", *options]
+    import yaml
+
+    # The preset describes one node; the number of nodes multiplies its processes.
+    per_node = int(yaml.safe_load(Path(str(config.preset)).read_text(encoding="utf-8")).get("num_processes", 1))
+    options += ["--num_machines", str(config.nodes), "--num_processes", str(config.nodes * per_node)]
+    options += ["--main_process_ip", socket.gethostname(), "--main_process_port", str(_free_port())]
+    # Each node expands its own SLURM_NODEID; expanded here, the rank would be 0 on all nodes (accelerate issue 2816).
+    shell = 'exec "$0" -m epochal.distributed.launcher --machine_rank "$SLURM_NODEID" "$@"'
+    srun = ["srun", f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1"]
+    srun += ["--kill-on-bad-exit=1", "--cpu-bind=none"]
+    cores = os.environ.get("SLURM_CPUS_PER_TASK")  # srun itself ignores it since Slurm 22.05
+    srun += [f"--cpus-per-task={cores}"] if cores else []
+    return [*srun, "sh", "-c", shell, sys.executable, *options]
 
 
-def _write_failure(job: Job, orders: Orders, error: str, trace: str) -> None:
-    """Write the failure of a job to its folder, with how often it failed in this session."""
-    path = orders.workspace.folder(job.name) / "failure.json"
-    before = _read_table(path)
-    attempts = 1 + (int(before.get("attempts", 1)) if before.get("session") == orders.session else 0)
-    text = {"session": orders.session, "attempts": attempts, "error": error, "traceback": trace}
-    write_atomic(path, json.dumps(text, indent=1))
+def _free_port() -> int:
+    # Rank 0 listens on this machine: Slurm runs the batch script on the first node of the allocation.
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
-SILENT_ENDS = 3
-"""Starts of a job that may end without a word and without a new checkpoint (killed, out of memory) before it counts
-as failed: a job that takes its machine down must not do so for ever."""
+# --- attempts and failures -------------------------------------------------------------------------------------------
 
 
-def _begin_attempt(job: Job, orders: Orders) -> None:
-    """Note that the job has started; raises RuntimeError when its last starts all ended without a word.
+def has_failed(workspace: Workspace, job: Job, config: WorkerConfig) -> bool:
+    """Whether a job has used up its retries in this session; the next session tries it again."""
+    failure = read_table(workspace.folder(job.name) / "failure.json")
+    return failure.get("session") == config.session and int(failure.get("attempts", 1)) > config.retries
 
-    Called with the claim held. The note is removed by whoever ends in good order, so one that is found here
-    belongs to a process that was killed.
-    """
-    path = orders.workspace.folder(job.name) / "attempt.json"
-    mark = max((item.name for item in path.parent.glob("checkpoints/step-*")), default="")
-    before = _read_table(path)
-    same = before.get("session") == orders.session and before.get("mark") == mark
-    silent = int(before.get("silent", 0)) + 1 if same else 0
-    if silent >= SILENT_ENDS:
+
+def _write_failure(job: Job, config: WorkerConfig, error: str, trace: str) -> None:
+    path = config.workspace.folder(job.name) / "failure.json"
+    before = read_table(path)
+    attempts = 1 + (int(before.get("attempts", 1)) if before.get("session") == config.session else 0)
+    failure = {"session": config.session, "attempts": attempts, "error": error, "traceback": trace}
+    write_atomic(path, json.dumps(failure, indent=1))
+
+
+def _begin_attempt(job: Job, config: WorkerConfig) -> None:
+    """Write attempt.json for a claimed job; raises RuntimeError after too many silent crashes."""
+    path = config.workspace.folder(job.name) / "attempt.json"
+    checkpoint = max((item.name for item in path.parent.glob("checkpoints/step-*")), default="")
+    before = read_table(path)
+    # A job that succeeds, fails or is stopped deletes the file: if it exists, the last attempt was killed.
+    repeated = before.get("session") == config.session and before.get("checkpoint") == checkpoint
+    crashes = int(before.get("crashes", 0)) + 1 if repeated else 0
+    if crashes >= MAX_SILENT_CRASHES:
         raise RuntimeError(
-            f"{job.name} ended {silent} times without a word or a new checkpoint (killed, out of memory, or its "
-            f"machine went down); last on {before.get('host')}."
+            f"{job.name} crashed {crashes} times without an error message or a new checkpoint, last on "
+            f"{before.get('host')} (killed, out of memory, or the machine went down)."
         )
-    text = {"session": orders.session, "mark": mark, "silent": silent, "host": platform.node(), "pid": os.getpid()}
-    write_atomic(path, json.dumps(text))
+    attempt = {
+        "session": config.session,
+        "checkpoint": checkpoint,
+        "crashes": crashes,
+        "host": platform.node(),
+        "pid": os.getpid(),
+    }
+    write_atomic(path, json.dumps(attempt))
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    """Read a small JSON table; empty when there is none or it makes no sense."""
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a small JSON object; empty if the file is missing or malformed."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -316,60 +376,28 @@ def _read_table(path: Path) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def launch_command(orders: Orders) -> list[str]:
-    """Return the command that starts a module on every process of a profile: accelerate, on several nodes under srun.
-
-    The profile says what one node does. Each node must name its own rank, so the shell that srun starts there reads
-    it; written into the command here it would be 0 everywhere (accelerate issue 2816).
-    """
-    options = ["--config_file", str(orders.profile)]
-    if orders.nodes == 1:
-        return [sys.executable, "-m", "epochal.distributed.launcher", *options]
-    import yaml
-
-    per_node = int(yaml.safe_load(Path(str(orders.profile)).read_text(encoding="utf-8")).get("num_processes", 1))
-    options += ["--num_machines", str(orders.nodes), "--num_processes", str(orders.nodes * per_node)]
-    options += ["--main_process_ip", socket.gethostname(), "--main_process_port", str(_free_port())]
-    shell = 'exec "$0" -m epochal.distributed.launcher --machine_rank "$SLURM_NODEID" "$@"'
-    srun = [
-        "srun",
-        f"--nodes={orders.nodes}",
-        f"--ntasks={orders.nodes}",
-        "--ntasks-per-node=1",
-        "--kill-on-bad-exit=1",
-    ]
-    cores = os.environ.get("SLURM_CPUS_PER_TASK")  # which srun itself reads no more since Slurm 22.05
-    srun += [f"--cpus-per-task={cores}"] if cores else []
-    return [*srun, "--cpu-bind=none", "sh", "-c", shell, sys.executable, *options]
+# --- the worker process ----------------------------------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    """Return a port that is free on this machine, where rank 0 will listen: the batch script runs on the first node."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def _events() -> Any:
-    """Keep standard output for events and send everything else that is printed to standard error (the log)."""
+def _events() -> Emit:
+    """Reserve standard output for events; anything else that is printed goes to standard error (the log)."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def say(event: dict[str, Any]) -> None:
-        try:
+    def emit(event: dict[str, Any]) -> None:
+        # If the parent is gone, the next call of `stop_reason` ends the worker.
+        with contextlib.suppress(OSError):
             channel.write(json.dumps(event) + "\n")
             channel.flush()
-        except OSError:
-            pass  # the parent is gone; the next look at `stop_reason` says so
 
-    return say
+    return emit
 
 
-def _prepare_process(orders: Orders) -> None:
+def _prepare_process(config: WorkerConfig) -> None:
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(orders.threads)
+    torch.set_num_threads(config.threads)
     logging.disable_progress_bar()
 
 

@@ -17,7 +17,7 @@ import torch
 from epochal.data.store import Tokens, TokenStore, open_store
 from epochal.models.load import load_model, member_records
 from epochal.provenance import provenance
-from epochal.records import Record, Records, Workspace, input_marks
+from epochal.records import Record, Records, Workspace, input_fingerprints
 from epochal.run import Ensemble, Run, Samples, fingerprint
 from epochal.stopping import check_stop
 
@@ -100,7 +100,7 @@ def _marks(samples: Samples, members: list[Record], records: Records) -> dict[st
     Members one by one do not depend on how their ensemble averages, only on the weights that it may give them.
     """
     if samples.draw == "average" or _weights(samples, records) is not None:
-        return input_marks(samples, records)
+        return input_fingerprints(samples, records)
     return {member.job.name: member.fingerprint for member in members}
 
 

@@ -31,7 +31,7 @@ from epochal.data.store import Tokens, TokenStore, open_store
 from epochal.models.llama import next_token
 from epochal.models.load import load_model, member_records
 from epochal.provenance import provenance
-from epochal.records import Record, Records, Workspace, input_marks
+from epochal.records import Record, Records, Workspace, input_fingerprints
 from epochal.run import Run, Targets, averaging, fingerprint
 from epochal.stopping import check_stop
 
@@ -49,7 +49,7 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
 
     Raises ValueError when the text is shorter than the job or the disk has no room for it.
     """
-    members, marks = member_records(job.source, records), input_marks(job, records)
+    members, marks = member_records(job.source, records), input_fingerprints(job, records)
     run, source = members[0].job, records.named(job.source)
     assert isinstance(run, Run) and source is not None
     store = open_store(run.data, workspace)

@@ -27,7 +27,7 @@ from epochal.models.config import parameter_counts
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
 from epochal.provenance import provenance, utilisation
-from epochal.records import Record, Workspace, input_marks, load_records
+from epochal.records import Record, Workspace, input_fingerprints, load_records
 from epochal.run import Run, fingerprint
 from epochal.stopping import Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
@@ -107,7 +107,7 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
 
     # --- data ------------------------------------------------------------------------------------------------------
     store, records = open_store(run.data, workspace), load_records(workspace)
-    marks = input_marks(run, records)
+    marks = input_fingerprints(run, records)
     batches = _batches(run, store, workspace)
     validation = store.sequences("validation", run.sequence_length)
 

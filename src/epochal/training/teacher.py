@@ -81,7 +81,7 @@ def load_teacher(
     if teach is None:
         return None
     record = records.named(teach.source)
-    assert record is not None  # `input_marks` has looked
+    assert record is not None  # `input_fingerprints` has looked
     if teach.mode == "cached":
         from epochal.training.teacher import CachedTeacher
 
