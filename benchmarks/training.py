@@ -26,7 +26,7 @@ from epochal.models.llama import build_model, load_config
 from epochal.optim.build import build_optimizer
 from epochal.optimizer_config import AdamW, Fira, Muon, Optimizer, Spectra
 from epochal.provenance import utilisation
-from epochal.training.loop import Objective
+from epochal.training.loop import ModelWithLoss
 from epochal.training.noise import Noise
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -49,7 +49,7 @@ def measure(optimizer: Optimizer, args: argparse.Namespace) -> dict[str, object]
     noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.0)
     noise.attach(model)
     processes.prepare(
-        Objective(model, noise, None, "bf16"),
+        ModelWithLoss(model, noise, None, "bf16"),
         lambda module: build_optimizer(module, optimizer, steps=1000),
     )
     sequences = args.step_tokens // args.length
@@ -59,7 +59,7 @@ def measure(optimizer: Optimizer, args: argparse.Namespace) -> dict[str, object]
         begin = mark(args.device)
         for first, part in zip(range(0, sequences, args.micro_batch), tokens.split(args.micro_batch), strict=True):
             with processes.accumulating(last=first + args.micro_batch >= sequences):
-                processes.backward(processes.objective(part, first, targets))
+                processes.backward(processes.wrapped(part, first, targets))
         before = mark(args.device)
         processes.step()
         end = mark(args.device)

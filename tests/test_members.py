@@ -16,7 +16,7 @@ from epochal.models.llama import build_model
 from epochal.records import Record, Workspace, write_record
 from epochal.run import Run, SoftTargetDistillation
 from epochal.stopping import Stopped
-from epochal.training.loop import Pace, train
+from epochal.training.loop import RuntimeOptions, train
 from epochal.training.noise import Noise
 from epochal.training.weight_average import WeightAverage, mixing_rate
 
@@ -31,8 +31,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return space, store, config
 
 
-def trained(run: Run, space: Workspace, pace: Pace | None = None) -> Record:
-    record = train(run, space, pace or Pace())
+def trained(run: Run, space: Workspace, pace: RuntimeOptions | None = None) -> Record:
+    record = train(run, space, pace or RuntimeOptions())
     assert record is not None
     write_record(space, record)
     return record
@@ -75,7 +75,7 @@ def test_stops_and_micro_batches_change_nothing(made: Made, monkeypatch: pytest.
     assert cut.results == whole.results
     one, other = weights(space, "whole"), weights(space, "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
-    parts = trained(everything(config, name="parts"), space, Pace(micro_batch=1))
+    parts = trained(everything(config, name="parts"), space, RuntimeOptions(micro_batch=1))
     assert parts.results["loss"] == pytest.approx(whole.results["loss"], abs=1e-5)
     assert parts.results["train_loss"] == pytest.approx(whole.results["train_loss"], abs=1e-5)
 

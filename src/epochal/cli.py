@@ -289,7 +289,7 @@ def train(
     import logging
 
     from epochal.campaign.integrity import seal
-    from epochal.campaign.worker import STOP_NOTE, Orders, execute, leave_last_word
+    from epochal.campaign.worker import STOP_NOTE, Orders, execute, write_error_file
     from epochal.config import from_table
     from epochal.records import write_record
     from epochal.run import Run
@@ -317,11 +317,11 @@ def train(
     except ValueError as error:
         print(f"epochal: {error}", file=sys.stderr)
         if launched:
-            leave_last_word(folder, error)
+            write_error_file(folder, error)
         _leave(2)
     except Exception as error:
         if launched:
-            leave_last_word(folder, error)
+            write_error_file(folder, error)
         raise
     else:
         if record is not None:

@@ -40,7 +40,7 @@ def part(
     # Processes confer at least every LOG_STEPS steps.
     with mock.patch.object(loop, "stop_reason", reason), mock.patch.object(loop, "LOG_STEPS", 2):
         try:
-            record = loop.train(run, space, loop.Pace(micro_batch=micro_batch))
+            record = loop.train(run, space, loop.RuntimeOptions(micro_batch=micro_batch))
         except Stopped as stopped:
             return str(stopped)
     return {} if record is None else {**record.results, "provenance": record.provenance}

@@ -107,6 +107,6 @@ def test_why_a_launched_run_was_refused_reaches_the_user(tmp_path: Path, monkeyp
 
 
 def test_the_first_error_of_a_launched_run_is_the_one_that_counts(tmp_path: Path) -> None:
-    worker.leave_last_word(tmp_path, RuntimeError("no space left"))
-    worker.leave_last_word(tmp_path, RuntimeError("connection closed by peer"))
-    assert worker._take_last_word(tmp_path) == "no space left" and worker._take_last_word(tmp_path) == ""
+    worker.write_error_file(tmp_path, RuntimeError("no space left"))
+    worker.write_error_file(tmp_path, RuntimeError("connection closed by peer"))
+    assert worker._take_error_file(tmp_path) == "no space left" and worker._take_error_file(tmp_path) == ""

@@ -19,7 +19,7 @@ from torch import nn
 
 from epochal import optim
 from epochal.config import REPOSITORY
-from epochal.distributed.first_step_check import Proof
+from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 
 STEPS, ROWS, WORDS, WIDTH = 30, 8, 23, 12
@@ -134,7 +134,7 @@ def take_step(processes: Processes, step: int, parts: int = 1, scale: float = 1.
     chunks = rows.chunk(parts)
     for number, chunk in enumerate(chunks, start=1):
         with processes.accumulating(last=number == len(chunks)):
-            processes.backward(scale * processes.objective(chunk) / (len(rows) * 8))
+            processes.backward(scale * processes.wrapped(chunk) / (len(rows) * 8))
     return processes.step()
 
 
@@ -171,16 +171,16 @@ def counted(kind: str) -> Iterator[dict[str, int]]:
 
 def is_on(processes: Processes) -> str:
     """What really shares the model: the wrapper is asked, not the profile."""
-    if type(processes.objective).__name__ == "DeepSpeedEngine":
-        return f"zero{processes.objective.zero_optimization_stage()}"
+    if type(processes.wrapped).__name__ == "DeepSpeedEngine":
+        return f"zero{processes.wrapped.zero_optimization_stage()}"
     if all(isinstance(p, torch.distributed.tensor.DTensor) for p in processes.model.parameters()):
         return "fsdp2"
-    return type(processes.objective).__name__
+    return type(processes.wrapped).__name__
 
 
 def is_offloaded(processes: Processes) -> bool:
     """Whether DeepSpeed itself says that the optimizer's state lies in the memory of the machine."""
-    inner = getattr(processes.objective, "optimizer", None)
+    inner = getattr(processes.wrapped, "optimizer", None)
     return bool(getattr(inner, "cpu_offload", False) or getattr(inner, "offload_optimizer", False))
 
 
@@ -229,7 +229,7 @@ def trained(
     processes = start(profile, micro_batch=max(1, ROWS // parts), **settings)
     processes.prepare(Objective(depth), MakeOptimizer(kind))
     counts_at_start = [int(state["step"]) for state in processes.optimizer.state.values()]
-    proof, norms = Proof(processes, "toy"), []
+    proof, norms = ShardedUpdateCheck(processes, "toy"), []
     with counted(kind) as counts:
         for step in range(steps):
             for group in processes.optimizer.param_groups:
@@ -253,7 +253,7 @@ def trained(
     }
 
 
-def _proven(processes: Processes, proof: Proof, parts: int, counts: dict[str, int]) -> torch.Tensor:
+def _proven(processes: Processes, proof: ShardedUpdateCheck, parts: int, counts: dict[str, int]) -> torch.Tensor:
     """The first step, with the proof around its update; what the proof itself computes is not counted."""
     step = processes.step
 

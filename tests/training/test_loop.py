@@ -17,7 +17,7 @@ from epochal.models.llama import build_model
 from epochal.records import Record, Workspace, load_records, write_record
 from epochal.run import AdamW, Fira, Muon, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
-from epochal.training.loop import LOG_STEPS, Pace, Stopper, train
+from epochal.training.loop import LOG_STEPS, RuntimeOptions, Stopper, train
 
 Made = tuple[Workspace, TokenStore, Path]
 
@@ -27,8 +27,8 @@ def made(tmp_path: Path) -> Made:
     return tiny.workspace(tmp_path)
 
 
-def trained(run: Run, space: Workspace, pace: Pace | None = None) -> Record:
-    record = train(run, space, pace or Pace())
+def trained(run: Run, space: Workspace, pace: RuntimeOptions | None = None) -> Record:
+    record = train(run, space, pace or RuntimeOptions())
     assert record is not None
     return record
 
@@ -126,7 +126,7 @@ def test_weights_losses_and_record_equal_a_loop_written_by_hand(made: Made) -> N
 
 def test_accumulation_does_not_change_the_losses(made: Made) -> None:
     space, _, config = made
-    records = [trained(tiny.run(config, name=f"micro{size}"), space, Pace(micro_batch=size)) for size in (4, 2, 1)]
+    records = [trained(tiny.run(config, name=f"micro{size}"), space, RuntimeOptions(micro_batch=size)) for size in (4, 2, 1)]
     for record in records[1:]:
         for key in ("loss", "train_loss", "test_loss"):
             assert record.results[key] == pytest.approx(records[0].results[key], abs=1e-5)
@@ -205,7 +205,7 @@ def test_decay_in_antiphase_is_applied_step_by_step(made: Made, monkeypatch: pyt
 def test_checkpoints_on_the_way_change_nothing(made: Made) -> None:
     space, _, config = made
     seldom = trained(tiny.run(config, name="seldom"), space)
-    often = trained(tiny.run(config, name="often"), space, Pace(checkpoint_seconds=0.0))
+    often = trained(tiny.run(config, name="often"), space, RuntimeOptions(checkpoint_seconds=0.0))
     assert often.results == seldom.results
     assert metrics(space, "often") == metrics(space, "seldom")
 
@@ -225,7 +225,7 @@ def test_a_killed_process_loses_only_what_came_after_the_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr("epochal.training.loop.stop_reason", killed)
         with pytest.raises(SystemExit):
-            train(run, space, Pace(checkpoint_seconds=0.0))
+            train(run, space, RuntimeOptions(checkpoint_seconds=0.0))
     folder = space.folder("cut")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "train_lo')  # half a line
@@ -268,14 +268,14 @@ def test_seeds_change_the_result_and_nothing_else_does(made: Made) -> None:
 @pytest.mark.parametrize(
     ("changes", "pace", "message"),
     [
-        ({}, Pace(micro_batch=3), "micro-batch 3 does not divide the 4 sequences"),
-        ({"unique_tokens": 128_000_000}, Pace(), "above the"),
-        ({"model": "w61"}, Pace(), "Model 'w61' has no file"),
-        ({"data": "kvj"}, Pace(), r"has no 'kvj' \(did you mean 'kjv'\?\)"),
+        ({}, RuntimeOptions(micro_batch=3), "micro-batch 3 does not divide the 4 sequences"),
+        ({"unique_tokens": 128_000_000}, RuntimeOptions(), "above the"),
+        ({"model": "w61"}, RuntimeOptions(), "Model 'w61' has no file"),
+        ({"data": "kvj"}, RuntimeOptions(), r"has no 'kvj' \(did you mean 'kjv'\?\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(
-    made: Made, changes: dict[str, Any], pace: Pace, message: str
+    made: Made, changes: dict[str, Any], pace: RuntimeOptions, message: str
 ) -> None:
     space, _, config = made
     with pytest.raises(ValueError, match=message):
@@ -294,4 +294,4 @@ class OneOfTwo:
 def test_a_save_that_one_process_wants_is_one_that_all_make() -> None:
     """Clocks differ: a process that saved alone would wait for the others for ever."""
     stopper = Stopper(OneOfTwo(), checkpoint_seconds=1e9)  # type: ignore[arg-type]
-    assert stopper.look(1) == (None, True)
+    assert stopper.poll(1) == (None, True)

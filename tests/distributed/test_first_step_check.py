@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from epochal.distributed.first_step_check import TOLERANCE, Before, Proof, clip_factor
+from epochal.distributed.first_step_check import TOLERANCE, Before, ShardedUpdateCheck, clip_factor
 from epochal.distributed.layout import Entry
 
 NAN = float("nan")
@@ -25,14 +25,14 @@ class Optimizer:
         self.numbers = [{"lr": 0.5, "weight_decay": 0.25}]
 
 
-def made(error: float = 0.0, allowed: float = TOLERANCE) -> tuple[Any, Proof, list[int]]:
+def made(error: float = 0.0, allowed: float = TOLERANCE) -> tuple[Any, ShardedUpdateCheck, list[int]]:
     """One process of a sharded run whose proof looks at numbers and finds `error`."""
     processes = SimpleNamespace(
         optimizer=Optimizer(), backend="zero2", world=1, is_main=True, norm=torch.tensor(1.0), gather=lambda v: [v]
     )
     looked: list[int] = []
 
-    class Told(Proof):
+    class Told(ShardedUpdateCheck):
         def _look(self, number: int) -> Any:
             looked.append(number)
             return number
@@ -43,7 +43,7 @@ def made(error: float = 0.0, allowed: float = TOLERANCE) -> tuple[Any, Proof, li
     return processes, Told(processes, "r"), looked
 
 
-def step(processes: Any, proof: Proof, *, matrices: int = 3, norm: float = 1.0) -> None:
+def step(processes: Any, proof: ShardedUpdateCheck, *, matrices: int = 3, norm: float = 1.0) -> None:
     with proof:
         processes.norm = torch.tensor(norm)
         processes.optimizer.stepped.extend("m" * matrices)
