@@ -150,7 +150,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         step = progress.step
 
         # Schedule: lr and weight decay of this step, for the parts of the model that decay.
-        factor = multiplier(step, run.steps, kind=run.schedule, warmup=run.warmup)
+        factor = multiplier(step, run.steps, warmup=run.warmup)
         wd = run.optimizer.wd * decay_multiplier(factor, kind=run.wd_schedule)
         for group in processes.optimizer.param_groups:
             group["lr"] = run.optimizer.lr * factor
