@@ -308,7 +308,7 @@ def train(
         orders = Orders(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
     folder = orders.workspace.folder(job.name)
     launched = run.endswith(".json")
-    listen(note=folder / STOP_NOTE if launched else None)
+    listen(stop_file=folder / STOP_NOTE if launched else None)
     try:
         record = execute(job, orders)
     except Stopped as stop:

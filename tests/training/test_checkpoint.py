@@ -46,7 +46,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: Replicated, *, say: Any) -> dict[str, Any] | None:
-    path = newest_checkpoint(folder, say=say)
+    path = newest_checkpoint(folder, warn=say)
     if path is None:
         return None
     found = Checkpoint(path)
@@ -147,7 +147,7 @@ def test_a_damaged_newest_is_said_and_the_one_before_used(
     model, optimizer = made(1)
     state = load_checkpoint(folder, model, optimizer, say=said.append)
     assert state is not None and state["step"] == 2
-    assert len(said) == 1 and "step-00000004 is damaged (" in said[0] and "the one before it is used" in said[0]
+    assert len(said) == 1 and "step-00000004 is damaged (" in said[0] and "using the previous one" in said[0]
     assert_same(weights(model), after[2])
 
 
@@ -273,7 +273,7 @@ def test_a_damaged_shard_of_the_second_process_is_said_and_the_checkpoint_before
         for thread in ranks:
             thread.join(30)
     newest = tmp_path / "step-00000004"
-    assert newest_checkpoint(tmp_path, say=pytest.fail) == newest
+    assert newest_checkpoint(tmp_path, warn=pytest.fail) == newest
     assert Checkpoint(newest).piece("w", 2, 6)["exp_avg"].tolist() == [0, 0, 1, 1]
 
     shard = newest / "optimizer-1.safetensors"
@@ -284,5 +284,5 @@ def test_a_damaged_shard_of_the_second_process_is_said_and_the_checkpoint_before
     if damage == "delete":
         shard.unlink()
     said: list[str] = []
-    assert newest_checkpoint(tmp_path, say=said.append) == tmp_path / "step-00000002"
+    assert newest_checkpoint(tmp_path, warn=said.append) == tmp_path / "step-00000002"
     assert len(said) == 1 and "optimizer-1.safetensors" in said[0]

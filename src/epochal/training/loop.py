@@ -418,7 +418,7 @@ class Stopper:
 
 def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpoint | None:
     folder = workspace.folder(run.name) / "checkpoints"
-    newest = newest_checkpoint(folder, say=log.warning) if processes.is_main else None
+    newest = newest_checkpoint(folder, warn=log.warning) if processes.is_main else None
     path = processes.gather(newest)[0]  # the main process chooses for all
     return None if path is None else Checkpoint(path)
 
