@@ -126,7 +126,9 @@ def test_weights_losses_and_record_equal_a_loop_written_by_hand(made: Made) -> N
 
 def test_accumulation_does_not_change_the_losses(made: Made) -> None:
     space, _, config = made
-    records = [trained(tiny.run(config, name=f"micro{size}"), space, RuntimeOptions(micro_batch=size)) for size in (4, 2, 1)]
+    records = [
+        trained(tiny.run(config, name=f"micro{size}"), space, RuntimeOptions(micro_batch=size)) for size in (4, 2, 1)
+    ]
     for record in records[1:]:
         for key in ("loss", "train_loss", "test_loss"):
             assert record.results[key] == pytest.approx(records[0].results[key], abs=1e-5)
