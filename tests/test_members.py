@@ -1,4 +1,4 @@
-"""What makes members differ: each field of Run does what it says, alone and through stops, cuts and micro-batches."""
+"""The fields of Run that make members differ, alone, resumed and in micro-batches."""
 
 import math
 from dataclasses import replace
@@ -20,19 +20,19 @@ from epochal.training.loop import RuntimeOptions, train
 from epochal.training.noise import Noise
 from epochal.training.weight_average import WeightAverage, mixing_rate
 
-Made = tuple[Workspace, TokenStore, Path]
+Setup = tuple[Workspace, TokenStore, Path]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """A workspace in which the run "first" is finished."""
     space, store, config = tiny.workspace(tmp_path_factory.mktemp("members"))
     trained(tiny.run(config, name="first"), space)
     return space, store, config
 
 
-def trained(run: Run, space: Workspace, pace: RuntimeOptions | None = None) -> Record:
-    record = train(run, space, pace or RuntimeOptions())
+def trained(run: Run, space: Workspace, options: RuntimeOptions | None = None) -> Record:
+    record = train(run, space, options or RuntimeOptions())
     assert record is not None
     write_record(space, record)
     return record
@@ -43,7 +43,7 @@ def weights(space: Workspace, name: str) -> dict[str, torch.Tensor]:
 
 
 def everything(config: Path, **changes: Any) -> Run:
-    """A run with every field of this page at once."""
+    """A run that uses all of these fields."""
     values = {
         "dropout": 0.1,
         "input_mask_prob": 0.5,
@@ -57,14 +57,14 @@ def everything(config: Path, **changes: Any) -> Run:
 # --- all together -----------------------------------------------------------------------------------------------------
 
 
-def test_stops_and_micro_batches_change_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    space, _, config = made
+def test_stops_and_micro_batches_do_not_change_the_result(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, _, config = setup
     whole = trained(everything(config, name="whole"), space)
     stops, calls = [1, 13, 24], [0]
 
     def stop_reason() -> str | None:
         calls[0] += 1
-        return "told to" if calls[0] in stops else None
+        return "on request" if calls[0] in stops else None
 
     with monkeypatch.context() as patch:
         patch.setattr("epochal.training.loop.stop_reason", stop_reason)
@@ -80,8 +80,8 @@ def test_stops_and_micro_batches_change_nothing(made: Made, monkeypatch: pytest.
     assert parts.results["train_loss"] == pytest.approx(whole.results["train_loss"], abs=1e-5)
 
 
-def test_each_field_changes_the_result(made: Made) -> None:
-    space, _, config = made
+def test_each_field_changes_the_result(setup: Setup) -> None:
+    space, _, config = setup
     base = everything(config, name="base")
     changes: dict[str, dict[str, Any]] = {
         "dry": {"dropout": 0.0},
@@ -94,30 +94,30 @@ def test_each_field_changes_the_result(made: Made) -> None:
     assert len({trained(base, space).loss, *losses}) == len(losses) + 1
 
 
-# --- a start ----------------------------------------------------------------------------------------------------------
+# --- initial weights ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_starts_from_the_final_weights_of_another(made: Made) -> None:
-    space, _, config = made
+def test_a_run_starts_from_the_final_weights_of_another(setup: Setup) -> None:
+    space, _, config = setup
     record = trained(tiny.run(config, name="still", init_from="first", lr=0.0, epochs=1), space)
     one, other = weights(space, "first"), weights(space, "still")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert record.inputs.keys() == {"first"}
 
 
-def test_a_start_of_another_shape_or_without_weights_is_refused(made: Made) -> None:
-    space, _, config = made
+def test_initial_weights_of_another_shape_or_of_an_unknown_run_are_refused(setup: Setup) -> None:
+    space, _, config = setup
     with pytest.raises(ValueError, match=r"\(w32\) cannot start from 'first'.*start from a run of the same model"):
         train(tiny.run(config, name="wrong", init_from="first", model="w32"), space)
-    with pytest.raises(ValueError, match=r"reads 'nobody', which has no record"):
-        train(tiny.run(config, name="wrong", init_from="nobody"), space)
+    with pytest.raises(ValueError, match=r"reads 'missing', which has no record"):
+        train(tiny.run(config, name="wrong", init_from="missing"), space)
 
 
 # --- held-out tokens --------------------------------------------------------------------------------------------------
 
 
-def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(made: Made) -> None:
-    _, store, config = made
+def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(setup: Setup) -> None:
+    _, store, config = setup
     text = np.asarray(store.tokens("train")[:2048])
     for order in ("documents", "sequences", "fixed"):
         run = tiny.run(config, holdout_tokens=512, data_order=order)
@@ -132,7 +132,7 @@ def test_held_out_tokens_are_the_end_of_the_budget_and_never_read(made: Made) ->
 
 
 @pytest.mark.parametrize(("kind", "window"), [("ema", 0.1), ("ema", 1.0), ("swa", 0.25), ("swa", 1.0)])
-def test_averages_are_the_sums_they_claim_to_be(kind: str, window: float) -> None:
+def test_averaged_weights_equal_their_closed_form(kind: str, window: float) -> None:
     run = tiny.run(Path("kjv"), weight_averaging=kind, averaging_window=window, data="kjv")
     model, rng = torch.nn.Linear(3, 2).double(), torch.Generator().manual_seed(0)
     average, path = WeightAverage(run, model), []
@@ -153,10 +153,10 @@ def test_averages_are_the_sums_they_claim_to_be(kind: str, window: float) -> Non
     assert mixing_rate(run, 1) == 1.0
 
 
-def test_the_average_is_what_a_run_evaluates_and_saves(made: Made) -> None:
+def test_a_run_evaluates_and_saves_its_averaged_weights(setup: Setup) -> None:
     from transformers import AutoModelForCausalLM
 
-    space, store, config = made
+    space, store, config = setup
     record = trained(tiny.run(config, name="swa", weight_averaging="swa", averaging_window=0.5), space)
     model = AutoModelForCausalLM.from_pretrained(space.folder("swa") / "model")
     tokens = torch.from_numpy(store.sequences("validation", 32)).long()
@@ -167,14 +167,14 @@ def test_the_average_is_what_a_run_evaluates_and_saves(made: Made) -> None:
     last = trained(tiny.run(config, name="last", weight_averaging="swa", averaging_window=0.01), space)
     plain = trained(tiny.run(config, name="plain"), space)
     assert last.results == plain.results  # a window of one step
-    assert record.results["train_loss"] == plain.results["train_loss"]  # it is trained the same
+    assert record.results["train_loss"] == plain.results["train_loss"]  # averaging does not change training
     assert record.loss != plain.loss
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_mask_belongs_to_its_row_and_look() -> None:
+def test_a_mask_depends_on_its_row_pass_and_seed_only() -> None:
     noise = Noise(seed=3, dropout=0.0, input_mask_prob=0.5)
     ones = torch.ones(8, 40, 5)
     noise.begin(range(8))
@@ -187,18 +187,18 @@ def test_a_mask_belongs_to_its_row_and_look() -> None:
         assert not torch.equal(other.hide(ones), whole)
 
 
-def test_inputs_are_hidden_whole_and_in_the_share_that_each_row_draws() -> None:
+def test_masked_positions_are_zero_in_all_channels_in_a_share_uniform_over_rows() -> None:
     noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.5)
     noise.begin(range(2000))
     kept = noise.hide(torch.ones(2000, 400, 2))
     assert torch.equal(kept[..., 0], kept[..., 1])
     shares = 1.0 - kept[..., 0].mean(1)
-    assert shares.mean() == pytest.approx(0.25, abs=0.012)  # evenly between 0 and 0.5: 4 sigma
+    assert shares.mean() == pytest.approx(0.25, abs=0.012)  # uniform between 0 and 0.5: 4 sigma
     assert shares.std() == pytest.approx(0.5 / 12**0.5, abs=0.006)
     assert shares.max() < 0.6
 
 
-def test_dropout_is_on_the_residual_stream_in_training_and_right_on_average() -> None:
+def test_dropout_acts_on_the_residual_stream_in_training_and_keeps_the_mean() -> None:
     model = build_model("w16", vocab_size=64, max_positions=16, seed=0)
     noise = Noise(seed=0, dropout=0.25, input_mask_prob=0.0)
     noise.attach(model)
