@@ -1,11 +1,11 @@
-"""Bytes sent and time of an optimizer step under each profile, on 1 to 4 gloo processes, beside AdamW.
+"""Bytes sent and time of an optimizer step under each preset, on 1 to 4 gloo processes, relative to AdamW.
 
     python benchmarks/distributed.py [--depth 8] [--rounds 8] [--turns 3]       writes benchmarks/distributed.csv
 
-Processes of one machine share its cores, so times say what the exchange costs beside the mathematics, not how a cluster
-scales; compare them within one number of processes. Optimizers take turns, and the quickest step of all turns counts, since
-others may use the machine. `sent` counts what the matrices' exchange sends from the busiest process, not what gradients
-and weights take.
+All processes share the cores of one machine, so times show the cost of the exchange relative to the update, not how a
+cluster scales; compare them within one number of processes. Optimizers alternate and the fastest step counts, since other
+programs may use the machine. `sent` counts the bytes that the exchange of matrices sends from the busiest process, without
+those of gradients and weights.
 """
 
 import argparse
@@ -27,12 +27,12 @@ WIDTH = 128
 
 
 def timed(profile: str, kind: str, depth: int, rounds: int) -> dict[str, Any]:
-    """Run in every process: seconds of the quickest step (backward excluded) and bytes sent in one."""
+    """Run in every process: seconds of the fastest step (without backward), and bytes sent in one."""
     import toy
 
     toy.WIDTH = WIDTH
     processes = toy.start(profile)
-    processes.prepare(toy.Objective(depth), toy.MakeOptimizer(kind))
+    processes.prepare(toy.ModelWithLoss(depth), toy.MakeOptimizer(kind))
     seconds, step = [], processes.step
 
     def clocked() -> Any:
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 3, 4])
     options = parser.parse_args()
-    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that are started: torch renames its collectives
+    os.environ["PYTHONWARNINGS"] = "ignore"  # for the started processes: torch warns that it renames its collectives
     rows = []
     for world in options.processes:
         with group(world) as processes:

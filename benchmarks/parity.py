@@ -1,27 +1,28 @@
-"""Many processes against one: every profile and optimizer on 1, 2 and 4 gloo processes, and every accelerate YAML launched.
+"""Many processes against one: every preset and optimizer on 1, 2 and 4 gloo processes, and every accelerate YAML.
 
-    python benchmarks/parity.py [--sets plain small clipped bf16 launched]      appends what benchmarks/parity.csv lacks
+    python benchmarks/parity.py [--sets plain small clipped bf16 launched]      appends missing rows to benchmarks/parity.csv
 
 The oracle is a plain loop in one process. A model of 33 odd matrices (8 for each of 4 processes) takes 30 steps, in which
 Fira computes its bases twice.
 
-    plain      lr 0.02          bar: 1e-5
-    small      lr 0.01          the same; weights move so little that a few of their last bits may be more than that
-    clipped    clipped at 0.05 in every step, two micro-batches; four optimizers on 4 processes. Bar: twice what DDP is off, or 1e-5
-    bf16       the micro scale's w32 on the King James text in bf16, half a batch on each process; loss beside DDP's. Bar:
-               2e-3 nats
-    launched   a Run under `accelerate launch` with the committed YAML, its `-nodes` as two machines; bar: 1e-5
+    plain      lr 0.02. Bar: 1e-5
+    small      lr 0.01; weights move so little that a few of their last bits may exceed the bar. Bar: 1e-5
+    clipped    clipped at 0.05 in every step, two micro-batches; four optimizers on 4 processes. Bar: the larger of 1e-5 and
+               twice DDP's deviation
+    bf16       the micro scale's w32 on the King James text in bf16, half a batch on each process, against DDP's loss.
+               Bar: 2e-3 nats
+    launched   a Run under `accelerate launch` with the committed YAML, the `-nodes` ones as two nodes. Bar: 1e-5
 
-Muon's products are in bfloat16, where a last bit becomes 2^-8: its bar is twice `rounding`, and it has a second entry with
-float32 in their place.
+Muon's products are in bfloat16, whose last bit is 2^-8: its bar is twice `rounding`, and "muon-float32" has products in
+float32.
 
 deviation      the largest difference of a matrix from the oracle's, as a share of its largest movement; `all_deviation` with
-               the embedding and the norms; `last_bits` in units of the last bit of its largest element, a float32's limit.
-               Launched and bf16: of losses, in nats per token.
-rounding       the largest deviation of the same plain loop when it sums the gradient in 2, 4 or 8 parts
-state_share    bytes of the matrices' state on the fullest process, of those in one process
-work_share     clips, orthogonalisations and new bases of the busiest process, of those in one process
-proof          the largest difference that the run itself found at its first step
+               the embedding and the norms; `last_bits` in units of the last bit of its largest element.
+               Launched and bf16: difference of losses, in nats per token.
+rounding       the largest deviation of the plain loop if it sums the gradient in 2, 4 or 8 parts
+state_share    bytes of matrix state on the process with the most, relative to one process
+work_share     clips, orthogonalizations and new bases of the busiest process, relative to one process
+proof          the largest difference in the run's own check of its first step
 """
 
 import argparse
@@ -63,7 +64,7 @@ YAMLS = sorted(path.stem for path in (HERE.parent / "configs" / "accelerate").gl
 
 
 def cells(name: str) -> Iterator[dict[str, Any]]:
-    """What a set consists of, as the keys of its rows; DDP comes before what is compared with it."""
+    """The keys of a set's rows; DDP comes before the presets that are compared with it."""
     if name == "launched":
         for profile in YAMLS:
             yield {
@@ -85,26 +86,26 @@ def cells(name: str) -> Iterator[dict[str, Any]]:
 
 
 class Oracle:
-    """What one process makes of an optimizer, computed once."""
+    """The results of one process by optimizer, each computed once."""
 
     def __init__(self, name: str) -> None:
-        self.name, self._known = name, dict[tuple[str, int], dict[str, Any]]()
+        self.name, self._results = name, dict[tuple[str, int], dict[str, Any]]()
 
     @property
     def setting(self) -> dict[str, Any]:
         return {"clip_norm": 0.05} if self.name == "clipped" else {}
 
     def __call__(self, kind: str, sums: int = 1) -> dict[str, Any]:
-        if (kind, sums) not in self._known:
+        if (kind, sums) not in self._results:
             rate = RATES[self.name]
-            self._known[kind, sums] = toy.alone(kind, toy.STEPS, DEPTH, sums=sums, peak=rate, **self.setting)
-        return self._known[kind, sums]
+            self._results[kind, sums] = toy.alone(kind, toy.STEPS, DEPTH, sums=sums, peak=rate, **self.setting)
+        return self._results[kind, sums]
 
 
 def measured(
     cell: dict[str, Any], oracle: Oracle, processes: Group, ddp: dict[tuple[int, str], float]
 ) -> dict[str, Any]:
-    """Train one cell and return its row; `ddp` remembers how far DDP was off, by (processes, optimizer)."""
+    """Train one cell and return its row; `ddp` keeps the deviation of DDP by (processes, optimizer)."""
     kind, world, parts = cell["optimizer"], cell["processes"], 2 if cell["set"] == "clipped" else 1
     setting = {"peak": RATES[cell["set"]], **oracle.setting}
     results = processes.run("toy:trained_with", cell["profile"], kind, setting, parts, toy.STEPS, DEPTH)
@@ -117,11 +118,11 @@ def measured(
     bar = max(bar, 2 * rounding) if kind == "muon" else bar
     work = [result["clips"] + result["refreshes"] for result in results]
     same = all(torch.equal(weight, other["weights"][n]) for other in results for n, weight in first["weights"].items())
-    state = sum(one["state"][n] for n in first["whole"])  # nothing for AdamW, of which no matrix is stepped whole
+    state = sum(one["state"][n] for n in first["whole"])  # 0 for AdamW, which steps no matrix whole
     return {
         **cell,
         "lr": RATES[cell["set"]],
-        "on": first["on"],
+        "on": first["backend"],
         "matrices": first["matrices"],
         "deviation": f"{deviation:.2e}",
         "all_deviation": f"{toy.distance(one, first, matrices=False):.2e}",
@@ -137,24 +138,21 @@ def measured(
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Whether a row shows what it must: the profile on, the bar kept, all processes alike, nothing done twice, its share.
-
-    What a set does not look at is empty.
-    """
+    """Return "met", or the first condition that a row fails; a cell that its set does not measure is empty."""
     expected = {"ddp": "DistributedDataParallel"}.get(row["profile"], row["profile"])
     shares = [float(row[name]) for name in ("state_share", "work_share") if row[name] != ""]
-    sound = {
+    failed = {
         "off": row["set"] != "launched" and row["on"] != expected,
         "too far": not float(row["deviation"]) <= float(row["bar"]),
         "ranks differ": str(row["ranks_identical"]) not in ("True", ""),
         "counts differ": str(row["work_counted"]) not in ("True", ""),
         "no share": any(share > 1 / int(row["processes"]) + 0.1 for share in shares),
     }
-    return next((name for name, wrong in sound.items() if wrong), "met")
+    return next((name for name, wrong in failed.items() if wrong), "met")
 
 
 def in_bf16(cell: dict[str, Any], space: Workspace, processes: Group, ddp: dict[str, float]) -> dict[str, Any]:
-    """Train one cell on real text and return its row; `ddp` remembers DDP's loss, by optimizer."""
+    """Train one cell on real text and return its row; `ddp` keeps the loss of DDP by optimizer."""
     adamw = AdamW(lr=0.01, wd=0.8)
     kinds: dict[str, Optimizer] = {
         "adamw": adamw,
@@ -192,13 +190,13 @@ def launched(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Launch a Run with a committed YAML and compare its losses with those of one process."""
     import launching
 
-    found = launching.launched_and_alone(cell["profile"], folder, cell["processes"])
+    result = launching.launched_and_alone(cell["profile"], folder, cell["processes"])
     return {
         **cell,
         "lr": 0.01,
-        "on": found["on"],
-        "matrices": found["matrices"],
-        "deviation": f"{found['deviation']:.2e}",
+        "on": result["backend"],
+        "matrices": result["matrices"],
+        "deviation": f"{result['deviation']:.2e}",
         "all_deviation": "",
         "last_bits": "",
         "rounding": "",
@@ -207,7 +205,7 @@ def launched(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
         "state_share": "",
         "work_share": "",
         "work_counted": True,
-        "proof": "" if found["proof"] is None else f"{found['proof']:.1e}",
+        "proof": "" if result["update_error"] is None else f"{result['update_error']:.1e}",
     }
 
 
@@ -221,7 +219,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=[*RATES, "bf16", "launched"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that are started: torch renames its collectives
+    os.environ["PYTHONWARNINGS"] = "ignore"  # for the started processes: torch warns that it renames its collectives
     for name in options.sets:
         missing = [cell for cell in cells(name) if not known(TABLE, cell)]
         if name == "launched":

@@ -23,7 +23,7 @@ from epochal.data.soft_targets import TargetStore, encode
 from epochal.generation.soft_targets import _sample
 from epochal.models.llama import build_model
 from epochal.run import SoftTargetDistillation
-from epochal.training.loop import Objective
+from epochal.training.loop import ModelWithLoss
 from epochal.training.noise import Noise
 from epochal.training.teacher import CachedTeacher, OnlineTeacher
 
@@ -87,7 +87,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.0)
     student = build_model(name, vocab_size=options.vocabulary, max_positions=length, seed=99).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-    objectives = {kind: Objective(student, noise, teacher, "fp32") for kind, teacher in teachers.items()}
+    objectives = {kind: ModelWithLoss(student, noise, teacher, "fp32") for kind, teacher in teachers.items()}
     clock = time.process_time if device == "cpu" else time.perf_counter  # others may use the cores
     times: dict[str, list[float]] = {kind: [] for kind in teachers}
     for turn in range(options.repeats + 2):

@@ -1,9 +1,9 @@
-"""How many tokens a second does one device train on, and which share of a step is the optimizer's?
+"""Training throughput of one device, and the optimizer's share of a step.
 
     python benchmarks/training.py                                                       one GPU, into training_gpu.csv
     python benchmarks/training.py --device cpu --model w32 --step-tokens 1024 --micro-batch 4 --csv /tmp/try.csv
 
-The training loop's own parts on random tokens: a Llama of transformers in bf16 autocast, the fused loss, accumulation,
+The parts of the training loop on random tokens: a Llama of transformers in bf16 autocast, the fused loss, accumulation,
 clipping. MFU counts 6 operations for each parameter a token multiplies (the input embedding is a lookup) and 12 L d T for
 attention, against the dense bf16 peak. Rows already in the CSV are skipped; ratios are to AdamW of the same run.
 """
@@ -26,7 +26,7 @@ from epochal.models.llama import build_model, load_config
 from epochal.optim.build import build_optimizer
 from epochal.optimizer_config import AdamW, Fira, Muon, Optimizer, Spectra
 from epochal.provenance import utilisation
-from epochal.training.loop import Objective
+from epochal.training.loop import ModelWithLoss
 from epochal.training.noise import Noise
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def measure(optimizer: Optimizer, args: argparse.Namespace) -> dict[str, object]:
-    """Train for a few steps and return the columns of a row."""
+    """Train for a few steps; returns the columns of a row."""
     torch.manual_seed(0)
     if args.device == "cuda":
         torch.cuda.empty_cache()
@@ -49,7 +49,7 @@ def measure(optimizer: Optimizer, args: argparse.Namespace) -> dict[str, object]
     noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.0)
     noise.attach(model)
     processes.prepare(
-        Objective(model, noise, None, "bf16"),
+        ModelWithLoss(model, noise, None, "bf16"),
         lambda module: build_optimizer(module, optimizer, steps=1000),
     )
     sequences = args.step_tokens // args.length
@@ -59,7 +59,7 @@ def measure(optimizer: Optimizer, args: argparse.Namespace) -> dict[str, object]
         begin = mark(args.device)
         for first, part in zip(range(0, sequences, args.micro_batch), tokens.split(args.micro_batch), strict=True):
             with processes.accumulating(last=first + args.micro_batch >= sequences):
-                processes.backward(processes.objective(part, first, targets))
+                processes.backward(processes.wrapped(part, first, targets))
         before = mark(args.device)
         processes.step()
         end = mark(args.device)
@@ -81,7 +81,7 @@ def measure(optimizer: Optimizer, args: argparse.Namespace) -> dict[str, object]
 
 
 def mark(device: str) -> float | torch.cuda.Event:
-    """Return a point in the device's time, for which nobody waits."""
+    """Return a point in the device's time, without synchronizing."""
     if device == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

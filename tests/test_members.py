@@ -17,7 +17,7 @@ from epochal.models.llama import build_model
 from epochal.records import Record, Workspace, write_record
 from epochal.run import Run, SoftTargetDistillation
 from epochal.stopping import Stopped
-from epochal.training.loop import Pace, train
+from epochal.training.loop import RuntimeOptions, train
 from epochal.training.noise import Noise
 from epochal.training.weight_average import WeightAverage, mixing_rate
 
@@ -32,8 +32,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return space, store, config
 
 
-def trained(run: Run, space: Workspace, pace: Pace | None = None) -> Record:
-    record = train(run, space, pace or Pace())
+def trained(run: Run, space: Workspace, options: RuntimeOptions | None = None) -> Record:
+    record = train(run, space, options or RuntimeOptions())
     assert record is not None
     write_record(space, record)
     return record
@@ -71,7 +71,7 @@ def test_stops_and_micro_batches_do_not_change_the_result(world: World, monkeypa
         cut = trained(everything(config, name="cut"), space)
     assert cut.results == whole.results
     assert_same_weights(space, "whole", "cut")
-    parts = trained(everything(config, name="parts"), space, Pace(micro_batch=1))
+    parts = trained(everything(config, name="parts"), space, RuntimeOptions(micro_batch=1))
     assert parts.results["loss"] == pytest.approx(whole.results["loss"], abs=1e-5)
     assert parts.results["train_loss"] == pytest.approx(whole.results["train_loss"], abs=1e-5)
 

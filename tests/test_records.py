@@ -59,7 +59,7 @@ def names(jobs: object) -> list[str]:
 def test_a_record_from_before_there_were_other_optimizers(workspace: Workspace) -> None:
     """Its optimizer has no `kind`, its Run none of the later fields; it is a record of the same job all the same."""
     job = {"name": "a", "model": "w16", "data": "kjv", "unique_tokens": 24576, "epochs": 4, "batch_size": 4}
-    job |= {"sequence_length": 128, "schedule": "cosine", "warmup": 0.05, "clip_norm": 1.0, "data_order": "documents"}
+    job |= {"sequence_length": 128, "warmup": 0.05, "clip_norm": 1.0, "data_order": "documents"}
     job |= {"optimizer": {"lr": 0.01, "wd": 0.8, "beta1": 0.9, "beta2": 0.95, "eps": 1e-08}, "num_evals": 4}
     job |= {"init_seed": 0, "order_seed": 0, "precision": "fp32", "distill": None}
     table = {"version": 1, "kind": "Run", "job": job, "fingerprint": "5e3425c2f1e87265", "status": "done"}

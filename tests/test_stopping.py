@@ -1,4 +1,4 @@
-"""Why a process stops: each reason alone, and none that is left over from before."""
+"""Requests to stop: each reason alone, and none left over from before."""
 
 import io
 import json
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @pytest.fixture(autouse=True)
 def own_handlers() -> Iterator[None]:
-    """Leave the handlers of this process as they were, and no reason behind."""
+    """Restore the handlers of this process, and forget the reason."""
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     yield
     listen()
@@ -31,7 +31,7 @@ def own_handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_until_somebody_listens_anew(number: signal.Signals) -> None:
+def test_a_signal_requests_a_stop_until_listen_is_called_again(number: signal.Signals) -> None:
     listen()
     assert stop_reason() is None
     check_stop()
@@ -43,15 +43,15 @@ def test_a_signal_asks_until_somebody_listens_anew(number: signal.Signals) -> No
     assert stop_reason() is None
 
 
-def test_a_deadline_a_note_and_a_parent_that_is_gone_ask_too(tmp_path: Path) -> None:
+def test_a_deadline_a_stop_file_and_an_exited_parent_request_a_stop(tmp_path: Path) -> None:
     listen(deadline=time.monotonic() - 0.001)
     assert stop_reason() == "time limit"
-    listen(deadline=time.monotonic() + 1000, parent=os.getppid(), note=tmp_path / "stop")
+    listen(deadline=time.monotonic() + 1000, parent=os.getppid(), stop_file=tmp_path / "stop")
     assert stop_reason() is None
     (tmp_path / "stop").touch()
-    assert stop_reason() == "the worker asks"
+    assert stop_reason() == "stop requested by the worker"
     listen(parent=os.getpid())  # no process is its own parent
-    assert stop_reason() == "parent process is gone"
+    assert stop_reason() == "parent process has exited"
 
 
 def test_a_worker_without_its_parent_takes_no_job(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,24 +63,24 @@ def test_a_worker_without_its_parent_takes_no_job(campaign: Campaign, monkeypatc
     assert not campaign.workspace.records.exists()
 
 
-def test_a_launched_run_is_asked_by_a_note_and_ended_when_it_does_not_answer(tmp_path: Path) -> None:
+def test_a_launched_run_gets_a_stop_file_and_is_terminated_if_it_takes_too_long(tmp_path: Path) -> None:
     class Process:
-        """One that takes `needs` seconds to save itself."""
+        """A process that takes `needs` seconds to save."""
 
         def __init__(self, needs: float) -> None:
-            self.needs, self.asked = needs, list[object]()
+            self.needs, self.calls = needs, list[object]()
 
         def wait(self, seconds: float = 1e9) -> None:
-            self.asked.append(seconds)
+            self.calls.append(seconds)
             if self.needs > seconds:
                 raise subprocess.TimeoutExpired("run", seconds)
 
         def terminate(self) -> None:
-            self.asked.append("terminate")
+            self.calls.append("terminate")
 
-    for needs, asked in ((5.0, [8.0]), (20.0, [8.0, "terminate", 1e9])):
-        note = tmp_path / f"stop-{needs}"
+    for needs, calls in ((5.0, [8.0]), (20.0, [8.0, "terminate", 1e9])):
+        stop_file = tmp_path / f"stop-{needs}"
         process = Process(needs)
-        worker._stop_launched(process, note, 10.0)  # type: ignore[arg-type]
-        listen(note=note)
-        assert stopping.stop_reason() is not None and process.asked == asked
+        worker._stop_launched(process, stop_file, 10.0)  # type: ignore[arg-type]
+        listen(stop_file=stop_file)
+        assert stopping.stop_reason() is not None and process.calls == calls

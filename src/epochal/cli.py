@@ -380,7 +380,7 @@ def train(
     """Train one run. `accelerate launch` starts this command on every process."""
     import logging
 
-    from epochal.campaign.worker import STOP_NOTE, WorkerConfig, leave_last_word
+    from epochal.campaign.worker import STOP_NOTE, WorkerConfig, write_error_file
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     launched = run.endswith(".json")
@@ -390,7 +390,7 @@ def train(
         job = _find_job(run, scale, results, work)
         config = WorkerConfig(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
     folder = config.workspace.folder(job.name)
-    listen(note=folder / STOP_NOTE if launched else None)
+    listen(stop_file=folder / STOP_NOTE if launched else None)
     try:
         _train_and_record(job, config)
     except Stopped as stopped:
@@ -398,7 +398,7 @@ def train(
         _exit(EXIT_STOPPED)
     except Exception as error:
         if launched:
-            leave_last_word(folder, error)
+            write_error_file(folder, error)
         if not isinstance(error, ValueError):
             raise
         print(f"epochal: {error}", file=sys.stderr)

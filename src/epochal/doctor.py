@@ -115,7 +115,7 @@ def run_ranks() -> None:
     """Raise if an all-reduce is wrong, or one step of Muon differs from that of one process."""
     import torch
 
-    from epochal.distributed.first_step_check import Proof
+    from epochal.distributed.first_step_check import ShardedUpdateCheck
     from epochal.distributed.processes import Processes
     from epochal.optim import Muon
 
@@ -135,8 +135,8 @@ def run_ranks() -> None:
         raise RuntimeError(f"the sum of ranks is {total} over {processes.world} processes")
     processes.prepare(MeanSquare(), lambda model: Muon(model.parameters(), lr=0.1))
     with processes.accumulating(last=True):
-        processes.backward(processes.objective(torch.randn(4, 9, device=processes.device)))
-    with Proof(processes, "doctor"):
+        processes.backward(processes.wrapped(torch.randn(4, 9, device=processes.device)))
+    with ShardedUpdateCheck(processes, "doctor"):
         processes.step()
     os._exit(0)  # the destructor of a gloo group may hang
 

@@ -1,5 +1,6 @@
-"""Where a result comes from: commit, versions, machine. What is known afterwards, never what determines a result."""
+"""Commit, package versions, device and date of a result, for its record."""
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -13,7 +14,7 @@ from epochal.config import REPOSITORY
 PACKAGES = ("epochal", "torch", "transformers", "accelerate", "numpy", "tokenizers", "deepspeed", "triton")
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Dense bf16 FLOP/s with float32 accumulation, from the makers' data sheets; the base of every MFU here."""
+"""Peak dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets."""
 
 
 @functools.cache
@@ -26,26 +27,24 @@ def commit() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
 
 
-def _git(*words: str) -> str:
-    command = ["git", "-C", str(REPOSITORY), *words]
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that can change a result."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed packages that can change a result."""
+    by_package = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            by_package[name] = importlib.metadata.version(name)
+    return by_package
 
 
 @functools.cache
 def device_name() -> str:
-    """Return the name of the GPU, or of the CPU where there is none."""
+    """Return the name of the GPU, or of the CPU if there is none."""
     import torch
 
     if torch.cuda.is_available():
@@ -59,7 +58,7 @@ def device_name() -> str:
 
 
 def utilisation(flops_per_second: float, *, devices: int) -> float | None:
-    """Return model FLOPs utilisation (0 to 1) of `devices` known GPUs; None for a device whose peak is not listed."""
+    """Return model FLOPs utilization (0 to 1) of `devices` GPUs; None for a device that is not in PEAK_FLOPS."""
     peak = next((value for name, value in PEAK_FLOPS.items() if name in device_name()), None)
     return None if peak is None else flops_per_second / (peak * devices)
 

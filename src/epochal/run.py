@@ -33,8 +33,7 @@ __all__ = [
 __all__ += optimizer_config.__all__
 
 ORDERS = ("documents", "sequences", "fixed")
-SCHEDULES = ("cosine", "wsd")
-WD_SCHEDULES = ("constant", "antiphase", "proportional")
+WD_SCHEDULES = ("constant", "antiphase")
 PRECISIONS = ("fp32", "bf16")
 AVERAGES = ("logits", "probs")
 SOUP = "parameters"
@@ -103,7 +102,6 @@ class Run:
     batch_size: int
     sequence_length: int
     optimizer: Optimizer
-    schedule: str = "cosine"
     warmup: float = 0.01
     clip_norm: float = 1.0
     data_order: str = "documents"
@@ -124,7 +122,6 @@ class Run:
     def __post_init__(self) -> None:
         _check_name(self.name)
         choose("data_order", self.data_order, ORDERS)
-        choose("schedule", self.schedule, SCHEDULES)
         choose("wd_schedule", self.wd_schedule, WD_SCHEDULES)
         choose("precision", self.precision, PRECISIONS)
         for field in ("unique_tokens", "epochs", "batch_size", "num_evals"):

@@ -1,7 +1,7 @@
-"""Stopping on purpose: SIGINT, SIGTERM, SIGUSR1, a time limit, a note, or a parent that is gone.
+"""Requests to stop: SIGINT, SIGTERM, SIGUSR1, a time limit, a stop file, or a parent process that has exited.
 
-Long loops call `check_stop()` between steps; it raises `Stopped` once a stop was asked for, and what was running saves
-itself and ends with exit code 75 ("run again to continue").
+Long loops call `check_stop()` between steps; it raises `Stopped` once a stop was requested. The program then saves and exits
+with code 75 ("run again to continue").
 """
 
 import os
@@ -12,20 +12,24 @@ from pathlib import Path
 EXIT_STOPPED = 75
 
 
-class Stopped(Exception):  # noqa: N818  # it is no error
-    """Raised between two steps when a stop was asked for; the message says why."""
+class Stopped(Exception):  # noqa: N818  # not an error
+    """Raised between two steps when a stop was requested; the message is the reason."""
 
 
 _reason: str | None = None
 _deadline = float("inf")
 _parent: int | None = None
-_note: Path | None = None
+_stop_file: Path | None = None
 
 
-def listen(*, deadline: float = float("inf"), parent: int | None = None, note: Path | None = None) -> None:
-    """Install the handlers in this process. `deadline` is in `time.monotonic()` seconds, `note` a file that asks too."""
-    global _reason, _deadline, _parent, _note
-    _reason, _deadline, _parent, _note = None, deadline, parent, note
+def listen(*, deadline: float = float("inf"), parent: int | None = None, stop_file: Path | None = None) -> None:
+    """Install the signal handlers, and forget earlier requests.
+
+    deadline: in `time.monotonic()` seconds. parent: stop when this process id is no longer the parent. stop_file: stop when
+    it exists.
+    """
+    global _reason, _deadline, _parent, _stop_file
+    _reason, _deadline, _parent, _stop_file = None, deadline, parent, stop_file
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _on_signal)
 
@@ -40,14 +44,14 @@ def stop_reason() -> str | None:
     if _reason is None and time.monotonic() > _deadline:
         return "time limit"
     if _reason is None and _parent is not None and os.getppid() != _parent:
-        return "parent process is gone"
-    if _reason is None and _note is not None and _note.exists():
-        return "the worker asks"
+        return "parent process has exited"
+    if _reason is None and _stop_file is not None and _stop_file.exists():
+        return "stop requested by the worker"
     return _reason
 
 
 def check_stop() -> None:
-    """Raise Stopped if a stop was asked for."""
+    """Raise Stopped if a stop was requested."""
     reason = stop_reason()
     if reason is not None:
         raise Stopped(reason)

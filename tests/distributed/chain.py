@@ -1,4 +1,4 @@
-"""A tiny Run trained in parts under one profile after another, as a campaign would after being stopped."""
+"""A tiny Run trained in parts under different presets, as in a campaign that is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -27,27 +27,25 @@ def make_run(config: Path, name: str, kind: str, **changes: Any) -> Run:
     return tiny.run(config, name=name, optimizer=OPTIMIZERS[kind], epochs=2, **changes)
 
 
-def part(
-    profile: str, space: Workspace, run: Run, stop_after: int | None, micro_batch: int = 1
-) -> dict[str, Any] | str:
-    """Train until a stop is asked for after so many steps; returns the results of the record, or why it stopped."""
-    toy.choose(profile)
-    looks = itertools.count(1)
+def part(preset: str, space: Workspace, run: Run, stop_after: int | None, micro_batch: int = 1) -> dict[str, Any] | str:
+    """Train until a stop is requested after so many steps; returns the results of the record, or the stop's message."""
+    toy.choose(preset)
+    polls = itertools.count(1)
 
     def reason() -> str | None:
-        return "test" if stop_after is not None and next(looks) > stop_after else None
+        return "test" if stop_after is not None and next(polls) > stop_after else None
 
-    # Processes confer at least every LOG_STEPS steps.
+    # Processes agree on a stop at least every LOG_STEPS steps.
     with mock.patch.object(loop, "stop_reason", reason), mock.patch.object(loop, "LOG_STEPS", 2):
         try:
-            record = loop.train(run, space, loop.Pace(micro_batch=micro_batch))
+            record = loop.train(run, space, loop.RuntimeOptions(micro_batch=micro_batch))
         except Stopped as stopped:
             return str(stopped)
     return {} if record is None else {**record.results, "provenance": record.provenance}
 
 
-def part_with_a_full_disk(profile: str, space: Workspace, run: Run) -> str:
-    """The last process cannot write its state; returns the error that the loop ends with."""
+def part_with_a_full_disk(preset: str, space: Workspace, run: Run) -> str:
+    """The last process cannot write its state; returns the error that ends the loop."""
     from epochal.training import checkpoint
 
     save, rank = checkpoint.save_file, int(os.environ["RANK"])
@@ -59,16 +57,16 @@ def part_with_a_full_disk(profile: str, space: Workspace, run: Run) -> str:
 
     with mock.patch.object(checkpoint, "save_file", full):
         try:
-            part(profile, space, run, 3)
+            part(preset, space, run, 3)
         except OSError as error:
             return str(error)
     return "saved"
 
 
-def refusal(profile: str, space: Workspace, run: Run) -> str:
-    """Return the sentence with which a run is refused."""
+def refusal(preset: str, space: Workspace, run: Run) -> str:
+    """The error with which a run is refused."""
     try:
-        part(profile, space, run, None)
+        part(preset, space, run, None)
     except ValueError as error:
         return str(error)
     return "trained"

@@ -1,9 +1,15 @@
-"""Groups of 1, 2 and 4 gloo processes, started when a test first asks for them and shared by all."""
+"""Groups of 1, 2 and 4 gloo processes, started when a test first needs them and shared by all tests."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
-from ranks import Group
+from ranks import Group, start_server
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Import torch, transformers and DeepSpeed for the groups while other tests run."""
+    if any("processes" in getattr(item, "fixturenames", ()) for item in session.items):
+        start_server()
 
 
 @pytest.fixture(scope="session")

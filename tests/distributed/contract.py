@@ -1,4 +1,4 @@
-"""What DeepSpeed does with an optimizer that only writes down what it is given: nothing of epochal.optim is in it."""
+"""What DeepSpeed passes to an optimizer, recorded by one that changes nothing; epochal.optim is not involved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLIP, PARTS, PEAK = 0.05, 2, 0.5
 
 
 class Recorder(torch.optim.Optimizer):
-    """Takes notes of every call of `step` and moves nothing."""
+    """Records every call of `step` and changes no weight."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self.calls: list[list[dict[str, Any]]] = []
@@ -33,24 +33,21 @@ class Recorder(torch.optim.Optimizer):
         )
 
 
-def objective() -> toy.Objective:
-    """A model in which every element has a value of its own, so that it is known wherever it turns up.
-
-    No shard of it is padded: unwritten padding may hold a stale copy of any element.
-    """
-    found, generator = toy.Objective(2), torch.Generator().manual_seed(1)
+def model_of_distinct_values() -> toy.ModelWithLoss:
+    """A model in which every element has a different value, so that its position in a shard can be read off."""
+    model, generator = toy.ModelWithLoss(2), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in found.model.parameters():
+        for parameter in model.model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
-    values = torch.cat([p.detach().flatten() for p in found.model.parameters()])
+    values = torch.cat([p.detach().flatten() for p in model.model.parameters()])
     assert len(values.unique()) == len(values)
-    return found
+    return model
 
 
-def record(profile: str) -> dict[str, Any]:
-    """One step in two micro-batches, clipped; returns what the optimizer saw and where the parameters lie."""
-    processes = toy.start(profile, clip_norm=CLIP, micro_batch=toy.ROWS // PARTS)
-    model = objective()
+def record(preset: str) -> dict[str, Any]:
+    """One clipped step in two micro-batches; returns what the optimizer received and where the parameters are."""
+    processes = toy.start(preset, clip_norm=CLIP, micro_batch=toy.ROWS // PARTS)
+    model = model_of_distinct_values()
     named = list(model.model.named_parameters())
     groups = [
         {"params": [p for n, p in named if toy.is_matrix(n) == whole], "number": k}
@@ -61,11 +58,11 @@ def record(profile: str) -> dict[str, Any]:
     at_construction, norms = len(recorder.calls), []
     group_norm = engine.optimizer.get_grad_norm_direct
 
-    def noted_norm(gradients: Any, parameters: Any) -> torch.Tensor:
+    def recorded_norm(gradients: Any, parameters: Any) -> torch.Tensor:
         norms.append(group_norm(gradients, parameters).double())
         return norms[-1]
 
-    engine.optimizer.get_grad_norm_direct = noted_norm
+    engine.optimizer.get_grad_norm_direct = recorded_norm
     rows = toy.batch(0)[processes.rank :: processes.world]
     for number, chunk in enumerate(rows.chunk(PARTS)):
         engine.set_gradient_accumulation_boundary(number == PARTS - 1)
@@ -81,5 +78,5 @@ def record(profile: str) -> dict[str, Any]:
         "norms": torch.stack(norms),
         "norm": torch.as_tensor(engine.get_global_grad_norm()),
         "stage": engine.zero_optimization_stage(),
-        "taken": engine.optimizer.optimizer is recorder,
+        "keeps_the_optimizer": engine.optimizer.optimizer is recorder,
     }

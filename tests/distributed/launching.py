@@ -1,4 +1,4 @@
-"""A Run under `accelerate launch` with a committed profile, as a worker starts it, on processes of this machine."""
+"""A Run under `accelerate launch` with a committed preset, as a worker starts it, on processes of this machine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ENVIRONMENT = {
 }
 
 
-def command(profile: str, run_json: Path, world: int, *options: str) -> list[str]:
-    """What `epochal.campaign.worker` runs for a profile, on fewer processes where it names eight."""
-    config = REPOSITORY / "configs" / "accelerate" / f"{profile}.yaml"
+def command(preset: str, run_json: Path, world: int, *options: str) -> list[str]:
+    """The command of `epochal.campaign.worker` for a preset, with `world` processes."""
+    config = REPOSITORY / "configs" / "accelerate" / f"{preset}.yaml"
     launcher = [
         sys.executable,
         "-m",
@@ -40,62 +40,61 @@ def command(profile: str, run_json: Path, world: int, *options: str) -> list[str
     return [*launcher, *options, "-m", "epochal.cli", "train", str(run_json)]
 
 
-def commands(profile: str, run_json: Path, world: int) -> list[list[str]]:
-    """One command, or for a profile of several machines one for each of two, as their users would type them."""
-    if not profile.endswith("-nodes"):
-        return [command(profile, run_json, world)]
+def commands(preset: str, run_json: Path, world: int) -> list[list[str]]:
+    """One command, or for a preset of several nodes one for each of two, as their users would type them."""
+    if not preset.endswith("-nodes"):
+        return [command(preset, run_json, world)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    there = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    return [command(profile, run_json, world, *there, "--machine_rank", str(rank)) for rank in range(2)]
+    nodes = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    return [command(preset, run_json, world, *nodes, "--machine_rank", str(rank)) for rank in range(2)]
 
 
-def launch(profile: str, run_json: Path, world: int) -> tuple[list[int], str]:
-    """Run a profile's commands beside each other; returns their exit codes and all that they said."""
+def launch(preset: str, run_json: Path, world: int) -> tuple[list[int], str]:
+    """Run a preset's commands at the same time; returns their exit codes and output."""
     launched = [
         subprocess.Popen(
-            words,
+            arguments,
             env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for words in commands(profile, run_json, world)
+        for arguments in commands(preset, run_json, world)
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in launched]
+        output = [process.communicate(timeout=240)[0] for process in launched]
     finally:
         for process in launched:
             process.kill()
-    return [process.returncode for process in launched], "\n".join(said)
+    return [process.returncode for process in launched], "\n".join(output)
 
 
-def write_job(folder: Path, run: Run, space: Workspace, profile: str, **changes: Any) -> Path:
-    """What a worker hands to the processes that it launches."""
-    config = {"session": "s", "scale": "tiny", "recipes": [], "threads": 1, "preset": profile, "micro_batch": 1}
+def write_job(folder: Path, run: Run, space: Workspace, preset: str, **changes: Any) -> Path:
+    """Write the file that a worker passes to the processes it launches."""
+    config = {"session": "s", "scale": "tiny", "recipes": [], "threads": 1, "preset": preset, "micro_batch": 1}
     config |= {"results": str(space.results), "work": str(space.work), **changes}
     run_json = folder / "run.json"
     run_json.write_text(json.dumps({"run": to_table(run), "config": config}), encoding="utf-8")
     return run_json
 
 
-def launched_and_alone(profile: str, folder: Path, world: int) -> dict[str, Any]:
-    """Train a tiny Run under a profile and in this process; returns how far the losses are apart, and what was on."""
+def launched_and_alone(preset: str, folder: Path, world: int) -> dict[str, Any]:
+    """Train a tiny Run under a preset and in this process; returns the deviation of losses and the active backend."""
     space, _, config = tiny.workspace(folder)
     changes: dict[str, Any] = {"epochs": 1, "optimizer": Fira(lr=1e-2, gap=8)}
     alone = train(tiny.run(config, name="alone", **changes), space)
     run = tiny.run(config, name="launched", **changes)
-    codes, said = launch(profile, write_job(folder, run, space, profile), world)
-    assert not any(codes), said
+    codes, output = launch(preset, write_job(folder, run, space, preset), world)
+    assert not any(codes), output
     record = load_records(space).named("launched")
     assert record is not None and alone is not None and record.provenance["world_size"] == world
     losses = ("loss", "train_loss", "test_loss", "best_loss")
     return {
         "deviation": max(abs(record.results[key] - alone.results[key]) for key in losses),
-        "on": record.provenance["sharding"],
+        "backend": record.provenance["sharding"],
         "matrices": record.provenance["matrices"],
-        "proof": record.provenance["update_error"],
-        "said": said,
+        "update_error": record.provenance["update_error"],
     }

@@ -1,9 +1,9 @@
-"""What the distributed tests run in every process: a small model trained under a profile, and what came of it.
+"""Groups of gloo processes that run a function on every rank.
 
     with group(4) as processes: results = processes.run("module:function", argument)
 
-A group of gloo processes is started once and serves many calls, since starting one costs seconds. A call that fails in
-any process, or does not end, fails the test with that process's error.
+A group is started once and serves many calls, since starting it takes seconds. A call that fails in any process, or does
+not return, fails the test with that process's error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IMPORTED = [
     "torch._inductor.compile_fx",
     "transformers.models.llama.modeling_llama",
 ]
-"""What every process needs and takes seconds to import: once, by a server from which all processes are forked."""
+"""Imported once, by a server from which all processes are forked: it takes seconds."""
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
@@ -57,31 +57,37 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+def start_server() -> Any:
+    """Start the server that processes are forked from, unless it runs; it imports in the background."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 class Group:
     """Processes that wait for calls."""
 
     def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            multiprocessing.forkserver.ensure_running()
+        context = start_server()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.pipes, self.processes = [], []
         self.alive = True
         for rank in range(world):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            pipe, child_pipe = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, child_pipe), daemon=True)
             process.start()
-            self.pipes.append(mine)
+            self.pipes.append(pipe)
             self.processes.append(process)
 
     def run(self, name: str, *arguments: Any) -> list[Any]:
         """Call a function in every process; returns the results in order of ranks."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
-        self.alive = False  # until all have answered: after a failure nobody knows who waits for whom
+        self.alive = False  # until all have answered: after a failure some may block in a collective
         results, deadline = [], time.monotonic() + SECONDS
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(max(0.0, deadline - time.monotonic())), f"process {rank} did not answer in {SECONDS} s"
@@ -102,7 +108,7 @@ class Group:
 
 @contextmanager
 def group(world: int) -> Iterator[Group]:
-    """Start processes, and end them whatever happens."""
+    """Start a group of processes, and end it in any case."""
     processes = Group(world)
     try:
         yield processes

@@ -1,7 +1,7 @@
-"""What `optim/sharding.py` assumes of DeepSpeed, one test for each assumption: an upgrade that changes one fails here.
+"""What `epochal.distributed.sharding` assumes about DeepSpeed, one test for each assumption.
 
-The optimizer that DeepSpeed is given only takes notes. Every element of its model has a value of its own, so what a shard
-holds is read off its values.
+An upgrade of DeepSpeed that breaks an assumption fails here. The optimizer only records what it receives. Every element of
+the model has a different value, which shows where it is in a shard.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ranks import Group
 Recorded = Callable[[str], list[dict[str, Any]]]
 WORLD = 2
 STAGES = ["zero1", "zero2", "zero3", "zero3-two-sub-groups"]
-ELEMENTS = {name: p.detach() for name, p in contract.objective().model.named_parameters()}
+ELEMENTS = {name: p.detach() for name, p in contract.model_of_distinct_values().model.named_parameters()}
 PLACES = {
     value: (name, index) for name, weight in ELEMENTS.items() for index, value in enumerate(weight.flatten().tolist())
 }
@@ -24,18 +24,18 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def recorded(processes: Callable[[int], Group], tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    """What two processes noted under a stage, recorded once."""
-    known: dict[str, list[dict[str, Any]]] = {}
+    """A function from a stage to the recordings of two processes, made once."""
+    by_stage: dict[str, list[dict[str, Any]]] = {}
 
     def get(stage: str) -> list[dict[str, Any]]:
-        if stage not in known:
-            profile = stage
+        if stage not in by_stage:
+            preset = stage
             if stage == "zero3-two-sub-groups":
-                profile = toy.write_profile(tmp_path_factory.mktemp("profile"), "zero3", sub_group_size=200)
-            known[stage] = processes(WORLD).run("contract:record", profile)
-        for rank in known[stage]:
-            assert rank["stage"] == int(stage[4]) and rank["taken"], "ZeRO is not on"
-        return known[stage]
+                preset = toy.write_preset(tmp_path_factory.mktemp("preset"), "zero3", sub_group_size=200)
+            by_stage[stage] = processes(WORLD).run("contract:record", preset)
+        for rank in by_stage[stage]:
+            assert rank["stage"] == int(stage[4]) and rank["keeps_the_optimizer"], "ZeRO is not active"
+        return by_stage[stage]
 
     return get
 
@@ -45,12 +45,12 @@ def shards(rank: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def held(shard: dict[str, Any]) -> list[tuple[str, int] | None]:
-    """Which element lies at each place of a shard; None is padding."""
+    """The (parameter, index) at each position of a shard; None is padding."""
     return [PLACES.get(value) for value in shard["values"].tolist()]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_1_step_is_called_once_for_each_shard_in_the_same_order_everywhere(recorded: Recorded, stage: str) -> None:
+def test_step_is_called_once_for_each_shard_in_the_same_order_everywhere(recorded: Recorded, stage: str) -> None:
     orders = [[shard["number"] for shard in shards(rank)] for rank in recorded(stage)]
     assert orders[0] == orders[1]
     if stage.startswith("zero3"):
@@ -60,7 +60,7 @@ def test_1_step_is_called_once_for_each_shard_in_the_same_order_everywhere(recor
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_2_a_shard_is_flat_and_has_a_gradient_of_its_size(recorded: Recorded, stage: str) -> None:
+def test_a_shard_is_flat_and_has_a_gradient_of_its_size(recorded: Recorded, stage: str) -> None:
     for rank in recorded(stage):
         for shard in shards(rank):
             assert len(shard["shape"]) == 1 and shard["gradient_shape"] == shard["shape"]
@@ -68,8 +68,8 @@ def test_2_a_shard_is_flat_and_has_a_gradient_of_its_size(recorded: Recorded, st
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_3_the_gradient_is_averaged_unscaled_and_clipped(recorded: Recorded, stage: str) -> None:
-    alone = contract.objective()
+def test_the_gradient_is_averaged_unscaled_and_clipped(recorded: Recorded, stage: str) -> None:
+    alone = contract.model_of_distinct_values()
     for part in toy.batch(0).chunk(contract.PARTS):
         (alone(part) / (toy.ROWS * 8)).backward()
     norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), contract.CLIP)
@@ -86,7 +86,7 @@ def test_3_the_gradient_is_averaged_unscaled_and_clipped(recorded: Recorded, sta
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_4_parameters_keep_their_identity_and_groups_their_keys(recorded: Recorded, stage: str) -> None:
+def test_parameters_keep_their_identity_and_groups_their_keys(recorded: Recorded, stage: str) -> None:
     for rank in recorded(stage):
         assert rank["same_objects"]
         for shard in shards(rank):
@@ -95,7 +95,7 @@ def test_4_parameters_keep_their_identity_and_groups_their_keys(recorded: Record
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_5_elements_lie_where_they_are_looked_for_each_once(recorded: Recorded, stage: str) -> None:
+def test_every_element_is_held_once_where_the_layout_expects_it(recorded: Recorded, stage: str) -> None:
     ranks = recorded(stage)
     everything = [place for rank in ranks for shard in shards(rank) for place in held(shard) if place is not None]
     assert sorted(everything) == sorted(PLACES.values())
@@ -118,25 +118,25 @@ def test_5_elements_lie_where_they_are_looked_for_each_once(recorded: Recorded, 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_6_no_step_is_taken_at_construction(recorded: Recorded, stage: str) -> None:
+def test_no_step_is_taken_at_construction(recorded: Recorded, stage: str) -> None:
     assert [rank["at_construction"] for rank in recorded(stage)] == [0] * WORLD
 
 
-def test_7_groups_may_be_empty_between_two_calls(recorded: Recorded) -> None:
-    """Trap 6: under ZeRO-3 they are, so nothing is looked up by the position of a parameter in its group."""
+def test_groups_are_empty_between_two_calls_under_zero3(recorded: Recorded) -> None:
+    """So parameters must not be identified by their position in a group."""
     assert recorded("zero3")[0]["parameters_between"] == [0, 0]
     assert recorded("zero2")[0]["parameters_between"] == [1, 1]
 
 
-def test_8_clipping_that_a_config_leaves_out_is_on() -> None:
-    """Trap 2: so `deepspeed_config` always writes it."""
+def test_the_default_of_gradient_clipping_is_one_and_not_off() -> None:
+    """So `deepspeed_config` always sets it."""
     from deepspeed.runtime.config import get_gradient_clipping
 
     assert get_gradient_clipping({}) == 1.0
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_9_a_norm_put_in_place_of_deepspeeds_is_taken_in_float64(recorded: Recorded, stage: str) -> None:
+def test_a_replaced_norm_function_is_used_in_float64(recorded: Recorded, stage: str) -> None:
     for rank in recorded(stage):
         assert rank["norm"].dtype == torch.float64
         assert float(rank["norm"]) == pytest.approx(float(torch.linalg.vector_norm(rank["norms"])), rel=1e-15)

@@ -1,4 +1,4 @@
-"""Owners are balanced by cost; a layout that does not hold every element once is noticed. No processes are needed."""
+"""Owners are balanced by cost, and a layout that does not hold every element once is detected; without processes."""
 
 import random
 
@@ -7,27 +7,35 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from epochal.distributed import layout
-from epochal.distributed.layout import Entry, Span, assign_owners, locate_slices, matrix_cost, uncovered
+from epochal.distributed.layout import (
+    Entry,
+    Span,
+    assign_owners,
+    coverage_problems,
+    locate_flat,
+    locate_slices,
+    matrix_cost,
+)
 from epochal.distributed.sharding import Replicated, Sharded, needs_whole
 from epochal.optim import Fira, Muon, Spectra
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 7, 64])
-def test_the_busiest_owner_has_little_more_than_its_share(world: int) -> None:
+def test_the_most_loaded_owner_is_at_most_a_tenth_above_the_mean(world: int) -> None:
     rng = random.Random(world)
     shapes = [(rng.randrange(8, 64), rng.randrange(8, 64)) for _ in range(8 * world)]
     owners = assign_owners(shapes, world)
     load = [sum(matrix_cost(s) for s, owner in zip(shapes, owners, strict=True) if owner == r) for r in range(world)]
     assert max(load) <= (sum(load) / world) * 1.1
-    assert owners == assign_owners(shapes, world), "a function of shapes alone"
+    assert owners == assign_owners(shapes, world), "it depends on shapes only"
 
 
-def test_one_huge_matrix_has_an_owner_for_itself() -> None:
+def test_the_owner_of_one_huge_matrix_gets_no_other() -> None:
     owners = assign_owners([(8, 8), (512, 512), (8, 8), (8, 8)], 2)
     assert owners[1] not in (owners[0], owners[2], owners[3])
 
 
-def test_the_cost_of_a_matrix() -> None:
+def test_the_cost_of_a_matrix_is_that_of_its_gram_matrix() -> None:
     assert matrix_cost((3, 5)) == 3 * 5 * 3
     assert matrix_cost((4, 3, 5)) == 4 * 3 * 5 * 3
     assert matrix_cost((7,)) == 7
@@ -37,13 +45,13 @@ ENTRIES = [Entry(name, torch.empty(0), 0, torch.Size(shape), 0) for name, shape 
 GOOD = [[Span(0, 0, 4, 0)], [Span(0, 4, 6, 0), Span(1, 0, 4, 2)]]
 
 
-def test_a_layout_that_holds_every_element_once_is_sound() -> None:
-    assert uncovered(GOOD, ENTRIES) == []
-    assert uncovered([GOOD[0], GOOD[1][:1]], ENTRIES) == [], "b may lie in another shard"
+def test_a_layout_that_holds_every_element_once_has_no_problem() -> None:
+    assert coverage_problems(GOOD, ENTRIES) == []
+    assert coverage_problems([GOOD[0], GOOD[1][:1]], ENTRIES) == [], "b may lie in another shard"
 
 
 @pytest.mark.parametrize(
-    ("layout", "word"),
+    ("layout", "problem"),
     [
         ([[Span(0, 0, 4, 0)], [Span(0, 5, 6, 0)]], "elements of a"),
         ([[Span(0, 0, 4, 0)], [Span(0, 3, 6, 0)]], "elements of a"),
@@ -51,15 +59,15 @@ def test_a_layout_that_holds_every_element_once_is_sound() -> None:
         ([[Span(0, 0, 6, 0), Span(1, 0, 4, 5)], []], "overlap"),
     ],
 )
-def test_gaps_and_overlaps_are_named(layout: list[list[Span]], word: str) -> None:
-    assert word in uncovered(layout, ENTRIES)[0]
+def test_gaps_and_overlaps_are_named(layout: list[list[Span]], problem: str) -> None:
+    assert problem in coverage_problems(layout, ENTRIES)[0]
 
 
 def parameters() -> list[tuple[str, torch.nn.Parameter]]:
     return [("matrix", torch.nn.Parameter(torch.ones(4, 3))), ("vector", torch.nn.Parameter(torch.ones(3)))]
 
 
-def test_who_needs_whole_matrices() -> None:
+def test_each_optimizer_declares_which_parameters_it_needs_whole() -> None:
     named = parameters()
     tensors = [p for _, p in named]
     groups = [{"params": tensors[:1], "rank": 2}, {"params": tensors[1:]}]
@@ -73,44 +81,54 @@ def test_who_needs_whole_matrices() -> None:
         (Fira(groups), [True, False]),
         (torch.optim.AdamW(tensors), [False, False]),
     ):
-        found = [needs_whole(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
-        assert found == expected, optimizer
+        needs = [needs_whole(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
+        assert needs == expected, optimizer
 
 
-def test_optimizers_of_which_nothing_is_known_are_refused() -> None:
+def test_an_unknown_optimizer_is_refused() -> None:
     named = parameters()
     with pytest.raises(ValueError, match="Adafactor may need whole matrices"):
         Replicated(torch.optim.Adafactor([p for _, p in named]), named)
 
 
-def test_momentum_that_starts_from_whole_weights_is_refused_where_there_are_none() -> None:
+def test_momentum_that_starts_from_whole_weights_is_refused_if_weights_are_sharded() -> None:
     named = parameters()
     with pytest.raises(ValueError, match="compat='upstream'"):
         Sharded(Spectra(named, 1e-2, base="signum", compat="upstream"), named, "zero2")
 
 
 def test_a_model_built_under_zero_init_is_refused() -> None:
-    """There every parameter looks one-dimensional, so that DeepSpeed's own Muon treated none as a matrix."""
+    """Every parameter looks one-dimensional to it, so DeepSpeed's own Muon treated none as a matrix."""
     named = parameters()
     named[0][1].ds_shape = torch.Size((4, 3))  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"zero\.Init"):
         Sharded(Spectra(named, 1e-2), named, "zero3")
 
 
-def test_stand_ins_keep_numbers_and_leave_the_original_alone() -> None:
+def test_an_optimizer_copied_to_other_tensors_keeps_its_hyperparameters_and_leaves_the_original_alone() -> None:
     named = parameters()
     optimizer = Fira([{"params": [named[0][1]], "rank": 2, "alpha": 0.5}, {"params": [named[1][1]]}], lr=0.3)
-    stand_in = torch.zeros(4, 3)
-    other = optimizer.rebind({named[0][1]: stand_in})
-    assert other.param_groups[0]["params"] == [stand_in] and other.param_groups[1]["params"] == []
+    local_param = torch.zeros(4, 3)
+    other = optimizer.rebind({named[0][1]: local_param})
+    assert other.param_groups[0]["params"] == [local_param] and other.param_groups[1]["params"] == []
     assert other.param_groups[0]["alpha"] == 0.5 and other.param_groups[0]["lr"] == 0.3
-    stand_in.grad = torch.ones(4, 3)
+    local_param.grad = torch.ones(4, 3)
     other.step()
-    assert stand_in.abs().min() > 0 and not optimizer.state and torch.equal(named[0][1], torch.ones(4, 3))
+    assert local_param.abs().min() > 0 and not optimizer.state and torch.equal(named[0][1], torch.ones(4, 3))
 
 
-def test_padding_that_nobody_has_written_is_no_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last process of ZeRO-3 holds padding, and its copies of it need not be equal: it may be NaN."""
+def test_a_flat_shard_with_other_values_than_the_model_is_a_mismatch() -> None:
+    buffer = torch.arange(10.0)
+    entries = [Entry("p", buffer[:6], 0, torch.Size([6]), None), Entry("q", buffer[6:], 0, torch.Size([4]), None)]
+    shard = buffer[5:].clone()
+    spans = [Span(0, 5, 6, 0), Span(1, 0, 4, 1)]
+    assert locate_flat(shard, list(enumerate(entries)), 1) == (spans, None)
+    shard[3] = 0.0
+    assert locate_flat(shard, list(enumerate(entries)), 1) == (spans, "the shard holds other values than q")
+
+
+def test_uninitialized_padding_is_not_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rank of ZeRO-3 holds padding, which may be NaN."""
     import deepspeed.utils
 
     parameter = torch.nn.Parameter(torch.arange(5.0))
@@ -123,8 +141,8 @@ def test_padding_that_nobody_has_written_is_no_mismatch(monkeypatch: pytest.Monk
     assert locate_slices(shard[:2], [(0, entry)], 1)[1] == "the shard holds other values than p"
 
 
-def test_a_process_that_holds_nothing_but_padding_has_empty_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five elements in fours of two: the last of four processes has none, and the next parameter comes after its two."""
+def test_a_rank_that_holds_only_padding_has_empty_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five elements in slices of two: the last of four ranks has none, and the next parameter follows the padding."""
     import deepspeed.utils
 
     entries = [
@@ -137,7 +155,7 @@ def test_a_process_that_holds_nothing_but_padding_has_empty_spans(monkeypatch: p
 
 
 class Placed:
-    """A tensor of which this process holds a part."""
+    """A tensor of which this rank holds a part."""
 
     def __init__(self, local: torch.Tensor, *placements: object) -> None:
         self.local, self.placements = local, placements
@@ -146,7 +164,7 @@ class Placed:
         return self.local
 
 
-def test_rows_are_where_torch_chunks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_located_where_torch_chunks_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "DTensor", Placed)
     wholes = [torch.arange(24.0).view(8, 3), torch.arange(5.0), torch.arange(2.0), torch.arange(42.0).view(7, 2, 3)]
     for world in (1, 2, 3, 4, 5, 9):

@@ -1,4 +1,4 @@
-"""Several processes train the same model as one: `epochal train` under `accelerate launch`, as a worker starts it."""
+"""`epochal train` under `accelerate launch`, as a worker starts it: losses, signals, exit codes, errors."""
 
 import json
 import signal
@@ -22,30 +22,25 @@ from epochal.training.checkpoint import newest_checkpoint
 from epochal.training.loop import train
 
 
-@pytest.mark.parametrize(
-    ("profile", "world", "sharding"),
-    [("ddp2", 2, "replicated"), ("zero3-offload", 2, "zero3"), ("fsdp2-nodes", 2, "fsdp2")],
-)
-def test_a_launched_run_has_the_losses_of_one_process(tmp_path: Path, profile: str, world: int, sharding: str) -> None:
+# benchmarks/parity.csv has every preset; these two have several launchers, and weights that no process holds whole.
+@pytest.mark.parametrize(("preset", "sharding"), [("zero3-offload", "zero3"), ("fsdp2-nodes", "fsdp2")])
+def test_a_launched_run_has_the_losses_of_one_process(tmp_path: Path, preset: str, sharding: str) -> None:
     space, _, config = tiny.workspace(tmp_path)
-    # Every profile is launched in benchmarks/parity.py.
-    # Masks belong to rows of the global batch, so noise is the same on any number of processes.
-    noise = {"dropout": 0.1, "input_mask_prob": 0.5, "weight_averaging": "ema"} if profile == "ddp2" else {}
-    changes = {"epochs": 1, "optimizer": Spectra(base=AdamW(lr=1e-2), clip=1.0), **noise}
+    changes: dict[str, Any] = {"epochs": 1, "optimizer": Spectra(base=AdamW(lr=1e-2), clip=1.0)}
     alone = train(tiny.run(config, name="alone", **changes), space)
     assert alone is not None
 
     run = tiny.run(config, name="launched", **changes)
-    codes, said = launch(profile, write_job(tmp_path, run, space, profile), world)
-    assert not any(codes), said
+    codes, output = launch(preset, write_job(tmp_path, run, space, preset), 2)
+    assert not any(codes), output
 
     record = load_records(space).named("launched")
     assert record is not None and record.status == "done"
-    assert record.provenance["world_size"] == world
-    assert record.provenance["profile"] == profile
+    assert record.provenance["world_size"] == 2
+    assert record.provenance["profile"] == preset
     assert record.provenance["sharding"] == sharding
     assert record.provenance["matrices"] == 16
-    assert (record.provenance["update_error"] is None) == (world == 1)
+    assert record.provenance["update_error"] is not None
     for key in ("loss", "train_loss", "test_loss", "best_loss"):
         assert record.results[key] == pytest.approx(alone.results[key], abs=1e-5)
     assert record.results["spectral_norms"] == pytest.approx(alone.results["spectral_norms"], rel=1e-3)
@@ -62,51 +57,52 @@ def test_a_launched_run_has_the_losses_of_one_process(tmp_path: Path, profile: s
     assert steps == sorted(steps) and len(lines) == 2 + 4, "one process writes the metrics"
 
 
-@pytest.mark.parametrize(("profile", "number"), [("ddp2", signal.SIGTERM), ("zero2", signal.SIGUSR1)])
-def test_a_signal_saves_on_all_processes_and_ends_with_75(tmp_path: Path, profile: str, number: int) -> None:
+def test_a_signal_saves_on_all_processes_and_ends_with_75(tmp_path: Path) -> None:
     space, _, config = tiny.workspace(tmp_path)
     run = tiny.run(config, name="long", epochs=400)
-    job = write_job(tmp_path, run, space, profile)
+    job = write_job(tmp_path, run, space, "ddp2")
     process = subprocess.Popen(
-        command(profile, job, 2), env=ENVIRONMENT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command("ddp2", job, 2), env=ENVIRONMENT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     metrics, deadline = space.folder("long") / "metrics.jsonl", time.monotonic() + 200
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == EXIT_STOPPED, said
-    assert "run again to continue" in said
+    process.send_signal(signal.SIGUSR1)  # torch's own launcher does not forward it
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "run again to continue" in output
     checkpoints = list(space.folder("long").glob("checkpoints/*"))
     assert len(checkpoints) == 1 and checkpoints[0].name.startswith("step-")
     assert {file.name for file in checkpoints[0].iterdir()} >= {"optimizer-0.safetensors", "optimizer-1.safetensors"}
-    assert newest_checkpoint(space.folder("long") / "checkpoints", say=pytest.fail) == checkpoints[0]
+    assert newest_checkpoint(space.folder("long") / "checkpoints", warn=pytest.fail) == checkpoints[0]
 
 
 @pytest.mark.parametrize(
     ("codes", "expected"), [([75, 75], 75), ([75, -15], 75), ([2, -9], 2), ([1, 75], 1), ([-9], 1), ([1], 1)]
 )
-def test_the_exit_code_of_a_launch_is_that_of_its_processes(codes: list[int], expected: int) -> None:
+def test_a_launch_exits_with_the_code_its_processes_agree_on(codes: list[int], expected: int) -> None:
     assert exit_code(codes) == expected
 
 
-def test_why_a_launched_run_was_refused_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event that a worker sends, which is what `epochal run` prints, is the sentence and not an exit code."""
+def test_the_error_of_a_refused_launch_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's event, which `epochal run` prints, has the error message and not an exit code."""
     space, _, config = tiny.workspace(tmp_path)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate hands a profile over
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate passes a preset
     monkeypatch.setattr(worker, "launch_command", lambda _: [sys.executable])
     options = worker.WorkerConfig(
         session="s", scale="tiny", recipes=(), results=str(space.results), work=str(space.work), threads=1, preset="p"
     )
-    said: list[dict[str, Any]] = []
-    worker.run_job(tiny.run(config, name="refused"), options, said.append, {})
-    assert [event["event"] for event in said] == ["started", "failed"]
-    assert said[1]["message"] == "the profile sets mixed_precision to 'bf16'; a Run names its own: write 'no'."
+    events: list[dict[str, Any]] = []
+    worker.run_job(tiny.run(config, name="refused"), options, events.append, {})
+    assert [event["event"] for event in events] == ["started", "failed"]
+    assert (
+        events[1]["message"] == "the preset sets mixed_precision to 'bf16', but the Run sets the precision; write 'no'."
+    )
     assert sorted(file.name for file in space.folder("refused").iterdir()) == ["failure.json", "run.json"]
 
 
-def test_the_first_error_of_a_launched_run_is_the_one_that_counts(tmp_path: Path) -> None:
-    worker.leave_last_word(tmp_path, RuntimeError("no space left"))
-    worker.leave_last_word(tmp_path, RuntimeError("connection closed by peer"))
-    assert worker._take_last_word(tmp_path) == "no space left" and worker._take_last_word(tmp_path) == ""
+def test_the_first_error_of_a_launched_run_is_reported(tmp_path: Path) -> None:
+    worker.write_error_file(tmp_path, RuntimeError("no space left"))
+    worker.write_error_file(tmp_path, RuntimeError("connection closed by peer"))
+    assert worker._take_error_file(tmp_path) == "no space left" and worker._take_error_file(tmp_path) == ""

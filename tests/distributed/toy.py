@@ -1,9 +1,8 @@
-"""A model of many small odd matrices, trained under a profile: the same in one process and in many."""
+"""A model of many small odd matrices, trained on one process and, under a preset, on many."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -19,19 +18,19 @@ from torch import nn
 
 from epochal import optim
 from epochal.config import REPOSITORY
-from epochal.distributed.first_step_check import Proof
+from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 
 STEPS, ROWS, WORDS, WIDTH = 30, 8, 23, 12
 PEAK = 5e-2
-"""A learning rate at which weights move about as far as they are large: what is compared is then not their rounding."""
+"""A learning rate at which weights move by about their own size, so that differences are not only their rounding."""
 
 NAMES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
 BASES = ("adamw", "signum", "ademamix", "mars", "lion", "sgdm")
 
 
 class Block(nn.Module):
-    """Three matrices, whose rows neither two nor four processes divide evenly where they are 17, and a vector."""
+    """Three matrices, one of them with 17 rows, which neither 2 nor 4 divides, and a vector."""
 
     inner = 17
 
@@ -65,7 +64,7 @@ class Toy(nn.Module):
         self.lm_head.weight = self.embed
 
 
-class Objective(nn.Module):
+class ModelWithLoss(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
         self.model = Toy(depth)
@@ -79,9 +78,10 @@ class Objective(nn.Module):
 
 
 class MakeOptimizer:
-    """From a model to an optimizer for which the matrices of the blocks are matrices; eps damps rounding near zero."""
+    """Builds an optimizer that treats the matrices of the blocks as matrices."""
 
     eps = 1e-3
+    """Large, to damp rounding where a second moment is near zero."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -104,45 +104,43 @@ class MakeOptimizer:
         return optim.Spectra(groups, 1e-2, base=base, clip=0.5, apply_to=["layers.*(up|down|mix)"], **own)
 
 
-def choose(profile: str) -> None:
-    """Set what `accelerate launch` would set for a profile: the name of one, or the path of a DeepSpeed config."""
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # the last call in this process may have had another profile
+def choose(preset: str) -> None:
+    """Set the environment as `accelerate launch` would for a preset, given by name or as a DeepSpeed config's path."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # the last call in this process may have had another preset
     for name in NAMES:
         os.environ.pop(name, None)
-    if profile.startswith("zero") or profile.endswith(".json"):
-        path = profile if profile.endswith(".json") else str(REPOSITORY / "configs" / "deepspeed" / f"{profile}.json")
+    if preset.startswith("zero") or preset.endswith(".json"):
+        path = preset if preset.endswith(".json") else str(REPOSITORY / "configs" / "deepspeed" / f"{preset}.json")
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": path}
-    elif profile == "fsdp2":
+    elif preset == "fsdp2":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def start(profile: str, **settings: Any) -> Processes:
-    choose(profile)
+def start(preset: str, **settings: Any) -> Processes:
+    choose(preset)
     return Processes(**{"clip_norm": 1e9, **settings})
 
 
 def batch(step: int) -> torch.Tensor:
-    """The rows of a step, the same whoever takes them."""
+    """The global batch of a step."""
     return torch.randint(WORDS, (ROWS, 9), generator=torch.Generator().manual_seed(step))
 
 
 def take_step(processes: Processes, step: int, parts: int = 1, scale: float = 1.0) -> torch.Tensor:
-    """One step on this process's rows of the batch of a step, in so many micro-batches; returns the gradient norm."""
+    """One step on this process's rows of the batch, in `parts` micro-batches; returns the gradient norm."""
     rows = batch(step)[processes.rank :: processes.world]
     chunks = rows.chunk(parts)
     for number, chunk in enumerate(chunks, start=1):
         with processes.accumulating(last=number == len(chunks)):
-            processes.backward(scale * processes.objective(chunk) / (len(rows) * 8))
+            processes.backward(scale * processes.wrapped(chunk) / (len(rows) * 8))
     return processes.step()
 
 
 @contextlib.contextmanager
 def counted(kind: str) -> Iterator[dict[str, int]]:
-    """Count the matrices that this process clips or orthogonalises, and the bases that it computes.
+    """Count the matrices that this process clips or orthogonalizes, and the bases that it computes.
 
-    Muon's products are in bfloat16, where a last bit becomes 2^-8; as "muon-float32" they are not.
+    Muon's products are in bfloat16, where the last bit is 2^-8; for "muon-float32" they are in float32.
     """
     from epochal.optim import fira, muon, spectra
 
@@ -169,23 +167,23 @@ def counted(kind: str) -> Iterator[dict[str, int]]:
         yield counts
 
 
-def is_on(processes: Processes) -> str:
-    """What really shares the model: the wrapper is asked, not the profile."""
-    if type(processes.objective).__name__ == "DeepSpeedEngine":
-        return f"zero{processes.objective.zero_optimization_stage()}"
+def active_backend(processes: Processes) -> str:
+    """The backend that shards the model, by the type of the wrapper and not by the preset."""
+    if type(processes.wrapped).__name__ == "DeepSpeedEngine":
+        return f"zero{processes.wrapped.zero_optimization_stage()}"
     if all(isinstance(p, torch.distributed.tensor.DTensor) for p in processes.model.parameters()):
         return "fsdp2"
-    return type(processes.objective).__name__
+    return type(processes.wrapped).__name__
 
 
 def is_offloaded(processes: Processes) -> bool:
-    """Whether DeepSpeed itself says that the optimizer's state lies in the memory of the machine."""
-    inner = getattr(processes.objective, "optimizer", None)
+    """Whether DeepSpeed keeps the optimizer's state in host memory."""
+    inner = getattr(processes.wrapped, "optimizer", None)
     return bool(getattr(inner, "cpu_offload", False) or getattr(inner, "offload_optimizer", False))
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """The learning rate of a step: a straight line down from the peak."""
+    """The learning rate of a step: linear from the peak to zero."""
     return peak * (1 - step / steps)
 
 
@@ -194,10 +192,10 @@ def alone(
 ) -> dict[str, Any]:
     """The oracle: a plain loop in this process, with an optimizer and nothing else of epochal.
 
-    `sums`: in how many parts the gradient is summed, rows dealt out as to processes; what that changes is rounding.
+    `sums`: the number of parts in which the gradient is summed, which changes its rounding.
     """
-    objective = Objective(depth)
-    optimizer, norms = MakeOptimizer(kind)(objective.model), []
+    model = ModelWithLoss(depth)
+    optimizer, norms = MakeOptimizer(kind)(model.model), []
     with counted(kind) as counts:
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -205,19 +203,19 @@ def alone(
             optimizer.zero_grad()
             rows = batch(step)
             for part in range(sums):
-                (objective(rows[part::sums]) / (ROWS * 8)).backward()
-            norms.append(float(nn.utils.clip_grad_norm_(objective.parameters(), clip_norm)))
+                (model(rows[part::sums]) / (ROWS * 8)).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip_norm)))
             optimizer.step()
-    weights = {name: p.detach() for name, p in objective.model.named_parameters()}
+    weights = {name: p.detach() for name, p in model.model.named_parameters()}
     state = {
         name: sum(value.numel() * value.element_size() for value in optimizer.state[p].values())
-        for name, p in objective.model.named_parameters()
+        for name, p in model.model.named_parameters()
     }
     return {"weights": weights, "matrices": sum(map(is_matrix, weights)), "state": state, "norms": norms, **counts}
 
 
 def trained(
-    profile: str,
+    preset: str,
     kind: str,
     steps: int = STEPS,
     depth: int = 2,
@@ -225,21 +223,21 @@ def trained(
     peak: float = PEAK,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train, and return weights, what is on, and what the optimizer did in this process."""
-    processes = start(profile, micro_batch=max(1, ROWS // parts), **settings)
-    processes.prepare(Objective(depth), MakeOptimizer(kind))
+    """Train; returns weights, the active backend, and what the optimizer did in this process."""
+    processes = start(preset, micro_batch=max(1, ROWS // parts), **settings)
+    processes.prepare(ModelWithLoss(depth), MakeOptimizer(kind))
     counts_at_start = [int(state["step"]) for state in processes.optimizer.state.values()]
-    proof, norms = Proof(processes, "toy"), []
+    check, norms = ShardedUpdateCheck(processes, "toy"), []
     with counted(kind) as counts:
         for step in range(steps):
             for group in processes.optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak)
-            norm = take_step(processes, step, parts) if step else _proven(processes, proof, parts, counts)
+            norm = take_step(processes, step, parts) if step else _checked(processes, check, parts, counts)
             norms.append(float(norm))
     named = processes.optimizer.named_state()
     return {
         "weights": {entry.name: processes.whole_weight(entry.parameter) for entry in processes.optimizer.entries},
-        "on": is_on(processes),
+        "backend": active_backend(processes),
         "offloaded": is_offloaded(processes),
         "counts_at_start": counts_at_start,
         "steps": {int(value) for name, value in named.items() if name.endswith(".step")},
@@ -247,29 +245,29 @@ def trained(
         "whole": [entry.name for entry in processes.optimizer.matrices],
         "bytes": sum(v.numel() * v.element_size() for n, v in named.items() if "@" not in n),
         "sent": processes.optimizer.bytes_sent,
-        "error": proof.error,
+        "error": check.error,
         "norms": norms,
         **counts,
     }
 
 
-def _proven(processes: Processes, proof: Proof, parts: int, counts: dict[str, int]) -> torch.Tensor:
-    """The first step, with the proof around its update; what the proof itself computes is not counted."""
+def _checked(processes: Processes, check: ShardedUpdateCheck, parts: int, counts: dict[str, int]) -> torch.Tensor:
+    """The first step, checked; what the check itself computes is not counted."""
     step = processes.step
 
-    def proven() -> torch.Tensor:
-        with proof:
+    def checked() -> torch.Tensor:
+        with check:
             norm = step()
             before = dict(counts)
         counts.update(before)
         return norm
 
-    with mock.patch.object(processes, "step", proven):
+    with mock.patch.object(processes, "step", checked):
         return take_step(processes, 0, parts)
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix for the matrix optimizers: those of the blocks, not the embedding."""
+    """Whether the matrix optimizers treat a parameter as a matrix: those of the blocks, not the embedding."""
     return "layers" in name and "norm" not in name
 
 
@@ -277,9 +275,9 @@ ODD = 13
 """A width with which no parameter's elements divide by two or four: shards then end in padding."""
 
 
-def trained_odd(profile: str, kind: str, steps: int) -> dict[str, Any]:
+def trained_odd(preset: str, kind: str, steps: int) -> dict[str, Any]:
     with mock.patch.object(sys.modules[__name__], "WIDTH", ODD):
-        return trained(profile, kind, steps)
+        return trained(preset, kind, steps)
 
 
 def first_weights(depth: int = 2) -> dict[str, torch.Tensor]:
@@ -289,41 +287,44 @@ def first_weights(depth: int = 2) -> dict[str, torch.Tensor]:
 def distance(one: dict[str, Any], other: dict[str, Any], *, matrices: bool = True, bits: bool = False) -> float:
     """The largest difference of two trained models' weights as a share of the largest movement of that weight.
 
-    With `bits`: in units of the last bit of its largest element, which is all that float32 can tell apart.
+    With `bits`: in units of the last bit of its largest element.
     """
-    start, found = first_weights(len(one["weights"]) // 4), 0.0
+    start, largest = first_weights(len(one["weights"]) // 4), 0.0
     for name, weight in one["weights"].items():
         if not matrices or is_matrix(name):
             moved = float((weight - start[name]).abs().max())
             last_bit = 2.0 ** (math.floor(math.log2(float(weight.abs().max()))) - 23)
-            found = max(found, float((weight - other["weights"][name]).abs().max()) / (last_bit if bits else moved))
-    return found
+            largest = max(largest, float((weight - other["weights"][name]).abs().max()) / (last_bit if bits else moved))
+    return largest
 
 
-def write_profile(folder: Path, base: str, without: tuple[str, ...] = (), **zero: Any) -> str:
-    """A DeepSpeed profile like `base` with other keys in zero_optimization, less some of its own; returns its path."""
+def write_preset(folder: Path, base: str, **zero: Any) -> str:
+    """Write a DeepSpeed config like `base` with other keys in zero_optimization; returns its path."""
     table = json.loads((REPOSITORY / "configs" / "deepspeed" / f"{base}.json").read_text(encoding="utf-8"))
-    table = {key: value for key, value in table.items() if key not in without}
     table["zero_optimization"] |= zero
-    path = folder / f"{base}-{'-'.join(sorted([*zero, *without]))}.json"
+    path = folder / f"{base}-{'-'.join(sorted(zero))}.json"
     path.write_text(json.dumps(table), encoding="utf-8")
     return str(path)
 
 
 def trained_with(
-    profile: str, kind: str, settings: dict[str, Any], parts: int, steps: int = STEPS, depth: int = 2
+    preset: str, kind: str, settings: dict[str, Any], parts: int, steps: int = STEPS, depth: int = 2
 ) -> dict[str, Any]:
-    return trained(profile, kind, steps, depth, parts, **settings)
+    return trained(preset, kind, steps, depth, parts, **settings)
 
 
-def skips_what_is_not_finite(profile: str) -> dict[str, bool]:
-    """A NaN that arises on one process only: nobody moves, at the next step everybody does."""
-    processes = start(profile)
-    processes.prepare(Objective(2), MakeOptimizer("fira"))
-    weights = []
+def step_with_nan_then_without(preset: str) -> dict[str, list[bool]]:
+    """Step twice, first with a NaN on one process only; returns whether any weight moved in each step."""
+    processes = start(preset)
+    processes.prepare(ModelWithLoss(2), MakeOptimizer("fira"))
+
+    def weights() -> list[torch.Tensor]:
+        return [processes.whole_weight(entry.parameter) for entry in processes.optimizer.entries]
+
+    moved, before = [], weights()
     for scale in (float("nan") if processes.rank == 1 else 1.0, 1.0):
-        weights.append({e.name: processes.whole_weight(e.parameter) for e in processes.optimizer.entries})
         take_step(processes, 0, scale=scale)
-    weights.append({e.name: processes.whole_weight(e.parameter) for e in processes.optimizer.entries})
-    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
-    return {"still": same[0], "moves": not same[1]}
+        after = weights()
+        moved.append(not all(map(torch.equal, before, after)))
+        before = after
+    return {"moved": moved}

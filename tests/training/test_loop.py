@@ -1,4 +1,4 @@
-"""The training loop against a loop written by hand, and against itself stopped, cut up and blown up."""
+"""The training loop against a loop written by hand, and against itself stopped, resumed, split and diverging."""
 
 import json
 import logging
@@ -17,18 +17,18 @@ from epochal.models.llama import build_model
 from epochal.records import Record, Workspace, load_records, write_record
 from epochal.run import AdamW, Fira, Muon, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
-from epochal.training.loop import LOG_STEPS, Pace, Stopper, train
+from epochal.training.loop import LOG_STEPS, RuntimeOptions, Stopper, train
 
-Made = tuple[Workspace, TokenStore, Path]
+Setup = tuple[Workspace, TokenStore, Path]
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
+def setup(tmp_path: Path) -> Setup:
     return tiny.workspace(tmp_path)
 
 
-def trained(run: Run, space: Workspace, pace: Pace | None = None) -> Record:
-    record = train(run, space, pace or Pace())
+def trained(run: Run, space: Workspace, options: RuntimeOptions | None = None) -> Record:
+    record = train(run, space, options or RuntimeOptions())
     assert record is not None
     return record
 
@@ -43,7 +43,7 @@ def weights(space: Workspace, name: str) -> dict[str, torch.Tensor]:
 
 
 def by_hand(run: Run, store: TokenStore) -> tuple[torch.nn.Module, list[float]]:
-    """The same run with nothing of the loop: whole logits, torch's AdamW, the schedule spelled out."""
+    """The same run without the training loop: whole logits, torch's AdamW, the schedule as a formula."""
     model = build_model(run.model, vocab_size=store.vocab_size, max_positions=run.sequence_length, seed=run.init_seed)
     names = dict(model.named_parameters())
     kept = [name for name in names if "norm" in name or "embed_tokens" in name]
@@ -88,15 +88,15 @@ def load(space: Workspace, name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(space.folder(name) / "model")
 
 
-def test_weights_losses_and_record_equal_a_loop_written_by_hand(made: Made) -> None:
-    space, store, config = made
+def test_weights_losses_and_record_equal_a_loop_written_by_hand(setup: Setup) -> None:
+    space, store, config = setup
     run = tiny.run(config)
     record = trained(run, space)
     reference, losses = by_hand(run, store)
 
-    found = weights(space, run.name)
+    final = weights(space, run.name)
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(found[name], parameter.detach(), rtol=0.0, atol=1e-4)
+        torch.testing.assert_close(final[name], parameter.detach(), rtol=0.0, atol=1e-4)
 
     lines = metrics(space, run.name)
     logged = {line["step"]: line["train_loss"] for line in lines if "train_loss" in line}
@@ -124,9 +124,11 @@ def test_weights_losses_and_record_equal_a_loop_written_by_hand(made: Made) -> N
     assert load_records(space).named(run.name) == record
 
 
-def test_accumulation_does_not_change_the_losses(made: Made) -> None:
-    space, _, config = made
-    records = [trained(tiny.run(config, name=f"micro{size}"), space, Pace(micro_batch=size)) for size in (4, 2, 1)]
+def test_gradient_accumulation_does_not_change_the_losses(setup: Setup) -> None:
+    space, _, config = setup
+    records = [
+        trained(tiny.run(config, name=f"micro{size}"), space, RuntimeOptions(micro_batch=size)) for size in (4, 2, 1)
+    ]
     for record in records[1:]:
         for key in ("loss", "train_loss", "test_loss"):
             assert record.results[key] == pytest.approx(records[0].results[key], abs=1e-5)
@@ -135,19 +137,19 @@ def test_accumulation_does_not_change_the_losses(made: Made) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_at_any_step_is_bit_identical(made: Made, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    space, _, config = made
+def test_resume_at_any_step_is_bit_identical(setup: Setup, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    space, _, config = setup
     whole = trained(tiny.run(config, name="whole", precision=precision), space)
-    stops = [1, 7, 10, 12, 25, 47]  # beside and on the steps that log and evaluate
+    stops = [1, 7, 10, 12, 25, 47]  # on the steps that log and evaluate, and between them
     run, calls = tiny.run(config, name="cut", precision=precision), [0]
 
     def stop_reason() -> str | None:
         calls[0] += 1
-        return "told to" if calls[0] in stops else None
+        return "on request" if calls[0] in stops else None
 
     monkeypatch.setattr("epochal.training.loop.stop_reason", stop_reason)
     for step in stops:
-        with pytest.raises(Stopped, match=f"cut at step {step} of 48: told to"):
+        with pytest.raises(Stopped, match=f"cut at step {step} of 48: on request"):
             train(run, space)
     cut = trained(run, space)
     assert cut.results == whole.results
@@ -162,20 +164,20 @@ def test_resume_at_any_step_is_bit_identical(made: Made, monkeypatch: pytest.Mon
     [Fira(lr=1e-2, gap=20), Spectra(base=AdamW(lr=1e-2), clip=1.0), Muon(lr=1e-2)],
     ids=["fira", "spectra", "muon"],
 )
-def test_another_optimizer_learns_resumes_and_is_described_in_the_record(
-    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, choice: Optimizer
+def test_matrix_optimizers_learn_resume_and_are_described_in_the_record(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, choice: Optimizer
 ) -> None:
-    space, _, config = made
+    space, _, config = setup
     runs = [tiny.run(config, name=name, optimizer=choice, wd_schedule="antiphase") for name in ("whole", "cut")]
     with caplog.at_level(logging.INFO):
         whole = trained(runs[0], space)
     matrices = 16 if isinstance(choice, Spectra) else 14
-    assert f"whole: {type(choice).__name__} treats {matrices} matrices" in caplog.text
+    assert f"whole: {type(choice).__name__} stepped {matrices} parameters as whole matrices" in caplog.text
     assert whole.provenance["matrices"] == matrices
     assert whole.provenance["state_bytes"] > 0 and 0 < whole.provenance["optimizer_share"] < 1
     assert whole.results["spectral_norms"].keys() >= {"q_proj", "lm_head"}
     assert whole.results["curve"][-1][1] < whole.results["curve"][0][1]
-    stops = iter([None] * 20 + ["told to"])
+    stops = iter([None] * 20 + ["on request"])
     with monkeypatch.context() as patch:
         patch.setattr("epochal.training.loop.stop_reason", lambda: next(stops))
         with pytest.raises(Stopped, match="at step 21 of 48"):
@@ -183,8 +185,8 @@ def test_another_optimizer_learns_resumes_and_is_described_in_the_record(
     assert trained(runs[1], space).results == whole.results
 
 
-def test_decay_in_antiphase_is_applied_step_by_step(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    space, _, config = made
+def test_decay_in_antiphase_is_applied_in_every_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, _, config = setup
     seen: list[tuple[float, ...]] = []
     step = torch.optim.AdamW.step
 
@@ -202,18 +204,18 @@ def test_decay_in_antiphase_is_applied_step_by_step(made: Made, monkeypatch: pyt
     assert len(seen) == run.steps
 
 
-def test_checkpoints_on_the_way_change_nothing(made: Made) -> None:
-    space, _, config = made
-    seldom = trained(tiny.run(config, name="seldom"), space)
-    often = trained(tiny.run(config, name="often"), space, Pace(checkpoint_seconds=0.0))
-    assert often.results == seldom.results
-    assert metrics(space, "often") == metrics(space, "seldom")
+def test_saving_checkpoints_changes_no_result(setup: Setup) -> None:
+    space, _, config = setup
+    rarely = trained(tiny.run(config, name="rarely"), space)
+    often = trained(tiny.run(config, name="often"), space, RuntimeOptions(checkpoint_seconds=0.0))
+    assert often.results == rarely.results
+    assert metrics(space, "often") == metrics(space, "rarely")
 
 
-def test_a_killed_process_loses_only_what_came_after_the_checkpoint(
-    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_killed_run_resumes_from_the_last_intact_checkpoint(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    space, _, config = made
+    space, _, config = setup
     whole = trained(tiny.run(config, name="whole"), space)
     run, calls = tiny.run(config, name="cut"), [0]
 
@@ -225,7 +227,7 @@ def test_a_killed_process_loses_only_what_came_after_the_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr("epochal.training.loop.stop_reason", killed)
         with pytest.raises(SystemExit):
-            train(run, space, Pace(checkpoint_seconds=0.0))
+            train(run, space, RuntimeOptions(checkpoint_seconds=0.0))
     folder = space.folder("cut")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "train_lo')  # half a line
@@ -239,8 +241,8 @@ def test_a_killed_process_loses_only_what_came_after_the_checkpoint(
     assert metrics(space, "cut") == metrics(space, "whole")
 
 
-def test_a_run_that_blows_up_leaves_a_record_that_says_so(made: Made) -> None:
-    space, _, config = made
+def test_a_diverging_run_ends_with_the_status_diverged(setup: Setup) -> None:
+    space, _, config = setup
     run = tiny.run(config, name="up", lr=1e6, wd=10.0)
     record = trained(run, space)
     assert record.status == "diverged"
@@ -254,8 +256,8 @@ def test_a_run_that_blows_up_leaves_a_record_that_says_so(made: Made) -> None:
     assert again is not None and again.loss == math.inf
 
 
-def test_seeds_change_the_result_and_nothing_else_does(made: Made) -> None:
-    space, _, config = made
+def test_seeds_change_the_result_and_nothing_else_does(setup: Setup) -> None:
+    space, _, config = setup
     base = tiny.run(config, epochs=1)
     losses = {}
     for name, changes in {"a": {}, "b": {}, "init": {"init_seed": 1}, "order": {"order_seed": 1}}.items():
@@ -266,24 +268,24 @@ def test_seeds_change_the_result_and_nothing_else_does(made: Made) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "pace", "message"),
+    ("changes", "options", "message"),
     [
-        ({}, Pace(micro_batch=3), "micro-batch 3 does not divide the 4 sequences"),
-        ({"unique_tokens": 128_000_000}, Pace(), "above the"),
-        ({"model": "w61"}, Pace(), "Model 'w61' has no file"),
-        ({"data": "kvj"}, Pace(), r"has no 'kvj' \(did you mean 'kjv'\?\)"),
+        ({}, RuntimeOptions(micro_batch=3), "micro-batch 3 does not divide the 4 sequences"),
+        ({"unique_tokens": 128_000_000}, RuntimeOptions(), "above the"),
+        ({"model": "w61"}, RuntimeOptions(), "Model 'w61' has no file"),
+        ({"data": "kvj"}, RuntimeOptions(), r"has no 'kvj' \(did you mean 'kjv'\?\)"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(
-    made: Made, changes: dict[str, Any], pace: Pace, message: str
+def test_a_run_that_does_not_fit_its_data_model_or_processes_is_refused(
+    setup: Setup, changes: dict[str, Any], options: RuntimeOptions, message: str
 ) -> None:
-    space, _, config = made
+    space, _, config = setup
     with pytest.raises(ValueError, match=message):
-        train(tiny.run(config, **changes), space, pace)
+        train(tiny.run(config, **changes), space, options)
 
 
 class OneOfTwo:
-    """One of two processes; the other wants to save and knows of no stop."""
+    """One of two processes; the other one is due to save and has no stop request."""
 
     world = 2
 
@@ -291,7 +293,7 @@ class OneOfTwo:
         return [value, (None, True, 0.01)]
 
 
-def test_a_save_that_one_process_wants_is_one_that_all_make() -> None:
-    """Clocks differ: a process that saved alone would wait for the others for ever."""
+def test_all_processes_save_as_soon_as_one_is_due() -> None:
+    """Their clocks differ, and saving is a collective."""
     stopper = Stopper(OneOfTwo(), checkpoint_seconds=1e9)  # type: ignore[arg-type]
-    assert stopper.look(1) == (None, True)
+    assert stopper.poll(1) == (None, True)

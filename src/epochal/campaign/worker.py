@@ -221,10 +221,12 @@ def execute(job: Job, config: WorkerConfig) -> Record | None:
     # Imported here because these load torch: planning must stay fast.
     match job:
         case Run():
-            from epochal.training.loop import Pace, train
+            from epochal.training.loop import RuntimeOptions, train
 
-            pace = Pace(config.micro_batch, config.trackers, config.checkpoint_seconds, config.preset or "here")
-            return train(job, workspace, pace)
+            options = RuntimeOptions(
+                config.micro_batch, config.trackers, config.checkpoint_seconds, config.preset or "here"
+            )
+            return train(job, workspace, options)
         case Ensemble():
             from epochal.evaluation.ensembles import evaluate_ensemble
 
@@ -247,7 +249,7 @@ def _launch(run: Run, config: WorkerConfig) -> None:
     folder = config.workspace.folder(run.name)
     path = folder / "run.json"
     write_atomic(path, json.dumps({"run": to_table(run), "config": asdict(config)}, indent=1))
-    for note in (STOP_NOTE, LAST_WORD):
+    for note in (STOP_NOTE, ERROR_FILE):
         (folder / note).unlink(missing_ok=True)
     process = subprocess.Popen(
         [*launch_command(config), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
@@ -261,7 +263,7 @@ def _launch(run: Run, config: WorkerConfig) -> None:
     check_stop()
     if process.returncode == EXIT_STOPPED:  # a signal reached the run but not this worker
         raise Stopped(f"{run.name} was stopped")
-    message = _take_last_word(folder)
+    message = _take_error_file(folder)
     if process.returncode == 2 and message:  # wrong use: the message is already a sentence for the user
         raise ValueError(message)
     message = message or "died without an error message (killed or out of memory); see the worker's log"
@@ -280,23 +282,23 @@ def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds
         process.wait()
 
 
-LAST_WORD = "last-word"
+ERROR_FILE = "error.txt"
 """A file in a run's folder with the error of the first of its processes that failed, for the worker that launched them."""
 
 
-def leave_last_word(folder: Path, error: BaseException) -> None:
+def write_error_file(folder: Path, error: BaseException) -> None:
     """Write the error of a launched process, unless another has; what fails after the first fails because of it."""
-    with contextlib.suppress(OSError), (folder / LAST_WORD).open("x", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), (folder / ERROR_FILE).open("x", encoding="utf-8") as file:
         file.write(str(error) or type(error).__name__)
 
 
-def _take_last_word(folder: Path) -> str:
+def _take_error_file(folder: Path) -> str:
     """Return the error that a launched process left, and remove it; empty when there is none."""
     try:
-        said = (folder / LAST_WORD).read_text(encoding="utf-8").strip()
+        said = (folder / ERROR_FILE).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-    (folder / LAST_WORD).unlink(missing_ok=True)
+    (folder / ERROR_FILE).unlink(missing_ok=True)
     return said
 
 

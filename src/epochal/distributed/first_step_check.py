@@ -1,14 +1,14 @@
-"""Proof at the start of a run: a sharded update is compared with what one process alone makes of the same parameter.
+"""Check one distributed optimizer step against the same step on one process, at the start of a run.
 
-At the first step whose learning rate is not zero (and again after every resume), the smallest matrix of every owner and
-the smallest of the other parameters are looked at. Whole weight and gradient are gathered by the backend's own means, not
-by the exchange under test; one process builds the Run's optimizer anew, as if there were no other, and steps them. Of
-the optimizer under test it takes the state, and today's learning rate and decay. A difference stops the run.
+At the first step with a nonzero learning rate, and again after every resume, `ShardedUpdateCheck` picks the smallest matrix
+of every owner and the smallest elementwise parameter. The backend's own gather (not the exchange under test) gives the
+whole weight and gradient; one process builds the Run's optimizer as if it were alone and steps them. From the
+optimizer under test it takes state, learning rate and weight decay. A difference stops the run.
 
-It sees: a gradient that is not the average or not clipped as the Run says, a matrix that was cut, permuted or stepped as
-a vector, twice or not at all, an update that came to the wrong place, an optimizer that is not the Run's.
-It does not see: an error in the rule itself (the tests in tests/optim compare it with published code), state that a
-checkpoint gave to the wrong parameter (tests/distributed/test_elastic.py), parameters it did not choose, later steps.
+It detects: a gradient that is not the average or not clipped as the Run says; a matrix that was cut, permuted, stepped as
+a vector, stepped twice or not at all; an update applied in the wrong place; another optimizer than the Run's.
+It does not detect: an error in the update rule itself (tests/optim compares it with published code), state restored to the
+wrong parameter (tests/distributed/test_elastic.py), errors in parameters it did not pick, or at later steps.
 """
 
 import logging
@@ -23,15 +23,11 @@ from epochal.distributed.processes import Processes
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Largest difference allowed, as a share of the largest movement of the matrix.
-
-Rounding of the update makes about 1e-6; that of weights makes 1e-7 of the largest weight, more where the learning rate is
-tiny, as in the first steps of a warm-up: so much is allowed besides.
-"""
+"""Largest difference allowed, as a share of the parameter's largest movement; rounding of the update gives about 1e-6."""
 
 
 class Before(NamedTuple):
-    """A parameter before the step: its number, whole weight and gradient, and where it is judged the whole state."""
+    """A parameter before the step: its number, whole weight and gradient and, on the rank that judges it, its state."""
 
     number: int
     entry: Entry
@@ -40,8 +36,8 @@ class Before(NamedTuple):
     state: dict[str, Tensor]
 
 
-class Proof:
-    """A context manager around one optimizer step. `error`: the largest difference found, relative; None before."""
+class ShardedUpdateCheck:
+    """A context manager around an optimizer step. `error`: the largest relative difference; None before the check."""
 
     error: float | None = None
 
@@ -52,37 +48,40 @@ class Proof:
 
     def __enter__(self) -> None:
         optimizer = self.processes.optimizer
+        # With a learning rate of 0, as at the start of a warm-up, any update would pass.
         self._due = not self._done and any(float(group["lr"]) for group in optimizer.param_groups)
         if self._due:
-            self._before = [self._look(number) for number in self._chosen()]
+            self._before = [self._record(number) for number in self._chosen()]
             optimizer.stepped.clear()
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        # A gradient that is not finite moves nothing, and would prove nothing.
+        # A gradient that is not finite moves nothing; the check then waits for the next step.
         if kind is None and self._due and bool(torch.isfinite(self.processes.norm)):
             self._done = True
             errors = [self._compare(before) for before in self._before]
             self.error = max((error for error, _ in errors), default=None)
-            wrong = any(not error <= allowed for error, allowed in errors)
-            self._judge(sum(self.processes.gather(len(self.processes.optimizer.stepped))), wrong)
+            wrong = any(not error <= allowed for error, allowed in errors)  # so that NaN is wrong
+            self._report(sum(self.processes.gather(len(self.processes.optimizer.stepped))), wrong)
         self._before = []
 
-    def _judge(self, stepped: int, wrong: bool) -> None:
-        optimizer, backend = self.processes.optimizer, self.processes.backend
-        kind, world = type(optimizer.rule).__name__, self.processes.world
-        found = f"{kind} treats {stepped} matrices as such, on {world} processes under {backend}"
+    def _report(self, stepped: int, wrong: bool) -> None:
+        optimizer, processes = self.processes.optimizer, self.processes
+        summary = (
+            f"{type(optimizer.rule).__name__} stepped {stepped} parameters as whole matrices on {processes.world} "
+            f"processes ({processes.backend})"
+        )
         if self.error is not None:
-            found += f", and moves a parameter by {self.error:.1e} of its movement away from what one process does"
-        if self.processes.is_main:
-            log.info("%s: %s", self.name, found)
+            summary += f"; largest difference from one process: {self.error:.1e} of a parameter's movement"
+        if processes.is_main:
+            log.info("%s: %s", self.name, summary)
         if stepped != len(optimizer.matrices) or wrong:
             raise ValueError(
-                f"Run {self.name!r}: {found}, but {len(optimizer.matrices)} are matrices and rounding "
-                f"explains no more than {TOLERANCE}; use another profile, and report the versions."
+                f"Run {self.name!r} failed the check of its first step: {summary}. Expected {len(optimizer.matrices)} "
+                f"matrices and at most {TOLERANCE} plus rounding; use another preset, and report the versions."
             )
 
     def _chosen(self) -> list[int]:
-        """Return the smallest matrix of each owner, and the smallest of the parameters that are stepped in pieces."""
+        """List the smallest matrix of each owner and the smallest of the elementwise parameters."""
         if self.processes.world == 1 and self.processes.backend == "replicated":
             return []
         smallest: dict[int | None, int] = {}
@@ -93,34 +92,35 @@ class Proof:
                 smallest[entry.owner] = index
         return sorted(smallest.values())
 
-    def _look(self, number: int) -> Before:
+    def _record(self, number: int) -> Before:
         processes = self.processes
         entry = processes.optimizer.entries[number]
         weight, gradient = processes.whole_weight(entry.parameter), processes.whole_gradient(entry.parameter)
         start, state = processes.optimizer.state_of(number)
-        if entry.owner is None:  # a small one: its pieces may travel as objects
+        if entry.owner is None:  # a small one, so its pieces may be pickled
             pieces = processes.gather((start, {key: value.cpu() for key, value in state.items()}))
             state = _whole_state(pieces, entry.shape)
         return Before(number, entry, weight, gradient, state)
 
     def _compare(self, before: Before) -> tuple[float, float]:
-        """Return the difference of a parameter and what is allowed, as shares of its largest movement, from who judges it."""
+        """Return (difference, largest allowed) as shares of the largest movement, computed by the owner or rank 0."""
         processes, judge = self.processes, before.entry.owner or 0
-        after, found = processes.whole_weight(before.entry.parameter), (0.0, TOLERANCE)
+        after, difference = processes.whole_weight(before.entry.parameter), (0.0, TOLERANCE)
         if judge == processes.rank:
-            alone = self._alone(before)
+            alone = self._step_alone(before)
             moved = max(float((alone - before.weight).abs().max()), float((after - before.weight).abs().max()), 1e-30)
+            # The rounding of weights is 1e-7 of the largest, which can exceed a small movement early in a warm-up.
             rounding = torch.finfo(after.dtype).eps * float(before.weight.abs().max())
-            found = (float((alone - after).abs().max()) / moved, TOLERANCE + rounding / moved)
-        gathered: tuple[float, float] = processes.gather(found)[judge]
+            difference = (float((alone - after).abs().max()) / moved, TOLERANCE + rounding / moved)
+        gathered: tuple[float, float] = processes.gather(difference)[judge]
         return gathered
 
-    def _alone(self, before: Before) -> Tensor:
-        """Return what one process alone makes of a whole weight: nothing of the exchange is used."""
+    def _step_alone(self, before: Before) -> Tensor:
+        """Return the weight that one process alone would get, without the exchange."""
         processes, weight = self.processes, before.weight
         optimizer, parameter = processes.fresh_optimizer(before.entry.name, weight)
-        for group, today in zip(optimizer.param_groups, processes.optimizer.numbers, strict=True):
-            group.update({key: today[key] for key in ("lr", "weight_decay")})
+        for group, current in zip(optimizer.param_groups, processes.optimizer.hyperparameters, strict=True):
+            group.update({key: current[key] for key in ("lr", "weight_decay")})
         if before.state:
             optimizer.state[parameter] = {
                 key: value.to(weight.device, copy=True) for key, value in before.state.items()
@@ -131,16 +131,16 @@ class Proof:
 
 
 def _whole_state(pieces: list[tuple[int, dict[str, Tensor]]], shape: torch.Size) -> dict[str, Tensor]:
-    """Put the state of a parameter together from what each process has of it, flat; 0-d tensors are the same everywhere."""
-    found: dict[str, Tensor] = {}
+    """Assemble the state of a parameter from every rank's flat piece; 0-d tensors are the same on all."""
+    whole: dict[str, Tensor] = {}
     for start, state in sorted(pieces, key=lambda piece: piece[0]):
         for key, value in state.items():
-            whole = found.setdefault(key, value if value.ndim == 0 else value.new_empty(shape.numel()))
+            tensor = whole.setdefault(key, value if value.ndim == 0 else value.new_empty(shape.numel()))
             if value.ndim:
-                whole[start : start + value.numel()] = value.reshape(-1)
-    return {key: value if value.ndim == 0 else value.view(shape) for key, value in found.items()}
+                tensor[start : start + value.numel()] = value.reshape(-1)
+    return {key: value if value.ndim == 0 else value.view(shape) for key, value in whole.items()}
 
 
 def clip_factor(norm: Tensor, largest: float) -> float:
-    """Return what clipping multiplied the gradient with."""
+    """Return the factor that clipping at a norm of `largest` multiplies a gradient with."""
     return min(1.0, largest / (float(norm) + 1e-6))

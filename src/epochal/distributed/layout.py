@@ -1,8 +1,8 @@
-"""Who owns which matrix, and which elements of which parameter a process holds under ZeRO-1, -2, -3 and FSDP2.
+"""Which rank owns which matrix, and which elements of which parameter a rank holds under ZeRO-1, -2, -3 and FSDP2.
 
-A layout is a list of spans per process. It is found without DeepSpeed's private attributes: from storage offsets for
-ZeRO-1 and -2, from the public `safe_get_local_fp32_param` for ZeRO-3, from placements for FSDP2; and it is checked twice,
-by value (the shard holds what the model has there) and by coverage (each element is held exactly once).
+A layout is a list of spans per rank. It is derived without DeepSpeed's private attributes: from storage offsets for
+ZeRO-1 and -2, from the public `safe_get_local_fp32_param` for ZeRO-3, from placements for FSDP2. It is checked twice:
+by value (the shard equals the model's elements) and by coverage (each element is held exactly once).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 class Entry(NamedTuple):
-    """One parameter: its group, its true shape, and the process that steps it whole (None: everybody steps a piece)."""
+    """One parameter: its group, its true shape, and the rank that steps it whole (None: each rank steps its piece)."""
 
     name: str
     parameter: Tensor
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Elements [start, stop) of the parameter numbered `entry`, at `offset` in the shard of a process."""
+    """Elements [start, stop) of the parameter numbered `entry`, at `offset` in the shard of a rank."""
 
     entry: int
     start: int
@@ -36,9 +36,9 @@ class Span(NamedTuple):
 
 
 def assign_owners(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
-    """Return the owner of each matrix (..., m, n): the costliest first, each to the process with the least so far.
+    """Return the owner of each matrix (..., m, n): the costliest first, each to the least loaded rank.
 
-    The cost of a matrix is m n min(m, n), what a product with its Gram matrix takes.
+    The cost of a matrix is m n min(m, n), as for a product with its Gram matrix.
     """
     load = [0] * world
     owner = [0] * len(shapes)
@@ -49,17 +49,17 @@ def assign_owners(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
 
 
 def matrix_cost(shape: Sequence[int]) -> int:
-    """Return m n min(m, n) of (..., m, n), times the matrices; n for a vector."""
+    """Return m n min(m, n) of (..., m, n), times the number of matrices; n for a vector."""
     if len(shape) < 2:
         return int(torch.Size(shape).numel())
     return int(torch.Size(shape).numel()) * min(shape[-2:])
 
 
-Found = tuple[list[Span], str | None]
-"""The spans of this process, and what is wrong with them."""
+Located = tuple[list[Span], str | None]
+"""The spans of this rank, and what is wrong with them (None: nothing)."""
 
 
-def locate_flat(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> Found:
+def locate_flat(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> Located:
     """ZeRO-1 and -2: the model's parameters are views of one buffer, of which rank r holds the r-th equal part."""
     first, spans, problem = rank * shard.numel(), list[Span](), None
     for index, entry in members:
@@ -75,7 +75,7 @@ def locate_flat(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> F
     return spans, problem
 
 
-def locate_slices(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> Found:
+def locate_slices(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> Located:
     """ZeRO-3: rank r holds the r-th equal slice of every parameter, one after the other; the end is padding.
 
     `members`: the parameters of the group from the first of this shard on.
@@ -88,9 +88,9 @@ def locate_slices(shard: Tensor, members: list[tuple[int, Entry]], rank: int) ->
             break
         local = safe_get_local_fp32_param(entry.parameter).reshape(-1)
         start = rank * local.numel()
-        # A process may hold padding alone; its empty span still says that the parameter is in this shard.
+        # A rank may hold padding alone; its empty span still records that the parameter is in this shard.
         stop = max(start, min(start + local.numel(), entry.shape.numel()))
-        # Padding is memory that nobody has written: it may be NaN, which equals nothing.
+        # Padding is uninitialized memory: it may be NaN, so it is not compared.
         held, live = shard.detach()[offset : offset + stop - start], local[: stop - start]
         if offset + local.numel() > shard.numel() or not torch.equal(held, live.to(held)):
             return spans, f"the shard holds other values than {entry.name}"
@@ -99,7 +99,7 @@ def locate_slices(shard: Tensor, members: list[tuple[int, Entry]], rank: int) ->
     return spans, None
 
 
-def locate_rows(entries: Sequence[Entry], rank: int, world: int) -> Found:
+def locate_rows(entries: Sequence[Entry], rank: int, world: int) -> Located:
     """FSDP2: Shard(0) gives rank r the r-th of torch.chunk's parts of the rows."""
     spans, offset = list[Span](), 0
     for index, entry in enumerate(entries):
@@ -114,18 +114,18 @@ def locate_rows(entries: Sequence[Entry], rank: int, world: int) -> Found:
     return spans, None
 
 
-def uncovered(layout: list[list[Span]], entries: Sequence[Entry]) -> list[str]:
-    """Return what is wrong with a layout: a parameter in it whose elements are not each held exactly once."""
-    found: dict[int, list[Span]] = {}
+def coverage_problems(layout: list[list[Span]], entries: Sequence[Entry]) -> list[str]:
+    """List the parameters of a layout whose elements are not each held exactly once, as sentences."""
+    spans_of: dict[int, list[Span]] = {}
     for spans in layout:
         for span in spans:
-            found.setdefault(span.entry, []).append(span)
+            spans_of.setdefault(span.entry, []).append(span)
         ordered = sorted(spans, key=lambda span: span.offset)
         for one, other in pairwise(ordered):
             if one.offset + one.stop - one.start > other.offset:
                 return [f"{entries[one.entry].name} and {entries[other.entry].name} overlap in a shard"]
     problems = []
-    for index, spans in found.items():
+    for index, spans in spans_of.items():
         end = 0
         for span in sorted(spans, key=lambda span: span.start):
             if span.start != end:

@@ -1,7 +1,8 @@
-"""What a profile may say: how the model is shared out and how fast, never what is computed. No torch.
+"""Parallelism presets: how a model is distributed over processes and how fast it trains, never what is computed.
 
-`accelerate launch` hands a profile over in the environment. Here it is read and everything that would change a result,
-or that has not been proven to leave it alone, is refused by one sentence.
+`accelerate launch` passes a preset (a YAML of configs/accelerate) in environment variables. This module reads them and
+refuses every setting that would change a result, or that has not been tested to leave it unchanged. It does not import
+torch.
 """
 
 import json
@@ -48,7 +49,7 @@ FROM_THE_RUN = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
-"""Keys that follow from the Run; a profile leaves them out or writes "auto"."""
+"""Keys that follow from the Run; a preset leaves them out or sets them to "auto"."""
 
 REASONS = {
     "optimizer": "the Run names the optimizer",
@@ -62,26 +63,26 @@ REASONS = {
     "prescale_gradients": "the average of gradients is the Run's",
     "gradient_predivide_factor": "the average of gradients is the Run's",
     "round_robin_gradients": "DeepSpeed's own map of parameters is wrong under it",
-    "elastic_checkpoint": "state held by owners does not survive it; epochal's own checkpoints resume on any number",
-    "zenflow": "it steps parameters by a second optimizer",
-    "super_offload": "it steps parameters by a second optimizer",
-    "zero_hpz_partition_size": "it is not proven with matrix optimizers",
+    "elastic_checkpoint": "it loses the state held by owners; epochal's checkpoints resume on any number of processes",
+    "zenflow": "it steps parameters with a second optimizer",
+    "super_offload": "it steps parameters with a second optimizer",
+    "zero_hpz_partition_size": "it is not tested with matrix optimizers",
     "zero_quantized_weights": "quantised weights change the result",
     "zero_quantized_gradients": "quantised gradients change the result",
     "zero_quantized_nontrainable_weights": "quantised weights change the result",
-    "mics_shard_size": "it is not proven with matrix optimizers",
-    "parameter_alignment": "it is not proven with matrix optimizers",
+    "mics_shard_size": "it is not tested with matrix optimizers",
+    "parameter_alignment": "it is not tested with matrix optimizers",
     "pipeline": "pipeline parallelism is not supported",
-    "tensor_parallel": "tensor parallelism cuts matrices apart",
+    "tensor_parallel": "tensor parallelism splits matrices",
     "sequence_parallel_size": "sequence parallelism is not supported",
     "expert_parallel": "experts are several matrices in one tensor",
     "ratio": "the rest would be stepped by a second optimizer",
-    "nvme_path": "offload to NVMe is not proven with matrix optimizers",
+    "nvme_path": "offload to NVMe is not tested with matrix optimizers",
 }
 
 
 @dataclass(frozen=True)
-class Profile:
+class Preset:
     """How the processes of a launch share a model: replicated, zero1, zero2, zero3 or fsdp2."""
 
     backend: str = "replicated"
@@ -89,51 +90,53 @@ class Profile:
     reshard_after_forward: bool = True
 
 
-def read_profile(environment: Mapping[str, str]) -> Profile:
-    """Return the profile that `accelerate launch` put into the environment; ValueError for one that changes a result."""
+def read_preset(environment: Mapping[str, str]) -> Preset:
+    """Return the preset that `accelerate launch` put into the environment; ValueError for one that changes a result."""
 
     def on(name: str) -> bool:
         return environment.get(name, "false").lower() in ("true", "1")
 
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":
-        raise ValueError(f"the profile sets mixed_precision to {precision!r}; a Run names its own: write 'no'.")
+        raise ValueError(
+            f"the preset sets mixed_precision to {precision!r}, but the Run sets the precision; write 'no'."
+        )
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
-        raise ValueError("the profile sets gradient_accumulation_steps; leave it out and give --micro-batch instead.")
+        raise ValueError("the preset sets gradient_accumulation_steps; leave it out and give --micro-batch instead.")
     if environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto") not in ("auto", "none"):
-        raise ValueError("the profile sets gradient_clipping; leave it out, the Run's clip_norm is used.")
+        raise ValueError("the preset sets gradient_clipping; leave it out, the Run's clip_norm is used.")
     for name, what in (
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, sequence or hybrid parallelism"),
     ):
         if on(name):
-            raise ValueError(f"the profile asks for {what}, which cuts matrices apart; use ddp, zero1-3 or fsdp2.")
+            raise ValueError(f"the preset uses {what}, which splits matrices; use ddp, zero1-3 or fsdp2.")
     if on("ACCELERATE_USE_DEEPSPEED"):
-        return _deepspeed_profile(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
+        return _deepspeed_preset(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
     if on("ACCELERATE_USE_FSDP"):
-        return _fsdp_profile(environment)
-    return Profile()
+        return _fsdp_preset(environment)
+    return Preset()
 
 
-def _deepspeed_profile(name: str) -> Profile:
+def _deepspeed_preset(name: str) -> Preset:
     if name in ("none", ""):
-        raise ValueError("the DeepSpeed profile names no deepspeed_config_file; name one of configs/deepspeed.")
+        raise ValueError("the DeepSpeed preset has no deepspeed_config_file; set it to a file of configs/deepspeed.")
     path = Path(name) if Path(name).is_file() else find_config("deepspeed", Path(name).stem, ".json")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); correct it.") from None
+        raise ValueError(f"{path} is not valid JSON: {error}; correct it.") from None
     check_deepspeed(table, str(path))
-    return Profile(f"zero{table['zero_optimization']['stage']}", table)
+    return Preset(f"zero{table['zero_optimization']['stage']}", table)
 
 
 def check_deepspeed(table: dict[str, Any], where: str) -> None:
-    """Raise ValueError for the first key of a DeepSpeed config that would change a result or is not proven."""
+    """Raise ValueError for the first key of a DeepSpeed config that would change a result or is not tested."""
     zero = table.get("zero_optimization", {})
     _check_keys(table, DEEPSPEED_KEYS, where)
     _check_keys(zero, ZERO_KEYS, f"{where}: zero_optimization")
     if zero.get("stage") not in (1, 2, 3):
-        raise ValueError(f"{where}: stage is {zero.get('stage')}; choose 1, 2 or 3, or the profile ddp for none.")
+        raise ValueError(f"{where}: stage is {zero.get('stage')}; choose 1, 2 or 3, or the preset ddp for none.")
     for key in FROM_THE_RUN:
         if table.get(key, "auto") != "auto":
             raise ValueError(f'{where}: {key} is {table[key]!r}, which would change the Run; write "auto".')
@@ -142,13 +145,13 @@ def check_deepspeed(table: dict[str, Any], where: str) -> None:
         _check_keys(offload, OFFLOAD_KEYS, f"{where}: {part}")
         if offload.get("device", "none") not in ("none", "cpu"):
             raise ValueError(
-                f'{where}: {part} to {offload["device"]!r} is not proven with matrix optimizers; use "cpu".'
+                f'{where}: {part} to {offload["device"]!r} is not tested with matrix optimizers; use "cpu".'
             )
     if zero.get("offload_param", {}).get("device") == "cpu" and zero["stage"] != 3:
         raise ValueError(f"{where}: offload_param needs stage 3; choose it, or leave offload_param out.")
     if zero.get("offload_optimizer", {}).get("device") == "cpu" and table.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
-            f"{where}: with offload_optimizer, DeepSpeed's own Adam replaces the Run's optimizer without a word; write "
+            f"{where}: with offload_optimizer, DeepSpeed silently replaces the Run's optimizer with its own Adam; write "
             '"zero_force_ds_cpu_optimizer": false.'
         )
 
@@ -158,11 +161,11 @@ def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
         off = value in (False, None, 0, {}) or (isinstance(value, dict) and value.get("enabled") is False)
         if key not in known and not off:
             raise ValueError(
-                f"{where}: {key} is refused: {REASONS.get(key, 'it is not known to leave results alone')}."
+                f"{where}: {key} is refused: {REASONS.get(key, 'it is not known to leave results unchanged')}."
             )
 
 
-def _fsdp_profile(environment: Mapping[str, str]) -> Profile:
+def _fsdp_preset(environment: Mapping[str, str]) -> Preset:
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(f"fsdp_version is {version}: FSDP1 flattens matrices and is refused; write fsdp_version: 2.")
@@ -171,22 +174,18 @@ def _fsdp_profile(environment: Mapping[str, str]) -> Profile:
         ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing"),
     ):
         if environment.get(name, "false").lower() == "true":
-            raise ValueError(f"{what} is not proven with matrix optimizers; write false, or use zero3-offload.")
+            raise ValueError(f"{what} is not tested with matrix optimizers; write false, or use zero3-offload.")
     reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
-    return Profile("fsdp2", reshard_after_forward=reshard not in ("false", "no_shard", "shard_grad_op"))
+    return Preset("fsdp2", reshard_after_forward=reshard not in ("false", "no_shard", "shard_grad_op"))
 
 
-def deepspeed_config(profile: Profile, *, micro_batch: int, world: int, clip_norm: float) -> dict[str, Any]:
-    """Return DeepSpeed's config of a run: the profile's, with what follows from the Run written out.
-
-    Clipping is always written (DeepSpeed's own default is 1.0), and micro-batches are counted by the loop, which sums
-    their gradients; so DeepSpeed divides by no number of them.
-    """
+def deepspeed_config(preset: Preset, *, micro_batch: int, world: int, clip_norm: float) -> dict[str, Any]:
+    """Return DeepSpeed's config of a run: the preset's, completed by what follows from the Run."""
     return {
-        **profile.deepspeed,
+        **preset.deepspeed,
         "train_micro_batch_size_per_gpu": micro_batch,
         "train_batch_size": micro_batch * world,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip_norm,
+        "gradient_accumulation_steps": 1,  # the training loop sums micro-batches, so DeepSpeed must not divide by them
+        "gradient_clipping": clip_norm,  # always set: DeepSpeed's default is 1.0, not off
         "zero_allow_untested_optimizer": True,
     }

@@ -1,9 +1,8 @@
-"""The one place that knows how processes share a model: one process, DDP, ZeRO-1, -2, -3 or FSDP2.
+"""How processes share a model: one process, DDP, ZeRO-1, -2, -3 or FSDP2.
 
 The training loop calls `prepare`, then for each step `accumulating`, `backward` and `step`; the rest is for saving.
-accelerate gives the processes, DDP and DeepSpeed. FSDP2 is torch's own `fully_shard`, called here: accelerate's works
-on GPUs only, and puts new parameters under an optimizer that was built before. Precision is autocast inside the
-objective, so no backend keeps 16-bit weights.
+accelerate starts the processes, DDP and DeepSpeed; FSDP2 is torch's own `fully_shard`. Precision is autocast inside the
+wrapped model, so no backend keeps 16-bit weights.
 """
 
 import contextlib
@@ -22,19 +21,20 @@ from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from epochal.distributed.presets import Profile, deepspeed_config, read_profile
+from epochal.distributed.presets import Preset, deepspeed_config, read_preset
 from epochal.distributed.sharding import Distributed, Replicated, Sharded
 
 log = logging.getLogger(__name__)
 
 
 class Processes:
-    """The processes of one run. After `prepare`: `objective` to call, `optimizer` whose groups carry the numbers.
+    """The processes of one run. After `prepare`: `wrapped` to call, `optimizer` whose groups hold lr and weight decay.
 
-    clip_norm: the largest L2 norm of the averaged gradient. Raises ValueError for a profile that would change a result.
+    clip_norm: the largest L2 norm of the averaged gradient. Raises ValueError for a preset that would change a result.
     """
 
-    objective: Any
+    wrapped: Any
+    """The model with its loss, wrapped by the backend (DistributedDataParallel, DeepSpeedEngine)."""
     optimizer: Distributed
     norm: Tensor
     """The L2 norm of the last averaged gradient, before clipping."""
@@ -42,9 +42,9 @@ class Processes:
     def __init__(
         self, *, clip_norm: float, micro_batch: int = 1, trackers: Sequence[str] = (), folder: Path | None = None
     ) -> None:
-        self.profile = read_profile(os.environ)
+        self.preset = read_preset(os.environ)
         self.clip_norm = clip_norm
-        self.accelerator = _accelerator(self.profile, clip_norm, micro_batch, trackers, folder)
+        self.accelerator = _accelerator(self.preset, clip_norm, micro_batch, trackers, folder)
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -53,67 +53,70 @@ class Processes:
     @property
     def backend(self) -> str:
         """One of replicated, zero1, zero2, zero3, fsdp2."""
-        return self.profile.backend
+        return self.preset.backend
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, objective: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
-        """Share an objective, whose `model` holds all parameters, out over the processes, with its optimizer."""
-        model: Any = objective.model
+    def prepare(self, model_with_loss: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
+        """Distribute a module, whose `model` holds all parameters, and its optimizer over the processes."""
+        model: Any = model_with_loss.model
         self._bare, self._make_optimizer = _bare_copy(model, {}), make_optimizer
         if not self.backend.startswith("zero"):
-            objective.to(self.device)
+            model_with_loss.to(self.device)
         if self.backend == "fsdp2":
-            _shard_by_rows(objective, self.profile.reshard_after_forward)
+            _shard_by_rows(model_with_loss, self.preset.reshard_after_forward)
         self.model, names = model, list(model.named_parameters())
         optimizer = make_optimizer(model)
         if self.backend == "replicated":
             self.optimizer = Replicated(optimizer, names)
-            self.objective = self.accelerator.prepare(objective)
+            self.wrapped = self.accelerator.prepare(model_with_loss)
             return
         self.optimizer = Sharded(optimizer, names, self.backend)
-        self.objective = objective
+        self.wrapped = model_with_loss
         if self.backend.startswith("zero"):
-            self.objective = self._initialise_deepspeed(objective)
+            self.wrapped = self._initialize_deepspeed(model_with_loss)
 
-    def _initialise_deepspeed(self, objective: torch.nn.Module) -> Any:
-        engine, _ = self.accelerator.prepare(objective, self.optimizer)
-        stage, taken = int(self.backend.removeprefix("zero")), getattr(engine, "zero_optimization_stage", lambda: 0)()
-        # accelerate may train as DDP instead, and DeepSpeed may put another optimizer in; neither says so.
-        if taken != stage or engine.optimizer.optimizer is not self.optimizer:
-            raise ValueError(f"DeepSpeed did not take up stage {stage} with the Run's optimizer; use another profile.")
-        # DeepSpeed's own sums float32 within its partitions, and so clips by a last bit more or less in every stage.
+    def _initialize_deepspeed(self, model_with_loss: torch.nn.Module) -> Any:
+        engine, _ = self.accelerator.prepare(model_with_loss, self.optimizer)
+        stage, active = int(self.backend.removeprefix("zero")), getattr(engine, "zero_optimization_stage", lambda: 0)()
+        # accelerate may silently train as DDP instead, and DeepSpeed may silently replace the optimizer.
+        if active != stage or engine.optimizer.optimizer is not self.optimizer:
+            raise ValueError(
+                f"DeepSpeed runs stage {active} instead of {stage}, or another optimizer than the Run's; use another preset."
+            )
+        # DeepSpeed's norm is summed in float32 within partitions, so its last bit would differ between stages.
         engine.optimizer.get_grad_norm_direct = lambda gradients, _params: gradient_norm(gradients, shared=True)
         if stage == 3:
             import deepspeed
 
-            # The loss reads the head's weight without calling the head.
-            deepspeed.zero.register_external_parameter(objective, objective.model.lm_head.weight)  # type: ignore[union-attr]
+            # The loss reads the head's weight without calling the head, so ZeRO-3 must be told to gather it.
+            head = model_with_loss.model.lm_head.weight  # type: ignore[union-attr]
+            deepspeed.zero.register_external_parameter(model_with_loss, head)
         return engine
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Enclose one micro-batch: gradients are exchanged after the last one only, where that saves something."""
+        """Enclose one micro-batch; DDP and ZeRO exchange gradients after the last one only."""
         if self.backend.startswith("zero"):
-            self.objective.set_gradient_accumulation_boundary(last)
+            self.wrapped.set_gradient_accumulation_boundary(last)
         if self.backend == "replicated" and not last:
-            context: AbstractContextManager[Any] = self.accelerator.no_sync(self.objective)
+            context: AbstractContextManager[Any] = self.accelerator.no_sync(self.wrapped)
             return context
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's share of the loss."""
+        """Add the gradient of one micro-batch's part of the loss."""
         if self.backend.startswith("zero"):
-            self.objective.backward(loss, scale_wrt_gas=False)
+            self.wrapped.backward(loss, scale_wrt_gas=False)  # the loss is normalized over the whole step already
         else:
             self.accelerator.backward(loss)
 
     def step(self) -> Tensor:
-        """Clip, take one optimizer step and forget the gradients; returns the gradient norm before clipping."""
+        """Clip, take one optimizer step and clear the gradients; returns the gradient norm before clipping."""
         if self.backend.startswith("zero"):
-            self.objective.step()
-            self.norm = torch.as_tensor(self.objective.get_global_grad_norm())
+            self.wrapped.step()
+            self.norm = torch.as_tensor(self.wrapped.get_global_grad_norm())
         else:
-            gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
             self.norm = gradient_norm(gradients, self.backend != "replicated")
             clip_gradients(gradients, self.norm, self.clip_norm)
             self.optimizer.step()
@@ -121,7 +124,7 @@ class Processes:
         return self.norm
 
     def fresh_optimizer(self, name: str, weight: Tensor) -> tuple[torch.optim.Optimizer, Tensor]:
-        """Return the optimizer as a process alone would build it, and that of its parameters which has data: a copy of `weight`."""
+        """Return the optimizer as one process alone would build it, and its parameter `name` with a copy of `weight`."""
         model = _bare_copy(self._bare, {name: weight.clone()})
         return self._make_optimizer(model), dict(model.named_parameters())[name]
 
@@ -135,18 +138,19 @@ class Processes:
         return total.cpu()
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the plain value of every process, in order of ranks."""
-        found = [value] * self.world
+        """Return the picklable value of every process, in order of ranks."""
+        values = [value] * self.world
         if self.world > 1:
-            torch.distributed.all_gather_object(found, value)
-        return found
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
 
     def end(self) -> None:
-        """Close the trackers and wait for all. The process group stays: a worker may train another run in it."""
+        """Close the trackers and wait for all processes."""
+        # The process group stays open: a worker may train another run in it.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.wait()
@@ -163,26 +167,26 @@ class Processes:
             return parameter.detach().clone()
 
     def whole_gradient(self, parameter: Tensor) -> Tensor:
-        """Return the averaged gradient of a parameter between `backward` and `step`, by the backend's own means."""
+        """Return the averaged gradient of a parameter between `backward` and `step`, gathered by the backend."""
         if self.backend.startswith("zero"):
             from deepspeed.utils import safe_get_full_grad
 
-            found: Tensor = safe_get_full_grad(parameter)
-            return found.float()
+            gradient: Tensor = safe_get_full_grad(parameter)
+            return gradient.float()
         assert parameter.grad is not None
         return whole(parameter.grad).clone()
 
     def weights_on_main(self) -> dict[str, Tensor]:
         """Return all whole weights by name on the CPU of the main process, a tied one once; nothing on the others."""
-        found = {}
+        weights = {}
         for entry in self.optimizer.entries:
             weight = self.whole_weight(entry.parameter)
             if self.is_main:
-                found[entry.name] = weight.cpu()
-        return found
+                weights[entry.name] = weight.cpu()
+        return weights
 
     def whole_model(self, build: Callable[[], Any]) -> Any:
-        """Return the model with its whole weights on the main process, a new one from `build` if need be; else None."""
+        """Return the model with whole weights on the main process (from `build` if it is sharded), None on the others."""
         if self.backend not in ("zero3", "fsdp2"):
             return self.model if self.is_main else None
         weights = self.weights_on_main()
@@ -194,11 +198,9 @@ class Processes:
 
 
 def gradient_norm(gradients: Sequence[Tensor], shared: bool) -> Tensor:
-    """Return the L2 norm of all gradients, 0-d; `shared`: every process holds a part of them.
-
-    In float64, so that every way to share them out gives the same number to the last bit of a float32: the factor of
-    clipping multiplies all weights' updates, and in bf16 its last bit can grow to 1e-2 nats within a few hundred steps.
-    """
+    """Return the L2 norm of all gradients, 0-d float64; `shared`: every process holds a part of them."""
+    # In float64 every sharding gives the same norm to the last bit of a float32. The clipping factor multiplies all
+    # updates, and in bf16 a difference in its last bit can grow to 1e-2 nats within a few hundred steps.
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     squares = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in local]).sum()
     if shared:
@@ -207,60 +209,62 @@ def gradient_norm(gradients: Sequence[Tensor], shared: bool) -> Tensor:
 
 
 def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip_norm: float) -> None:
-    """Multiply gradients so that their norm is at most `clip_norm`: by the factor that DeepSpeed takes."""
+    """Scale gradients in-place so that their norm is at most `clip_norm`."""
+    # The same formula as DeepSpeed's, for equal numbers under every preset.
     factor = 1 / ((norm + 1e-6) / clip_norm).clamp(min=1)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     torch._foreach_mul_(local, factor.float())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a DTensor as a whole tensor, another as it is."""
+    """Gather a DTensor; return any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _bare_copy(model: torch.nn.Module, data: dict[str, Tensor]) -> Any:
-    """Return a copy of a model whose parameters have their shapes, and memory only where data is given."""
+    """Copy a model; parameters without `data` are expanded scalars, which have the shape but no memory."""
     parameters = {
         id(p): torch.nn.Parameter(data[name] if name in data else p.detach().new_zeros(()).expand(p.shape))
         for name, p in model.named_parameters()
     }
-    return copy.deepcopy(model, parameters)  # the memo: what has been copied already
+    return copy.deepcopy(model, parameters)  # as deepcopy's memo: these count as copied already
 
 
-def _shard_by_rows(objective: torch.nn.Module, reshard: bool) -> None:
-    """Shard a model over all processes with FSDP2: each block of layers for itself, the rest with the root."""
+def _shard_by_rows(model_with_loss: torch.nn.Module, reshard: bool) -> None:
+    """Shard a model with FSDP2: one unit for each transformer block, and the root for all else."""
+    # Not accelerate's FSDP2: it needs GPUs, and replaces the parameters of an optimizer that exists already.
     from torch.distributed.fsdp import fully_shard
 
-    for block in getattr(getattr(objective.model, "model", None), "layers", ()):
+    for block in getattr(getattr(model_with_loss.model, "model", None), "layers", ()):
         fully_shard(block, reshard_after_forward=reshard)
-    fully_shard(objective, reshard_after_forward=False)
+    fully_shard(model_with_loss, reshard_after_forward=False)
 
 
 def _accelerator(
-    profile: Profile, clip_norm: float, micro_batch: int, trackers: Sequence[str], folder: Path | None
+    preset: Preset, clip_norm: float, micro_batch: int, trackers: Sequence[str], folder: Path | None
 ) -> Accelerator:
-    # One worker trains many runs; accelerate keeps the settings of the first one unless told to forget it.
+    # One worker trains many runs, and accelerate would keep the settings of the first.
     AcceleratorState._reset_state(reset_partial_state=False)
     on_cpu = not torch.accelerator.is_available()
     settings: dict[str, Any] = {
-        "mixed_precision": "no",  # autocast is in the objective
+        "mixed_precision": "no",  # autocast is inside the wrapped model
         "log_with": list(trackers) or None,
         "project_dir": None if folder is None else str(folder),
     }
-    if not profile.deepspeed:
-        # accelerate must not see FSDP2, which is applied here; without a device, processes speak through gloo.
+    if not preset.deepspeed:
+        # FSDP2 is applied in `prepare`, so accelerate must not see it. With cpu=True processes communicate by gloo.
         with patch_environment(ACCELERATE_USE_FSDP="false"):
             return Accelerator(cpu=on_cpu, **settings)
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
-        # Where it can, DeepSpeed compiles an operation for CPU processes at every first start; gloo needs none.
+        # Otherwise DeepSpeed compiles a shared-memory operation at the first start; gloo does not need it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Not Accelerator(cpu=True): that trains as DDP and says nothing.
+        # Not Accelerator(cpu=True): that silently trains as DDP.
         settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    config = deepspeed_config(profile, micro_batch=micro_batch, world=world, clip_norm=clip_norm)
+    config = deepspeed_config(preset, micro_batch=micro_batch, world=world, clip_norm=clip_norm)
     with _quiet_deepspeed():
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False), **settings)
 

@@ -1,1 +1,1 @@
-"""One training loop and what it calls."""
+"""The training loop and its parts: schedule, checkpoints, weight averaging, noise, teachers."""

@@ -1,9 +1,9 @@
-"""Checkpoints of one run: safetensors and JSON, written beside and renamed, with a manifest of hashes.
+"""Checkpoints of one run: safetensors and JSON with a manifest of hashes.
 
 checkpoints/step-00000123/{model.safetensors, optimizer-0.safetensors, ..., state.json, manifest.json}, and
-average.safetensors where a run averages its weights. Each process writes the optimizer state that it holds, by parameter
-name, so any number of processes under any profile can go on from it. The last two are kept; a damaged one is skipped,
-said, and the one before it used.
+average.safetensors if the run averages its weights. Each process writes the optimizer state that it holds, by parameter
+name, so that any number of processes under any preset can resume. The last two checkpoints are kept; a damaged one is
+skipped with a warning.
 """
 
 import json
@@ -22,7 +22,7 @@ KEEP = 2
 
 
 class Group(Protocol):
-    """The processes that write a checkpoint together."""
+    """The processes that write one checkpoint."""
 
     rank: int
 
@@ -53,31 +53,32 @@ def save_checkpoint(
     *,
     group: Group = ALONE,
 ) -> Path:
-    """Write the checkpoint of a step and drop all but the last two; returns its folder. All processes must call it.
+    """Write the checkpoint of a step, delete all but the last two, and return its folder. A collective.
 
-    `weights` and `average` (or nothing) are whole tensors by name, and matter on rank 0; `optimizer` is the named state
-    that this process holds; `state` is plain JSON: what the loop needs besides tensors. Raises OSError on every process
-    when one of them could not write; nothing half-written is left.
+    `weights` and `average` are whole tensors by name, used on rank 0 only; `optimizer` is the named state of this process;
+    `state` is JSON. Raises OSError on every process if one of them could not write; the incomplete files are deleted.
     """
-    path, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    # Written under another name and renamed when complete, so that a killed process leaves no incomplete checkpoint.
+    path, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     main = group.rank == 0
     try:
-        _together(group, _fresh, beside if main else None)
-        _together(group, save_file, optimizer, beside / f"optimizer-{group.rank}.safetensors")
-        _together(group, _finish if main else _nothing, beside, path, weights, average or {}, {"step": step, **state})
+        _on_all(group, _make_empty if main else None, temporary)
+        _on_all(group, save_file, optimizer, temporary / f"optimizer-{group.rank}.safetensors")
+        _on_all(group, _finish if main else None, temporary, path, weights, average or {}, {"step": step, **state})
     finally:
         if main:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     for old in _steps(folder)[:-KEEP] if main else ():
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def _together(group: Group, work: Callable[..., Any], *arguments: Any) -> None:
-    """Do a part of the work; when it fails for one process it fails for all, so that none waits for ever."""
+def _on_all(group: Group, write: Callable[..., Any] | None, *arguments: Any) -> None:
+    """Call `write` on the processes that have one; a failure of one is raised on all, else the others would block."""
     problem = None
     try:
-        work(*arguments)
+        if write is not None:
+            write(*arguments)
     except (OSError, SafetensorError) as error:
         problem = str(error)
     problems = [text for text in group.gather(problem) if text is not None]
@@ -85,35 +86,30 @@ def _together(group: Group, work: Callable[..., Any], *arguments: Any) -> None:
         raise OSError(problems[0])
 
 
-def _nothing(*_: Any) -> None:
-    """What the other processes do meanwhile."""
-
-
-def _fresh(beside: Path | None) -> None:
-    if beside is not None:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _finish(
-    beside: Path,
+    temporary: Path,
     path: Path,
     weights: dict[str, torch.Tensor],
     average: dict[str, torch.Tensor],
     state: dict[str, Any],
 ) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, beside / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")
     if average:
-        save_file(average, beside / "average.safetensors")
-    (beside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    manifest = {item.name: file_hash(item) for item in sorted(beside.iterdir())}
-    (beside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        save_file(average, temporary / "average.safetensors")
+    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    manifest = {item.name: file_hash(item) for item in sorted(temporary.iterdir())}
+    (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
+    temporary.rename(path)
 
 
 class Checkpoint:
-    """A sound checkpoint. Optimizer state is read when asked for, and of a piece only the piece."""
+    """An intact checkpoint. Optimizer state is read lazily, of a sharded parameter only the piece that is needed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -128,20 +124,20 @@ class Checkpoint:
                 self._places.setdefault(name, {}).setdefault(key, []).append((int(start or 0), file, tensor))
 
     def load_weights(self, model: torch.nn.Module) -> None:
-        """Copy the weights into a model that no backend has shared out yet."""
+        """Copy the weights into a model that is not sharded yet."""
         _copy(load_file(self.path / "model.safetensors"), dict(model.named_parameters()))
 
     def load_average(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy the averaged weights into tensors by name; does nothing where there are none to fill."""
+        """Copy the averaged weights into tensors by name; a no-op if there are none."""
         if tensors:
             _copy(load_file(self.path / "average.safetensors"), tensors)
 
     def whole(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the state tensors of a parameter that was stepped whole; none for one that had no step yet."""
+        """Return the state of a parameter that was stepped whole; empty before its first step."""
         return {key: places[0][1].get_tensor(places[0][2]) for key, places in self._places.get(name, {}).items()}
 
     def piece(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Return elements [start, stop) of the state of a parameter that was stepped in pieces; 0-d tensors as they are."""
+        """Return elements [start, stop) of the state of a parameter stepped in pieces; 0-d tensors as they are."""
         return {key: _assembled(places, start, stop) for key, places in self._places.get(name, {}).items()}
 
 
@@ -152,29 +148,29 @@ def _copy(saved: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -
 
 
 def _assembled(places: list[tuple[int, Any, str]], start: int, stop: int) -> torch.Tensor:
-    """Put the elements [start, stop) of one state tensor together from the pieces that processes wrote."""
+    """Concatenate elements [start, stop) of one state tensor from the pieces that processes wrote."""
     parts, end = [], start
     for begin, file, tensor in sorted(places, key=lambda place: place[0]):
         piece = file.get_slice(tensor)
         shape = piece.get_shape()
         if not shape:
-            found: torch.Tensor = file.get_tensor(tensor)
-            return found
+            scalar: torch.Tensor = file.get_tensor(tensor)
+            return scalar
         if begin <= end < begin + shape[0] and end < stop:
             parts.append(piece[end - begin : min(stop, begin + shape[0]) - begin])
             end = min(stop, begin + shape[0])
     if end != stop:
-        raise ValueError(f"a checkpoint has elements up to {end} of {places[0][2]}, not to {stop}; remove it.")
+        raise ValueError(f"a checkpoint has elements up to {end} of {places[0][2]}, not to {stop}; delete it.")
     return torch.cat(parts)
 
 
-def newest_checkpoint(folder: Path, *, say: Callable[[str], None]) -> Path | None:
-    """Return the folder of the newest sound checkpoint, or None; every damaged one is named through `say`."""
+def newest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
+    """Return the folder of the newest intact checkpoint, or None; `warn` is called for every damaged one."""
     for path in reversed(_steps(folder)):
         problem = _damage(path)
         if problem is None:
             return path
-        say(f"checkpoint {path} is damaged ({problem}); the one before it is used.")
+        warn(f"checkpoint {path} is damaged ({problem}); using the previous one.")
     return None
 
 
@@ -183,7 +179,7 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Describe what is wrong with a checkpoint; None if it is intact."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name, expected in manifest.items():

@@ -1,8 +1,8 @@
-"""The training loop: one Run in, one model folder and one record out. Read it from top to bottom.
+"""The training loop: one Run in, one model folder and one record out.
 
-B is the global batch in sequences, T the sequence length. The batch at a step is a function of the Run alone; processes
-take equal slices of it, micro-batches slices of those, and the loss is normalised by the targets of the whole step, so
-neither changes a result beyond rounding.
+b sequences of T tokens are one micro-batch of one process. The global batch of a step is a function of the Run alone, and
+the loss is normalised by the targets of the whole step, so the numbers of processes and micro-batches change a result by
+rounding only.
 """
 
 import functools
@@ -20,7 +20,7 @@ import torch
 
 from epochal.config import replaced_folder
 from epochal.data.store import Batches, Tokens, TokenStore, open_store, sampled_stream
-from epochal.distributed.first_step_check import Proof
+from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.models.config import parameter_counts
@@ -40,15 +40,18 @@ from epochal.training.weight_average import WeightAverage
 log = logging.getLogger(__name__)
 
 LOG_STEPS = 10
-"""Steps between two lines of metrics.jsonl, two checks for a non-finite loss, and two looks at a stop request."""
+"""Steps between lines of metrics.jsonl, checks for a non-finite loss and, at most, polls of stop requests."""
 
 EVALUATION_TOKENS = 2**14
-"""Tokens in one forward pass of an evaluation."""
+"""Tokens of one forward pass of an evaluation."""
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How fast, never what: sequences a process takes at once (None: all of its share), trackers, checkpoints."""
+class RuntimeOptions:
+    """Options that change the speed of a run and never its result.
+
+    micro_batch: sequences in one forward pass of a process (None: its whole share of the batch).
+    """
 
     micro_batch: int | None = None
     trackers: tuple[str, ...] = ()
@@ -56,26 +59,27 @@ class Pace:
     profile: str = "here"
 
 
-class Objective(torch.nn.Module):
-    """A causal language model that returns its loss: logits are never whole, and a wrapper sees every forward pass.
+class ModelWithLoss(torch.nn.Module):
+    """A causal language model that returns its loss, so that logits are never whole in memory.
 
-    It computes in the Run's precision itself, so that none is left to a profile.
+    The backend wraps this module, so it sees every forward pass; autocast is inside, so no preset changes the precision.
     """
 
     def __init__(self, model: Any, noise: Noise, teacher: Teacher | None, precision: str) -> None:
         super().__init__()
         self.model, self.noise, self.teacher, self.precision = model, noise, teacher, precision
 
-    def forward(self, tokens: torch.Tensor, first_row: int = 0, normaliser: float | None = None) -> torch.Tensor:
-        """Return the summed training loss of (b, T) tokens, the run's rows from `first_row`, over `normaliser`, float32.
+    def forward(self, tokens: torch.Tensor, first_row: int = 0, normaliser: float = 1.0) -> torch.Tensor:
+        """Return the summed loss of (b, T) tokens over `normaliser`, 0-d.
 
-        Without a normaliser: the summed next-token loss, float64, as evaluations need it.
+        In training mode the run's loss with its noise and teacher, float32, of rows `first_row`, ... of the run; in
+        evaluation mode the plain next-token loss, float64.
         """
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            if normaliser is None:
-                hidden, targets = next_token(self.model, tokens)
-                return -token_log_probs(hidden, self.model.lm_head.weight, targets).double().sum()
-            return self._training_loss(tokens, first_row, normaliser)
+            if self.training:
+                return self._training_loss(tokens, first_row, normaliser)
+            hidden, targets = next_token(self.model, tokens)
+            return -token_log_probs(hidden, self.model.lm_head.weight, targets).double().sum() / normaliser
 
     def _training_loss(self, tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
         rows, head = range(first_row, first_row + len(tokens)), self.model.lm_head.weight
@@ -92,18 +96,18 @@ class Objective(torch.nn.Module):
         return loss
 
 
-def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
-    """Train one Run to its end and return its record (on the main process; None on the others).
+def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptions()) -> Record | None:
+    """Train one Run to its end and return its record on the main process, None on the others.
 
-    Resumes from the newest sound checkpoint. Raises ValueError for a Run that does not fit its data, model or
-    processes, and Stopped, after saving, when a stop was asked for. A non-finite loss ends the run with a record of
+    Resumes from the newest intact checkpoint. Raises ValueError for a Run that does not fit its data, model or
+    processes, and Stopped, after saving, when a stop was requested. A non-finite loss ends the run with a record of
     status "diverged".
     """
     # --- processes -------------------------------------------------------------------------------------------------
-    processes = _processes(run, workspace, pace)
-    rows = _rows_of_this_process(run, processes, pace)
+    processes = _processes(run, workspace, options)
+    rows = _rows_of_this_process(run, processes, options)
     if processes.device.type == "cuda" and backend(processes.device) == "torch":
-        log.warning("%s: Triton is not installed, so losses and optimizers take plain torch, which is slower", run.name)
+        log.warning("%s: Triton is not installed, so losses and optimizers use plain torch, which is slower", run.name)
 
     # --- data ------------------------------------------------------------------------------------------------------
     store, records = open_store(run.data, workspace), load_records(workspace)
@@ -129,30 +133,38 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
     teacher = load_teacher(run, batches, store, workspace, records)
     noise = Noise(seed=run.order_seed, dropout=run.dropout, input_mask_prob=run.input_mask_prob)
     noise.attach(model)
-    rise = round(run.warmup * run.steps)
-    make_optimizer = functools.partial(build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=rise)
-    processes.prepare(Objective(model, noise, teacher, run.precision), make_optimizer)
+    warmup_steps = round(run.warmup * run.steps)
+    make_optimizer = functools.partial(
+        build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=warmup_steps
+    )
+    processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer)
     average = WeightAverage(run, model)
+    # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
     progress = _resume(run, workspace, processes, checkpoint, average)
 
     # --- steps -----------------------------------------------------------------------------------------------------
     evaluate_at = {round(run.steps * (i + 1) / run.num_evals) for i in range(run.num_evals)}
     started, start_step = time.monotonic(), progress.step
-    clock, proof = StepClock(processes.device), Proof(processes, run.name)
-    stopper = Stopper(processes, pace.checkpoint_seconds)
+    clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
+    stopper = Stopper(processes, options.checkpoint_seconds)
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
-        factor = multiplier(step, run.steps, kind=run.schedule, warmup=run.warmup)
+
+        # Schedule: lr and weight decay of this step, for the parts of the model that decay.
+        factor = multiplier(step, run.steps, warmup=run.warmup)
         wd = run.optimizer.wd * decay_multiplier(factor, kind=run.wd_schedule)
         for group in processes.optimizer.param_groups:
             group["lr"] = run.optimizer.lr * factor
             group["weight_decay"] = wd * group["decay_scale"]
+
+        # Forward, backward and optimizer step. Rows are numbered over the whole run: each has its own noise.
         batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
-        loss, norm = _step(run, processes, batch, first_row, pace.micro_batch, clock, proof)
+        loss, norm = _step(run, processes, batch, first_row, options.micro_batch, clock, check)
         progress.add(loss)
         progress.step = step + 1
         average.update(model, progress.step)
 
+        # Log. Reading the loss waits for the device, so it is read every LOG_STEPS steps only.
         if progress.step % LOG_STEPS == 0 or progress.step == run.steps:
             train_loss = progress.mean_loss(processes)
             progress.diverged = not math.isfinite(train_loss)
@@ -168,14 +180,17 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
                 gradient_norm=float(norm),
                 tokens_per_second=round(speed, 1),
             )
+
+        # Evaluate, with averaged weights where the run averages them.
         if progress.step in evaluate_at and not progress.diverged:
             with average.in_place(model):
-                loss_now = evaluate(processes, validation)
-            progress.diverged = not math.isfinite(loss_now)
-            progress.curve.append([progress.step, loss_now])
-            _log(processes, workspace, run, progress.step, validation_loss=loss_now)
+                validation_loss = evaluate(processes, validation)
+            progress.diverged = not math.isfinite(validation_loss)
+            progress.curve.append([progress.step, validation_loss])
+            _log(processes, workspace, run, progress.step, validation_loss=validation_loss)
 
-        reason, due = stopper.look(progress.step)
+        # Save and stop. After the last step there is nothing to resume.
+        reason, due = stopper.poll(progress.step)
         if progress.step < run.steps and due:
             _save(run, workspace, processes, average, progress)
             stopper.saved()
@@ -214,12 +229,12 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
         provenance={
             **provenance(),
             "world_size": processes.world,
-            "profile": pace.profile,
+            "profile": options.profile,
             "loss_backend": backend(processes.device),
             "optimizer_backend": optimizer_backend(run.optimizer, processes.device),
             "sharding": processes.backend,
             "matrices": len(processes.optimizer.matrices),
-            "update_error": proof.error,
+            "update_error": check.error,
             "state_bytes": state_bytes,
             "optimizer_share": clock.share,
             "resumed_at": start_step or None,
@@ -231,32 +246,30 @@ def train(run: Run, workspace: Workspace, pace: Pace = Pace()) -> Record | None:
 
 
 def evaluate(processes: Processes, sequences: Tokens) -> float:
-    """Return the mean next-token loss in nats of (n, T) sequences; processes share the rows.
-
-    All make the same number of forward passes, since a sharded model is gathered in each: a row may come twice, and
-    counts once.
-    """
+    """Return the mean next-token loss in nats of (n, T) sequences, each evaluated by one of the processes."""
     share = -(-len(sequences) // processes.world)
     size = max(1, EVALUATION_TOKENS // sequences.shape[1])
     total = torch.zeros((), dtype=torch.float64)
-    processes.objective.eval()
+    processes.wrapped.eval()
     with torch.no_grad():
         for first in range(0, share, size):
             wanted = np.arange(first, min(share, first + size)) * processes.world + processes.rank
             inside = wanted[wanted < len(sequences)]
+            # A sharded model is gathered in every forward pass, so all processes need the same number of passes: one
+            # without rows evaluates any row and does not count it.
             rows = torch.from_numpy(sequences[inside if len(inside) else wanted[:1] * 0])
-            loss = processes.objective(rows.to(processes.device))
+            loss = processes.wrapped(rows.to(processes.device))
             total += loss.cpu() if len(inside) else 0.0
-    processes.objective.train()
+    processes.wrapped.train()
     return float(processes.sum(total)) / float(len(sequences) * (sequences.shape[1] - 1))
 
 
-# --- the parts of the loop, in the order of their use ---------------------------------------------------------------
+# --- the parts of the loop, in order of use -------------------------------------------------------------------------
 
 
 @dataclass
 class Progress:
-    """Where a run stands: everything a checkpoint must carry besides tensors."""
+    """The state of a run that a checkpoint must hold besides tensors."""
 
     step: int
     curve: list[list[float]]
@@ -266,7 +279,7 @@ class Progress:
     _count: int = 0
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add the loss of a step (this process's share) without waiting for the device."""
+        """Add this process's loss of a step, without waiting for the device."""
         self._sum, self._count = self._sum + loss.detach(), self._count + 1
 
     def mean_loss(self, processes: Processes) -> float:
@@ -278,16 +291,16 @@ class Progress:
         return self.train_loss
 
     def state(self, processes: Processes) -> dict[str, Any]:
-        """Return what `Progress(**state)` needs to go on as if nothing had happened; the step is the checkpoint's."""
+        """Return the arguments that restore this object, except the step, which the checkpoint adds."""
         total = self._total(processes)
         return {"curve": self.curve, "train_loss": self.train_loss, "_sum": total, "_count": self._count}
 
     def _total(self, processes: Processes) -> float:
-        """Return the sum of the losses since the last log, the mean over processes."""
+        # The losses since the last log, averaged over processes.
         return float(processes.sum(self._sum)) / processes.world if self._count else float(self._sum)
 
     def results(self) -> dict[str, Any]:
-        """Return the results of a record: nats per token, steps; None where the run diverged."""
+        """Return the results of a record in nats per token; None for a loss of a diverged run."""
         losses = [loss for _, loss in self.curve if math.isfinite(loss)]
         finite = not self.diverged and bool(losses)
         return {
@@ -299,24 +312,24 @@ class Progress:
         }
 
 
-def _processes(run: Run, workspace: Workspace, pace: Pace) -> Processes:
+def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Processes:
     processes = Processes(
         clip_norm=run.clip_norm,
-        micro_batch=pace.micro_batch or 1,
-        trackers=pace.trackers,
+        micro_batch=options.micro_batch or 1,
+        trackers=options.trackers,
         folder=workspace.folder(run.name),
     )
     if run.weight_averaging != "last" and processes.backend in ("zero3", "fsdp2"):
         raise ValueError(
-            f"Run {run.name!r} averages its weights, which {processes.backend} keeps in pieces; use ddp, zero1 or zero2."
+            f"Run {run.name!r} averages its weights, which {processes.backend} shards; use ddp, zero1 or zero2."
         )
-    if pace.trackers:
+    if options.trackers:
         processes.accelerator.init_trackers("epochal", config={"run": run.name})
     return processes
 
 
-def _rows_of_this_process(run: Run, processes: Processes, pace: Pace) -> slice:
-    """Return which rows of the global batch this process takes; raises ValueError when they do not divide."""
+def _rows_of_this_process(run: Run, processes: Processes, options: RuntimeOptions) -> slice:
+    """Return the rows of the global batch that this process trains on; raises ValueError if they do not divide."""
     world = processes.world
     if run.batch_size % world:
         fitting = [n for n in range(1, run.batch_size + 1) if run.batch_size % n == 0]
@@ -325,15 +338,14 @@ def _rows_of_this_process(run: Run, processes: Processes, pace: Pace) -> slice:
             f"use {', '.join(map(str, fitting))} processes or another batch_size."
         )
     share = run.batch_size // world
-    if pace.micro_batch is not None and (pace.micro_batch < 1 or share % pace.micro_batch):
+    if options.micro_batch is not None and (options.micro_batch < 1 or share % options.micro_batch):
         raise ValueError(
-            f"micro-batch {pace.micro_batch} does not divide the {share} sequences of each process; use a divisor."
+            f"micro-batch {options.micro_batch} does not divide the {share} sequences of each process; use a divisor."
         )
     return slice(processes.rank * share, (processes.rank + 1) * share)
 
 
 def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
-    """Return the batch function of a Run."""
     real = store.training_stream(run)
     if run.distill is None:
         return Batches(real, None, 0.0, run.batch_size)
@@ -349,75 +361,73 @@ def _step(
     first_row: int,
     micro_batch: int | None,
     clock: StepClock,
-    proof: Proof,
+    check: ShardedUpdateCheck,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over this process's rows; returns (loss, gradient norm before clipping).
-
-    The loss is this process's sum over the mean number of targets per process: its mean over processes is the loss.
-    """
+    """One optimizer step over this process's rows; returns (loss, gradient norm before clipping)."""
     clock.mark()
     tokens = torch.from_numpy(rows).to(processes.device)
     parts = torch.split(tokens, micro_batch or len(tokens))
+    # Normalised by the targets of this process: gradients and losses are then averaged over processes.
     targets = len(tokens) * (run.sequence_length - 1)
     loss = torch.zeros((), device=processes.device)
     for number, part in enumerate(parts, start=1):
         with processes.accumulating(last=number == len(parts)):
-            part_loss = processes.objective(part, first_row, targets)
+            part_loss = processes.wrapped(part, first_row, targets)
             processes.backward(part_loss)
         loss += part_loss.detach()
         first_row += len(part)
     clock.mark()
-    with proof:
+    with check:
         norm = processes.step()
     clock.mark()
     return loss, norm
 
 
 class Stopper:
-    """Asks whether to stop and whether to save, with the same answers on all processes.
+    """Decides when to stop and when to save, with the same answer on all processes.
 
-    Each has its own clock and its own signals, and a save takes all of them: one that decided alone would wait for
-    the others for ever. So several confer, every second or ten steps.
+    All ranks must agree, since saving is a collective: a rank that decided alone would block in it. Several ranks
+    therefore synchronize, about every second and at least every LOG_STEPS steps.
     """
 
     def __init__(self, processes: Processes, checkpoint_seconds: float) -> None:
-        self.processes, self._next, self._step, self._asked = processes, 0, 0, time.monotonic()
-        self.checkpoint_seconds, self._saved = checkpoint_seconds, time.monotonic()
+        self.processes, self.checkpoint_seconds = processes, checkpoint_seconds
+        self._last_save = self._last_poll = time.monotonic()
+        self._last_step = self._next_step = 0
 
     def saved(self) -> None:
-        """Note that a checkpoint was written now."""
-        self._saved = time.monotonic()
+        """Record that a checkpoint was written now."""
+        self._last_save = time.monotonic()
 
-    def look(self, step: int) -> tuple[str | None, bool]:
+    def poll(self, step: int) -> tuple[str | None, bool]:
         """Return why to stop after this step, or None, and whether to save."""
-        reason, due = stop_reason(), time.monotonic() - self._saved > self.checkpoint_seconds
+        reason, due = stop_reason(), time.monotonic() - self._last_save > self.checkpoint_seconds
         if self.processes.world == 1:
             return reason, due or reason is not None
-        if step < self._next:
+        if step < self._next_step:
             return None, False
-        pace = (time.monotonic() - self._asked) / max(1, step - self._step)
-        answers = self.processes.gather((reason, due, pace))
+        step_seconds = (time.monotonic() - self._last_poll) / max(1, step - self._last_step)
+        answers = self.processes.gather((reason, due, step_seconds))
         slowest = max(seconds for _, _, seconds in answers)
-        self._next = step + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
-        self._step, self._asked = step, time.monotonic()
-        asked = [other for other, _, _ in answers if other]
-        if asked:
-            return reason or f"another process was asked to stop ({asked[0]})", True
-        return None, any(wish for _, wish, _ in answers)
+        self._next_step = step + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
+        self._last_step, self._last_poll = step, time.monotonic()
+        reasons = [other for other, _, _ in answers if other]
+        if reasons:
+            return reason or f"another process was asked to stop ({reasons[0]})", True
+        return None, any(other_due for _, other_due, _ in answers)
 
 
 def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpoint | None:
-    """Return the newest sound checkpoint, the same on all processes."""
     folder = workspace.folder(run.name) / "checkpoints"
-    found = newest_checkpoint(folder, say=log.warning) if processes.is_main else None
-    path = processes.gather(found)[0]
+    newest = newest_checkpoint(folder, warn=log.warning) if processes.is_main else None
+    path = processes.gather(newest)[0]  # the main process chooses for all
     return None if path is None else Checkpoint(path)
 
 
 def _resume(
     run: Run, workspace: Workspace, processes: Processes, checkpoint: Checkpoint | None, average: WeightAverage
 ) -> Progress:
-    """Return the progress of a checkpoint whose weights are loaded, or a fresh start; cuts metrics.jsonl to it."""
+    """Load all of a checkpoint but the weights, and truncate metrics.jsonl to its step; without one start at step 0."""
     folder, progress = workspace.folder(run.name), Progress(0, [])
     if checkpoint is not None:
         processes.optimizer.load_named_state(checkpoint)
@@ -453,7 +463,7 @@ def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightA
 
 
 def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **values: float) -> None:
-    """Append one line to metrics.jsonl and mirror it to the trackers."""
+    """Append one line to metrics.jsonl and send it to the trackers."""
     if processes.is_main:
         with (workspace.folder(run.name) / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "steps": run.steps, **values}) + "\n")
@@ -461,7 +471,8 @@ def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **valu
 
 
 def _save_model(model: Any, store: TokenStore, folder: Path) -> None:
-    """Write a Hugging Face folder with weights, config and tokenizer."""
+    """Write weights, config and tokenizer as a Hugging Face folder."""
+    # Written under another name and renamed, so that a killed process leaves no incomplete model.
     with replaced_folder(folder) as temporary:
         model.save_pretrained(temporary)
         shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)

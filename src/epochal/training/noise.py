@@ -1,13 +1,13 @@
-"""Regularisation by noise: dropout on the residual stream, and a second look at inputs with holes.
+"""Regularization by noise: dropout on the residual stream, and a second forward pass on masked inputs.
 
-Every sequence of a run draws its own numbers, from generators seeded by (order seed, its row, the place of use). The row
-counts all sequences since the first step, so processes, micro-batches and restarts change no mask; another kind of
-device draws other numbers. b sequences of T tokens, width d.
+Every sequence of a run has its own random numbers, from generators seeded by (order seed, row, pass, module). The row
+counts all sequences since the first step, so masks do not depend on processes, micro-batches and restarts; they do depend
+on the kind of device. b sequences of T tokens, width d.
 
-Dropout: Transformer, section 5.4 (on the embeddings and on what attention and MLP add to the residual stream).
-Masked inputs: arXiv 2606.06888 and its published code, where each sequence hides a share of its inputs, drawn evenly from
-0 to the largest, and predicts every next token all the same. There a mask token is put in; here the embedding is zero,
-so the model is the same with and without.
+Dropout: Transformer, section 5.4 (on the embeddings and on the outputs of attention and MLP).
+Masked inputs: arXiv 2606.06888 and its published code. Each sequence masks a share of its inputs, uniform between 0 and
+`input_mask_prob`, and predicts every next token. The published code uses a mask token; here the embedding is zero, so
+that the model has the same parameters with and without.
 """
 
 import functools
@@ -20,29 +20,29 @@ DROPOUT_SITES = ("embed_tokens", "o_proj", "down_proj")
 """Modules of Llama whose outputs are the residual stream's start and its additions."""
 
 MASKED_WEIGHT = 0.4
-"""Weight of the next-token loss on masked inputs, beside 1 for the plain one (published code)."""
+"""Weight of the next-token loss on masked inputs, relative to the plain one (published code)."""
 
 
 class Noise:
-    """The random masks of one run; `begin` says which rows come next."""
+    """The random masks of one run; call `begin` before every forward pass in training mode."""
 
     def __init__(self, *, seed: int, dropout: float, input_mask_prob: float) -> None:
         self.seed, self.dropout, self.masking = seed, dropout, input_mask_prob
-        self._rows, self._look = range(0), ""
+        self._rows, self._pass = range(0), ""
 
     def attach(self, model: Any) -> None:
-        """Let a Llama drop residual values while it is in training mode; without dropout it is left as it is."""
+        """Add dropout hooks to a Llama, active in training mode; without dropout the model is not changed."""
         if self.dropout:
             for name, module in model.named_modules():
                 if name.rpartition(".")[2] in DROPOUT_SITES:
                     module.register_forward_hook(functools.partial(self._drop, name))
 
-    def begin(self, rows: range, look: str = "plain") -> None:
-        """Say which rows the next forward pass reads, and which look at them it is: each has its own masks."""
-        self._rows, self._look = rows, look
+    def begin(self, rows: range, name: str = "plain") -> None:
+        """Set the rows and the name of the next forward pass; every (row, pass) has its own masks."""
+        self._rows, self._pass = rows, name
 
     def hide(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return (b, T, d) embeddings with a random share of the positions of each row set to zero."""
+        """Set the (b, T, d) embeddings of a random share of each row's positions to zero."""
         kept = []
         for row in self._rows:
             draws = self._uniform(row, "inputs", (embeddings.shape[1] + 1,), embeddings.device)
@@ -50,7 +50,6 @@ class Noise:
         return embeddings * torch.stack(kept)[..., None].to(embeddings.dtype)
 
     def _drop(self, site: str, module: Any, _: Any, output: torch.Tensor) -> torch.Tensor | None:
-        """Drop values of a module's (b, T, d) output and scale up the others; nothing outside training."""
         if not module.training:
             return None
         draws = [self._uniform(row, site, tuple(output.shape[1:]), output.device) for row in self._rows]
@@ -58,7 +57,7 @@ class Noise:
         return output * kept.div_(1.0 - self.dropout)
 
     def _uniform(self, row: int, site: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        key = f"{self.seed}/{row}/{self._look}/{site}".encode()
+        key = f"{self.seed}/{row}/{self._pass}/{site}".encode()
         generator = torch.Generator(device)
         generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big"))
         return torch.rand(shape, generator=generator, device=device)

@@ -1,4 +1,4 @@
-"""Soft targets for a student: from models that read every batch beside it, or from a cache computed once.
+"""Teachers that give a student soft targets: models run on every batch, or a cache computed once.
 
 n tokens, d width, V vocabulary, K models of the teacher.
 """
@@ -19,7 +19,7 @@ from epochal.run import Job, Run, SoftTargetDistillation, Targets, averaging
 
 
 class Teacher(Protocol):
-    """What gives the loss of a student in place of plain cross-entropy."""
+    """Computes the loss of a student in place of plain cross-entropy."""
 
     def loss(
         self,
@@ -34,10 +34,10 @@ class Teacher(Protocol):
 
 
 class OnlineTeacher:
-    """The models of a Run or an Ensemble, which read every micro-batch just before the student learns from it.
+    """The models of a Run or an Ensemble, run on every micro-batch.
 
     Memory on every process: the weights of K models, and their hidden states (n, d_k) of one micro-batch; logits are
-    never whole and do not depend on K (`epochal.loss`).
+    never whole, and their memory does not depend on K (`epochal.loss`).
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class OnlineTeacher:
         rows: range,
         normaliser: float,
     ) -> torch.Tensor:
-        """See `Teacher`."""
+        """Return the summed loss over `normaliser`; see `Teacher`."""
         with torch.no_grad():
             pairs = [(next_token(model, tokens)[0], model.lm_head.weight) for model in self.models]
         return distillation_loss(
@@ -73,9 +73,9 @@ class OnlineTeacher:
 def load_teacher(
     run: Run, batches: Batches, store: TokenStore, workspace: Workspace, records: Records
 ) -> Teacher | None:
-    """Return the teacher of a Run on this process's device, or None where it has none.
+    """Return the teacher of a Run on this process's device, or None if it has none.
 
-    Raises ValueError for a source that cannot teach: no weights, another tokenizer, targets of another text.
+    Raises ValueError for an unsuitable source: no weights, another tokenizer, targets of another text.
     """
     teach = run.teach
     if teach is None:
@@ -83,8 +83,6 @@ def load_teacher(
     record = records.named(teach.source)
     assert record is not None  # `input_fingerprints` has looked
     if teach.mode == "cached":
-        from epochal.training.teacher import CachedTeacher
-
         return CachedTeacher(run, record.job, batches, store, workspace)
     members = member_records(teach.source, records)
     for member in members:
@@ -95,42 +93,43 @@ def load_teacher(
 
 
 def check_tokenizer(student: str, teacher: str, store: TokenStore, workspace: Workspace) -> None:
-    """Refuse a teacher whose tokens mean something else; another data set with the same tokenizer is welcome."""
-    theirs = workspace.folder(teacher) / "model" / "tokenizer.json"
-    if not theirs.is_file() or file_hash(theirs) != file_hash(store.tokenizer_folder / "tokenizer.json"):
+    """Raise ValueError unless a teacher has the student's tokenizer; its training data may differ."""
+    tokenizer = workspace.folder(teacher) / "model" / "tokenizer.json"
+    if not tokenizer.is_file() or file_hash(tokenizer) != file_hash(store.tokenizer_folder / "tokenizer.json"):
         raise ValueError(
-            f"{student!r} cannot learn from {teacher!r}: {theirs} is not the tokenizer of {store.folder}; "
+            f"{student!r} cannot learn from {teacher!r}: {tokenizer} is not the tokenizer of {store.folder}; "
             "use a teacher with the same tokenizer."
         )
 
 
 class CachedTeacher:
-    """The targets of a cache, looked up by the sequences of a batch."""
+    """Cached targets, looked up by the sequences of a batch."""
 
     def __init__(self, run: Run, job: Job, batches: Batches, store: TokenStore, workspace: Workspace) -> None:
         assert run.teach is not None
         if not isinstance(job, Targets):
             raise ValueError(
-                f'Run {run.name!r} is taught by {job.name!r} with mode "cached", which is no Targets; name some or use '
-                'mode "online".'
+                f'Run {run.name!r} has a teacher with mode "cached", so {job.name!r} must be a Targets job, got a '
+                f'{type(job).__name__}; use the name of a Targets job, or mode "online".'
             )
         self.teach, self.stream = run.teach, batches.real
         self.targets = TargetStore.open(workspace.folder(job.name) / "targets")
         self._check(run, job, store)
 
     def _check(self, run: Run, job: Targets, store: TokenStore) -> None:
-        """Refuse targets of another text or cut."""
-        assert run.teach is not None
+        """Raise ValueError for targets of other sequences than the Run's."""
         trained = run.unique_tokens - run.holdout_tokens
-        for what, ours, theirs in (
+        for what, of_run, of_targets in (
             ("sequence_length", run.sequence_length, job.sequence_length),
             ("vocabulary", store.vocab_size, self.targets.meta["vocab_size"]),
         ):
-            if ours != theirs:
-                raise ValueError(f"Run {run.name!r} has {what} {ours}, its targets {job.name!r} {theirs}; use one.")
+            if of_run != of_targets:
+                raise ValueError(
+                    f"Run {run.name!r} has {what} {of_run}, its targets {job.name!r} have {of_targets}; make them equal."
+                )
         if job.unique_tokens < trained:
             raise ValueError(
-                f"Run {run.name!r} trains on {trained} tokens, its targets {job.name!r} cover {job.unique_tokens}; "
+                f"Run {run.name!r} trains on {trained} tokens, its targets {job.name!r} cover only {job.unique_tokens}; "
                 "compute more targets."
             )
 
@@ -143,7 +142,7 @@ class CachedTeacher:
         rows: range,
         normaliser: float,
     ) -> torch.Tensor:
-        """See `epochal.training.teacher.Teacher`."""
+        """Return the summed loss over `normaliser`; see `Teacher`."""
         ids, weights, missing = zip(*(self.targets.sequence(self.stream.place(row)) for row in rows), strict=True)
         loss = cached_distillation_loss(
             hidden,
@@ -154,4 +153,5 @@ class CachedTeacher:
             weight=self.teach.kd_weight,
             normaliser=normaliser,
         )
+        # The cache drops small probabilities; this restores their part of the divergence, a constant in the student.
         return loss + self.teach.kd_weight * math.fsum(missing) / normaliser

@@ -1,7 +1,7 @@
-"""The average of the weights that a run passes through, instead of its last ones: EMA and SWA.
+"""Averages of a run's weights over its steps: EMA and SWA.
 
-EMA as in Polyak averaging with forgetting, corrected for its start as Adam's moments are; SWA: arXiv 1803.05407, here over
-every step of the end of the run. Both are `average += rate (weights - average)` with a rate that depends on the step.
+EMA: exponential moving average with Adam's bias correction. SWA: arXiv 1803.05407, here the mean over every step of the
+end of the run. Both are `average += rate (weights - average)` with a rate that depends on the step.
 """
 
 import math
@@ -16,7 +16,7 @@ from epochal.run import Run
 class WeightAverage:
     """The running average of a model's weights: `tensors` by parameter name, one more copy of the model.
 
-    Of a run that keeps its last weights there are none, and nothing here does anything.
+    With `weight_averaging = "last"` it is empty and all methods are no-ops.
     """
 
     def __init__(self, run: Run, model: torch.nn.Module) -> None:
@@ -26,14 +26,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
-        """Take in the weights after `step` steps (1 after the first)."""
+        """Add the weights after `step` steps (1 after the first)."""
         rate = mixing_rate(self.run, step) if self.tensors else 0.0
         for name, average in self.tensors.items():
             average.lerp_(model.get_parameter(name), rate)
 
     @contextmanager
     def in_place(self, model: torch.nn.Module) -> Iterator[None]:
-        """Put the average into the model for the time of a block."""
+        """Use the averaged weights inside a `with` block."""
         self.swap(model)
         try:
             yield
@@ -42,7 +42,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self, model: torch.nn.Module) -> None:
-        """Exchange the model's weights and the average."""
+        """Swap the model's weights and the average."""
         for name, average in self.tensors.items():
             weight = model.get_parameter(name)
             last = weight.detach().clone()
@@ -53,9 +53,9 @@ class WeightAverage:
 def mixing_rate(run: Run, step: int) -> float:
     """Return the share of the newest weights in the average after `step` steps.
 
-    "ema": the average is sum of d^(step - s) w_s over s <= step, divided by the sum of its weights, where
-    d = exp(-1 / (averaging_window * steps)). "swa": the plain mean over the last averaging_window of the steps; before them
-    the rate is 1, so the average is the newest weights.
+    "ema": the sum of d^(step - s) w_s over s <= step, divided by the sum of d^(step - s), where
+    d = exp(-1 / (averaging_window * steps)). "swa": the plain mean over the last averaging_window of the steps; before
+    them the rate is 1, so the average is the newest weights.
     """
     window = run.averaging_window * run.steps
     if run.weight_averaging == "swa":

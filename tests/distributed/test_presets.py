@@ -1,4 +1,4 @@
-"""A profile may say how fast, never what: what would change a result is refused by one sentence."""
+"""A setting of a preset that would change a result is refused with an error that names it."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from epochal.config import REPOSITORY
-from epochal.distributed.presets import REASONS, check_deepspeed, deepspeed_config, read_profile
+from epochal.distributed.presets import REASONS, check_deepspeed, deepspeed_config, read_preset
 
 DEEPSPEED = sorted((REPOSITORY / "configs" / "deepspeed").glob("*.json"))
 
@@ -17,20 +17,18 @@ def environment(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
-def test_every_committed_deepspeed_profile_is_accepted_and_clipping_is_written(path: Path) -> None:
-    profile = read_profile(environment(path))
-    assert profile.backend == path.stem.split("-")[0]
+def test_every_committed_deepspeed_preset_is_accepted_and_clipping_is_set(path: Path) -> None:
+    preset = read_preset(environment(path))
+    assert preset.backend == path.stem.split("-")[0]
     for clip_norm in (1.0, 0.25, 0.0):
-        config = deepspeed_config(profile, micro_batch=4, world=2, clip_norm=clip_norm)
+        config = deepspeed_config(preset, micro_batch=4, world=2, clip_norm=clip_norm)
         assert config["gradient_clipping"] == clip_norm, "DeepSpeed's own default is 1.0"
         assert config["gradient_accumulation_steps"] == 1 and config["train_batch_size"] == 8
 
 
-def test_a_profile_is_found_by_the_name_of_its_file_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deepspeed_config_is_located_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert read_profile(environment(Path("configs/deepspeed/zero2.json"))).backend == "zero2"
+    assert read_preset(environment(Path("configs/deepspeed/zero2.json"))).backend == "zero2"
 
 
 def table(**changes: Any) -> dict[str, Any]:
@@ -68,36 +66,36 @@ ZERO_REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("config", "word"), REFUSED, ids=[word for _, word in REFUSED])
-def test_what_would_change_a_result_is_refused_by_name(config: dict[str, Any], word: str) -> None:
-    with pytest.raises(ValueError, match=word) as raised:
-        check_deepspeed(config, "profile.json")
-    assert str(raised.value).startswith("profile.json: ") and str(raised.value).count(". ") == 0
+@pytest.mark.parametrize(("config", "key"), REFUSED, ids=[key for _, key in REFUSED])
+def test_a_key_that_would_change_a_result_is_refused_by_name(config: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=key) as raised:
+        check_deepspeed(config, "preset.json")
+    assert str(raised.value).startswith("preset.json: ") and str(raised.value).count(". ") == 0
 
 
 @pytest.mark.parametrize("zero", ZERO_REFUSED, ids=lambda zero: next(iter(zero)))
-def test_zero_settings_that_are_broken_or_not_proven_are_refused_by_name(zero: dict[str, Any]) -> None:
+def test_zero_settings_that_are_broken_or_not_tested_are_refused_by_name(zero: dict[str, Any]) -> None:
     key = next(iter(zero))
     with pytest.raises(ValueError, match="nvme|ratio" if "optimizer" in key else key):
         check_deepspeed(
-            {"zero_optimization": {"stage": 2, **zero}, "zero_force_ds_cpu_optimizer": False}, "profile.json"
+            {"zero_optimization": {"stage": 2, **zero}, "zero_force_ds_cpu_optimizer": False}, "preset.json"
         )
 
 
-def test_settings_that_are_off_are_no_reason_to_refuse() -> None:
+def test_settings_that_are_off_are_accepted() -> None:
     off = {"round_robin_gradients": False, "zero_quantized_weights": False, "elastic_checkpoint": False}
-    check_deepspeed(table(bf16={"enabled": False}) | {"zero_optimization": {"stage": 3, **off}}, "profile.json")
+    check_deepspeed(table(bf16={"enabled": False}) | {"zero_optimization": {"stage": 3, **off}}, "preset.json")
 
 
 def test_offload_that_would_replace_the_optimizer_is_refused() -> None:
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     for force in ({}, {"zero_force_ds_cpu_optimizer": True}):
         with pytest.raises(ValueError, match="zero_force_ds_cpu_optimizer"):
-            check_deepspeed(offload | force, "profile.json")
+            check_deepspeed(offload | force, "preset.json")
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("variables", "setting"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps"),
@@ -110,19 +108,19 @@ def test_offload_that_would_replace_the_optimizer_is_refused() -> None:
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
     ],
 )
-def test_what_accelerate_would_do_to_a_result_is_refused(names: dict[str, str], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        read_profile(names)
+def test_a_setting_of_accelerate_that_would_change_a_result_is_refused(variables: dict[str, str], setting: str) -> None:
+    with pytest.raises(ValueError, match=setting):
+        read_preset(variables)
 
 
-def test_a_damaged_config_is_one_sentence(tmp_path: Path) -> None:
+def test_a_damaged_config_is_named_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "half.json"
     path.write_text(json.dumps({"zero_optimization": {}})[:-3], encoding="utf-8")
-    with pytest.raises(ValueError, match="is no JSON"):
-        read_profile(environment(path))
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_preset(environment(path))
 
 
-def test_every_reason_is_for_a_key_that_is_refused() -> None:
+def test_every_reason_is_for_a_refused_key() -> None:
     from epochal.distributed.presets import DEEPSPEED_KEYS, OFFLOAD_KEYS, ZERO_KEYS
 
     assert not REASONS.keys() & (DEEPSPEED_KEYS | ZERO_KEYS | OFFLOAD_KEYS)
