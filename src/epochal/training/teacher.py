@@ -1,10 +1,10 @@
-"""Soft targets for a student: from models that read every batch beside it, or from a cache computed once.
+"""Loss of a student against its teacher: models run on every micro-batch, or soft targets computed once.
 
 n tokens, d width, V vocabulary, K models of the teacher.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +18,11 @@ from epochal.records import Records, Workspace, file_hash
 from epochal.run import Job, Run, SoftTargetDistillation, Targets, averaging
 
 
-class Teacher(Protocol):
-    """What gives the loss of a student in place of plain cross-entropy."""
-
-    def loss(
-        self,
-        hidden: torch.Tensor,
-        head: torch.Tensor,
-        targets: torch.Tensor,
-        tokens: torch.Tensor,
-        rows: range,
-        normaliser: float,
-    ) -> torch.Tensor:
-        """Return the summed loss over `normaliser`: hidden (n, d), head (V, d), targets (n,), tokens (b, T) in `rows`."""
-
-
 class OnlineTeacher:
-    """The models of a Run or an Ensemble, which read every micro-batch just before the student learns from it.
+    """The models of a Run or an Ensemble, run on every micro-batch of the student.
 
-    Memory on every process: the weights of K models, and their hidden states (n, d_k) of one micro-batch; logits are
-    never whole and do not depend on K (`epochal.loss`).
+    Memory on every rank: the weights of K models and their hidden states (n, d_k) for one micro-batch. All logits are
+    never in memory (`epochal.loss`).
     """
 
     def __init__(
@@ -54,7 +39,7 @@ class OnlineTeacher:
         rows: range,
         normaliser: float,
     ) -> torch.Tensor:
-        """See `Teacher`."""
+        """Return the summed loss over `normaliser`: hidden (n, d), head (V, d), targets (n,), tokens (b, T)."""
         with torch.no_grad():
             pairs = [(next_token(model, tokens)[0], model.lm_head.weight) for model in self.models]
         return distillation_loss(
@@ -70,64 +55,32 @@ class OnlineTeacher:
         )
 
 
-def load_teacher(
-    run: Run, batches: Batches, store: TokenStore, workspace: Workspace, records: Records
-) -> Teacher | None:
-    """Return the teacher of a Run on this process's device, or None where it has none.
-
-    Raises ValueError for a source that cannot teach: no weights, another tokenizer, targets of another text.
-    """
-    teach = run.teach
-    if teach is None:
-        return None
-    record = records.named(teach.source)
-    assert record is not None  # `input_marks` has looked
-    if teach.mode == "cached":
-        from epochal.training.teacher import CachedTeacher
-
-        return CachedTeacher(run, record.job, batches, store, workspace)
-    members = member_records(teach.source, records)
-    for member in members:
-        check_tokenizer(run.name, member.job.name, store, workspace)
-    models = [load_model(workspace, member.job.name).requires_grad_(False) for member in members]
-    average, shares = averaging(record.job)
-    return OnlineTeacher(teach, models, average=average, shares=shares)
-
-
-def check_tokenizer(student: str, teacher: str, store: TokenStore, workspace: Workspace) -> None:
-    """Refuse a teacher whose tokens mean something else; another data set with the same tokenizer is welcome."""
-    theirs = workspace.folder(teacher) / "model" / "tokenizer.json"
-    if not theirs.is_file() or file_hash(theirs) != file_hash(store.tokenizer_folder / "tokenizer.json"):
-        raise ValueError(
-            f"{student!r} cannot learn from {teacher!r}: {theirs} is not the tokenizer of {store.folder}; "
-            "use a teacher with the same tokenizer."
-        )
-
-
 class CachedTeacher:
-    """The targets of a cache, looked up by the sequences of a batch."""
+    """Soft targets of a Targets job, looked up by the sequences of a batch."""
 
     def __init__(self, run: Run, job: Job, batches: Batches, store: TokenStore, workspace: Workspace) -> None:
         assert run.teach is not None
         if not isinstance(job, Targets):
             raise ValueError(
-                f'Run {run.name!r} is taught by {job.name!r} with mode "cached", which is no Targets; name some or use '
-                'mode "online".'
+                f'Run {run.name!r} has teacher {job.name!r} with mode "cached", which must be a Targets job; name one or '
+                'use mode "online".'
             )
         self.teach, self.stream = run.teach, batches.real
         self.targets = TargetStore.open(workspace.folder(job.name) / "targets")
         self._check(run, job, store)
 
     def _check(self, run: Run, job: Targets, store: TokenStore) -> None:
-        """Refuse targets of another text or cut."""
         assert run.teach is not None
         trained = run.unique_tokens - run.holdout_tokens
-        for what, ours, theirs in (
+        for field, student_value, target_value in (
             ("sequence_length", run.sequence_length, job.sequence_length),
             ("vocabulary", store.vocab_size, self.targets.meta["vocab_size"]),
         ):
-            if ours != theirs:
-                raise ValueError(f"Run {run.name!r} has {what} {ours}, its targets {job.name!r} {theirs}; use one.")
+            if student_value != target_value:
+                raise ValueError(
+                    f"Run {run.name!r} has {field} {student_value}, its targets {job.name!r} have {target_value}; "
+                    "they must be equal."
+                )
         if job.unique_tokens < trained:
             raise ValueError(
                 f"Run {run.name!r} trains on {trained} tokens, its targets {job.name!r} cover {job.unique_tokens}; "
@@ -143,7 +96,7 @@ class CachedTeacher:
         rows: range,
         normaliser: float,
     ) -> torch.Tensor:
-        """See `epochal.training.teacher.Teacher`."""
+        """See `OnlineTeacher.loss`; `rows` are the rows of `tokens` in the run's stream."""
         ids, weights, missing = zip(*(self.targets.sequence(self.stream.place(row)) for row in rows), strict=True)
         loss = cached_distillation_loss(
             hidden,
@@ -155,3 +108,38 @@ class CachedTeacher:
             normaliser=normaliser,
         )
         return loss + self.teach.kd_weight * math.fsum(missing) / normaliser
+
+
+Teacher = OnlineTeacher | CachedTeacher
+
+
+def load_teacher(
+    run: Run, batches: Batches, store: TokenStore, workspace: Workspace, records: Records
+) -> Teacher | None:
+    """Return the teacher of a Run on this rank's device, or None if it has none.
+
+    Raises ValueError if the source has no weights or another tokenizer, or its targets belong to another text.
+    """
+    teach = run.teach
+    if teach is None:
+        return None
+    record = records.named(teach.source)
+    assert record is not None  # checked by `input_marks`
+    if teach.mode == "cached":
+        return CachedTeacher(run, record.job, batches, store, workspace)
+    members = member_records(teach.source, records)
+    for member in members:
+        check_tokenizer(run.name, member.job.name, store, workspace)
+    models = [load_model(workspace, member.job.name).requires_grad_(False) for member in members]
+    average, shares = averaging(record.job)
+    return OnlineTeacher(teach, models, average=average, shares=shares)
+
+
+def check_tokenizer(student: str, teacher: str, store: TokenStore, workspace: Workspace) -> None:
+    """Raise ValueError if the tokenizers differ; the data sets may."""
+    path = workspace.folder(teacher) / "model" / "tokenizer.json"
+    if not path.is_file() or file_hash(path) != file_hash(store.tokenizer_folder / "tokenizer.json"):
+        raise ValueError(
+            f"{student!r} cannot learn from {teacher!r}: {path} is not the tokenizer of {store.folder}; "
+            "use a teacher with the same tokenizer."
+        )
