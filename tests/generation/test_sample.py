@@ -60,9 +60,9 @@ def without_cache(subject: Any, samples: Samples, batch: int, context: int, seed
 def test_sampling_with_a_cache_equals_sampling_without(context: int, max_length: int, temperature: float) -> None:
     samples, subject = job(max_length=max_length, temperature=temperature), model()
     texts = draw(subject, samples, 8, context=context, bos=BOS, eos=EOS, generator=torch.Generator().manual_seed(3))
-    found = [next(texts).tolist() for _ in range(20)]
-    assert found == without_cache(subject, samples, 8, context, 3, 20)
-    assert max(map(len, found)) > min(context, max_length - 1), "some text ran beyond the context, or to its end"
+    sampled = [next(texts).tolist() for _ in range(20)]
+    assert sampled == without_cache(subject, samples, 8, context, 3, 20)
+    assert max(map(len, sampled)) > min(context, max_length - 1), "some text ran beyond the context, or to its end"
 
 
 def test_texts_start_with_bos_and_end_with_eos_or_at_max_length() -> None:
@@ -203,7 +203,7 @@ def test_an_average_of_parameters_samples_from_the_mean_model(
     soup = Ensemble(name="soup", runs=("a", "b"), average="parameters", member_weights=weights)
     records = Records(space, [*records, Record(soup, fingerprint(soup), "done", {"loss": 3.0})])
     sample(job(tokens=100, source="soup", draw="average"), space, records)
-    found = np.load(space.folder("s") / "samples.npy")
+    sampled = np.load(space.folder("s") / "samples.npy")
     mean, other = model(0, store.vocab_size, 32), model(1, store.vocab_size, 32)
     with torch.no_grad():
         for mine, its in zip(mean.parameters(), other.parameters(), strict=True):
@@ -211,7 +211,7 @@ def test_an_average_of_parameters_samples_from_the_mean_model(
     bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
     generator = torch.Generator().manual_seed(0)
     texts = draw(mean, job(), 3, context=32, bos=bos, eos=eos, generator=generator)
-    assert np.array_equal(found, np.concatenate([next(texts) for _ in range(50)])[:100])
+    assert np.array_equal(sampled, np.concatenate([next(texts) for _ in range(50)])[:100])
 
 
 @pytest.mark.parametrize("average", ["logits", "probs"])

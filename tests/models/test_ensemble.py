@@ -73,21 +73,21 @@ def prompts(texts: int = 3, length: int = 5, seed: int = 0) -> torch.Tensor:
 def test_logits_are_the_weighted_mean(paths: list[Path], average: str, temperature: float) -> None:
     rows = prompts()
     model = loaded(paths, average, weights=WEIGHTS, temperature=temperature)
-    found = model(rows, labels=rows)
+    output = model(rows, labels=rows)
     expected = exact(paths, rows, average, WEIGHTS, temperature)
-    assert torch.allclose(found.logits.double().log_softmax(-1), expected, atol=1e-5)
+    assert torch.allclose(output.logits.double().log_softmax(-1), expected, atol=1e-5)
     if average == "probs":
-        assert torch.allclose(found.logits.double(), expected, atol=1e-5), "they are normalized log-probabilities"
+        assert torch.allclose(output.logits.double(), expected, atol=1e-5), "they are normalized log-probabilities"
     loss = torch.nn.functional.nll_loss(expected[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    assert found.loss.item() == pytest.approx(loss.item(), abs=1e-5)
-    assert torch.allclose(model(rows, logits_to_keep=2).logits, found.logits[:, -2:], atol=1e-5)
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert torch.allclose(model(rows, logits_to_keep=2).logits, output.logits[:, -2:], atol=1e-5)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_a_member_with_weight_zero_has_no_effect(paths: list[Path], average: str) -> None:
     rows = prompts()
-    found = loaded(paths, average, weights=(0.0, 1.0, 0.0))(rows).logits.log_softmax(-1)
-    assert torch.allclose(found.double(), exact(paths[1:2], rows, average, (1.0,)), atol=1e-5)
+    logits = loaded(paths, average, weights=(0.0, 1.0, 0.0))(rows).logits.log_softmax(-1)
+    assert torch.allclose(logits.double(), exact(paths[1:2], rows, average, (1.0,)), atol=1e-5)
 
 
 # --- generation ---------------------------------------------------------------------------------------------------------
@@ -105,8 +105,8 @@ def test_greedy_decoding_equals_a_loop_without_a_cache(paths: list[Path], averag
     model, rows = loaded(paths, average), prompts()
     expected = greedy_by_hand(paths, rows, average, 12)
     for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 2}):
-        found = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=12, **options)
-        assert torch.equal(found, expected), options
+        generated = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=12, **options)
+        assert torch.equal(generated, expected), options
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -117,8 +117,8 @@ def test_left_padding_changes_nothing(paths: list[Path], average: str) -> None:
     mask = torch.stack(
         [torch.arange(7) >= 7 - text.shape[1] for text in texts],
     ).long()
-    found = model.generate(rows, attention_mask=mask, max_new_tokens=10, do_sample=False)
-    for text, row in zip(texts, found, strict=True):
+    generated = model.generate(rows, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    for text, row in zip(texts, generated, strict=True):
         assert torch.equal(row[7 - text.shape[1] :], greedy_by_hand(paths, text, average, 10)[0])
 
 
@@ -132,11 +132,11 @@ def test_learned_positions_do_not_count_padding(paths: list[Path], tmp_path: Pat
     mixed, text = [paths[0], tmp_path / "gpt2"], prompts(1, 4)
     rows = torch.cat([torch.nn.functional.pad(text, (3, 0), value=0), prompts(1, 7, seed=1)])
     mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
-    found = loaded(mixed, "probs").generate(rows, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    generated = loaded(mixed, "probs").generate(rows, attention_mask=mask, max_new_tokens=8, do_sample=False)
     for _ in range(8):
         best = exact(mixed, text, "probs", (0.5, 0.5))[:, -1].argmax(-1)
         text = torch.cat([text, best[:, None]], 1)
-    assert torch.equal(found[0, 3:], text[0])
+    assert torch.equal(generated[0, 3:], text[0])
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -147,8 +147,10 @@ def test_beam_search_equals_a_search_without_a_cache(paths: list[Path], average:
         following = scores[:, None] + exact(paths, rows, average)[:, -1]
         scores, picked = following.flatten().topk(beams)
         rows = torch.cat([rows[picked // V], picked[:, None] % V], 1)
-    found = model.generate(start, num_beams=beams, num_return_sequences=beams, max_new_tokens=tokens, do_sample=False)
-    assert torch.equal(found, rows)
+    generated = model.generate(
+        start, num_beams=beams, num_return_sequences=beams, max_new_tokens=tokens, do_sample=False
+    )
+    assert torch.equal(generated, rows)
 
 
 @pytest.mark.parametrize("shape", [{}, {"top_k": 3}, {"temperature": 0.7}])
@@ -160,15 +162,15 @@ def test_sampling_from_the_mean_equals_a_loop_without_a_cache(
         shape = {"output_logits": True, "return_dict_in_generate": True}  # returning logits requires the mean
     model, rows = loaded(paths, average), prompts(4)
     torch.manual_seed(5)
-    found = model.generate(rows, do_sample=True, max_new_tokens=9, **shape)
-    found = getattr(found, "sequences", found)
+    generated = model.generate(rows, do_sample=True, max_new_tokens=9, **shape)
+    generated = getattr(generated, "sequences", generated)
     torch.manual_seed(5)
     for _ in range(9):
         scores = exact(paths, rows, average)[:, -1].float() / shape.get("temperature", 1.0)
         cut = scores.topk(shape.get("top_k", V)).values[:, -1:]
         probabilities = scores.masked_fill(scores < cut, -torch.inf).softmax(-1)
         rows = torch.cat([rows, torch.multinomial(probabilities, 1)], 1)
-    assert torch.equal(found, rows)
+    assert torch.equal(generated, rows)
 
 
 @pytest.mark.parametrize("texts", [1, 3])
@@ -180,7 +182,7 @@ def test_sampling_one_member_per_token_equals_a_loop_without_a_cache(
     mask = torch.ones_like(rows)
     mask[0, :padding] = 0
     torch.manual_seed(1)
-    found = model.generate(rows, attention_mask=mask, do_sample=True, max_new_tokens=40)
+    generated = model.generate(rows, attention_mask=mask, do_sample=True, max_new_tokens=40)
     torch.manual_seed(1)
     for _ in range(40):
         drawn = torch.multinomial(torch.tensor(WEIGHTS, dtype=torch.float64), texts, replacement=True)
@@ -190,7 +192,7 @@ def test_sampling_one_member_per_token_equals_a_loop_without_a_cache(
             with torch.no_grad():
                 member_probs.append(wide(paths[k])(input_ids=whole).logits[0, -1].softmax(-1).float())
         rows = torch.cat([rows, torch.multinomial(torch.stack(member_probs), 1)], 1)
-    assert torch.equal(found, rows)
+    assert torch.equal(generated, rows)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -253,8 +255,8 @@ def test_cache_operations_apply_to_members_that_are_behind(paths: list[Path], op
         rows = rows[:, :-4]
     assert (cache.batch_size, cache.get_seq_length()) == tuple(rows.shape)
     new = prompts(len(rows), 3, seed=9)
-    found = model(new, past_key_values=cache, use_cache=True).logits
-    assert torch.allclose(found.double(), exact(paths, torch.cat([rows, new], 1), "probs")[:, -3:], atol=1e-5)
+    logits = model(new, past_key_values=cache, use_cache=True).logits
+    assert torch.allclose(logits.double(), exact(paths, torch.cat([rows, new], 1), "probs")[:, -3:], atol=1e-5)
 
 
 # --- folders ------------------------------------------------------------------------------------------------------------

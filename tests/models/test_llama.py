@@ -20,7 +20,7 @@ INFINITE_COMPUTE = {
 }
 # docs/spectra.md, section 2.2: total and non-embedding, in millions.
 SPECTRA = {"spectra-160m": (162.2, 85.0)}
-# This repository's own ladders; design.md calibrated w64 (0.44M) and w128 (1.48M).
+# Ladders of this repository.
 LADDERS = {
     "w6": (25_116, 540),
     "w10": (43_910, 2_950),
@@ -38,7 +38,7 @@ LADDERS = {
     "gpu-50m": (50_020_160, 17_825_600),
 }
 ALL = [*INFINITE_COMPUTE, *SPECTRA, *LADDERS]
-BASES = {"llama-3.2-3b": 3_212_749_824}  # models to continue from; the count is that of its model card
+BASES = {"llama-3.2-3b": 3_212_749_824}  # for continued pre-training; count from the model card
 VOCABULARY = {"ic": 128_256, "spectra": 50_304, "gpu": 50_304}
 
 
@@ -62,13 +62,13 @@ def weights(name="w64", *, seed=0, vocab_size=2048, **options):
 # Counts
 
 
-def test_every_committed_model_is_in_the_tables():
+def test_every_committed_model_has_a_count_here():
     committed = (REPOSITORY / "configs" / "models").glob("*.json")
     assert sorted(path.stem for path in committed) == sorted([*ALL, *BASES])
 
 
 @pytest.mark.parametrize(("name", "total"), BASES.items())
-def test_models_to_continue_from(name, total):
+def test_counts_of_models_for_continued_pretraining(name, total):
     shapes = {key: parameter.numel() for key, parameter in empty_model(load_config(name)).named_parameters()}
     assert sum(shapes.values()) == parameter_counts(name).total == total
     assert load_config(name).rope_parameters["rope_type"] == "llama3"
@@ -93,7 +93,7 @@ def test_transformers_builds_what_is_counted(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_architecture_of_the_papers(name):
+def test_architecture_is_that_of_the_papers(name):
     config = load_config(name)
     assert not config.tie_word_embeddings
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
@@ -123,7 +123,7 @@ def test_tied_head_is_counted_drawn_and_kept_once(model_file):
     assert sum(p.numel() for p in model.parameters()) == tied.total
 
 
-def test_untied_head_is_its_own_matrix():
+def test_untied_head_is_a_separate_matrix():
     drawn = weights()
     assert not torch.equal(drawn["lm_head.weight"] * 8, drawn["model.embed_tokens.weight"] * 64)
 
@@ -209,7 +209,7 @@ def test_each_paper_has_its_initialisation(prefix, initialisation):
     assert chosen == {initialisation}
 
 
-def test_loss_at_the_start_is_that_of_unit_logits():
+def test_initial_loss_is_that_of_unit_normal_logits():
     # Rows of the head have norm near 1 and the final norm gives vectors of length sqrt(h), so that logits are close to
     # N(0, 1): the expected cross-entropy is ln V + 1/2.
     model = build_model("w128", vocab_size=2048, max_positions=256, seed=0).eval()
@@ -239,12 +239,12 @@ def test_weights_depend_on_the_seed_alone():
     assert not any(torch.equal(first[name], other[name]) for name in first if "norm" not in name)
 
 
-def test_no_two_matrices_are_alike():
+def test_all_matrices_differ():
     matrices = [weight for weight in weights().values() if weight.shape == (64, 64)]
     assert len({weight[0, 0].item() for weight in matrices}) == len(matrices) == 12
 
 
-def test_a_further_layer_leaves_the_others(model_file):
+def test_an_additional_layer_leaves_the_other_layers_unchanged(model_file):
     three, four = weights("w64"), weights(model_file(num_hidden_layers=4))
     assert set(three) < set(four)
     assert all(torch.equal(three[name], four[name]) for name in three)
@@ -260,13 +260,13 @@ def test_drawing_does_not_depend_on_threads():
         torch.set_num_threads(threads)
 
 
-def test_the_draw_of_a_seed_is_frozen():
-    # A change here makes every committed record a record of other weights.
+def test_weights_of_seed_0_are_unchanged():
+    # Committed records belong to these weights.
     drawn = weights("w32", seed=0)["model.layers.0.mlp.up_proj.weight"][0, :3]
     assert drawn.tolist() == pytest.approx([-0.17091149, 0.16413327, -0.08988865], rel=1e-5)
 
 
-def test_rotary_frequencies_survive_the_empty_construction():
+def test_rotary_frequencies_are_restored_after_construction_on_meta():
     model = build_model("w64", vocab_size=2048, max_positions=256, seed=0)
     expected = 10_000.0 ** (-torch.arange(0, 32, 2).float() / 32)
     assert torch.allclose(model.model.rotary_emb.inv_freq, expected)
@@ -319,7 +319,7 @@ def test_generates_with_its_own_token_ids():
         ({"mlp_bias": True}, "mlp_bias is true, but biases are not supported"),
     ],
 )
-def test_bad_files_are_refused_in_one_sentence(model_file, changes, message):
+def test_invalid_model_files_raise_one_sentence(model_file, changes, message):
     path = model_file(**changes)
     with pytest.raises(ValueError) as caught:
         read_config(path)
@@ -340,14 +340,14 @@ def test_bad_files_are_refused_in_one_sentence(model_file, changes, message):
         (Path("nowhere"), "has no 'nowhere'"),
     ],
 )
-def test_missing_file_names_the_nearest(given, message):
+def test_a_missing_model_file_names_the_nearest(given, message):
     with pytest.raises(ValueError) as caught:
         load_config(given)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{'a': 1}", b"\xff\xfe{}", b"[1]"])
-def test_damaged_file(tmp_path, content):
+def test_damaged_model_files_raise(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_bytes(content)
     with pytest.raises(
@@ -356,17 +356,17 @@ def test_damaged_file(tmp_path, content):
         read_config(path)
 
 
-def test_a_name_is_found_from_any_folder(tmp_path, monkeypatch):
+def test_names_resolve_in_the_repository_and_the_working_folder(tmp_path, monkeypatch):
     committed = model_path("w64").resolve()
     monkeypatch.chdir(tmp_path)
     assert model_path("w64") == committed
-    own = tmp_path / "configs" / "models" / "mine-0.5b.json"
-    own.parent.mkdir(parents=True)
-    own.write_text(committed.read_text())
+    local = tmp_path / "configs" / "models" / "mine-0.5b.json"
+    local.parent.mkdir(parents=True)
+    local.write_text(committed.read_text())
     assert parameter_counts("mine-0.5b") == parameter_counts("w64")
 
 
-def test_bad_arguments():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match=r"vocab_size must be a positive integer, got 0"):
         weights(vocab_size=0)
     with pytest.raises(ValueError, match=r"Model 'w64': initialisation 'norm' is unknown \(did you mean 'normal'"):

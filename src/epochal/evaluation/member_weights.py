@@ -74,7 +74,7 @@ def minimize_on_simplex(objective: Objective, count: int) -> Vector:
         method="SLSQP",
         bounds=[(0.0, 1.0)] * count,
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1.0, "jac": lambda w: np.ones(count)},
-        options={"ftol": 1e-10, "maxiter": 1000},
+        options={"ftol": 1e-13, "maxiter": 1000},
     )
     weights = np.clip(result.x, 0.0, None)  # SLSQP meets bounds and sum only up to rounding
     return np.asarray(weights / weights.sum())
