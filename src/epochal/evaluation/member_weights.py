@@ -105,7 +105,8 @@ def _logit_objective(members: Sequence[Loader], sequences: Tokens) -> Objective:
             part, y = slice(start, start + rows), targets[start : start + rows]
             z = torch.stack([hidden[part] @ head.T for hidden, head in pairs])  # (K, tokens, V)
             mean = torch.einsum("k,ktv->tv", torch.from_numpy(weights).float().to(z.device), z)
-            loss += float(torch.nn.functional.cross_entropy(mean, y, reduction="sum"))
+            # A sum in float32 would be too noisy for the line search of the optimizer.
+            loss += float(torch.nn.functional.cross_entropy(mean, y, reduction="none").double().sum())
             # d loss / d w_k = expected logit under the ensemble - logit at the target
             expected = torch.einsum("ktv,tv->kt", z, torch.softmax(mean, 1))
             gradient += (expected - z[:, torch.arange(len(y)), y]).double().sum(1).cpu().numpy()
