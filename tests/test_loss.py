@@ -316,7 +316,7 @@ def test_two_ranks_give_the_gradient_of_one_process():
     shared["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     ranks = [subprocess.Popen([sys.executable, "-c", RANKS], env={**shared, "RANK": str(rank)}) for rank in range(2)]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

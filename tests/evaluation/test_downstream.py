@@ -66,10 +66,10 @@ def questions(store: TokenStore, folder: Path, task: str) -> list[dict[str, Any]
     return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
 
 
-def expected_answers(model: Any, tokenizer: Any, asked: list[dict[str, Any]], delimiter: str) -> str:
+def expected_answers(model: Any, tokenizer: Any, examples: list[dict[str, Any]], delimiter: str) -> str:
     """A "1" for each question whose true choice has the highest log-probability given the context, else a "0"."""
     right = ""
-    for question in asked:
+    for question in examples:
         sums = []
         before = tokenizer(question["context"]).input_ids
         for choice in question["choices"]:
@@ -89,26 +89,26 @@ def test_accuracy_equals_a_loop_over_questions(campaign: Campaign, tmp_path: Pat
     assert data_store is not None and data_store.folder == store.folder
     accuracies = score(model, tokenizer, list(TASKS), store=store, limit=40)
     for task, delimiter in zip(TASKS, (" ", "\n"), strict=True):
-        asked = questions(store, tmp_path, task)[:40]
-        assert accuracies[task].questions == len(asked) > 10
-        assert accuracies[task].right == expected_answers(model, tokenizer, asked, delimiter)
-        assert accuracies[task].value == pytest.approx(accuracies[task].right.count("1") / len(asked))
+        examples = questions(store, tmp_path, task)[:40]
+        assert accuracies[task].questions == len(examples) > 10
+        assert accuracies[task].right == expected_answers(model, tokenizer, examples, delimiter)
+        assert accuracies[task].value == pytest.approx(accuracies[task].right.count("1") / len(examples))
 
 
 @pytest.mark.usefixtures("no_network")
 def test_an_ensemble_job_with_tasks_records_accuracy_and_the_same_loss(campaign: Campaign, tmp_path: Path) -> None:
     space, records, store = campaign
-    job = Ensemble(name="asked", runs=("a", "b"), average="logits", tasks=("cloze",))
+    job = Ensemble(name="examples", runs=("a", "b"), average="logits", tasks=("cloze",))
     results = evaluate_ensemble(job, space, records).results
     assert results["loss"] == evaluate_ensemble(replace(job, tasks=()), space, records).results["loss"]
     members = [AutoModelForCausalLM.from_pretrained(space.folder(name) / "model") for name in "ab"]
     together = lambda rows: SimpleNamespace(logits=(members[0](rows).logits + members[1](rows).logits) / 2)  # noqa: E731
-    asked = questions(store, tmp_path, "cloze")
+    examples = questions(store, tmp_path, "cloze")
     cloze, share = results["tasks"]["cloze"], results["tasks"]["cloze"]["value"]
-    assert cloze["right"] == expected_answers(together, open_model("a", space, records)[1], asked, " ")
-    assert list(results["tasks"]) == ["cloze"] and cloze["questions"] == len(asked)
-    assert share == pytest.approx(cloze["right"].count("1") / len(asked))
-    assert cloze["error"] == pytest.approx(math.sqrt(share * (1 - share) / len(asked)))
+    assert cloze["right"] == expected_answers(together, open_model("a", space, records)[1], examples, " ")
+    assert list(results["tasks"]) == ["cloze"] and cloze["questions"] == len(examples)
+    assert share == pytest.approx(cloze["right"].count("1") / len(examples))
+    assert cloze["error"] == pytest.approx(math.sqrt(share * (1 - share) / len(examples)))
 
 
 @pytest.mark.usefixtures("no_network")
@@ -154,10 +154,10 @@ def test_a_student_of_another_architecture_is_exported_and_scored(campaign: Camp
 def test_questions_are_deterministic_and_use_every_answer_position(campaign: Campaign, tmp_path: Path) -> None:
     _, _, store = campaign
     for task in TASKS:
-        asked = questions(store, tmp_path / "one", task)
-        assert asked == questions(store, tmp_path / "two", task)
-        assert len({question["answer"] for question in asked}) == 4
-        for question in asked:
+        examples = questions(store, tmp_path / "one", task)
+        assert examples == questions(store, tmp_path / "two", task)
+        assert len({question["answer"] for question in examples}) == 4
+        for question in examples:
             assert len(set(question["choices"])) == 4 and question["context"].strip()
     from tokenizers import Tokenizer
 
@@ -202,19 +202,19 @@ PUBLIC = {
 
 def public_rows() -> dict[str, list[dict[str, Any]]]:
     """A few questions in the columns of each data set."""
-    asked = [
+    examples = [
         (f"Who saw {thing}?", [f"the {who}" for who in tiny.SPEAKERS[k : k + 4]])
         for k, thing in enumerate(tiny.THINGS[:3])
     ]
     return {
         "arc_easy": [
             {"question": q, "choices": {"text": c, "label": [*"ABCD"]}, "answerKey": "ABCD"[k]}
-            for k, (q, c) in enumerate(asked)
+            for k, (q, c) in enumerate(examples)
         ],
-        "piqa": [{"goal": q, "sol1": c[0], "sol2": c[1], "label": k % 2} for k, (q, c) in enumerate(asked)],
+        "piqa": [{"goal": q, "sol1": c[0], "sol2": c[1], "label": k % 2} for k, (q, c) in enumerate(examples)],
         "sciq": [
             {"support": "", "question": q, "correct_answer": c[0], **{f"distractor{k}": c[k] for k in (1, 2, 3)}}
-            for q, c in asked
+            for q, c in examples
         ],
     }
 

@@ -212,12 +212,12 @@ def test_leave_one_out_means_are_those_of_the_other_members() -> None:
         for subset in combinations(range(6), k)
     }
     curve = curve_of(6, lambda subsets: {subset: values[subset] for subset in subsets})
-    for gone in range(6):
-        others = [member for member in range(6) if member != gone]
+    for removed in range(6):
+        others = [member for member in range(6) if member != removed]
         for k in range(1, 6):
             windows = {tuple(sorted(others[(s + i) % 5] for i in range(k))) for s in range(5)}
             expected = np.mean([values[window] for window in windows])
-            assert curve.leave_one_out[k][gone] == pytest.approx(expected)
+            assert curve.leave_one_out[k][removed] == pytest.approx(expected)
 
 
 def test_intervals_cover_the_mean_over_new_members() -> None:
@@ -279,13 +279,10 @@ def test_the_record_of_an_ensemble(tmp_path: Path, average: str) -> None:
     assert (-table.double().mean(1)).tolist() == pytest.approx(record.results["curve"]["1"], abs=1e-6)
 
     weighted = Ensemble(name="w", runs=("a", "b", "c"), average=average, member_weights=(0.5, 0.25, 0.25))
-    weighted_results = evaluate_ensemble(weighted, space, records).results
+    results = evaluate_ensemble(weighted, space, records).results
     expected = exact(members, store.sequences("validation", 32), average, (0.5, 0.25, 0.25))
-    assert weighted_results["loss"] == pytest.approx(expected, abs=1e-6) and list(weighted_results["curve"]) == [
-        "1",
-        "2",
-        "3",
-    ]
+    assert results["loss"] == pytest.approx(expected, abs=1e-6)
+    assert list(results["curve"]) == ["1", "2", "3"]
 
 
 def test_members_with_other_sequence_lengths_or_without_records_raise(tmp_path: Path) -> None:
@@ -298,20 +295,19 @@ def test_members_with_other_sequence_lengths_or_without_records_raise(tmp_path: 
         evaluate_ensemble(Ensemble(name="e", runs=("a", "c"), average="logits"), space, records)
 
 
-def test_each_task_has_its_own_answers_in_the_order_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_are_recorded_in_the_order_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space, store, config = tiny.workspace(tmp_path)
     run = tiny.run(config, name="a")
     models(1, store.vocab_size)[0].save_pretrained(space.folder("a") / "model")
     records = Records(space, [Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 7})])
-    asked = {"next_passage": Accuracy(0.5, 0.1, 2, "10"), "cloze": Accuracy(1.0, 0.0, 1, "1")}
+    expected = {"next_passage": Accuracy(0.5, 0.1, 2, "10"), "cloze": Accuracy(1.0, 0.0, 1, "1")}
     monkeypatch.setattr(
-        "epochal.evaluation.downstream.score", lambda _, __, tasks, **___: {task: asked[task] for task in tasks}
+        "epochal.evaluation.downstream.score", lambda _, __, tasks, **___: {task: expected[task] for task in tasks}
     )
     job = Ensemble(name="e", runs=("a",), average="logits", tasks=("next_passage", "cloze"))
     accuracies = evaluate_ensemble(job, space, records).results["tasks"]
-    assert list(accuracies) == ["next_passage", "cloze"] and accuracies == {
-        task: asdict(value) for task, value in asked.items()
-    }
+    assert list(accuracies) == ["next_passage", "cloze"]
+    assert accuracies == {task: asdict(value) for task, value in expected.items()}
 
 
 def test_weights_are_learned_only_from_a_slice_that_all_held_out(tmp_path: Path) -> None:
@@ -328,7 +324,9 @@ def test_weights_are_learned_only_from_a_slice_that_all_held_out(tmp_path: Path)
     assert learns(held, held) and learns(held, held, average="probs")
     assert not learns(held) and not learns({}, {})
     assert not learns(held, {"holdout_tokens": 256}) and not learns(held, {}) and not learns({}, held)
-    assert not learns(held, {**held, "unique_tokens": 1024}), "the held-out end of a shorter text may be training text of another member"
+    assert not learns(held, {**held, "unique_tokens": 1024}), (
+        "the held-out end of a shorter text may be training text of another member"
+    )
     assert not learns(held, held, member_weights=(0.5, 0.5)) and not learns(held, held, average="parameters")
 
 

@@ -37,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Recor
     jobs = [
         Ensemble(name="both", runs=("a", "b"), average="probs", member_weights=(0.25, 0.75)),
         Ensemble(name="soup", runs=("a", "b"), average="parameters"),
-        Ensemble(name="gone", runs=("a", "c"), average="logits"),
+        Ensemble(name="incomplete", runs=("a", "c"), average="logits"),
     ]
     for job in jobs:
         write_record(space, Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 2000}))
@@ -199,7 +199,7 @@ def test_a_failed_export_leaves_no_folder(finished: tuple[Workspace, Records, To
         ("text", "x", {}, "not a finished model"),
         ("none", "x", {}, "not a finished model"),
         ("c", "x", {}, "run 'c' again"),
-        ("gone", "x", {}, "run 'c' again"),
+        ("incomplete", "x", {}, "run 'c' again"),
         ("both", "x", {"gguf": True}, "GGUF does not support ensembles"),
     ]:
         with pytest.raises(ValueError, match=message):

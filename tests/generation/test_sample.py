@@ -149,7 +149,7 @@ def test_members_contribute_in_proportion_to_their_weights(campaign: tuple[Works
     assert set(record.inputs) == {"uneven", "a", "b"}, "the samples depend on the weights"
     sample(job(tokens=601, source="both"), space, records)
     assert np.array_equal(drawn(0.5, 0.5)[0], np.load(space.folder("s") / "samples.npy"))
-    (space.folder("b") / "model").rename(space.folder("b") / "gone")  # a member with weight 0 is not loaded
+    (space.folder("b") / "model").rename(space.folder("b") / "moved")  # a member with weight 0 is not loaded
     assert np.array_equal(drawn(1.0, 0.0)[0], alone(601))
 
 
@@ -266,6 +266,6 @@ def test_sources_without_a_model_raise(campaign: tuple[Workspace, TokenStore, Re
     with_text = Records(space, [*records, Record(text, fingerprint(text), "done", {})])
     with pytest.raises(ValueError, match="is Samples, not a model"):
         sample(job(source="t"), space, with_text)
-    (space.folder("a") / "model").rename(space.folder("a") / "gone")
+    (space.folder("a") / "model").rename(space.folder("a") / "moved")
     with pytest.raises(ValueError, match="does not exist; run 'a' again"):
         sample(job(), space, records)

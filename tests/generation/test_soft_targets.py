@@ -265,7 +265,7 @@ def test_online_and_cached_students_reach_the_same_loss(taught: Any) -> None:
             "has teacher 'm0' with mode \"cached\", which must be a Targets job",
         ),
         ({"teach": SoftTargetDistillation(source="soup")}, "'soup' averages weights; teach with an ensemble"),
-        ({"teach": SoftTargetDistillation(source="nobody")}, "'nobody', which has no record; run it first"),
+        ({"teach": SoftTargetDistillation(source="missing")}, "'missing', which has no record; run it first"),
         ({"teach": SoftTargetDistillation(source="t-wrong")}, "'t-wrong' is Targets, not a model"),
     ],
 )

@@ -267,7 +267,7 @@ def test_a_saved_folder_is_self_contained(tmp_path: Path, average: str) -> None:
     paths = write_members(tmp_path / "members", eos_token_id=1)
     model = loaded(paths, average, weights=WEIGHTS, temperature=0.9)
     model.save_pretrained(tmp_path / "saved")
-    (tmp_path / "members").rename(tmp_path / "gone")
+    (tmp_path / "members").rename(tmp_path / "elsewhere")
     (tmp_path / "saved").rename(tmp_path / "moved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
     assert isinstance(again, EnsembleForCausalLM) and again.resident
