@@ -32,7 +32,7 @@ class Sequence:
 def write_shard(index: Path, sequences: Iterator[Sequence], vocab_size: int) -> None:
     """Write one shard next to its `index` file."""
     id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
-    arrays: dict[str, Tokens] = {}
+    arrays: dict[str, Any] = {}
     missing, kept_mass = [], []
     for number, sequence in enumerate(sequences):
         weights = sequence.weights.astype(np.float16)
