@@ -1,13 +1,13 @@
-"""What does an ensemble of K models cost next to one: tokens/s of sampling, and peak memory of its evaluation?
+"""Cost of an ensemble of K models relative to one: sampling in tokens/s, and peak memory of evaluation.
 
     python benchmarks/ensembles.py                                    the CPU rows (minutes), into ensembles.csv
     python benchmarks/ensembles.py --device cuda --csv ensembles_gpu.csv
     python benchmarks/ensembles.py --model w64 --tokens 64 --rounds 1 --csv /tmp/try.csv
 
-Speed: batch 1, sampling after a short prompt; a model alone and the ensembles take turns, and `ratio` is the median of
-the rounds' ratios to the model alone. The goal for "one member a token" at K = 8 is 0.5; asking all members is about
+Speed: batch 1, sampling after a short prompt; one model and the ensembles alternate, and `ratio` is the median over
+rounds of the ratio to one model. The goal for "one member a token" at K = 8 is 0.5; running all members gives about
 1 / K. Memory: one process per row, `ratio` is its peak over that of K = 1. The goal at K = 16 is 1.2. Members have
-random weights: neither depends on them. Rows already in the CSV are skipped.
+random weights, which affect neither. Rows already in the CSV are skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SYSTEMS = {
     "all members, probs": ("probs", 10**6),
     "all members, logits": ("logits", 0),
 }
-"""Name to (average, top_k); a top_k above the vocabulary asks for the whole distribution and changes nothing else."""
+"""Name to (average, top_k); a top_k above the vocabulary keeps all tokens but needs the mean distribution."""
 
 
 def write_members(folder: Path, args: argparse.Namespace, count: int) -> list[Path]:
@@ -77,9 +77,9 @@ def measure_speed(args: argparse.Namespace, path: Path) -> None:
         ratios: dict[str, list[float]] = {name: [] for name in rates}
         for _ in range(args.rounds):
             before = tokens_per_second(alone, args)
-            found = {name: tokens_per_second(ensembles[average], args, k) for name, (average, k) in SYSTEMS.items()}
+            rates_now = {name: tokens_per_second(ensembles[average], args, k) for name, (average, k) in SYSTEMS.items()}
             base = (before + tokens_per_second(alone, args)) / 2
-            for name, rate in {"one model": base, **found}.items():
+            for name, rate in {"one model": base, **rates_now}.items():
                 rates[name].append(rate)
                 ratios[name].append(rate / base)
     for name in rates:
@@ -88,7 +88,7 @@ def measure_speed(args: argparse.Namespace, path: Path) -> None:
 
 
 def peak_of_evaluation(args: argparse.Namespace) -> float:
-    """Peak memory in MB of this process while it evaluates an ensemble whose members are files."""
+    """Peak memory in MB of this process while it evaluates an ensemble with members on disk."""
     logging.disable_progress_bar()
     folder = Path(args.folder)
 
@@ -138,7 +138,7 @@ def main() -> None:
     if args.question != "memory":
         measure_speed(args, path)
     if args.question != "speed":
-        # Small enough for minutes with 16 members, large enough that one more member in memory would show.
+        # 16 members take minutes, and an additional member in memory would be visible in the peak.
         args.model, args.vocabulary, args.tokens, args.members = "gpu-25m", 8192, 2048, 16
         measure_memory(args, path)
 

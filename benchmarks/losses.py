@@ -1,11 +1,11 @@
-"""How much time and memory does a distillation step need, by number of teachers, against the materialised loss?
+"""Time and memory of the distillation loss by number of teachers, against the materialised loss and other libraries.
 
     python benchmarks/losses.py                                   the CPU rows (minutes), into losses.csv
     python benchmarks/losses.py --device cuda --csv losses_gpu.csv
     python benchmarks/losses.py --tokens 64 --vocabulary 128 --width 16 --csv /tmp/try.csv
 
-One process per row, since the peak of a CPU process never falls. Time and memory are those of loss and gradients
-(forward and backward); memory is the peak above the inputs. Rows already in the CSV are skipped.
+One process per row, because the peak memory of a CPU process never falls. Measured are forward and backward of the loss;
+memory is the peak above the inputs. Rows already in the CSV are skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STORED = 64
 def materialised(
     hidden: Tensor, head: Tensor, targets: Tensor, teachers: list[tuple[Tensor, Tensor]], average: str
 ) -> Tensor:
-    """What one writes without a fused loss: all logits at once (teachers one after the other, the thrifty way)."""
+    """The loss without fusion: all logits of the student, teachers one after the other."""
     z = hidden @ head.t()
     if not teachers:
         return F.cross_entropy(z.float(), targets)
@@ -69,7 +69,7 @@ def step(method: str, average: str, inputs: tuple[Tensor, Tensor, Tensor, list[t
 
 
 def stored(tokens: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
-    """(ids, probabilities) of distinct tokens with nine tenths of the mass."""
+    """(ids, probabilities) of distinct tokens with 90% of the mass."""
     count = min(STORED, vocabulary)
     steps = torch.arange(count, device=device) * (vocabulary // count)
     first = torch.randint(vocabulary, (tokens, 1), device=device)
@@ -84,7 +84,7 @@ def measure_one(args: argparse.Namespace) -> dict[str, object]:
 
     def pair() -> tuple[Tensor, Tensor]:
         x = torch.randn(args.tokens, args.width, **make)
-        # in place: a temporary of the head's size would count as peak before the measurement begins
+        # in-place: a temporary of this size would raise the peak before the measurement
         return x, torch.randn(args.vocabulary, args.width, **make).mul_(args.width**-0.5)
 
     hidden, head = pair()
@@ -99,7 +99,7 @@ def measure_one(args: argparse.Namespace) -> dict[str, object]:
         hidden.grad = head.grad = None
         run(args.method, args.average, inputs).backward()
 
-    # A tiny call first: library set-up and thread pools are neither time nor memory of the loss.
+    # Warm-up: libraries and thread pools allocate on first use.
     tiny = torch.randn(8, 8, **make)
     step("fused", "logits", (tiny.requires_grad_(), tiny, targets[:8] % 8, [(tiny.detach(), tiny.detach())])).backward()
     with PeakMemory(args.device) as peak:
@@ -113,7 +113,7 @@ def measure_one(args: argparse.Namespace) -> dict[str, object]:
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """(method, average, teachers): the fused loss by K, then what it is compared with."""
+    """(method, average, teachers): the fused loss by K, then its competitors."""
     rows = [("fused", "none", 0), ("cached", f"top {STORED}", 0)]
     rows += [("fused", a, k) for k in (1, 8) for a in ("logits", "probs")]
     rows += [("materialised", "none", 0), ("linear_cross_entropy", "none", 0)]
@@ -124,13 +124,13 @@ def cases(args: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 
 def why_not(method: str, args: argparse.Namespace) -> str | None:
-    """Say, and return, why a method cannot be measured here."""
+    """Print and return why a method cannot be measured on this machine."""
     reason = None
     needed = 7 * 4 * args.tokens * args.vocabulary  # the most blocks of (tokens, vocabulary) alive at once, in float32
     if method == "liger" and not importlib.util.find_spec("liger_kernel"):
         reason = "liger-kernel is not installed"
     elif method == "materialised" and args.device == "cpu" and needed > available_memory():
-        reason = f"{needed / 1e9:.0f} GB of memory are not free"
+        reason = f"{needed / 1e9:.0f} GB of memory are not available"
     elif method == "linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         reason = f"torch {torch.__version__} does not have it"
     if reason:
@@ -139,7 +139,7 @@ def why_not(method: str, args: argparse.Namespace) -> str | None:
 
 
 def available_memory() -> int:
-    """Bytes that a process could take now; no limit where the system does not say."""
+    """Bytes that a process could allocate now; unlimited if unknown."""
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**62)
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=1, help="further timed calls; the best counts")
+    parser.add_argument("--repeats", type=int, default=1, help="further timed calls; the minimum is recorded")
     parser.add_argument("--csv", type=Path, default=HERE / "losses.csv")
     parser.add_argument("--method", choices=sorted(set(METHODS)), help=argparse.SUPPRESS)
     parser.add_argument("--average", default="none", help=argparse.SUPPRESS)

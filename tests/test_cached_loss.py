@@ -12,7 +12,7 @@ from epochal.loss import cached_distillation_loss, cross_entropy, distillation_l
 
 
 def stored(teachers, average, count):
-    """(ids, probs) of the averaged teachers, as a cache keeps them."""
+    """(ids, probs) of the averaged teachers, as stored in a cache."""
     logits = torch.stack([x @ w.t() for x, w in teachers])
     p = logits.mean(0).softmax(1) if average == "logits" else logits.softmax(2).mean(0)
     probs, ids = p.topk(count, 1)
@@ -20,7 +20,7 @@ def stored(teachers, average, count):
 
 
 def merged(hidden, head, targets, ids, probs, *, weight):
-    """The definition: k + 1 classes, the last of them "any other token"."""
+    """The definition: k + 1 classes, the last one "any other token"."""
     z = hidden @ head.t()
     q = z.softmax(1)
     hot = q.gather(1, ids.long())
@@ -32,7 +32,7 @@ def merged(hidden, head, targets, ids, probs, *, weight):
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
-def test_with_every_token_stored_it_is_the_online_loss(average, weight):
+def test_storing_all_tokens_gives_the_online_loss(average, weight):
     hidden, head, targets, teachers = problem()
     online = distillation_loss(hidden, head, targets, teachers, average=average, weight=weight)
     cached = cached_distillation_loss(
@@ -45,7 +45,7 @@ def test_with_every_token_stored_it_is_the_online_loss(average, weight):
 
 @pytest.mark.parametrize("count", [1, 7, 100])
 @pytest.mark.parametrize("weight", [0.4, 1.0])
-def test_what_is_left_over_is_one_bucket(count, weight):
+def test_missing_mass_is_compared_as_one_class(count, weight):
     hidden, head, targets, teachers = problem()
     ids, probs = stored(teachers, "probs", count)
     cached = cached_distillation_loss(hidden, head, targets, ids, probs, weight=weight)
@@ -55,14 +55,14 @@ def test_what_is_left_over_is_one_bucket(count, weight):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_stored_is_no_teacher():
+def test_storing_no_tokens_leaves_the_weighted_cross_entropy():
     hidden, head, targets, _ = problem()
     none = torch.zeros(37, 0, dtype=torch.int64), torch.zeros(37, 0)
     cached = cached_distillation_loss(hidden, head, targets, *none, weight=0.5)
     torch.testing.assert_close(cached, 0.5 * cross_entropy(hidden, head, targets))
 
 
-def test_small_types_on_disk_and_ignored_rows_of_garbage():
+def test_int32_ids_float16_probs_and_nan_in_ignored_rows():
     hidden, head, targets, teachers = problem(dtype=torch.float32)
     ids, probs = stored(teachers, "probs", 5)
     plain = merged(hidden.double(), head.double(), targets, ids, probs.half(), weight=0.5)
@@ -75,7 +75,7 @@ def test_small_types_on_disk_and_ignored_rows_of_garbage():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_parts_of_a_step_add_up_to_the_whole_in_float32(parts):
+def test_micro_batches_with_a_common_normaliser_add_up_to_the_whole_batch(parts):
     exact = problem(tokens=64, vocabulary=257, ignored=23)
     ids, probs = stored(exact[3], "logits", 16)
     plain = merged(*exact[:3], ids, probs, weight=0.6)
@@ -92,7 +92,7 @@ def test_parts_of_a_step_add_up_to_the_whole_in_float32(parts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_are_no_worse_than_eager_of_the_same_precision(dtype):
+def test_gradient_error_is_within_10_percent_of_eager_in_the_same_dtype(dtype):
     exact = problem(tokens=256, vocabulary=512, width=64)
     low = [0.2 * t.detach().to(dtype) for t in exact[:2]]  # else the softmax of eager float16 is 0 in places
     wide = [t.double().requires_grad_() for t in low]
@@ -102,17 +102,19 @@ def test_gradients_are_no_worse_than_eager_of_the_same_precision(dtype):
     for function in (merged, cached_distillation_loss):
         parameters = [t.clone().requires_grad_() for t in low]
         value = function(*parameters, exact[2], ids, probs.float(), weight=0.5)
-        found = gradients(value, *parameters)
-        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(found, true, strict=True)])
+        computed = gradients(value, *parameters)
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(computed, true, strict=True)])
     for eager, mine in zip(*errors, strict=True):
         assert mine <= 1.1 * eager, (mine, eager)
 
 
-def test_registered_operation_passes_opcheck_and_compiles_as_one_graph():
+def test_sparse_loss_passes_opcheck_and_compiles_as_one_graph():
     hidden, head, targets, teachers = problem(dtype=torch.float32)
     ids, probs = stored(teachers, "probs", 5)
-    arguments = (hidden, head, targets, ids, probs, 0.5, -100, torch.float32, 10, True, True)
-    torch.library.opcheck(torch.ops.epochal.linear_sparse_loss.default, arguments)
+    options = {"weight": 0.5, "ignore_index": -100, "dtype": torch.float32, "chunk_tokens": 10}
+    options |= {"hidden_gradient": True, "head_gradient": True}
+    arguments = (hidden, head, targets, ids, probs)
+    torch.library.opcheck(torch.ops.epochal.linear_sparse_loss.default, arguments, options)
 
     def function(hidden, head):
         return cached_distillation_loss(torch.tanh(hidden), head, targets, ids, probs, weight=0.5)
@@ -126,8 +128,7 @@ def test_registered_operation_passes_opcheck_and_compiles_as_one_graph():
 @pytest.mark.filterwarnings(
     "ignore:(divide by zero|invalid value) encountered:RuntimeWarning"
 )  # as in test_sparse_loss
-def test_through_the_kernel(monkeypatch):
-    """Same loss and gradients as in plain torch when epochal.loss takes the kernel path."""
+def test_triton_and_torch_give_the_same_loss_and_gradients(monkeypatch):
     pytest.importorskip("triton")
     hidden, head, targets, teachers = problem(dtype=torch.float32)
     ids, probs = stored(teachers, "probs", 5)
@@ -143,15 +144,15 @@ def test_through_the_kernel(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": -0.5}, "weight=-0.5"),
+        ({"weight": -0.5}, "must be between 0 and 1, got -0.5"),
         ({"ids": torch.full((37, 4), 101)}, "stored id 101 is outside"),
         ({"ids": torch.zeros(36, 4, dtype=torch.long)}, "do not fit 37 tokens"),
-        ({"ids": torch.zeros(37, 4)}, "pass integers"),
-        ({"probs": torch.zeros(37, 4, dtype=torch.long)}, "pass integers"),
-        ({"chunk_tokens": 0}, "chunk_tokens=0"),
+        ({"ids": torch.zeros(37, 4)}, "ids must be integers and probs floating-point"),
+        ({"probs": torch.zeros(37, 4, dtype=torch.long)}, "ids must be integers and probs floating-point"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be a positive integer, got 0"),
     ],
 )
-def test_wrong_use_is_one_clear_sentence(change, message):
+def test_invalid_arguments_raise_value_error(change, message):
     hidden, head, targets, teachers = problem()
     ids, probs = stored(teachers, "probs", 4)
     arguments = {"hidden": hidden, "head": head, "targets": targets, "ids": ids, "probs": probs, "weight": 0.5}
@@ -159,8 +160,7 @@ def test_wrong_use_is_one_clear_sentence(change, message):
         cached_distillation_loss(**{**arguments, **change})
 
 
-def test_the_mean_error_of_a_short_list_is_small():
-    """A peaked teacher: with most of its mass stored, the loss is near the online one, and nearer for a longer list."""
+def test_storing_more_tokens_approaches_the_online_loss():
     hidden, head, targets, teachers = problem(vocabulary=400)
     online = materialised(hidden, head, targets, teachers, average="probs", weight=1.0)
     gaps = [

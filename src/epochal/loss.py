@@ -1,19 +1,19 @@
-"""Cross-entropy and K-teacher distillation from hidden states and head weights; logits are never stored whole.
+"""Cross-entropy and K-teacher distillation from hidden states and head weights, in chunks of tokens.
 
-Notation: N tokens, d width, V vocabulary, K teachers. Tokens are taken in chunks of C rows. A chunk needs one (C, V)
-buffer for logits (teachers take turns in it, the student comes last and is replaced by its gradient) and, with
-teachers, one (C, V) mixture: memory does not depend on K. The gradient is formed in the forward pass, because the
-logits are then at hand; backward only scales it. So there is no second derivative, and asking for one is an error.
+Notation: N tokens, d width, V vocabulary, K teachers, C rows of a chunk. A chunk needs one (C, V) buffer for logits and,
+with teachers, one (C, V) buffer for their mixture, so memory does not depend on N or K. The gradient is formed in the
+forward pass, while the logits exist; backward only scales it. Second derivatives therefore raise RuntimeError.
 
-The products run in the dtype of their operands, or in autocast's; sums, the mixture and the head's gradient are
-float32 (float64 for float64 input). Source of the chunked form: Liger-Kernel and Apple's cut cross-entropy, each for
-one teacher at most; the mixture over K teachers in one buffer is new here.
+Matrix products run in the dtype of their operands, or in autocast's; sums, the mixture and the gradient of the head are
+float32 (float64 for float64 input). The chunked form follows Liger-Kernel and Apple's cut cross-entropy, which support
+at most one teacher; the mixture of K teachers in one buffer is new.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,17 +28,15 @@ Teacher = tuple[Tensor, Tensor]
 """(hidden (N, d_k), head (V, d_k)) of one teacher."""
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-"""Elements of a chunk's (C, V) buffer: 64 MiB in float32 on a CPU, and enough rows to fill a GPU."""
+"""Elements of a chunk's (C, V) buffer: 64 MiB in float32 on a CPU, enough rows to fill a GPU."""
 
 _CACHE_ELEMENTS = 2**18
-"""Elements of the row blocks in which plain torch does the softmax parts, so that they stay in a core's cache."""
+"""Elements per block of rows in the plain torch path, so that a block stays in a core's cache."""
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """Return the path of the softmax parts on ``device``, ``"triton"`` or ``"torch"``, for the record of a run.
-
-    Triton's interpreter is a test device and never chosen here: on a CPU the answer is always ``"torch"``.
-    """
+    """Return which implementation computes the softmax on ``device``: ``"triton"`` or ``"torch"``."""
+    # Triton's interpreter is only for tests, so a CPU always takes the torch path.
     return "triton" if kernels.backend(device) == "triton" else "torch"
 
 
@@ -51,15 +49,19 @@ def cross_entropy(
     normaliser: float | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of ``softmax(hidden @ head.T)`` against ``targets``: a float32 scalar.
+    """Return the mean cross-entropy of ``softmax(hidden @ head.T)`` against ``targets``, a float32 scalar.
 
-    hidden (N, d), head (V, d), targets (N,) int64. The sum over the tokens that count is divided by ``normaliser``; by
-    default by their number (at least one, so a wholly ignored batch gives 0). With accumulation or several ranks give
-    the tokens of the whole step (divided by the ranks where the gradients are averaged): the parts then add up.
+    hidden (N, d), head (V, d), targets (N,) int64. The sum over tokens other than ``ignore_index`` is divided by
+    ``normaliser``, by default their number (at least 1, so a batch without any gives 0). With gradient accumulation or
+    several ranks, pass the number of tokens of the whole step (divided by the number of ranks if gradients are averaged
+    over ranks), so that the parts add up to the mean of the step.
     Raises ValueError for shapes, dtypes or targets that do not fit.
     """
     _check_student(hidden, head, targets, ignore_index)
-    total = _call(hidden, head, targets, (), [], "logits", 0.0, 1.0, ignore_index, chunk_tokens)
+    options = _options(hidden, head, 0.0, ignore_index, chunk_tokens)
+    total = _linear_loss(
+        hidden, head, targets, [], [], teacher_weights=[1.0], average="logits", temperature=1.0, **vars(options)
+    )[0]
     return _normalise(total, targets, ignore_index, normaliser)
 
 
@@ -77,24 +79,35 @@ def distillation_loss(
     normaliser: float | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return (1 - weight) CE + weight T² KL(teachers at T || student at T) over the tokens: a float32 scalar.
+    """Return (1 - weight) CE + weight T² KL(teachers at T || student at T), a float32 scalar.
 
-    hidden (N, d), head (V, d), targets (N,) int64; ``teachers`` is a list of (hidden (N, d_k), head (V, d_k)), which
-    receive no gradient. ``average="logits"`` takes softmax(Σ w_k z_k / T), ``"probs"`` takes Σ w_k softmax(z_k / T);
-    ``teacher_weights`` are divided by their sum, by default equal. An ignored token has neither part. ``normaliser``
-    as in `cross_entropy`. Teachers kept in the dtype of the products save a cast per chunk.
+    hidden (N, d), head (V, d), targets (N,) int64. ``teachers`` is a list of (hidden (N, d_k), head (V, d_k)), which
+    receive no gradient; give them in the dtype of the products to save a cast per chunk. ``average="logits"`` teaches
+    softmax(Σ w_k z_k / T), ``"probs"`` teaches Σ w_k softmax(z_k / T); ``teacher_weights`` are divided by their sum and
+    equal by default. Ignored tokens count in neither term. ``normaliser`` as in `cross_entropy`.
     Raises ValueError for values, shapes, dtypes or targets that do not fit.
     """
     _check_student(hidden, head, targets, ignore_index)
     weights = _check_teachers(hidden, head, teachers, teacher_weights)
     if average not in ("logits", "probs"):
-        raise ValueError(f"average={average!r} is not known; use 'logits' or 'probs', which differ.")
+        raise ValueError(f"average must be 'logits' or 'probs', got {average!r}.")
     _check_weight(weight)
     if not (temperature > 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature} cannot divide logits; use a positive number.")
+        raise ValueError(f"temperature must be a positive number, got {temperature}.")
     if weight == 0.0:
-        teachers, weights = (), []
-    total = _call(hidden, head, targets, teachers, weights, average, weight, temperature, ignore_index, chunk_tokens)
+        teachers, weights = (), [1.0]  # torch.library does not accept an empty list of floats
+    options = _options(hidden, head, weight, ignore_index, chunk_tokens)
+    total = _linear_loss(
+        hidden,
+        head,
+        targets,
+        [x.detach() for x, _ in teachers],
+        [w.detach() for _, w in teachers],
+        teacher_weights=weights,
+        average=average,
+        temperature=float(temperature),
+        **vars(options),
+    )[0]
     return _normalise(total, targets, ignore_index, normaliser)
 
 
@@ -110,23 +123,20 @@ def cached_distillation_loss(
     normaliser: float | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return (1 - weight) CE + weight KL(teacher || student) from stored teacher probabilities: a float32 scalar.
+    """Return (1 - weight) CE + weight KL(teacher || student) from stored teacher probabilities, a float32 scalar.
 
-    hidden (N, d), head (V, d), targets (N,) int64; ids (N, k), any integer type and distinct in a row, name the tokens
-    whose teacher probability is stored in probs (N, k), any float type, at temperature 1. What they leave of 1 is the
-    teacher's mass on "any other token", compared with the student's mass there, so a student is not taught to put
-    nothing outside the stored tokens. With k = V this is `distillation_loss`; k = 0 stores nothing and teaches nothing.
-    ``normaliser`` as in `cross_entropy`. The stored targets receive no gradient.
+    hidden (N, d), head (V, d), targets (N,) int64. ids (N, k), any integer type, distinct within a row, are the tokens
+    whose teacher probabilities at temperature 1 are stored in probs (N, k), any float type. The probability mass that a
+    row of probs lacks to 1 is compared with the student's mass outside of ids, so the student is not taught that other
+    tokens are impossible. With k = V this equals `distillation_loss`; with k = 0 the divergence is 0. ids and probs
+    receive no gradient. ``normaliser`` as in `cross_entropy`.
     Raises ValueError for values, shapes, dtypes, targets or ids that do not fit.
     """
     _check_student(hidden, head, targets, ignore_index)
     _check_stored(hidden, head, ids, probs)
     _check_weight(weight)
-    need = _needed(hidden, head)
-    rows, dtype = _rows(hidden, head, chunk_tokens), _product_dtype(hidden)
-    total: Tensor = _linear_sparse_loss(
-        hidden, head, targets, ids.detach(), probs.detach(), float(weight), ignore_index, dtype, rows, *need
-    )[0]
+    options = _options(hidden, head, weight, ignore_index, chunk_tokens)
+    total = _linear_sparse_loss(hidden, head, targets, ids.detach(), probs.detach(), **vars(options))[0]
     return _normalise(total, targets, ignore_index, normaliser)
 
 
@@ -134,9 +144,9 @@ def cached_distillation_loss(
 def token_log_probs(
     hidden: Tensor, head: Tensor, targets: Tensor, *, ignore_index: int = -100, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Return log softmax(hidden @ head.T) at each target, (N,) float32, without gradient; 0 where ignored.
+    """Return log softmax(hidden @ head.T) at each target, (N,) float32; 0 where ignored.
 
-    Shapes, dtypes and errors as in `cross_entropy`.
+    No gradient is computed. Shapes, dtypes and errors as in `cross_entropy`.
     """
     _check_student(hidden, head, targets, ignore_index)
     dtype = _product_dtype(hidden)
@@ -149,7 +159,34 @@ def token_log_probs(
     return torch.cat(parts)
 
 
-# ---------------------------------------------------------------- the operation
+# --- the operations -------------------------------------------------------------------------------------------------------
+# Custom ops rather than autograd Functions, so that torch.compile does not break the graph. Tensors are positional, the
+# options keyword-only: autograd sees the tensors alone, and every function below reads the options by name.
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options that both operations share; `vars` of it are their keyword arguments."""
+
+    weight: float
+    ignore_index: int
+    dtype: torch.dtype
+    """Of the matrix products."""
+    chunk_tokens: int
+    hidden_gradient: bool
+    head_gradient: bool
+
+
+def _options(hidden: Tensor, head: Tensor, weight: float, ignore_index: int, chunk_tokens: int | None) -> _Options:
+    grad = torch.is_grad_enabled()
+    return _Options(
+        weight=float(weight),
+        ignore_index=ignore_index,
+        dtype=_product_dtype(hidden),
+        chunk_tokens=_rows(hidden, head, chunk_tokens),
+        hidden_gradient=grad and hidden.requires_grad,
+        head_gradient=grad and head.requires_grad,
+    )
 
 
 @torch.library.custom_op("epochal::linear_loss", mutates_args=())
@@ -159,23 +196,24 @@ def _linear_loss(
     targets: Tensor,
     teacher_hidden: list[Tensor],
     teacher_heads: list[Tensor],
+    *,
     teacher_weights: list[float],
     average: str,
-    weight: float,
     temperature: float,
+    weight: float,
     ignore_index: int,
     dtype: torch.dtype,
     chunk_tokens: int,
     hidden_gradient: bool,
     head_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (sum of losses, its gradient for hidden (N, d), for head (V, d)); a gradient not asked for is empty."""
+    """Return the summed loss and its gradients for hidden (N, d) and head (V, d), empty if not requested."""
+    options = _Options(weight, ignore_index, dtype, chunk_tokens, hidden_gradient, head_gradient)
     wide = torch.promote_types(dtype, torch.float32)
-    rows, vocabulary = min(chunk_tokens, max(hidden.shape[0], 1)), head.shape[0]
-    mixture = hidden.new_empty(rows if teacher_heads else 0, vocabulary, dtype=wide)
-    need = hidden_gradient or head_gradient
+    rows = min(chunk_tokens, max(hidden.shape[0], 1)) if teacher_heads else 0
+    mixture = hidden.new_empty(rows, head.shape[0], dtype=wide)
 
-    def teach(part: slice, scratch: Tensor) -> None:
+    def mix_teachers(part: slice, scratch: Tensor) -> None:
         soft = mixture[: len(scratch)]
         for k, (x, w) in enumerate(zip(teacher_hidden, teacher_heads, strict=True)):
             _add_teacher(soft, scratch, x[part], w, teacher_weights[k], average, temperature, first=k == 0)
@@ -184,9 +222,10 @@ def _linear_loss(
 
     def losses(part: slice, z: Tensor) -> Tensor:
         soft = mixture[: len(z)] if teacher_heads else None
-        return _softmax_loss(z, targets[part], soft, weight, temperature, ignore_index, need)
+        gradient = hidden_gradient or head_gradient
+        return _softmax_loss(z, targets[part], soft, weight, temperature, ignore_index, gradient)
 
-    return _over_chunks(hidden, head, dtype, rows, (hidden_gradient, head_gradient), teach, losses)
+    return _over_chunks(hidden, head, options, losses, mix_teachers)
 
 
 @torch.library.custom_op("epochal::linear_sparse_loss", mutates_args=())
@@ -196,6 +235,7 @@ def _linear_sparse_loss(
     targets: Tensor,
     ids: Tensor,
     probs: Tensor,
+    *,
     weight: float,
     ignore_index: int,
     dtype: torch.dtype,
@@ -204,45 +244,45 @@ def _linear_sparse_loss(
     head_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_linear_loss`, against stored targets ids (N, k) and probs (N, k)."""
-    rows = min(chunk_tokens, max(hidden.shape[0], 1))
+    options = _Options(weight, ignore_index, dtype, chunk_tokens, hidden_gradient, head_gradient)
 
     def losses(part: slice, z: Tensor) -> Tensor:
         return _sparse_loss(z, targets[part], ids[part].long(), probs[part], weight, ignore_index)
 
-    return _over_chunks(hidden, head, dtype, rows, (hidden_gradient, head_gradient), lambda part, scratch: None, losses)
+    return _over_chunks(hidden, head, options, losses)
 
 
 def _over_chunks(
     hidden: Tensor,
     head: Tensor,
-    dtype: torch.dtype,
-    rows: int,
-    need: tuple[bool, bool],
-    teach: Callable[[slice, Tensor], None],
+    options: _Options,
     losses: Callable[[slice, Tensor], Tensor],
+    mix_teachers: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum `losses(part, z)`, which writes the gradient over the student's logits z (C, V), over chunks of ``rows``.
+    """Sum `losses(part, z)`, which overwrites the student's logits z (C, V) with their gradient, over chunks.
 
-    `teach(part, scratch)` comes before each and may use the logits' buffer. Nothing is divided by the number of tokens
-    here: in float16 the gradient of a mean would underflow.
+    `mix_teachers(part, scratch)` runs before and may use the logits' buffer.
     """
-    wide = torch.promote_types(dtype, torch.float32)
+    dtype, wide = options.dtype, torch.promote_types(options.dtype, torch.float32)
+    rows = min(options.chunk_tokens, max(hidden.shape[0], 1))
+    # Sums, not means: in float16 the gradient of a mean would underflow. The caller divides the result.
     total = hidden.new_zeros((), dtype=wide)
-    d_hidden = hidden.new_empty(hidden.shape if need[0] else (0,))
-    d_head = torch.zeros_like(head, dtype=wide) if need[1] else head.new_empty((0,), dtype=wide)
+    d_hidden = hidden.new_empty(hidden.shape if options.hidden_gradient else (0,))
+    d_head = torch.zeros_like(head, dtype=wide) if options.head_gradient else head.new_empty((0,), dtype=wide)
     logits = hidden.new_empty(rows, head.shape[0], dtype=dtype)
-    with torch.autocast(hidden.device.type, enabled=False):  # the casts below are the ones wanted
+    with torch.autocast(hidden.device.type, enabled=False):  # products run in `dtype`, cast explicitly below
         student_head = head.to(dtype)
         for start in range(0, len(hidden), rows):
             part = slice(start, min(start + rows, len(hidden)))
             z = logits[: part.stop - start]
-            teach(part, z)
+            if mix_teachers is not None:
+                mix_teachers(part, z)
             x = hidden[part].to(dtype)
             torch.mm(x, student_head.t(), out=z)
             total += losses(part, z).sum()
-            if need[0]:
+            if options.hidden_gradient:
                 d_hidden[part] = z @ student_head
-            if need[1]:
+            if options.head_gradient:
                 _add_product(d_head, z.t(), x)
     return total, d_hidden, d_head.to(head.dtype)
 
@@ -255,15 +295,14 @@ def _add_teacher(
     if average == "probs":
         torch.mm(x, head.t(), out=z)
         _softmax_add(soft, z, share, temperature, accumulate=not first)
-    elif first:
+        return
+    if first:
         soft.zero_()
-        _add_product(soft, x, head.t(), scale=share, scratch=z)
-    else:
-        _add_product(soft, x, head.t(), scale=share, scratch=z)
+    _add_product(soft, x, head.t(), scale=share, scratch=z)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, scratch: Tensor | None = None) -> None:
-    """Add scale a @ b to ``total``; a product in 16 bits is summed in ``total``'s wider type."""
+    """Add scale a @ b to ``total``; 16-bit products are summed in ``total``'s wider dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, alpha=scale)
     else:
@@ -273,7 +312,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, scr
 def _softmax_loss(
     z: Tensor, y: Tensor, soft: Tensor | None, weight: float, temperature: float, ignore_index: int, gradient: bool
 ) -> Tensor:
-    """Return the losses of a chunk and write their gradient over its logits: kernel, or torch in row blocks."""
+    """Return the losses of a chunk and overwrite its logits with their gradient."""
     if backend(z.device) == "triton":
         losses: Tensor = softmax_loss(z, y, soft, weight, temperature, ignore_index, gradient)
         return losses
@@ -290,7 +329,7 @@ def _softmax_loss(
 
 
 def _sparse_loss(z: Tensor, y: Tensor, ids: Tensor, p: Tensor, weight: float, ignore_index: int) -> Tensor:
-    """Return the losses of a chunk against stored targets and write their gradient over its logits."""
+    """As `_softmax_loss`, against stored targets; the gradient is always written."""
     if backend(z.device) == "triton":
         losses: Tensor = sparse_loss(z, y, ids, p, weight, ignore_index)
         return losses
@@ -305,7 +344,7 @@ def _sparse_loss(z: Tensor, y: Tensor, ids: Tensor, p: Tensor, weight: float, ig
 
 
 def _softmax_add(soft: Tensor, z: Tensor, share: float, temperature: float, *, accumulate: bool) -> None:
-    """Put or add share softmax(z / temperature) into ``soft``: kernel, or torch in row blocks."""
+    """Set ``soft`` to share softmax(z / temperature), or add that to it."""
     if backend(z.device) == "triton":
         softmax_add_(soft, z, share, temperature, accumulate)
         return
@@ -325,22 +364,21 @@ def _row_blocks(z: Tensor) -> list[slice]:
 
 @_linear_loss.register_fake
 @_linear_sparse_loss.register_fake
-def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, hidden_gradient, head_gradient = rest[-4], rest[-2], rest[-1]
-    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
-    d_hidden = hidden.new_empty(hidden.shape if hidden_gradient else (0,))
-    return total, d_hidden, torch.empty_like(head) if head_gradient else head.new_empty((0,))
+def _(hidden: Tensor, head: Tensor, *tensors: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty((), dtype=torch.promote_types(keywords["dtype"], torch.float32))
+    d_hidden = hidden.new_empty(hidden.shape if keywords["hidden_gradient"] else (0,))
+    return total, d_hidden, torch.empty_like(head) if keywords["head_gradient"] else head.new_empty((0,))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2])
-    # What a gradient must look like: a list of tensors wants a list, anything else None.
-    ctx.nothing = [[None] * len(value) if _holds_tensors(value) else None for value in inputs[2:]]
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, Tensor) for item in value)
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    hidden, head, *constants = inputs
+    _, d_hidden, d_head = output
+    ctx.save_for_backward(hidden, head, d_hidden, d_head)
+    ctx.mark_non_differentiable(d_hidden, d_head)
+    # Targets and teachers have no gradient; for a list of tensors autograd expects a list of None.
+    ctx.no_gradients = [[None] * len(value) if isinstance(value, list) else None for value in constants]
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
@@ -349,7 +387,7 @@ def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     return (
         _scale(d_hidden, gradient, hidden, head) if need_hidden else None,
         _scale(d_head, gradient, hidden, head) if need_head else None,
-        *ctx.nothing,
+        *ctx.no_gradients,
     )
 
 
@@ -359,7 +397,10 @@ _linear_sparse_loss.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("epochal::scale_loss_gradient", mutates_args=())
 def _scale(gradient: Tensor, factor: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
-    """Return gradient * factor; hidden and head are there so that a second derivative is refused, not taken as 0."""
+    """Return gradient * factor.
+
+    hidden and head are arguments only so that autograd reaches `_refuse` on a second derivative instead of taking 0.
+    """
     return (gradient * factor.to(torch.promote_types(gradient.dtype, torch.float32))).to(gradient.dtype)
 
 
@@ -370,51 +411,15 @@ def _(gradient: Tensor, factor: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
 
 def _refuse(ctx: Any, gradient: Tensor) -> None:
     raise RuntimeError(
-        "epochal.loss has no second derivative, because its gradient is formed in the forward pass; use a materialised "
-        "loss such as torch.nn.functional.cross_entropy where a gradient is differentiated again."
+        "epochal.loss has no second derivative because its gradient is formed in the forward pass; use a materialised "
+        "loss such as torch.nn.functional.cross_entropy to differentiate a gradient."
     )
 
 
 _scale.register_autograd(_refuse)
 
 
-# ---------------------------------------------------------------- arguments
-
-
-def _call(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    teachers: Sequence[Teacher],
-    teacher_weights: list[float],
-    average: str,
-    weight: float,
-    temperature: float,
-    ignore_index: int,
-    chunk_tokens: int | None,
-) -> Tensor:
-    total: Tensor = _linear_loss(
-        hidden,
-        head,
-        targets,
-        [x.detach() for x, _ in teachers],
-        [w.detach() for _, w in teachers],
-        teacher_weights or [1.0],  # torch.library takes an empty list for a list of tensors
-        average,
-        float(weight),
-        float(temperature),
-        ignore_index,
-        _product_dtype(hidden),
-        _rows(hidden, head, chunk_tokens),
-        *_needed(hidden, head),
-    )[0]
-    return total
-
-
-def _needed(hidden: Tensor, head: Tensor) -> tuple[bool, bool]:
-    """Say for which of the two a gradient is wanted."""
-    grad = torch.is_grad_enabled()
-    return grad and hidden.requires_grad, grad and head.requires_grad
+# --- arguments ------------------------------------------------------------------------------------------------------------
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -423,12 +428,11 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _rows(hidden: Tensor, head: Tensor, chunk_tokens: int | None) -> int:
-    """Return the rows of a chunk: as asked for, or what the device likes."""
     if chunk_tokens is None:
         fitting = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // max(head.shape[0], 1)
         return max(64, fitting // 64 * 64)
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} is no number of rows; use a positive one or leave it out.")
+        raise ValueError(f"chunk_tokens must be a positive integer, got {chunk_tokens}.")
     return chunk_tokens
 
 
@@ -456,25 +460,23 @@ def _check_student(hidden: Tensor, head: Tensor, targets: Tensor, ignore_index: 
     if wrong is not None:
         raise ValueError(
             f"target {wrong} is outside the vocabulary of {head.shape[0]} rows of the head; "
-            f"use indices below it, or {ignore_index} for positions that do not count."
+            f"use indices below it, or {ignore_index} for ignored positions."
         )
 
 
 def _outside(indices: Tensor, head: Tensor, ignore_index: int | None = None) -> int | None:
-    """Return the first index that is no row of the head, on a CPU.
-
-    A look at the values would make a GPU wait, so there the kernel answers a wrong index with NaN instead.
-    """
+    """Return the first index outside of the head's rows; only checked on a CPU."""
+    # On a GPU the check would cost a synchronization; the kernels give NaN for an index out of range.
     if indices.device.type != "cpu" or not indices.numel() or torch.compiler.is_compiling():
         return None
     wrong = (indices < 0) | (indices >= head.shape[0])
-    found = indices[wrong if ignore_index is None else wrong & (indices != ignore_index)]
-    return int(found[0]) if found.numel() else None
+    outside = indices[wrong if ignore_index is None else wrong & (indices != ignore_index)]
+    return int(outside[0]) if outside.numel() else None
 
 
 def _check_weight(weight: float) -> None:
     if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"weight={weight} is no mix of hard and soft targets; use a number from 0 to 1.")
+        raise ValueError(f"weight must be between 0 and 1, got {weight}.")
 
 
 def _check_stored(hidden: Tensor, head: Tensor, ids: Tensor, probs: Tensor) -> None:
@@ -484,7 +486,7 @@ def _check_stored(hidden: Tensor, head: Tensor, ids: Tensor, probs: Tensor) -> N
             f"{len(head)}; pass two tensors of shape ({len(hidden)}, k), k at most the vocabulary."
         )
     if ids.is_floating_point() or not probs.is_floating_point():
-        raise ValueError(f"ids are {ids.dtype} and probs {probs.dtype}; pass integers and floating-point numbers.")
+        raise ValueError(f"ids must be integers and probs floating-point, got {ids.dtype} and {probs.dtype}.")
     wrong = _outside(ids, head)
     if wrong is not None:
         raise ValueError(
@@ -496,9 +498,9 @@ def _check_stored(hidden: Tensor, head: Tensor, ids: Tensor, probs: Tensor) -> N
 def _check_teachers(
     hidden: Tensor, head: Tensor, teachers: Sequence[Teacher], teacher_weights: Sequence[float] | None
 ) -> list[float]:
-    """Return the teachers' shares, which sum to one."""
+    """Return the teachers' weights, scaled to sum to one."""
     if not teachers:
-        raise ValueError("teachers is empty, so there is nothing to distil from; pass one, or use cross_entropy.")
+        raise ValueError("teachers is empty; pass at least one, or use cross_entropy.")
     for k, (x, w) in enumerate(teachers):
         if x.ndim != 2 or w.ndim != 2 or x.shape != (hidden.shape[0], w.shape[1]) or w.shape[0] != head.shape[0]:
             raise ValueError(
@@ -509,7 +511,7 @@ def _check_teachers(
     total = math.fsum(shares)
     if len(shares) != len(teachers) or min(shares) < 0.0 or not (0.0 < total < math.inf):
         raise ValueError(
-            f"teacher_weights={shares} cannot weight {len(teachers)} teachers; give each one a number that is not "
-            "negative, with a positive sum."
+            f"teacher_weights={shares} do not fit {len(teachers)} teachers; pass one non-negative number for each, with a "
+            "positive sum."
         )
     return [share / total for share in shares]

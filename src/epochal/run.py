@@ -277,7 +277,7 @@ class Targets:
         """Return the disk that they need at most: an id and a float16 for each kept token, nothing won by compression."""
         sequences, width = self.unique_tokens // self.sequence_length, 2 if (vocab_size or 2**32) <= 2**16 else 4
         block = (self.sequence_length - 1) * min(self.keep, vocab_size or self.keep) * (width + 2)
-        return sequences * (block + block // 1000 + 100)  # and the index
+        return sequences * (block + block // 1000 + 500)  # headers of two arrays, checksum index
 
 
 Job = Run | Ensemble | Samples | Targets

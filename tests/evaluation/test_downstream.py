@@ -1,4 +1,4 @@
-"""lm-eval on runs, ensembles and exported folders without a network, against accuracies computed by hand."""
+"""lm-eval on runs, ensembles and exported folders, without a network, against loops over questions."""
 
 import json
 import math
@@ -34,13 +34,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-Made = tuple[Workspace, Records, TokenStore]
+Campaign = tuple[Workspace, Records, TokenStore]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Two finished runs and their ensemble, over text in which one thing follows from another."""
-    space, store, config = tiny.workspace(tmp_path_factory.mktemp("made"))
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    """Two finished runs and their ensemble."""
+    space, store, config = tiny.workspace(tmp_path_factory.mktemp("campaign"))
     for seed, name in enumerate("ab"):
         run = tiny.run(config, name=name, init_seed=seed, sequence_length=128, batch_size=1)
         write_record(space, Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 1000}))
@@ -66,10 +66,10 @@ def questions(store: TokenStore, folder: Path, task: str) -> list[dict[str, Any]
     return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
 
 
-def by_hand(model: Any, tokenizer: Any, asked: list[dict[str, Any]], delimiter: str) -> str:
-    """A 1 for each question whose true choice has the highest log-probability after the context, else a 0."""
+def expected_answers(model: Any, tokenizer: Any, examples: list[dict[str, Any]], delimiter: str) -> str:
+    """A "1" for each question whose true choice has the highest log-probability given the context, else a "0"."""
     right = ""
-    for question in asked:
+    for question in examples:
         sums = []
         before = tokenizer(question["context"]).input_ids
         for choice in question["choices"]:
@@ -83,51 +83,50 @@ def by_hand(model: Any, tokenizer: Any, asked: list[dict[str, Any]], delimiter: 
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", ["a", "both"])
-def test_accuracy_equals_a_count_by_hand(made: Made, tmp_path: Path, name: str) -> None:
-    space, records, store = made
-    model, tokenizer, found_store = open_model(name, space, records)
-    assert found_store is not None and found_store.folder == store.folder
-    found = score(model, tokenizer, list(TASKS), store=store, limit=40)
+def test_accuracy_equals_a_loop_over_questions(campaign: Campaign, tmp_path: Path, name: str) -> None:
+    space, records, store = campaign
+    model, tokenizer, data_store = open_model(name, space, records)
+    assert data_store is not None and data_store.folder == store.folder
+    accuracies = score(model, tokenizer, list(TASKS), store=store, limit=40)
     for task, delimiter in zip(TASKS, (" ", "\n"), strict=True):
-        asked = questions(store, tmp_path, task)[:40]
-        assert found[task].questions == len(asked) > 10
-        assert found[task].right == by_hand(model, tokenizer, asked, delimiter)
-        assert found[task].value == pytest.approx(found[task].right.count("1") / len(asked))
+        examples = questions(store, tmp_path, task)[:40]
+        assert accuracies[task].questions == len(examples) > 10
+        assert accuracies[task].right == expected_answers(model, tokenizer, examples, delimiter)
+        assert accuracies[task].value == pytest.approx(accuracies[task].right.count("1") / len(examples))
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_job_answers_tasks_beside_its_loss(made: Made, tmp_path: Path) -> None:
-    space, records, store = made
-    job = Ensemble(name="asked", runs=("a", "b"), average="logits", tasks=("cloze",))
+def test_an_ensemble_job_with_tasks_records_accuracy_and_the_same_loss(campaign: Campaign, tmp_path: Path) -> None:
+    space, records, store = campaign
+    job = Ensemble(name="examples", runs=("a", "b"), average="logits", tasks=("cloze",))
     results = evaluate_ensemble(job, space, records).results
     assert results["loss"] == evaluate_ensemble(replace(job, tasks=()), space, records).results["loss"]
     members = [AutoModelForCausalLM.from_pretrained(space.folder(name) / "model") for name in "ab"]
     together = lambda rows: SimpleNamespace(logits=(members[0](rows).logits + members[1](rows).logits) / 2)  # noqa: E731
-    asked = questions(store, tmp_path, "cloze")
-    found, share = results["tasks"]["cloze"], results["tasks"]["cloze"]["value"]
-    assert found["right"] == by_hand(together, open_model("a", space, records)[1], asked, " ")
-    assert list(results["tasks"]) == ["cloze"] and found["questions"] == len(asked)
-    assert share == pytest.approx(found["right"].count("1") / len(asked))
-    assert found["error"] == pytest.approx(math.sqrt(share * (1 - share) / len(asked)))
+    examples = questions(store, tmp_path, "cloze")
+    cloze, share = results["tasks"]["cloze"], results["tasks"]["cloze"]["value"]
+    assert cloze["right"] == expected_answers(together, open_model("a", space, records)[1], examples, " ")
+    assert list(results["tasks"]) == ["cloze"] and cloze["questions"] == len(examples)
+    assert share == pytest.approx(cloze["right"].count("1") / len(examples))
+    assert cloze["error"] == pytest.approx(math.sqrt(share * (1 - share) / len(examples)))
 
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", ["a", "both"])
-def test_an_exported_folder_scores_as_the_job_does(made: Made, tmp_path: Path, name: str) -> None:
-    space, records, store = made
+def test_an_exported_folder_has_the_same_accuracy(campaign: Campaign, tmp_path: Path, name: str) -> None:
+    space, records, store = campaign
     export(name, tmp_path / "out", space, records)
-    model, tokenizer, found_store = open_model(str(tmp_path / "out"), space, records)
+    model, tokenizer, data_store = open_model(str(tmp_path / "out"), space, records)
     assert isinstance(model, EnsembleForCausalLM) == (name == "both")
-    assert found_store is not None and found_store.folder == store.folder
-    before = open_model(name, space, records)
-    expected = score(before[0], before[1], ["next_passage"], store=store, limit=20)
-    assert score(model, tokenizer, ["next_passage"], store=found_store, limit=20) == expected
+    assert data_store is not None and data_store.folder == store.folder
+    original, _, _ = open_model(name, space, records)
+    expected = score(original, tokenizer, ["next_passage"], store=store, limit=20)
+    assert score(model, tokenizer, ["next_passage"], store=data_store, limit=20) == expected
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_student_of_another_architecture_is_exported_and_scored(made: Made, tmp_path: Path) -> None:
-    """Other width and depth, fewer heads for keys, a tied head: taught by the ensemble, then a folder for lm-eval."""
-    space, records, store = made
+def test_a_student_of_another_architecture_is_exported_and_scored(campaign: Campaign, tmp_path: Path) -> None:
+    space, records, store = campaign
     shape = json.loads((REPOSITORY / "configs" / "models" / "w16.json").read_text())
     shape |= {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}
@@ -141,22 +140,24 @@ def test_a_student_of_another_architecture_is_exported_and_scored(made: Made, tm
     write_record(space, record)
     export("student", tmp_path / "out", space, load_records(space))
     (space.records / "student.json").unlink()
-    model, tokenizer, found_store = open_model(str(tmp_path / "out"), space, records)
+    model, tokenizer, data_store = open_model(str(tmp_path / "out"), space, records)
     assert (model.config.hidden_size, model.config.num_key_value_heads) == (24, 2)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert found_store is not None
-    found = score(model, tokenizer, list(TASKS), store=found_store, limit=20)
+    assert data_store is not None
+    accuracies = score(model, tokenizer, list(TASKS), store=data_store, limit=20)
     for task, delimiter in zip(TASKS, (" ", "\n"), strict=True):
-        assert found[task].right == by_hand(model, tokenizer, questions(store, tmp_path, task)[:20], delimiter)
+        assert accuracies[task].right == expected_answers(
+            model, tokenizer, questions(store, tmp_path, task)[:20], delimiter
+        )
 
 
-def test_questions_are_fair_and_the_same_every_time(made: Made, tmp_path: Path) -> None:
-    _, _, store = made
+def test_questions_are_deterministic_and_use_every_answer_position(campaign: Campaign, tmp_path: Path) -> None:
+    _, _, store = campaign
     for task in TASKS:
-        asked = questions(store, tmp_path / "one", task)
-        assert asked == questions(store, tmp_path / "two", task)
-        assert len({question["answer"] for question in asked}) == 4
-        for question in asked:
+        examples = questions(store, tmp_path / "one", task)
+        assert examples == questions(store, tmp_path / "two", task)
+        assert len({question["answer"] for question in examples}) == 4
+        for question in examples:
             assert len(set(question["choices"])) == 4 and question["context"].strip()
     from tokenizers import Tokenizer
 
@@ -168,8 +169,8 @@ def test_questions_are_fair_and_the_same_every_time(made: Made, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_task_file_of_ones_own(made: Made, tmp_path: Path) -> None:
-    space, records, _ = made
+def test_a_user_task_file(campaign: Campaign, tmp_path: Path) -> None:
+    space, records, _ = campaign
     rows = [{"q": "And the king", "good": " saw", "bad": " zzz"}] * 3
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text(
@@ -178,12 +179,12 @@ def test_a_task_file_of_ones_own(made: Made, tmp_path: Path) -> None:
         "doc_to_target: 0\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
     )
     model, tokenizer, _ = open_model("a", space, records)
-    found = score(model, tokenizer, ["mine"], task_folder=tmp_path)
-    assert found["mine"].questions == 3 and found["mine"].value in (0.0, 1.0)
+    accuracies = score(model, tokenizer, ["mine"], task_folder=tmp_path)
+    assert accuracies["mine"].questions == 3 and accuracies["mine"].value in (0.0, 1.0)
 
 
-def test_tasks_that_cannot_be_scored_are_refused(made: Made) -> None:
-    space, records, _ = made
+def test_unknown_and_unavailable_tasks_raise(campaign: Campaign) -> None:
+    space, records, _ = campaign
     model, tokenizer, _ = open_model("a", space, records)
     with pytest.raises(ValueError, match=r"task 'next_pasage' is unknown \(did you mean 'next_passage'"):
         score(model, tokenizer, ["next_pasage"])
@@ -196,30 +197,30 @@ PUBLIC = {
     "piqa": ("baber/piqa", "default", "validation"),
     "sciq": ("allenai/sciq", "default", "test"),
 }
-"""The paper's tasks: data set, configuration and split by which lm-eval knows them."""
+"""The paper's tasks: data set, configuration and split in lm-eval."""
 
 
 def public_rows() -> dict[str, list[dict[str, Any]]]:
     """A few questions in the columns of each data set."""
-    asked = [
+    examples = [
         (f"Who saw {thing}?", [f"the {who}" for who in tiny.SPEAKERS[k : k + 4]])
         for k, thing in enumerate(tiny.THINGS[:3])
     ]
     return {
         "arc_easy": [
             {"question": q, "choices": {"text": c, "label": [*"ABCD"]}, "answerKey": "ABCD"[k]}
-            for k, (q, c) in enumerate(asked)
+            for k, (q, c) in enumerate(examples)
         ],
-        "piqa": [{"goal": q, "sol1": c[0], "sol2": c[1], "label": k % 2} for k, (q, c) in enumerate(asked)],
+        "piqa": [{"goal": q, "sol1": c[0], "sol2": c[1], "label": k % 2} for k, (q, c) in enumerate(examples)],
         "sciq": [
             {"support": "", "question": q, "correct_answer": c[0], **{f"distractor{k}": c[k] for k in (1, 2, 3)}}
-            for q, c in asked
+            for q, c in examples
         ],
     }
 
 
 def as_questions(task: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The question that lm-eval 0.4 makes of a row, written out by hand."""
+    """The question of lm-eval 0.4 for a row."""
     if task == "arc_easy":
         answer = row["choices"]["label"].index(row["answerKey"])
         return {"context": f"Question: {row['question']}\nAnswer:", "choices": row["choices"]["text"], "answer": answer}
@@ -234,55 +235,56 @@ def as_questions(task: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill_cache(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
-    """Leave the data sets in a Hugging Face cache as a download with a network would."""
+    """Write the data sets to a Hugging Face cache, as a download would."""
     from datasets import load_dataset
 
     for task, (repository, configuration, split) in PUBLIC.items():
         source = folder / "source" / repository.split("/")[1]
         source.mkdir(parents=True)
-        for part in ("train", split):  # lm-eval opens the training split too, for examples that nobody asks for
+        for part in ("train", split):  # lm-eval also loads the training split
             (source / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
         files = ", ".join(f"{{split: {part}, path: {part}.jsonl}}" for part in ("train", split))
         (source / "README.md").write_text(
             f"---\nconfigs: [{{config_name: {configuration}, data_files: [{files}]}}]\n---\n"
         )
-        load_dataset(str(source), configuration, cache_dir=str(folder / "made"))
-        (made,) = (path.parent for path in (folder / "made" / source.name).rglob("dataset_info.json"))
+        load_dataset(str(source), configuration, cache_dir=str(folder / "prepared"))
+        (prepared,) = (path.parent for path in (folder / "prepared" / source.name).rglob("dataset_info.json"))
         target = folder / "cache" / repository.replace("/", "___") / configuration / "0.0.0" / ("0" * 40)
         target.parent.mkdir(parents=True)
-        made.rename(target)
+        prepared.rename(target)
     return folder / "cache"
 
 
 @pytest.mark.usefixtures("no_network")
-def test_the_papers_tasks_run_by_name_from_the_cache(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_papers_tasks_run_from_the_cache(
+    campaign: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """arc_easy, piqa and sciq, zero-shot, raw accuracy: as by hand, on questions made here."""
-    space, records, _ = made
+    space, records, _ = campaign
     rows = public_rows()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", fill_cache(tmp_path, rows))
     model, tokenizer, _ = open_model("both", space, records)
-    found = score(model, tokenizer, list(PUBLIC))
-    assert list(found) == ["arc_easy", "piqa", "sciq"]
-    for task, accuracy in found.items():
-        assert accuracy.right == by_hand(model, tokenizer, [as_questions(task, row) for row in rows[task]], " "), task
+    accuracies = score(model, tokenizer, list(PUBLIC))
+    assert list(accuracies) == ["arc_easy", "piqa", "sciq"]
+    for task, accuracy in accuracies.items():
+        assert accuracy.right == expected_answers(
+            model, tokenizer, [as_questions(task, row) for row in rows[task]], " "
+        ), task
 
 
 @pytest.mark.parametrize("name", ["a", "both"])
-def test_a_prompt_is_continued(made: Made, name: str) -> None:
-    space, records, _ = made
+def test_generation_continues_a_prompt(campaign: Campaign, name: str) -> None:
+    space, records, _ = campaign
     job = Samples(name="text", source=name, tokens=20, max_length=20, seed=3)
-    found = continue_text("And the king", job, space, records)
-    assert found.startswith("And the king") and len(found) > len("And the king")
+    text = continue_text("And the king", job, space, records)
+    assert text.startswith("And the king") and len(text) > len("And the king")
     torch.manual_seed(0)
-    assert continue_text("And the king", job, space, records) == found
+    assert continue_text("And the king", job, space, records) == text
     with pytest.raises(ValueError, match="shorten it"):
         continue_text("And the king " * 100, job, space, records)
 
 
-def test_a_folder_that_is_no_export_has_no_store(made: Made, tmp_path: Path) -> None:
-    space, records, store = made
+def test_a_folder_without_a_record_has_no_store(campaign: Campaign, tmp_path: Path) -> None:
+    space, records, store = campaign
     model = AutoModelForCausalLM.from_pretrained(space.folder("a") / "model")
     _save_model(model, store, tmp_path / "plain")
     assert open_model(str(tmp_path / "plain"), space, records)[2] is None
@@ -290,23 +292,22 @@ def test_a_folder_that_is_no_export_has_no_store(made: Made, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("no_network")
 def test_the_command_line(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    campaign: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Export, score the folder, continue a prompt: by name and by path, each a line to read."""
-    space, records, store = made
+    space, records, store = campaign
     options = ["--results", str(space.results), "--work", str(space.work)]
     monkeypatch.setattr("epochal.scale.load_scale", lambda _: SimpleNamespace(name=space.scale))
 
-    def said(*arguments: str) -> list[str]:
+    def output_of(*arguments: str) -> list[str]:
         monkeypatch.setattr("sys.argv", ["epochal", *arguments, *options])
         with pytest.raises(SystemExit) as stop:
             main()
         assert not stop.value.code
         return capsys.readouterr().out.splitlines()
 
-    assert "loads it" in said("export", "both", str(tmp_path / "out"))[-1]
+    assert "loads it" in output_of("export", "both", str(tmp_path / "out"))[-1]
     for name in ("both", str(tmp_path / "out")):
-        lines = said("eval", name, "--tasks", "cloze,next_passage", "--limit", "20")[-3:]
+        lines = output_of("eval", name, "--tasks", "cloze,next_passage", "--limit", "20")[-3:]
         assert [line.split(":")[0] for line in lines] == ["cloze", "next_passage", "mean"] and "20 questions" in lines[
             0
         ]
@@ -317,12 +318,12 @@ def test_the_command_line(
         with torch.no_grad():
             chances.append(model(tokens).logits[:, :-1].softmax(-1).gather(2, tokens[:, 1:, None]))
     for name, chance in (("a", chances[0]), ("both", (chances[0] + chances[1]) / 2)):
-        validation, test = said("eval", name)
+        validation, test = output_of("eval", name)
         computed, recorded = map(float, re.findall(r"\d+\.\d+", validation))
         assert computed == pytest.approx(-chance.log().mean().item(), abs=2e-6)
         assert recorded == 3.0 and test.startswith("test: ")
-    assert said("generate", "both", "--prompt", "And the king", "--tokens", "5")[0].startswith("And the king")
+    assert output_of("generate", "both", "--prompt", "And the king", "--tokens", "5")[0].startswith("And the king")
     text = Samples(name="text", source="both", tokens=40, max_length=40, draw="average")
-    one_voice = "\n".join(sample_texts(text, space, records))
-    assert one_voice != "\n".join(sample_texts(replace(text, draw="members"), space, records))
-    assert "\n".join(said("generate", "both", "--tokens", "40")) == one_voice
+    averaged = "\n".join(sample_texts(text, space, records))
+    assert averaged != "\n".join(sample_texts(replace(text, draw="members"), space, records))
+    assert "\n".join(output_of("generate", "both", "--tokens", "40")) == averaged

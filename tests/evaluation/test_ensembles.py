@@ -1,4 +1,4 @@
-"""Losses of every K against whole logits in float64."""
+"""Ensemble losses for every subset size against all logits in float64."""
 
 import copy
 import json
@@ -17,9 +17,16 @@ import torch
 
 from epochal.data.prepare import prepare
 from epochal.evaluation import losses as averages
+from epochal.evaluation import on_disk_logits
 from epochal.evaluation.downstream import Accuracy
-from epochal.evaluation.ensembles import _may_learn, _splits, ensemble_losses, evaluate_ensemble, member_log_probs
-from epochal.evaluation.subsets import circle, curve_of, jackknife_reach
+from epochal.evaluation.ensembles import (
+    _can_learn_weights,
+    _splits,
+    ensemble_losses,
+    evaluate_ensemble,
+    member_log_probs,
+)
+from epochal.evaluation.subsets import curve_of, cyclic_subsets, jackknife_half_width
 from epochal.models.llama import build_model
 from epochal.records import Record, Records
 from epochal.run import Ensemble, fingerprint
@@ -28,11 +35,11 @@ VOCABULARY, T = 48, 16
 
 
 def models(count: int, vocabulary: int = VOCABULARY) -> list[Any]:
-    made = [build_model("w16", vocab_size=vocabulary, max_positions=T, seed=seed).eval() for seed in range(count)]
-    for member in made:
+    members = [build_model("w16", vocab_size=vocabulary, max_positions=T, seed=seed).eval() for seed in range(count)]
+    for member in members:
         with torch.no_grad():
             member.lm_head.weight.mul_(2.0)  # members that disagree
-    return made
+    return members
 
 
 def sequences(count: int = 13) -> np.ndarray[Any, Any]:
@@ -42,7 +49,7 @@ def sequences(count: int = 13) -> np.ndarray[Any, Any]:
 def exact(
     members: list[Any], tokens: np.ndarray[Any, Any], average: str, weights: tuple[float, ...] | None = None
 ) -> float:
-    """The definition: every logit in memory, float64."""
+    """The definition, with all logits in memory, in float64."""
     rows = torch.from_numpy(tokens)
     with torch.no_grad():
         logits = torch.stack([member.double()(input_ids=rows).logits[:, :-1].flatten(0, 1) for member in members])
@@ -61,8 +68,9 @@ def loaders(members: list[Any]) -> list[Any]:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several passes over the members, blocks of rows and of the vocabulary, groups of subsets; each with a short last."""
-    monkeypatch.setattr(averages, "FORWARD_TOKENS", 4 * T)
+    """Several passes, blocks of rows and vocabulary, and groups of subsets, each with a shorter last one."""
+    for module in (averages, on_disk_logits):
+        monkeypatch.setattr(module, "FORWARD_TOKENS", 4 * T)
     monkeypatch.setattr(averages, "PASS_TOKENS", 6 * T)
     monkeypatch.setattr(averages, "BLOCK_BYTES", 0)
     monkeypatch.setattr(averages, "LOGITS", 600)
@@ -70,12 +78,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_every_subset_equals_the_definition(monkeypatch: pytest.MonkeyPatch, average: str, count: int) -> None:
+def test_cyclic_subsets_have_the_defined_loss(monkeypatch: pytest.MonkeyPatch, average: str, count: int) -> None:
     small_blocks(monkeypatch)
     members, tokens = models(count), sequences()
-    found = ensemble_losses(loaders(members), tokens, average=average)
-    assert sorted(found.losses) == list(range(1, count + 1))
-    for k, losses in found.losses.items():
+    curve = ensemble_losses(loaders(members), tokens, average=average)
+    assert sorted(curve.losses) == list(range(1, count + 1))
+    for k, losses in curve.losses.items():
         starts = range(1 if k == count else count)
         assert len(losses) == len(starts)
         for start, loss in zip(starts, losses, strict=True):
@@ -84,7 +92,7 @@ def test_every_subset_equals_the_definition(monkeypatch: pytest.MonkeyPatch, ave
 
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
-def test_all_subsets_of_four_members(monkeypatch: pytest.MonkeyPatch, average: str) -> None:
+def test_all_subsets_of_four_members_have_the_defined_loss(monkeypatch: pytest.MonkeyPatch, average: str) -> None:
     small_blocks(monkeypatch)
     members, tokens = models(4), sequences()
     subsets = [subset for k in range(1, 5) for subset in combinations(range(4), k)]
@@ -99,20 +107,20 @@ def test_all_subsets_of_four_members(monkeypatch: pytest.MonkeyPatch, average: s
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
 @pytest.mark.parametrize("weights", [(0.2, 0.5, 0.3), (1.0, 0.0, 0.0), (0.0, 0.5, 0.5)])
-def test_weights(average: str, weights: tuple[float, ...]) -> None:
+def test_member_weights_are_renormalized_within_subsets(average: str, weights: tuple[float, ...]) -> None:
     members, tokens = models(3), sequences()
-    found = ensemble_losses(loaders(members), tokens, average=average, weights=weights).losses
-    assert found[3] == [pytest.approx(exact(members, tokens, average, weights), abs=1e-6)]
+    losses_by_k = ensemble_losses(loaders(members), tokens, average=average, weights=weights).losses
+    assert losses_by_k[3] == [pytest.approx(exact(members, tokens, average, weights), abs=1e-6)]
     pairs = [(0, 1), (1, 2), (2, 0)]
     weighing = [pair for pair in pairs if sum(weights[member] for member in pair)]
-    for pair, loss in zip(weighing, found[2], strict=True):
+    for pair, loss in zip(weighing, losses_by_k[2], strict=True):
         total = sum(weights[member] for member in pair)
         inside = tuple(weights[member] / total for member in pair)
         assert loss == pytest.approx(exact([members[member] for member in pair], tokens, average, inside), abs=1e-6)
 
 
 @pytest.mark.parametrize("weights", [None, (0.7, 0.0, 0.3)])
-def test_a_soup_is_one_model_of_mean_weights(weights: tuple[float, ...] | None) -> None:
+def test_averaged_parameters_have_the_loss_of_the_mean_model(weights: tuple[float, ...] | None) -> None:
     members, tokens = models(3), sequences()
     before = copy.deepcopy(members)
     shares = weights or (1 / 3,) * 3
@@ -129,11 +137,11 @@ def test_a_soup_is_one_model_of_mean_weights(weights: tuple[float, ...] | None) 
         for one, other in zip(member.parameters(), untouched.parameters(), strict=True):
             assert torch.equal(one, other)
     wide = build_model("w32", vocab_size=VOCABULARY, max_positions=T, seed=0).eval()
-    with pytest.raises(ValueError, match="have no mean weights"):
+    with pytest.raises(ValueError, match="of different shapes cannot be averaged"):
         ensemble_losses(loaders([*members, wide]), tokens, average="parameters")
 
 
-def test_an_ensemble_can_be_judged_on_another_text(tmp_path: Path) -> None:
+def test_an_ensemble_can_be_evaluated_on_another_text(tmp_path: Path) -> None:
     space, store, config = tiny.workspace(tmp_path)
     other = tiny.write_text(tmp_path / "b", tiny.documents(200, seed=1), tokenizer='store = "tiny"')
     other = other.rename(other.with_name("other.toml"))
@@ -149,23 +157,23 @@ def test_an_ensemble_can_be_judged_on_another_text(tmp_path: Path) -> None:
     loss = evaluate_ensemble(job, space, records).loss
     assert loss == pytest.approx(exact([member], second.sequences("validation", 32), "logits"), abs=1e-6)
     assert fingerprint(job) != fingerprint(Ensemble(name="here", runs=("a",), average="logits"))
-    with pytest.raises(ValueError, match="its tokenizer is not that of"):
+    with pytest.raises(ValueError, match="which has another tokenizer than"):
         evaluate_ensemble(Ensemble(name="no", runs=("a",), average="logits", data=str(foreign)), space, records)
 
 
-def test_members_of_other_widths_average_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_of_different_widths_can_be_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch)
     members = [*models(1), build_model("w32", vocab_size=VOCABULARY, max_positions=T, seed=7).eval()]
     tokens = sequences()
-    found = ensemble_losses(loaders(members), tokens, average="logits").losses
-    assert found[2][0] == pytest.approx(exact(members, tokens, "logits"), abs=1e-6)
+    losses_by_k = ensemble_losses(loaders(members), tokens, average="logits").losses
+    assert losses_by_k[2][0] == pytest.approx(exact(members, tokens, "logits"), abs=1e-6)
 
 
 def test_one_member_is_in_memory_at_a_time() -> None:
     members, alive = models(3), []
 
     def load(index: int) -> Any:
-        assert all(reference() is None for reference in alive), "the member before is still held"
+        assert all(reference() is None for reference in alive), "the previous member is still in memory"
         member = copy.deepcopy(members[index])
         alive.append(weakref.ref(member))
         return member
@@ -179,7 +187,7 @@ def test_one_member_is_in_memory_at_a_time() -> None:
 def test_every_member_counts_equally_in_every_k() -> None:
     for count in range(1, 7):
         for k in range(1, count + 1):
-            subsets = circle(range(count), k)
+            subsets = cyclic_subsets(range(count), k)
             seen = [member for subset in subsets for member in subset]
             assert {seen.count(member) for member in range(count)} == {len(seen) // count}
             assert all(len(set(subset)) == k for subset in subsets)
@@ -187,41 +195,41 @@ def test_every_member_counts_equally_in_every_k() -> None:
             assert len(subsets) <= len(list(combinations(range(count), k)))
 
 
-def test_identical_members_are_as_good_as_one() -> None:
+def test_identical_members_have_the_loss_of_one() -> None:
     one = models(1)[0]
     tokens = sequences()
     for average in ("logits", "probs"):
-        found = ensemble_losses(loaders([one, one, one]), tokens, average=average)
-        for losses in found.losses.values():
-            assert losses == pytest.approx([found.losses[1][0]] * len(losses), abs=1e-6)
-        assert all(high - low < 1e-5 for low, high in found.intervals().values())
+        curve = ensemble_losses(loaders([one, one, one]), tokens, average=average)
+        for losses in curve.losses.values():
+            assert losses == pytest.approx([curve.losses[1][0]] * len(losses), abs=1e-6)
+        assert all(high - low < 1e-5 for low, high in curve.intervals().values())
 
 
-def test_the_curve_without_a_member_is_that_of_the_others() -> None:
+def test_leave_one_out_means_are_those_of_the_other_members() -> None:
     values = {
         subset: float(np.random.default_rng(list(subset)).random())
         for k in range(1, 7)
         for subset in combinations(range(6), k)
     }
-    found = curve_of(6, lambda subsets: {subset: values[subset] for subset in subsets})
-    for gone in range(6):
-        others = [member for member in range(6) if member != gone]
+    curve = curve_of(6, lambda subsets: {subset: values[subset] for subset in subsets})
+    for removed in range(6):
+        others = [member for member in range(6) if member != removed]
         for k in range(1, 6):
             windows = {tuple(sorted(others[(s + i) % 5] for i in range(k))) for s in range(5)}
             expected = np.mean([values[window] for window in windows])
-            assert found.without[k][gone] == pytest.approx(expected)
+            assert curve.leave_one_out[k][removed] == pytest.approx(expected)
 
 
 def test_intervals_cover_the_mean_over_new_members() -> None:
-    """A made-up loss of a subset: the mean strength of its members, and pairs that suit each other. 90% means 90%."""
+    """Synthetic losses: the mean of member effects plus pair effects."""
     rng, count = np.random.default_rng(0), 6
     truth, covered, independent = 3.0, dict.fromkeys(range(1, count + 1), 0), 0
     draws = 1500
     for _ in range(draws):
-        strength, suit = 0.1 * rng.standard_normal(count), 0.1 * rng.standard_normal((count, count))
+        strength, pair_effect = 0.1 * rng.standard_normal(count), 0.1 * rng.standard_normal((count, count))
 
-        def loss(subset: tuple[int, ...], strength: Any = strength, suit: Any = suit) -> float:
-            pairs = [suit[a, b] for a, b in combinations(subset, 2)]
+        def loss(subset: tuple[int, ...], strength: Any = strength, pair_effect: Any = pair_effect) -> float:
+            pairs = [pair_effect[a, b] for a, b in combinations(subset, 2)]
             return float(truth + strength[list(subset)].mean() + (np.sum(pairs) / len(subset) ** 2))
 
         curve = curve_of(count, lambda subsets, loss=loss: {subset: loss(subset) for subset in subsets})
@@ -230,15 +238,15 @@ def test_intervals_cover_the_mean_over_new_members() -> None:
         spread = np.std(curve.losses[3], ddof=1) / count**0.5 * 2.015
         independent += abs(np.mean(curve.losses[3]) - truth) <= spread
     assert all(0.86 <= hits / draws <= 0.98 for hits in covered.values()), covered
-    assert independent / draws < 0.75, "subsets taken as independent give an interval that is too narrow"
+    assert independent / draws < 0.75, "treating subsets as independent gives intervals that are too narrow"
 
 
-def test_the_jackknife_of_a_mean_is_students_interval() -> None:
+def test_jackknife_of_a_mean_is_the_student_interval() -> None:
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(1).standard_normal(7)
     without = [np.delete(values, i).mean() for i in range(7)]
     low, high = stats.t.interval(0.9, 6, values.mean(), stats.sem(values))
-    assert jackknife_reach(without) == pytest.approx((high - low) / 2)
+    assert jackknife_half_width(without) == pytest.approx((high - low) / 2)
 
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
@@ -265,39 +273,41 @@ def test_the_record_of_an_ensemble(tmp_path: Path, average: str) -> None:
         low, high = record.results[f"{prefix}interval"]["1"]
         assert low < sum(curve["1"]) / 3 < high
     json.dumps(record.results, allow_nan=False)
-    assert not any(space.folder("all").iterdir()), "temporary files are gone"
+    assert not any(space.folder("all").iterdir()), "temporary files are removed"
     table = member_log_probs(["a", "b", "c"], space, store.sequences("validation", 32))
     assert table.dtype == torch.float32 and table.shape == (3, len(store.sequences("validation", 32)) * 31)
     assert (-table.double().mean(1)).tolist() == pytest.approx(record.results["curve"]["1"], abs=1e-6)
 
     weighted = Ensemble(name="w", runs=("a", "b", "c"), average=average, member_weights=(0.5, 0.25, 0.25))
-    found = evaluate_ensemble(weighted, space, records).results
+    results = evaluate_ensemble(weighted, space, records).results
     expected = exact(members, store.sequences("validation", 32), average, (0.5, 0.25, 0.25))
-    assert found["loss"] == pytest.approx(expected, abs=1e-6) and list(found["curve"]) == ["1", "2", "3"]
+    assert results["loss"] == pytest.approx(expected, abs=1e-6)
+    assert list(results["curve"]) == ["1", "2", "3"]
 
 
-def test_members_must_have_read_the_same_way(tmp_path: Path) -> None:
+def test_members_with_other_sequence_lengths_or_without_records_raise(tmp_path: Path) -> None:
     space, _, config = tiny.workspace(tmp_path)
     runs = [tiny.run(config, name="a"), tiny.run(config, name="b", sequence_length=64)]
     records = Records(space, [Record(run, fingerprint(run), "done", {"loss": 3.0}) for run in runs])
-    with pytest.raises(ValueError, match="mixes members of 2 data sets or sequence lengths"):
+    with pytest.raises(ValueError, match="mixes 2 data sets or sequence lengths"):
         evaluate_ensemble(Ensemble(name="e", runs=("a", "b"), average="logits"), space, records)
     with pytest.raises(ValueError, match="'c' has no record"):
         evaluate_ensemble(Ensemble(name="e", runs=("a", "c"), average="logits"), space, records)
 
 
-def test_each_task_has_its_own_answers_in_the_order_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_are_recorded_in_the_order_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space, store, config = tiny.workspace(tmp_path)
     run = tiny.run(config, name="a")
     models(1, store.vocab_size)[0].save_pretrained(space.folder("a") / "model")
     records = Records(space, [Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 7})])
-    asked = {"next_passage": Accuracy(0.5, 0.1, 2, "10"), "cloze": Accuracy(1.0, 0.0, 1, "1")}
+    expected = {"next_passage": Accuracy(0.5, 0.1, 2, "10"), "cloze": Accuracy(1.0, 0.0, 1, "1")}
     monkeypatch.setattr(
-        "epochal.evaluation.downstream.score", lambda _, __, tasks, **___: {task: asked[task] for task in tasks}
+        "epochal.evaluation.downstream.score", lambda _, __, tasks, **___: {task: expected[task] for task in tasks}
     )
     job = Ensemble(name="e", runs=("a",), average="logits", tasks=("next_passage", "cloze"))
-    found = evaluate_ensemble(job, space, records).results["tasks"]
-    assert list(found) == ["next_passage", "cloze"] and found == {task: asdict(value) for task, value in asked.items()}
+    accuracies = evaluate_ensemble(job, space, records).results["tasks"]
+    assert list(accuracies) == ["next_passage", "cloze"]
+    assert accuracies == {task: asdict(value) for task, value in expected.items()}
 
 
 def test_weights_are_learned_only_from_a_slice_that_all_held_out(tmp_path: Path) -> None:
@@ -308,17 +318,19 @@ def test_weights_are_learned_only_from_a_slice_that_all_held_out(tmp_path: Path)
         job = Ensemble(
             name="e", runs=tuple(run.name for run in runs), average=settings.pop("average", "logits"), **settings
         )
-        return _may_learn(job, [Record(run, fingerprint(run), "done", {"loss": 3.0}) for run in runs])
+        return _can_learn_weights(job, [Record(run, fingerprint(run), "done", {"loss": 3.0}) for run in runs])
 
     held = {"holdout_tokens": 512}
     assert learns(held, held) and learns(held, held, average="probs")
     assert not learns(held) and not learns({}, {})
     assert not learns(held, {"holdout_tokens": 256}) and not learns(held, {}) and not learns({}, held)
-    assert not learns(held, {**held, "unique_tokens": 1024}), "the end of a shorter text is another one's training text"
-    assert not learns(held, held, weights=(0.5, 0.5)) and not learns(held, held, average="parameters")
+    assert not learns(held, {**held, "unique_tokens": 1024}), (
+        "the held-out end of a shorter text may be training text of another member"
+    )
+    assert not learns(held, held, member_weights=(0.5, 0.5)) and not learns(held, held, average="parameters")
 
 
-def test_a_test_split_shorter_than_a_sequence_is_not_judged() -> None:
+def test_a_test_split_shorter_than_a_sequence_is_not_evaluated() -> None:
     for tokens, splits in ((0, ["validation"]), (31, ["validation"]), (32, ["validation", "test"])):
         store: Any = SimpleNamespace(meta={"tokens": {"test": tokens}})
         assert _splits(store, 32) == splits

@@ -1,4 +1,4 @@
-"""Exported folders: the same numbers as before, a card, a record, and GGUF read back by another reader."""
+"""Exported folders: same logits, model card, record, and GGUF read back by other readers."""
 
 import json
 import urllib.request
@@ -23,9 +23,9 @@ TEXT = "And the king saw the river."
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Records, TokenStore]:
-    """Two finished runs as the training loop leaves them, one of them without weights, and two ensembles."""
-    space, store, config = tiny.workspace(tmp_path_factory.mktemp("made"))
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Records, TokenStore]:
+    """Three finished runs, "c" without weights, and three ensembles."""
+    space, store, config = tiny.workspace(tmp_path_factory.mktemp("finished"))
     provenance = {"commit": "0" * 40, "versions": {"torch": "2"}}
     for seed, name in enumerate("abc"):
         run = tiny.run(config, name=name, model="w32", init_seed=seed)
@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Records, 
     jobs = [
         Ensemble(name="both", runs=("a", "b"), average="probs", member_weights=(0.25, 0.75)),
         Ensemble(name="soup", runs=("a", "b"), average="parameters"),
-        Ensemble(name="gone", runs=("a", "c"), average="logits"),
+        Ensemble(name="incomplete", runs=("a", "c"), average="logits"),
     ]
     for job in jobs:
         write_record(space, Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 2000}))
@@ -50,23 +50,25 @@ def tokens(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
 
 
-def test_an_exported_run_is_the_run(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
-    space, records, store = made
+def test_an_exported_run_gives_the_same_logits(finished: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    space, records, store = finished
     export("a", tmp_path / "out" / "a", space, records)
     folder = tmp_path / "out" / "a"
     again, rows = AutoModelForCausalLM.from_pretrained(folder), tokens(folder)
     assert (again(rows).logits - load_source("a", space, records)(rows).logits).abs().max() <= 1e-5
     exact = build_model("w32", vocab_size=store.vocab_size, max_positions=32, seed=0)
     assert (again(rows).logits - exact(rows).logits).abs().max() <= 1e-5
-    said = pipeline("text-generation", model=str(folder), device="cpu")(TEXT, max_new_tokens=5, do_sample=False)
-    assert said[0]["generated_text"].startswith(TEXT)
+    generated = pipeline("text-generation", model=str(folder), device="cpu")(TEXT, max_new_tokens=5, do_sample=False)
+    assert generated[0]["generated_text"].startswith(TEXT)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
 
-def test_the_card_says_what_it_is(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+def test_the_model_card_has_losses_data_license_and_recipe(
+    finished: tuple[Workspace, Records, TokenStore], tmp_path: Path
+) -> None:
     import yaml
 
-    space, records, _ = made
+    space, records, _ = finished
     export("a", tmp_path / "a", space, records)
     card = (tmp_path / "a" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -85,8 +87,10 @@ def test_the_card_says_what_it_is(made: tuple[Workspace, Records, TokenStore], t
     assert file_hash(tmp_path / "a" / RECORD) == file_hash(space.records / "a.json")
 
 
-def test_an_exported_ensemble_is_the_ensemble(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
-    space, records, _ = made
+def test_an_exported_ensemble_gives_the_same_probabilities(
+    finished: tuple[Workspace, Records, TokenStore], tmp_path: Path
+) -> None:
+    space, records, _ = finished
     export("both", tmp_path / "both", space, records)
     again, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "both"), tokens(tmp_path / "both")
     assert isinstance(again, EnsembleForCausalLM)
@@ -94,14 +98,16 @@ def test_an_exported_ensemble_is_the_ensemble(made: tuple[Workspace, Records, To
     expected = (0.25 * members[0] + 0.75 * members[1]).log()
     assert (again(rows).logits - expected).abs().max() <= 1e-5
     card = (tmp_path / "both" / "README.md").read_text()
-    assert "mean of their probabilities" in card and "| b | weight 0.75 |" in card
-    said = pipeline("text-generation", model=again, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "both"))
-    assert said(TEXT, max_new_tokens=5)[0]["generated_text"].startswith(TEXT)
+    assert "the mean of their probabilities" in card and "| b | weight 0.75 |" in card
+    generated = pipeline("text-generation", model=again, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "both"))
+    assert generated(TEXT, max_new_tokens=5)[0]["generated_text"].startswith(TEXT)
 
 
-def test_an_exported_soup_is_one_model(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+def test_an_exported_parameter_average_is_one_model(
+    finished: tuple[Workspace, Records, TokenStore], tmp_path: Path
+) -> None:
     pytest.importorskip("gguf")
-    space, records, _ = made
+    space, records, _ = finished
     export("soup", tmp_path / "soup", space, records, gguf=True)
     again, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "soup"), tokens(tmp_path / "soup")
     one, other = (load_source(name, space, records) for name in "ab")
@@ -109,20 +115,20 @@ def test_an_exported_soup_is_one_model(made: tuple[Workspace, Records, TokenStor
         for mine, its in zip(one.parameters(), other.parameters(), strict=True):
             mine.add_(its).mul_(0.5)
     assert (again(rows).logits - one(rows).logits).abs().max() <= 1e-5
-    assert "mean of those of 2 others" in (tmp_path / "soup" / "README.md").read_text()
+    assert "mean parameters of 2 models" in (tmp_path / "soup" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1}])
-def test_gguf_read_back_by_transformers(
-    made: tuple[Workspace, Records, TokenStore], tmp_path: Path, changes: dict[str, Any]
+def test_transformers_reads_the_gguf_file(
+    finished: tuple[Workspace, Records, TokenStore], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """transformers' own reader of GGUF turns the file back into the model and the tokenizer that were exported."""
+    """transformers' GGUF reader restores the model and the tokenizer."""
     pytest.importorskip("gguf")
     from transformers import LlamaForCausalLM
 
     from epochal.export.gguf import write_gguf
 
-    space, records, _ = made
+    space, records, _ = finished
     export("a", tmp_path / "a", space, records)
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "a").config
     config.update(changes)
@@ -141,14 +147,16 @@ def test_gguf_read_back_by_transformers(
     )
 
 
-def test_llama_cpp_reads_what_was_written(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
-    """llama.cpp itself, where its bindings `xllamacpp` are installed: the same tokens and the same next-token chances."""
+def test_llama_cpp_reads_the_gguf_file(finished: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    """With the bindings `xllamacpp`, if installed: same tokens and same next-token probabilities."""
     llama = pytest.importorskip("xllamacpp")
-    space, records, store = made
+    space, records, store = finished
     export("a", tmp_path / "a", space, records, gguf=True)
     settings = llama.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel = str(tmp_path / "a" / "model.gguf"), 256, 1
-    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it takes half precision
+    settings.flash_attn_type = (
+        llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )  # flash attention runs in half precision
     settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     server, rows = llama.Server(settings), tokens(tmp_path / "a")
 
@@ -161,16 +169,16 @@ def test_llama_cpp_reads_what_was_written(made: tuple[Workspace, Records, TokenS
     answer = ask(
         "/completion", prompt=rows[0].tolist(), n_predict=1, n_probs=store.vocab_size, temperature=1.0, samplers=[]
     )
-    found = {one["id"]: one["logprob"] for one in answer["completion_probabilities"][0]["top_logprobs"]}
+    log_probs = {one["id"]: one["logprob"] for one in answer["completion_probabilities"][0]["top_logprobs"]}
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "a")(rows).logits[0, -1].log_softmax(-1)
-    assert len(found) > 50
-    assert max(abs(chance - float(expected[token])) for token, chance in found.items()) < 1e-4
+    assert len(log_probs) > 50
+    assert max(abs(chance - float(expected[token])) for token, chance in log_probs.items()) < 1e-4
 
 
-def test_the_head_of_a_gguf_file(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+def test_gguf_metadata(finished: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    space, records, store = made
+    space, records, store = finished
     export("a", tmp_path / "a", space, records, gguf=True)
     reader = gguf.GGUFReader(tmp_path / "a" / "model.gguf")
     values = {name: field.contents() for name, field in reader.fields.items()}
@@ -183,41 +191,51 @@ def test_the_head_of_a_gguf_file(made: tuple[Workspace, Records, TokenStore], tm
     assert len(reader.tensors) == 9 * config.num_hidden_layers + 3
 
 
-def test_what_cannot_be_exported_leaves_nothing(made: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
-    space, records, _ = made
-    (tmp_path / "there").mkdir()
-    for name, folder, options, words in [
-        ("a", "there", {}, "exists; name a new folder"),
-        ("text", "x", {}, "no finished model"),
-        ("none", "x", {}, "no finished model"),
+def test_a_failed_export_leaves_no_folder(finished: tuple[Workspace, Records, TokenStore], tmp_path: Path) -> None:
+    space, records, _ = finished
+    (tmp_path / "existing").mkdir()
+    for name, folder, options, message in [
+        ("a", "existing", {}, "exists; name a new folder"),
+        ("text", "x", {}, "not a finished model"),
+        ("none", "x", {}, "not a finished model"),
         ("c", "x", {}, "run 'c' again"),
-        ("gone", "x", {}, "run 'c' again"),
-        ("both", "x", {"gguf": True}, "GGUF holds one model"),
+        ("incomplete", "x", {}, "run 'c' again"),
+        ("both", "x", {"gguf": True}, "GGUF does not support ensembles"),
     ]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             export(name, tmp_path / folder, space, records, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["existing"]
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "words"),
+    ("file", "old", "new", "message"),
     [
-        ("config.json", "LlamaForCausalLM", "GPT2LMHeadModel", "none that --gguf writes"),
-        ("config.json", '"rope_type": "default"', '"rope_type": "linear", "factor": 2.0', "rope_type 'linear'"),
-        ("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true', "no byte-level BPE"),
+        ("config.json", "LlamaForCausalLM", "GPT2LMHeadModel", "--gguf supports only LlamaForCausalLM"),
+        (
+            "config.json",
+            '"rope_type": "default"',
+            '"rope_type": "linear", "factor": 2.0',
+            "does not support rope_type 'linear'",
+        ),
+        (
+            "tokenizer.json",
+            '"add_prefix_space": false',
+            '"add_prefix_space": true',
+            "--gguf supports only GPT-2's byte-level BPE",
+        ),
     ],
 )
-def test_what_gguf_cannot_hold_is_refused(
-    made: tuple[Workspace, Records, TokenStore], tmp_path: Path, file: str, old: str, new: str, words: str
+def test_unsupported_models_and_tokenizers_raise_before_gguf_is_written(
+    finished: tuple[Workspace, Records, TokenStore], tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
     from epochal.export.gguf import write_gguf
 
     pytest.importorskip("gguf")
-    space, records, _ = made
+    space, records, _ = finished
     export("a", tmp_path / "a", space, records)
     text = (tmp_path / "a" / file).read_text()
     assert old in text
     (tmp_path / "a" / file).write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         write_gguf(tmp_path / "a", tmp_path / "a" / "model.gguf", name="a")
     assert not (tmp_path / "a" / "model.gguf").exists()

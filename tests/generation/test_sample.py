@@ -1,4 +1,4 @@
-"""Sampled text: the cached, batched sampler against a loop without a cache, and exact counts."""
+"""Sampled text against a loop without a cache, and exact token counts."""
 
 import shutil
 from dataclasses import replace
@@ -20,13 +20,13 @@ VOCABULARY, BOS, EOS = 24, 0, 1
 
 
 def model(seed: int = 0, vocabulary: int = VOCABULARY, context: int = 256) -> Any:
-    """A random model with a sharper head, so that what it read matters to what it says."""
-    made = build_model(
+    """A random model with a sharper head, so that its predictions depend on the context."""
+    network = build_model(
         "w16", vocab_size=vocabulary, max_positions=context, seed=seed, bos_token_id=BOS, eos_token_id=EOS
     ).eval()
     with torch.no_grad():
-        made.lm_head.weight.mul_(3.0)
-    return made
+        network.lm_head.weight.mul_(3.0)
+    return network
 
 
 def job(**changes: Any) -> Samples:
@@ -35,10 +35,10 @@ def job(**changes: Any) -> Samples:
 
 @torch.no_grad()
 def without_cache(subject: Any, samples: Samples, batch: int, context: int, seed: int, texts: int) -> list[list[int]]:
-    """The same texts from whole forward passes: finished rows leave at the end of each half context."""
+    """The same texts from forward passes over the whole window, without a cache."""
     generator = torch.Generator().manual_seed(seed)
-    half, found = context // 2, []
-    while len(found) < texts:
+    half, finished_texts = context // 2, []
+    while len(finished_texts) < texts:
         rows = [[BOS] for _ in range(batch)]
         while rows and len(rows[0]) < samples.max_length:
             begin = max(0, len(rows[0]) - half)
@@ -50,22 +50,22 @@ def without_cache(subject: Any, samples: Samples, batch: int, context: int, seed
                 for row, token in zip(rows, chosen[:, 0].tolist(), strict=True):
                     row.append(token)
             done = [row for row in rows if EOS in row or len(row) >= samples.max_length]
-            found += [row[: row.index(EOS) + 1] if EOS in row else row for row in done]
+            finished_texts += [row[: row.index(EOS) + 1] if EOS in row else row for row in done]
             rows = [row for row in rows if row not in done]
-    return found[:texts]
+    return finished_texts[:texts]
 
 
 @pytest.mark.parametrize(("context", "max_length"), [(64, 40), (16, 50), (10, 10)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_cache_draws_what_whole_passes_draw(context: int, max_length: int, temperature: float) -> None:
+def test_sampling_with_a_cache_equals_sampling_without(context: int, max_length: int, temperature: float) -> None:
     samples, subject = job(max_length=max_length, temperature=temperature), model()
     texts = draw(subject, samples, 8, context=context, bos=BOS, eos=EOS, generator=torch.Generator().manual_seed(3))
-    found = [next(texts).tolist() for _ in range(20)]
-    assert found == without_cache(subject, samples, 8, context, 3, 20)
-    assert max(map(len, found)) > min(context, max_length - 1), "some text ran beyond the context, or to its end"
+    sampled = [next(texts).tolist() for _ in range(20)]
+    assert sampled == without_cache(subject, samples, 8, context, 3, 20)
+    assert max(map(len, sampled)) > min(context, max_length - 1), "some text ran beyond the context, or to its end"
 
 
-def test_every_text_begins_and_ends_as_promised() -> None:
+def test_texts_start_with_bos_and_end_with_eos_or_at_max_length() -> None:
     samples = job(max_length=30)
     texts = draw(model(), samples, 64, context=16, bos=BOS, eos=EOS, generator=torch.Generator().manual_seed(0))
     lengths = set()
@@ -78,7 +78,7 @@ def test_every_text_begins_and_ends_as_promised() -> None:
     assert len(lengths) > 10
 
 
-def test_first_tokens_follow_the_models_distribution() -> None:
+def test_first_tokens_follow_the_distribution_of_the_model() -> None:
     subject = model()
     with torch.no_grad():
         expected = torch.softmax(subject(input_ids=torch.tensor([[BOS]])).logits[0, -1], -1).double()
@@ -92,8 +92,7 @@ def test_first_tokens_follow_the_models_distribution() -> None:
 
 
 def finished(space: Workspace, store: TokenStore, run: Run, seed: int) -> Record:
-    made = model(seed, store.vocab_size, run.sequence_length)
-    made.save_pretrained(space.folder(run.name) / "model")
+    model(seed, store.vocab_size, run.sequence_length).save_pretrained(space.folder(run.name) / "model")
     return Record(run, fingerprint(run), "done", {"loss": 3.0, "parameters": 1})
 
 
@@ -120,18 +119,18 @@ def test_token_counts_are_exact(campaign: tuple[Workspace, TokenStore, Records])
     assert [path.name for path in space.folder("s").iterdir()] == ["samples.npy"]
 
 
-def test_members_of_an_ensemble_speak_in_equal_parts(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+def test_members_of_an_ensemble_contribute_equal_shares(campaign: tuple[Workspace, TokenStore, Records]) -> None:
     space, _, records = campaign
     record = sample(job(tokens=601, source="both"), space, records)
     both = np.load(space.folder("s") / "samples.npy")
     sample(job(tokens=300), space, records)
     alone = np.load(space.folder("s") / "samples.npy")
     assert len(both) == 601 and record.results["members"] == 2
-    assert np.array_equal(both[:300], alone), "the first member's part is what it says alone"
+    assert np.array_equal(both[:300], alone), "the first member samples as it does alone"
     assert set(record.inputs) == {"a", "b"}
 
 
-def test_members_speak_in_proportion_to_their_weights(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+def test_members_contribute_in_proportion_to_their_weights(campaign: tuple[Workspace, TokenStore, Records]) -> None:
     space, _, records = campaign
 
     def alone(tokens: int) -> Any:
@@ -147,14 +146,14 @@ def test_members_speak_in_proportion_to_their_weights(campaign: tuple[Workspace,
     uneven, record = drawn(0.25, 0.75)
     assert len(uneven) == 601 and np.array_equal(uneven[:150], alone(150))
     assert uneven[150] == uneven[0] == BOS
-    assert set(record.inputs) == {"uneven", "a", "b"}, "another weighting is another text"
+    assert set(record.inputs) == {"uneven", "a", "b"}, "the samples depend on the weights"
     sample(job(tokens=601, source="both"), space, records)
     assert np.array_equal(drawn(0.5, 0.5)[0], np.load(space.folder("s") / "samples.npy"))
-    (space.folder("b") / "model").rename(space.folder("b") / "gone")  # who weighs nothing is not asked
+    (space.folder("b") / "model").rename(space.folder("b") / "moved")  # a member with weight 0 is not loaded
     assert np.array_equal(drawn(1.0, 0.0)[0], alone(601))
 
 
-def test_parts_by_weights_that_do_not_sum_to_one_in_binary_are_whole(
+def test_shares_are_exact_when_weights_do_not_sum_to_one_in_binary(
     campaign: tuple[Workspace, TokenStore, Records],
 ) -> None:
     space, _, records = campaign
@@ -163,7 +162,7 @@ def test_parts_by_weights_that_do_not_sum_to_one_in_binary_are_whole(
     assert _ends(job(tokens=1000, source="three"), 3, known) == [600, 900, 1000]
 
 
-def test_two_members_of_the_same_weights_and_two_seeds_say_four_things(
+def test_identical_members_and_different_seeds_give_different_texts(
     campaign: tuple[Workspace, TokenStore, Records],
 ) -> None:
     space, _, records = campaign
@@ -171,40 +170,40 @@ def test_two_members_of_the_same_weights_and_two_seeds_say_four_things(
     twin = replace(records.named("a").job, name="twin")  # type: ignore[union-attr, type-var]
     pair = Ensemble(name="pair", runs=("a", "twin"), average="logits")
     known = Records(space, [*records, *(Record(j, fingerprint(j), "done", {"loss": 3.0}) for j in (twin, pair))])
-    said = set()
+    texts = set()
     for seed in (0, 1):
         sample(job(tokens=200, source="pair", seed=seed), space, known)
         tokens = np.load(space.folder("s") / "samples.npy")
-        said |= {tuple(tokens[:100]), tuple(tokens[100:])}
-    assert len(said) == 4
+        texts |= {tuple(tokens[:100]), tuple(tokens[100:])}
+    assert len(texts) == 4
 
 
-def test_samples_that_could_not_be_written_leave_those_that_were(
+def test_a_full_disk_leaves_the_previous_samples(
     campaign: tuple[Workspace, TokenStore, Records], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space, _, records = campaign
     sample(job(), space, records)
     before = (space.folder("s") / "samples.npy").read_bytes()
 
-    def full(path: Path, tokens: Any) -> None:
-        path.write_bytes(b"half")
+    def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("numpy.save", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space left"):
         sample(job(seed=1), space, records)
     assert (space.folder("s") / "samples.npy").read_bytes() == before
+    assert [path.name for path in space.folder("s").iterdir()] == ["samples.npy"]
 
 
 @pytest.mark.parametrize("weights", [None, (0.75, 0.25)])
-def test_a_soup_speaks_as_the_one_model_that_it_is(
+def test_an_average_of_parameters_samples_from_the_mean_model(
     campaign: tuple[Workspace, TokenStore, Records], weights: tuple[float, ...] | None
 ) -> None:
     space, store, records = campaign
     soup = Ensemble(name="soup", runs=("a", "b"), average="parameters", member_weights=weights)
     records = Records(space, [*records, Record(soup, fingerprint(soup), "done", {"loss": 3.0})])
     sample(job(tokens=100, source="soup", draw="average"), space, records)
-    found = np.load(space.folder("s") / "samples.npy")
+    sampled = np.load(space.folder("s") / "samples.npy")
     mean, other = model(0, store.vocab_size, 32), model(1, store.vocab_size, 32)
     with torch.no_grad():
         for mine, its in zip(mean.parameters(), other.parameters(), strict=True):
@@ -212,11 +211,13 @@ def test_a_soup_speaks_as_the_one_model_that_it_is(
     bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
     generator = torch.Generator().manual_seed(0)
     texts = draw(mean, job(), 3, context=32, bos=bos, eos=eos, generator=generator)
-    assert np.array_equal(found, np.concatenate([next(texts) for _ in range(50)])[:100])
+    assert np.array_equal(sampled, np.concatenate([next(texts) for _ in range(50)])[:100])
 
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
-def test_the_average_speaks_with_one_voice(campaign: tuple[Workspace, TokenStore, Records], average: str) -> None:
+def test_sampling_the_average_follows_the_averaged_distribution(
+    campaign: tuple[Workspace, TokenStore, Records], average: str
+) -> None:
     """First tokens follow the averaged distribution, written out in float64."""
     space, store, records = campaign
     mixed = Ensemble(name="mixed", runs=("a", "b"), average=average, member_weights=(0.8, 0.2))
@@ -239,7 +240,7 @@ def test_the_average_speaks_with_one_voice(campaign: tuple[Workspace, TokenStore
     assert set(record.inputs) == {"mixed", "a", "b"}
 
 
-def test_the_same_seed_draws_the_same_and_another_another(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+def test_samples_depend_on_the_seed_alone(campaign: tuple[Workspace, TokenStore, Records]) -> None:
     space, _, records = campaign
     drawn = []
     for seed in (0, 0, 1):
@@ -250,14 +251,14 @@ def test_the_same_seed_draws_the_same_and_another_another(campaign: tuple[Worksp
     assert not np.array_equal(drawn[0], drawn[2])
 
 
-def test_texts_are_strings_and_nothing_is_written(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+def test_sample_texts_returns_strings_and_writes_no_file(campaign: tuple[Workspace, TokenStore, Records]) -> None:
     space, _, records = campaign
     texts = sample_texts(job(tokens=100), space, records)
     assert texts and all(isinstance(text, str) for text in texts)
     assert not space.folder("s").exists()
 
 
-def test_sources_that_cannot_speak_are_refused(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+def test_sources_without_a_model_raise(campaign: tuple[Workspace, TokenStore, Records]) -> None:
     space, _, records = campaign
     with pytest.raises(ValueError, match="'c' has no record; run it first"):
         sample(job(source="c"), space, records)
@@ -265,6 +266,6 @@ def test_sources_that_cannot_speak_are_refused(campaign: tuple[Workspace, TokenS
     with_text = Records(space, [*records, Record(text, fingerprint(text), "done", {})])
     with pytest.raises(ValueError, match="is Samples, not a model"):
         sample(job(source="t"), space, with_text)
-    (space.folder("a") / "model").rename(space.folder("a") / "gone")
+    (space.folder("a") / "model").rename(space.folder("a") / "moved")
     with pytest.raises(ValueError, match="does not exist; run 'a' again"):
         sample(job(), space, records)

@@ -1,4 +1,4 @@
-"""The cache of soft targets: an unbiased sample of the teacher, files that say when they are damaged, and its loss."""
+"""Soft targets: an unbiased sample of the teacher, checked files, resume, and the loss."""
 
 import math
 import shutil
@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from epochal.data.soft_targets import Sequence, TargetStore, decode, encode
+from epochal.data.soft_targets import Sequence, TargetStore, write_shard
 from epochal.data.store import TokenStore
 from epochal.evaluation.ensembles import evaluate_ensemble
 from epochal.generation import soft_targets as cache
@@ -52,7 +52,7 @@ def computed(space: Workspace, job: Targets) -> Record:
 
 
 def exact_soft_targets(space: Workspace, average: str, rows: torch.Tensor) -> torch.Tensor:
-    """The teacher's distribution in float64 from whole logits, written out."""
+    """The teacher's distribution in float64 from all logits."""
     with torch.no_grad():
         logits = [load_model(space, name).double()(input_ids=rows).logits[:, :-1] for name in ("m0", "m1")]
     if average == "logits":
@@ -60,10 +60,10 @@ def exact_soft_targets(space: Workspace, average: str, rows: torch.Tensor) -> to
     return (0.75 * torch.softmax(logits[0], -1) + 0.25 * torch.softmax(logits[1], -1)).flatten(0, 1)
 
 
-# --- the sample -----------------------------------------------------------------------------------------------------------
+# --- VarOpt ---------------------------------------------------------------------------------------------------------------
 
 
-def test_every_token_weighs_its_probability_on_average() -> None:
+def test_varopt_weights_are_unbiased() -> None:
     p = torch.distributions.Dirichlet(torch.full((40,), 0.3, dtype=torch.float64)).sample()
     draws = 20_000
     ids, weights = varopt(p.expand(draws, -1), 9, torch.Generator().manual_seed(1))
@@ -75,11 +75,11 @@ def test_every_token_weighs_its_probability_on_average() -> None:
     assert ((mean - p).abs() < 5 * error + 1e-12).all()
     kept = p > threshold
     assert kept.any() and not kept.all()
-    torch.testing.assert_close(mean[kept], p[kept])  # certain, and as they are
+    torch.testing.assert_close(mean[kept], p[kept])  # kept with certainty and unchanged
 
 
 @pytest.mark.parametrize("keep", [1, 5, 8])
-def test_sharp_and_flat_distributions(keep: int) -> None:
+def test_varopt_of_sharp_and_flat_distributions(keep: int) -> None:
     sharp = torch.tensor([1.0, 1e-12, 1e-20, 1e-30, 1e-30, 1e-30, 1e-30, 1e-30], dtype=torch.float64)
     p = torch.stack([sharp / sharp.sum(), torch.full((8,), 0.125, dtype=torch.float64)])
     ids, weights = varopt(p, keep, torch.Generator().manual_seed(0))
@@ -89,24 +89,31 @@ def test_sharp_and_flat_distributions(keep: int) -> None:
         torch.testing.assert_close(weights, p)
 
 
-def test_a_block_gives_back_what_it_was_made_of() -> None:
+@pytest.mark.parametrize(("vocabulary", "id_type"), [(300, np.uint16), (100_000, np.uint32)])
+def test_targets_survive_writing_and_reading(tmp_path: Path, vocabulary: int, id_type: Any) -> None:
     p = torch.distributions.Dirichlet(torch.full((300,), 0.1, dtype=torch.float64)).sample((7,))
     ids, weights = varopt(p, 50, torch.Generator().manual_seed(0))
     negentropy = float(torch.xlogy(p, p).sum())
-    block = encode(Sequence(ids.numpy(), weights.numpy(), negentropy, 0.5), 300)
-    found_ids, found_weights, missing = decode(block, 50, 300)
-    assert np.array_equal(found_ids, ids.numpy())
-    assert np.allclose(found_weights, weights.numpy(), rtol=2**-10, atol=1e-7)
-    read = torch.from_numpy(found_weights).double()
-    assert missing == pytest.approx(negentropy - float(torch.xlogy(read, read).sum()), abs=1e-9)
-    large = encode(Sequence(ids.numpy() + 99_000, weights.numpy(), negentropy, 0.5), 100_000)
-    assert np.array_equal(decode(large, 50, 100_000)[0], ids.numpy() + 99_000)
+    ids = ids + vocabulary - 300
+    sequences = [
+        Sequence(ids.numpy(), weights.numpy(), negentropy, 0.5),
+        Sequence(ids.numpy()[::-1], weights.numpy(), 0, 0),
+    ]
+    write_shard(tmp_path / "shard-00000.json", iter(sequences), vocabulary)
+    (tmp_path / "meta.json").write_text('{"sequences_per_shard": 2}')
+    store = TargetStore.open(tmp_path)
+    assert store.shards[0]["0.ids"].dtype == id_type
+    read_ids, read_weights, missing = store.sequence(0)
+    assert np.array_equal(read_ids, ids.numpy()) and np.array_equal(store.sequence(1)[0], ids.numpy()[::-1])
+    assert np.allclose(read_weights, weights.numpy(), rtol=2**-10, atol=1e-7)
+    w = torch.from_numpy(read_weights).double()
+    assert missing == pytest.approx(negentropy - float(torch.xlogy(w, w).sum()), abs=1e-9)
 
 
 # --- the job and its files ------------------------------------------------------------------------------------------------
 
 
-def test_the_record_counts_and_the_estimate_holds(taught: Any) -> None:
+def test_record_counts_positions_and_size_is_within_the_estimate(taught: Any) -> None:
     space, store, _ = taught
     job = a_job(name="counted", keep=16)
     record = computed(space, job)
@@ -121,7 +128,7 @@ def test_the_record_counts_and_the_estimate_holds(taught: Any) -> None:
     assert record.results["bytes"] == size <= job.bytes(store.vocab_size)
 
 
-def test_a_stopped_job_goes_on_and_ends_the_same(taught: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_job_resumes_with_the_same_targets(taught: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     space, _, _ = taught
     monkeypatch.setattr(cache, "SHARD_POSITIONS", 32 * 20)
     monkeypatch.setattr(cache, "CHUNK_ELEMENTS", 1)  # one sequence a pass
@@ -131,7 +138,7 @@ def test_a_stopped_job_goes_on_and_ends_the_same(taught: Any, monkeypatch: pytes
     def stop() -> None:
         calls[0] += 1
         if calls[0] == 50:
-            raise Stopped("told to")
+            raise Stopped("by the test")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "check_stop", stop)
@@ -143,7 +150,7 @@ def test_a_stopped_job_goes_on_and_ends_the_same(taught: Any, monkeypatch: pytes
     draw = cache._draw
     monkeypatch.setattr(cache, "_draw", lambda *a, first, **k: drawn.append(first) or draw(*a, first=first, **k))
     cut = computed(space, a_job(name="cut"))
-    assert drawn == [40, 60]  # the first two shards were there
+    assert drawn == [40, 60]  # the first two shards were not recomputed
     assert cut.results["kept_mass"] == pytest.approx(whole.results["kept_mass"], abs=1e-6)
     stores = [TargetStore.open(space.folder(name) / "targets") for name in ("whole", "cut")]
     for number in (0, 19, 20, 41, 63):
@@ -151,10 +158,10 @@ def test_a_stopped_job_goes_on_and_ends_the_same(taught: Any, monkeypatch: pytes
         assert np.array_equal(ids, other_ids) and np.allclose(weights, other_weights, atol=1e-3)
 
 
-def test_a_damaged_or_missing_shard_is_named(taught: Any) -> None:
+def test_a_damaged_or_missing_shard_raises_and_is_named(taught: Any) -> None:
     space, _, _ = taught
     computed(space, a_job(name="hurt"))
-    shard = space.folder("hurt") / "targets" / "shard-00000.bin"
+    shard = space.folder("hurt") / "targets" / "shard-00000.npz"
     good = bytearray(shard.read_bytes())
     good[len(good) // 2] ^= 1
     shard.write_bytes(bytes(good))
@@ -164,11 +171,11 @@ def test_a_damaged_or_missing_shard_is_named(taught: Any) -> None:
     with pytest.raises(ValueError, match=rf"{shard} is missing"):
         TargetStore.open(shard.parent)
     shutil.rmtree(shard.parent)
-    with pytest.raises(ValueError, match="no finished targets"):
+    with pytest.raises(ValueError, match="has no finished targets"):
         TargetStore.open(shard.parent)
 
 
-def test_the_disk_need_is_said_and_refused(
+def test_the_needed_disk_space_is_logged_and_checked(
     taught: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     space, _, _ = taught
@@ -184,19 +191,19 @@ def test_the_disk_need_is_said_and_refused(
 
 
 @pytest.mark.parametrize("average", ["probs", "logits"])
-def test_online_and_cached_losses_are_those_of_whole_distributions(taught: Any, average: str) -> None:
+def test_online_and_cached_losses_match_full_distributions(taught: Any, average: str) -> None:
     """At the default `keep` the cached loss over the text is within 1e-3 of the exact one, the online one within 1e-5."""
     space, store, student = taught
     job = a_job(name=f"t-{average}", source=f"e-{average}")
     computed(space, job)
-    records, model = load_records(space), load_model(space, "m0")  # a student that is far from the teacher
+    records, model = load_records(space), load_model(space, "m0")  # a student far from the teacher
     with torch.no_grad():
         model.lm_head.weight.mul_(0.6)
     online, cached = (
         replace(student, teach=SoftTargetDistillation(source=source, mode=mode, kd_weight=0.4))
         for source, mode in ((f"e-{average}", "online"), (job.name, "cached"))
     )
-    found = {"exact": 0.0, "online": 0.0, "cached": 0.0}
+    losses = {"exact": 0.0, "online": 0.0, "cached": 0.0}
     steps = student.steps_per_epoch
     for step in range(steps, 2 * steps):  # the second epoch, in another order than the text
         for run in (online, cached):
@@ -207,17 +214,17 @@ def test_online_and_cached_losses_are_those_of_whole_distributions(taught: Any, 
             with torch.no_grad():
                 hidden, targets = next_token(model, rows)
                 loss = teacher.loss(hidden, model.lm_head.weight, targets, rows, range(4 * step, 4 * step + 4), 124.0)
-            found[run.teach.mode if run.teach else ""] += float(loss) / steps
+            losses[run.teach.mode if run.teach else ""] += float(loss) / steps
         p = exact_soft_targets(space, average, rows)
         logits = (hidden @ model.lm_head.weight.T).detach().double()
         hard = torch.nn.functional.cross_entropy(logits, targets)
         soft = (torch.xlogy(p, p) - p * torch.log_softmax(logits, 1)).sum(1).mean()
-        found["exact"] += float(0.6 * hard + 0.4 * soft) / steps
-    assert found["online"] == pytest.approx(found["exact"], abs=1e-5)
-    assert found["cached"] == pytest.approx(found["exact"], abs=1e-3)
+        losses["exact"] += float(0.6 * hard + 0.4 * soft) / steps
+    assert losses["online"] == pytest.approx(losses["exact"], abs=1e-5)
+    assert losses["cached"] == pytest.approx(losses["exact"], abs=1e-3)
 
 
-def test_a_warm_teacher_softens_both_sides(taught: Any) -> None:
+def test_temperature_applies_to_teacher_and_student_but_not_the_hard_loss(taught: Any) -> None:
     """0.6 CE + 0.4 T^2 KL at T = 2 from whole logits of one teacher, with the hard part at T = 1."""
     space, store, student = taught
     run = replace(student, teach=SoftTargetDistillation(source="m1", kd_weight=0.4, temperature=2.0))
@@ -235,7 +242,7 @@ def test_a_warm_teacher_softens_both_sides(taught: Any) -> None:
     assert float(loss) == pytest.approx(float(0.6 * hard + 0.4 * 4 * soft), abs=1e-5)
 
 
-def test_a_student_of_the_cache_ends_where_the_student_of_the_models_ends(taught: Any) -> None:
+def test_online_and_cached_students_reach_the_same_loss(taught: Any) -> None:
     space, _, student = taught
     computed(space, a_job(name="all", keep=300))
     losses = [
@@ -251,18 +258,18 @@ def test_a_student_of_the_cache_ends_where_the_student_of_the_models_ends(taught
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sequence_length": 64, "batch_size": 2}, "sequence_length 64, its targets 't-wrong' 32"),
+        ({"sequence_length": 64, "batch_size": 2}, "sequence_length 64, its targets 't-wrong' have 32"),
         ({"unique_tokens": 4096}, "trains on 4096 tokens, its targets 't-wrong' cover 2048"),
         (
             {"teach": SoftTargetDistillation(source="m0", mode="cached")},
-            "taught by 'm0' with mode \"cached\", which is no Targets",
+            "has teacher 'm0' with mode \"cached\", which must be a Targets job",
         ),
         ({"teach": SoftTargetDistillation(source="soup")}, "'soup' averages weights; teach with an ensemble"),
-        ({"teach": SoftTargetDistillation(source="nobody")}, "'nobody', which has no record; run it first"),
+        ({"teach": SoftTargetDistillation(source="missing")}, "'missing', which has no record; run it first"),
         ({"teach": SoftTargetDistillation(source="t-wrong")}, "'t-wrong' is Targets, not a model"),
     ],
 )
-def test_what_does_not_fit_is_refused(taught: Any, changes: dict[str, Any], message: str) -> None:
+def test_an_unsuitable_teacher_raises(taught: Any, changes: dict[str, Any], message: str) -> None:
     space, _, student = taught
     if load_records(space).named("t-wrong") is None:
         computed(space, a_job(name="t-wrong"))
@@ -275,7 +282,7 @@ def test_what_does_not_fit_is_refused(taught: Any, changes: dict[str, Any], mess
         train(run, space)
 
 
-def test_another_tokenizer_is_refused(taught: Any, tmp_path: Path) -> None:
+def test_a_teacher_with_another_tokenizer_raises(taught: Any, tmp_path: Path) -> None:
     space, _, student = taught
     file = space.folder("m0") / "model" / "tokenizer.json"
     text = file.read_text()

@@ -1,4 +1,4 @@
-"""The ensemble as a transformers model, against loops written by hand and whole passes in float64."""
+"""The ensemble as a transformers model against loops without caches, in float64."""
 
 import functools
 import weakref
@@ -20,14 +20,14 @@ AVERAGES = ["logits", "probs"]
 
 
 def write_members(folder: Path, names: Sequence[str] = ("w16", "w32", "w16"), **options: Any) -> list[Path]:
-    """Members of two sizes that disagree, and no end token unless asked for."""
+    """Members of two sizes that disagree, without an end token by default."""
     paths = []
     for seed, name in enumerate(names):
-        made = build_model(name, **{"vocab_size": V, "max_positions": 64, "seed": seed, "bos_token_id": 0, **options})
+        model = build_model(name, **{"vocab_size": V, "max_positions": 64, "seed": seed, "bos_token_id": 0, **options})
         with torch.no_grad():
-            made.lm_head.weight.mul_(3.0)
+            model.lm_head.weight.mul_(3.0)
         paths.append(folder / f"{name}-{seed}")
-        made.save_pretrained(paths[-1])
+        model.save_pretrained(paths[-1])
     return paths
 
 
@@ -73,21 +73,21 @@ def prompts(texts: int = 3, length: int = 5, seed: int = 0) -> torch.Tensor:
 def test_logits_are_the_weighted_mean(paths: list[Path], average: str, temperature: float) -> None:
     rows = prompts()
     model = loaded(paths, average, weights=WEIGHTS, temperature=temperature)
-    found = model(rows, labels=rows)
+    output = model(rows, labels=rows)
     expected = exact(paths, rows, average, WEIGHTS, temperature)
-    assert torch.allclose(found.logits.double().log_softmax(-1), expected, atol=1e-5)
+    assert torch.allclose(output.logits.double().log_softmax(-1), expected, atol=1e-5)
     if average == "probs":
-        assert torch.allclose(found.logits.double(), expected, atol=1e-5), "they are log-probabilities as they stand"
+        assert torch.allclose(output.logits.double(), expected, atol=1e-5), "they are normalized log-probabilities"
     loss = torch.nn.functional.nll_loss(expected[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    assert found.loss.item() == pytest.approx(loss.item(), abs=1e-5)
-    assert torch.allclose(model(rows, logits_to_keep=2).logits, found.logits[:, -2:], atol=1e-5)
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert torch.allclose(model(rows, logits_to_keep=2).logits, output.logits[:, -2:], atol=1e-5)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_a_member_without_weight_says_nothing(paths: list[Path], average: str) -> None:
+def test_a_member_with_weight_zero_has_no_effect(paths: list[Path], average: str) -> None:
     rows = prompts()
-    found = loaded(paths, average, weights=(0.0, 1.0, 0.0))(rows).logits.log_softmax(-1)
-    assert torch.allclose(found.double(), exact(paths[1:2], rows, average, (1.0,)), atol=1e-5)
+    logits = loaded(paths, average, weights=(0.0, 1.0, 0.0))(rows).logits.log_softmax(-1)
+    assert torch.allclose(logits.double(), exact(paths[1:2], rows, average, (1.0,)), atol=1e-5)
 
 
 # --- generation ---------------------------------------------------------------------------------------------------------
@@ -101,12 +101,12 @@ def greedy_by_hand(paths: list[Path], rows: torch.Tensor, average: str, tokens: 
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_greedy_equals_a_loop_by_hand(paths: list[Path], average: str) -> None:
+def test_greedy_decoding_equals_a_loop_without_a_cache(paths: list[Path], average: str) -> None:
     model, rows = loaded(paths, average), prompts()
     expected = greedy_by_hand(paths, rows, average, 12)
     for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 2}):
-        found = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=12, **options)
-        assert torch.equal(found, expected), options
+        generated = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=12, **options)
+        assert torch.equal(generated, expected), options
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -117,81 +117,86 @@ def test_left_padding_changes_nothing(paths: list[Path], average: str) -> None:
     mask = torch.stack(
         [torch.arange(7) >= 7 - text.shape[1] for text in texts],
     ).long()
-    found = model.generate(rows, attention_mask=mask, max_new_tokens=10, do_sample=False)
-    for text, row in zip(texts, found, strict=True):
+    generated = model.generate(rows, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    for text, row in zip(texts, generated, strict=True):
         assert torch.equal(row[7 - text.shape[1] :], greedy_by_hand(paths, text, average, 10)[0])
 
 
-def test_a_member_with_learned_positions_counts_them_without_the_padding(paths: list[Path], tmp_path: Path) -> None:
-    """GPT-2 beside Llama: rotations only see distances, learned positions would notice a shift by the padding."""
+def test_learned_positions_do_not_count_padding(paths: list[Path], tmp_path: Path) -> None:
+    """GPT-2 with Llama: rotary embeddings depend on distances only, learned positions on absolute positions."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None)
-    made = GPT2LMHeadModel(config).eval()
-    made.transformer.wpe.weight.data.mul_(30.0)
-    made.save_pretrained(tmp_path / "gpt2")
+    gpt2 = GPT2LMHeadModel(config).eval()
+    gpt2.transformer.wpe.weight.data.mul_(30.0)
+    gpt2.save_pretrained(tmp_path / "gpt2")
     mixed, text = [paths[0], tmp_path / "gpt2"], prompts(1, 4)
     rows = torch.cat([torch.nn.functional.pad(text, (3, 0), value=0), prompts(1, 7, seed=1)])
     mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
-    found = loaded(mixed, "probs").generate(rows, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    generated = loaded(mixed, "probs").generate(rows, attention_mask=mask, max_new_tokens=8, do_sample=False)
     for _ in range(8):
         best = exact(mixed, text, "probs", (0.5, 0.5))[:, -1].argmax(-1)
         text = torch.cat([text, best[:, None]], 1)
-    assert torch.equal(found[0, 3:], text[0])
+    assert torch.equal(generated[0, 3:], text[0])
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_beams_equal_a_search_by_hand(paths: list[Path], average: str) -> None:
+def test_beam_search_equals_a_search_without_a_cache(paths: list[Path], average: str) -> None:
     model, start, beams, tokens = loaded(paths, average), prompts(1), 3, 8
     rows, scores = start, torch.zeros(1, dtype=torch.float64)
     for _ in range(tokens):
         following = scores[:, None] + exact(paths, rows, average)[:, -1]
         scores, picked = following.flatten().topk(beams)
         rows = torch.cat([rows[picked // V], picked[:, None] % V], 1)
-    found = model.generate(start, num_beams=beams, num_return_sequences=beams, max_new_tokens=tokens, do_sample=False)
-    assert torch.equal(found, rows)
+    generated = model.generate(
+        start, num_beams=beams, num_return_sequences=beams, max_new_tokens=tokens, do_sample=False
+    )
+    assert torch.equal(generated, rows)
 
 
 @pytest.mark.parametrize("shape", [{}, {"top_k": 3}, {"temperature": 0.7}])
 @pytest.mark.parametrize("average", AVERAGES)
-def test_sampling_from_the_mean_equals_a_loop_by_hand(paths: list[Path], average: str, shape: dict[str, Any]) -> None:
+def test_sampling_from_the_mean_equals_a_loop_without_a_cache(
+    paths: list[Path], average: str, shape: dict[str, Any]
+) -> None:
     if average == "probs" and not shape:
-        shape = {"output_logits": True, "return_dict_in_generate": True}  # somebody wants to see the mean itself
+        shape = {"output_logits": True, "return_dict_in_generate": True}  # returning logits requires the mean
     model, rows = loaded(paths, average), prompts(4)
     torch.manual_seed(5)
-    found = model.generate(rows, do_sample=True, max_new_tokens=9, **shape)
-    found = getattr(found, "sequences", found)
+    generated = model.generate(rows, do_sample=True, max_new_tokens=9, **shape)
+    generated = getattr(generated, "sequences", generated)
     torch.manual_seed(5)
     for _ in range(9):
         scores = exact(paths, rows, average)[:, -1].float() / shape.get("temperature", 1.0)
         cut = scores.topk(shape.get("top_k", V)).values[:, -1:]
         probabilities = scores.masked_fill(scores < cut, -torch.inf).softmax(-1)
         rows = torch.cat([rows, torch.multinomial(probabilities, 1)], 1)
-    assert torch.equal(found, rows)
+    assert torch.equal(generated, rows)
 
 
 @pytest.mark.parametrize("texts", [1, 3])
 @pytest.mark.parametrize("padding", [0, 2])
-def test_one_drawn_member_for_each_token_equals_a_loop_by_hand(paths: list[Path], texts: int, padding: int) -> None:
-    """Members lag and catch up; a loop that reads everything again for each token sees no difference."""
+def test_sampling_one_member_per_token_equals_a_loop_without_a_cache(
+    paths: list[Path], texts: int, padding: int
+) -> None:
     model, rows = loaded(paths, "probs", weights=WEIGHTS), prompts(texts)
     mask = torch.ones_like(rows)
     mask[0, :padding] = 0
     torch.manual_seed(1)
-    found = model.generate(rows, attention_mask=mask, do_sample=True, max_new_tokens=40)
+    generated = model.generate(rows, attention_mask=mask, do_sample=True, max_new_tokens=40)
     torch.manual_seed(1)
     for _ in range(40):
         drawn = torch.multinomial(torch.tensor(WEIGHTS, dtype=torch.float64), texts, replacement=True)
-        said = []
+        member_probs = []
         for text, k in enumerate(drawn.tolist()):
             whole = rows[text : text + 1, padding if text == 0 else 0 :]
             with torch.no_grad():
-                said.append(wide(paths[k])(input_ids=whole).logits[0, -1].softmax(-1).float())
-        rows = torch.cat([rows, torch.multinomial(torch.stack(said), 1)], 1)
-    assert torch.equal(found, rows)
+                member_probs.append(wide(paths[k])(input_ids=whole).logits[0, -1].softmax(-1).float())
+        rows = torch.cat([rows, torch.multinomial(torch.stack(member_probs), 1)], 1)
+    assert torch.equal(generated, rows)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_a_hundred_thousand_tokens_follow_the_exact_mean(paths: list[Path], average: str) -> None:
+def test_100_000_sampled_tokens_follow_the_mean_distribution(paths: list[Path], average: str) -> None:
     """Chi-square of three tokens in a row, V^3 cells, against the product of exact mean distributions."""
     from scipy import stats
 
@@ -220,7 +225,7 @@ def test_a_hundred_thousand_tokens_follow_the_exact_mean(paths: list[Path], aver
 
 
 def lagging(model: EnsembleForCausalLM, rows: torch.Tensor) -> Any:
-    """A cache in which every text has been read, but not by every member."""
+    """A cache in which some members are behind."""
     torch.manual_seed(3)
     cache = model._new_cache()
     cache.one_member = True
@@ -233,7 +238,7 @@ def lagging(model: EnsembleForCausalLM, rows: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("operation", ["none", "reorder", "select", "repeat", "crop"])
-def test_what_is_done_to_the_cache_is_done_to_members_that_lag(paths: list[Path], operation: str) -> None:
+def test_cache_operations_apply_to_members_that_are_behind(paths: list[Path], operation: str) -> None:
     model, rows = loaded(paths, "probs"), prompts(2, 6)
     cache, order = lagging(model, rows), torch.tensor([1, 0])
     if operation == "reorder":
@@ -250,19 +255,19 @@ def test_what_is_done_to_the_cache_is_done_to_members_that_lag(paths: list[Path]
         rows = rows[:, :-4]
     assert (cache.batch_size, cache.get_seq_length()) == tuple(rows.shape)
     new = prompts(len(rows), 3, seed=9)
-    found = model(new, past_key_values=cache, use_cache=True).logits
-    assert torch.allclose(found.double(), exact(paths, torch.cat([rows, new], 1), "probs")[:, -3:], atol=1e-5)
+    logits = model(new, past_key_values=cache, use_cache=True).logits
+    assert torch.allclose(logits.double(), exact(paths, torch.cat([rows, new], 1), "probs")[:, -3:], atol=1e-5)
 
 
 # --- folders ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_a_saved_folder_needs_nothing_else(tmp_path: Path, average: str) -> None:
+def test_a_saved_folder_is_self_contained(tmp_path: Path, average: str) -> None:
     paths = write_members(tmp_path / "members", eos_token_id=1)
     model = loaded(paths, average, weights=WEIGHTS, temperature=0.9)
     model.save_pretrained(tmp_path / "saved")
-    (tmp_path / "members").rename(tmp_path / "gone")
+    (tmp_path / "members").rename(tmp_path / "elsewhere")
     (tmp_path / "saved").rename(tmp_path / "moved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
     assert isinstance(again, EnsembleForCausalLM) and again.resident
@@ -272,14 +277,16 @@ def test_a_saved_folder_needs_nothing_else(tmp_path: Path, average: str) -> None
     assert again.generation_config.eos_token_id == 1
 
 
-def test_members_that_do_not_fit_are_loaded_one_at_a_time(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_beyond_the_memory_limit_are_loaded_one_at_a_time(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, alive = prompts(), []
     whole = loaded(paths, "logits")
     model = loaded(paths, "logits", memory_limit=1000)
     load = model._load
 
     def watched(path: str) -> Any:
-        assert all(reference() is None for reference in alive), "the member before is still held"
+        assert all(reference() is None for reference in alive), "the previous member is still in memory"
         member = load(path)
         alive.append(weakref.ref(member))
         return member
@@ -290,7 +297,7 @@ def test_members_that_do_not_fit_are_loaded_one_at_a_time(paths: list[Path], mon
     assert torch.equal(model.generate(rows, max_new_tokens=3), whole.generate(rows, max_new_tokens=3))
 
 
-def test_the_tokenizer_travels_with_the_folder(tmp_path: Path, prepared: Path) -> None:
+def test_the_tokenizer_is_saved_and_must_be_the_same_for_all_members(tmp_path: Path, prepared: Path) -> None:
     paths = write_members(tmp_path / "members", vocab_size=300)
     for path in paths:
         for file in (prepared / "work" / "data" / "tiny" / "tokenizer").iterdir():
@@ -304,24 +311,24 @@ def test_the_tokenizer_travels_with_the_folder(tmp_path: Path, prepared: Path) -
         loaded(paths, "logits")
 
 
-def test_what_makes_no_ensemble_is_refused(tmp_path: Path, paths: list[Path]) -> None:
+def test_invalid_members_and_options_raise(tmp_path: Path, paths: list[Path]) -> None:
     other = write_members(tmp_path, ["w16"], vocab_size=V + 1)
-    for arguments, words in [
-        ((paths, "mean"), "choose from logits, probs"),
-        (([], "logits"), "at least one member"),
+    for arguments, message in [
+        ((paths, "mean"), "must be one of logits, probs"),
+        (([], "logits"), "members is empty"),
         (([*paths, *other], "logits"), "members have vocab_size"),
     ]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             loaded(*arguments)
-    with pytest.raises(ValueError, match="summing to 1"):
+    with pytest.raises(ValueError, match="that sum to 1"):
         loaded(paths, "logits", weights=(0.5, 0.2, 0.2))
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match="temperature must be positive"):
         loaded(paths, "logits", temperature=0.0)
-    with pytest.raises(ValueError, match="choose from"):
+    with pytest.raises(ValueError, match="average must be one of"):
         EnsembleForCausalLM(EnsembleConfig(members=[str(path) for path in paths]))
-    with pytest.raises(ValueError, match="no device_map"):
+    with pytest.raises(ValueError, match="device_map and quantization_config are not supported"):
         EnsembleForCausalLM.from_pretrained(paths[0], device_map="auto")
-    with pytest.raises(ValueError, match="is none that an ensemble has"):
+    with pytest.raises(ValueError, match="is not supported for ensembles"):
         loaded(paths, "logits").generate(prompts(), cache_implementation="static", max_new_tokens=2)
-    with pytest.raises(ValueError, match="reads input_ids"):
+    with pytest.raises(ValueError, match="pass input_ids"):
         loaded(paths, "logits")(inputs_embeds=torch.zeros(1, 1, 16))

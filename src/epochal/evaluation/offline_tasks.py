@@ -1,8 +1,8 @@
-"""Two multiple-choice tasks for lm-eval made from the test split of a token store: no network, no other data.
+"""Two multiple-choice tasks for lm-eval generated from the test split of a token store, without a network.
 
-A passage is a line of a document (in the King James Bible a verse), or a sentence where a document has one line. `cloze`:
-which word ends this passage? `next_passage`: which passage follows? Each has four choices; the false ones are taken from
-other documents, and for `next_passage` they are about as long as the true one, since raw accuracy favours short choices.
+A passage is a line of a document (in the King James Bible a verse), or a sentence if the document has only one line.
+`cloze`: which word ends this passage? `next_passage`: which passage follows? Each question has four choices; wrong ones
+come from other documents.
 """
 
 import bisect
@@ -22,16 +22,16 @@ from epochal.data.store import TokenStore
 
 TASKS = ("cloze", "next_passage")
 CHOICES = 4
-MOST_QUESTIONS = 2000
+MAX_QUESTIONS = 2000
 DRAWS = 64
-"""Passages looked at for the false choices of one question."""
-FEWEST_WORDS = 4
-"""Words of the shortest passage that is asked about."""
+"""Candidates considered for the wrong choices of a question."""
+MIN_WORDS = 4
+"""Shorter passages are not used."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage, its document's number, and the passage after it in the same document, if any."""
+    """A passage, the number of its document, and the next passage of that document, if any."""
 
     text: str
     document: int
@@ -39,25 +39,25 @@ class Passage:
 
 
 def write_tasks(store: TokenStore, folder: Path) -> None:
-    """Write cloze.yaml and next_passage.yaml with their questions into `folder`, which `TaskManager` can include.
+    """Write cloze.yaml and next_passage.yaml with their questions to `folder`, for lm-eval's `TaskManager`.
 
-    The same store gives the same files. Raises ValueError when the test split is too small to ask anything.
+    The files are a function of the store. Raises ValueError if the test split is too small for any question.
     """
     passages = [passage for number, text in enumerate(_documents(store)) for passage in _passages(text, number)]
-    for task, made in (("cloze", _cloze(passages)), ("next_passage", _next_passage(passages))):
-        questions = list(itertools.islice(made, MOST_QUESTIONS))
+    for task, generated in (("cloze", _cloze(passages)), ("next_passage", _next_passage(passages))):
+        questions = list(itertools.islice(generated, MAX_QUESTIONS))
         if not questions:
             raise ValueError(
                 f"the test split of {store.folder.name} is too small for the task {task!r}; use more text."
             )
         rows = "".join(json.dumps(question) + "\n" for question in questions)
         _write(folder / f"{task}.jsonl", rows)
-        # A TaskManager reads YAML, of which JSON is a part.
+        # lm-eval reads YAML; JSON is a subset of it.
         _write(folder / f"{task}.yaml", json.dumps(_task(task, (folder / f"{task}.jsonl").resolve()), indent=1))
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file unless it holds the text already: `datasets` caches by the time of the last change."""
+    # An unchanged file is not rewritten: `datasets` uses the modification time as cache key.
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomic(path, text)
 
@@ -83,11 +83,9 @@ def _documents(store: TokenStore) -> list[str]:
 
     tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
     ends = np.cumsum(store.lengths("test"))
-    return (
-        [str(tokenizer.decode(part.tolist())) for part in np.split(store.tokens("test"), ends[:-1])]
-        if len(ends)
-        else []
-    )
+    if not len(ends):
+        return []
+    return [str(tokenizer.decode(part.tolist())) for part in np.split(store.tokens("test"), ends[:-1])]
 
 
 def _passages(text: str, document: int) -> list[Passage]:
@@ -97,48 +95,46 @@ def _passages(text: str, document: int) -> list[Passage]:
     return [
         Passage(line, document, following)
         for line, following in zip(lines, [*lines[1:], None], strict=True)
-        if len(line.split()) >= FEWEST_WORDS
+        if len(line.split()) >= MIN_WORDS
     ]
 
 
 def _cloze(passages: list[Passage]) -> Iterator[dict[str, Any]]:
-    """Leave the last word out; the false choices end passages of other documents.
-
-    They are drawn as often as they end one, so a common word is no better guess than a rare one.
-    """
+    # Wrong choices are last words of other documents, drawn by frequency, so that a common word is not a better guess.
     split = [(passage, *_last_word(passage.text)) for passage in passages]
-    words = [(word, passage.document) for passage, _, word in split if word]
-    for number, (passage, context, word) in enumerate(split):
-        drawn = random.Random(f"cloze/{number}").choices(words, k=DRAWS) if word else []
-        false = list(dict.fromkeys(o for o, document in drawn if document != passage.document and o != word))
-        if len(false) >= CHOICES - 1:
-            yield _question(context, word, false[: CHOICES - 1], number)
+    last_words = [(word, passage.document) for passage, _, word in split if word]
+    for number, (passage, context, answer) in enumerate(split):
+        candidates = random.Random(f"cloze/{number}").choices(last_words, k=DRAWS) if answer else []
+        wrong = [word for word, document in candidates if document != passage.document and word != answer]
+        wrong = list(dict.fromkeys(wrong))[: CHOICES - 1]
+        if len(wrong) == CHOICES - 1:
+            yield _question(context, answer, wrong, number)
 
 
 def _last_word(text: str) -> tuple[str, str]:
-    """Split "and the evening." into ("and the", "evening"); no word where the last one is short or has other signs."""
+    """Split "and the evening." into ("and the", "evening"); the word is "" if it is short or has other characters."""
     context, _, last = text.rpartition(" ")
     word = last.rstrip(".,;:!?")
     return context, word if word.isalpha() and len(word) > 2 else ""
 
 
 def _next_passage(passages: list[Passage]) -> Iterator[dict[str, Any]]:
-    """Choose among the passage that follows and three of about its length from other documents."""
+    # Wrong choices have about the length of the true one, because unnormalized accuracy favors short choices.
     ordered = sorted({(len(passage.text), passage.text, passage.document) for passage in passages})
     for number, passage in enumerate(passages):
-        true = passage.following
-        if true is None or len(true.split()) < FEWEST_WORDS:
+        answer = passage.following
+        if answer is None or len(answer.split()) < MIN_WORDS:
             continue
-        place = bisect.bisect(ordered, (len(true),))
-        around = ordered[max(0, place - DRAWS) : place + DRAWS]
-        others = sorted({text for _, text, document in around if document != passage.document} - {true})
-        near = sorted(others, key=lambda text: abs(len(text) - len(true)))[: 4 * CHOICES]
-        if len(near) >= CHOICES - 1:
-            false = random.Random(f"next/{number}").sample(near, CHOICES - 1)
-            yield _question(passage.text, true, false, number)
+        position = bisect.bisect(ordered, (len(answer),))
+        candidates = ordered[max(0, position - DRAWS) : position + DRAWS]
+        others = sorted({text for _, text, document in candidates if document != passage.document} - {answer})
+        nearest = sorted(others, key=lambda text: abs(len(text) - len(answer)))[: 4 * CHOICES]
+        if len(nearest) >= CHOICES - 1:
+            wrong = random.Random(f"next/{number}").sample(nearest, CHOICES - 1)
+            yield _question(passage.text, answer, wrong, number)
 
 
-def _question(context: str, true: str, false: list[str], number: int) -> dict[str, Any]:
-    choices = [true, *false]
+def _question(context: str, answer: str, wrong: list[str], number: int) -> dict[str, Any]:
+    choices = [answer, *wrong]
     random.Random(f"order/{number}").shuffle(choices)
-    return {"context": context, "choices": choices, "answer": choices.index(true)}
+    return {"context": context, "choices": choices, "answer": choices.index(answer)}

@@ -1,7 +1,7 @@
-"""Which subsets of an ensemble's members are evaluated, and what their losses say about other members.
+"""Which subsets of an ensemble's members are evaluated, and confidence intervals from their losses. No torch.
 
-Subsets share members, so their losses are no independent draws: an interval comes from the jackknife over members
-(Efron and Stein 1981), which takes one member at a time away from everything. No torch.
+Subsets share members, so their losses are not independent samples. Intervals come from the jackknife over members (Efron
+and Stein 1981), which leaves one member at a time out of all subsets.
 """
 
 import math
@@ -15,30 +15,30 @@ Subset = tuple[int, ...]
 class Curve:
     """Losses in nats against the number of members k.
 
-    `losses[k]` are those of the subsets of `circle`; `without[k][i]` is their mean when member i does not exist, for
-    k < K. Both average over members equally.
+    `losses[k]` are those of the subsets of `cyclic_subsets`; `leave_one_out[k][i]` is their mean if the ensemble had been
+    trained without member i, for k < K. Both weight members equally.
     """
 
     losses: dict[int, list[float]]
-    without: dict[int, list[float]]
+    leave_one_out: dict[int, list[float]]
 
     def intervals(self) -> dict[int, tuple[float, float]]:
-        """Return the 90% interval of the mean loss of k members like these, for every k that the jackknife reaches.
+        """Return the 90% interval of the mean loss of k new members, for every k with enough replicates.
 
-        It covers the draw of the members, not that of the held-out text. For k = K it is as wide as for K - 1, which
-        is what the jackknife knows, and a little wider than it need be.
+        It covers the random draw of the members, not that of the held-out text.
         """
         count = max(self.losses)
-        found = {}
+        intervals = {}
         for k, losses in self.losses.items():
-            replicates = self.without.get(min(k, count - 1), [])
+            # There is no leave-one-out value at k = K; that of K - 1 is slightly too wide, so conservative.
+            replicates = self.leave_one_out.get(min(k, count - 1), [])
             if len(replicates) > 1:
-                mean, reach = math.fsum(losses) / len(losses), jackknife_reach(replicates)
-                found[k] = (mean - reach, mean + reach)
-        return found
+                mean, half_width = math.fsum(losses) / len(losses), jackknife_half_width(replicates)
+                intervals[k] = (mean - half_width, mean + half_width)
+        return intervals
 
 
-def jackknife_reach(replicates: Sequence[float], *, level: float = 0.90) -> float:
+def jackknife_half_width(replicates: Sequence[float], *, level: float = 0.90) -> float:
     """Return half the width of an interval for a statistic of n members from its n leave-one-out values.
 
     Student's t with n - 1 degrees of freedom times the jackknife error, sqrt((n - 1) / n * sum of squared deviations).
@@ -51,33 +51,36 @@ def jackknife_reach(replicates: Sequence[float], *, level: float = 0.90) -> floa
     return float(special.stdtrit(n - 1, (1 + level) / 2)) * error
 
 
-def circle(members: Sequence[int], k: int) -> list[Subset]:
-    """Return the k neighbours from each start on a circle of members; one subset when k is all of them."""
+def cyclic_subsets(members: Sequence[int], k: int) -> list[Subset]:
+    """Return the K subsets of k consecutive members, the last followed by the first; one subset if k = K.
+
+    Every member is in k of them, so all members count equally.
+    """
     count = len(members)
     starts = 1 if k == count else count
     return [tuple(sorted(members[(start + offset) % count] for offset in range(k))) for start in range(starts)]
 
 
 def curve_of(count: int, losses_of: Callable[[list[Subset]], dict[Subset, float]]) -> Curve:
-    """Return the curve of `count` members; `losses_of` is asked once, for all subsets.
+    """Return the curve of `count` members; `losses_of` is called once, with all subsets.
 
-    That are fewer than 2^K and about K^3 / 2. A subset without a loss in the answer is left out of every mean.
+    There are fewer than 2^K and about K^3 / 2 of them. Subsets that `losses_of` omits are left out of every mean.
     """
-    everyone = list(range(count))
-    others = [[member for member in everyone if member != gone] for gone in everyone]
-    wanted = {k: circle(everyone, k) for k in range(1, count + 1)}
-    wanted_without = {k: [circle(rest, k) for rest in others] for k in range(1, count)}
-    flat = [subset for subsets in wanted.values() for subset in subsets]
-    flat += [subset for lists in wanted_without.values() for subsets in lists for subset in subsets]
-    found = losses_of(list(dict.fromkeys(flat)))
-    losses = {k: [found[subset] for subset in subsets if subset in found] for k, subsets in wanted.items()}
-    without = {k: [_mean(found, subsets) for subsets in lists] for k, lists in wanted_without.items()}
+    members = list(range(count))
+    remaining = [[member for member in members if member != removed] for removed in members]
+    full = {k: cyclic_subsets(members, k) for k in range(1, count + 1)}
+    reduced = {k: [cyclic_subsets(rest, k) for rest in remaining] for k in range(1, count)}
+    flat = [subset for subsets in full.values() for subset in subsets]
+    flat += [subset for lists in reduced.values() for subsets in lists for subset in subsets]
+    loss_of = losses_of(list(dict.fromkeys(flat)))
+    losses = {k: [loss_of[subset] for subset in subsets if subset in loss_of] for k, subsets in full.items()}
+    leave_one_out = {k: [_mean(loss_of, subsets) for subsets in lists] for k, lists in reduced.items()}
     return Curve(
         losses={k: values for k, values in losses.items() if values},
-        without={k: values for k, values in without.items() if not any(map(math.isnan, values))},
+        leave_one_out={k: values for k, values in leave_one_out.items() if not any(map(math.isnan, values))},
     )
 
 
-def _mean(found: dict[Subset, float], subsets: list[Subset]) -> float:
-    values = [found[subset] for subset in subsets if subset in found]
+def _mean(loss_of: dict[Subset, float], subsets: list[Subset]) -> float:
+    values = [loss_of[subset] for subset in subsets if subset in loss_of]
     return math.fsum(values) / len(values) if values else math.nan

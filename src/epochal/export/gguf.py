@@ -1,7 +1,6 @@
-"""A model folder as one GGUF file, the format of llama.cpp: Llama with a byte-level BPE, weights in float32, so exact.
+"""Convert a model folder to GGUF, the format of llama.cpp: Llama with byte-level BPE, weights in float32.
 
-Format: github.com/ggml-org/ggml, docs/gguf.md; names and keys come from the `gguf` package. llama.cpp rotates neighbouring
-pairs of a head where transformers rotates its two halves, so the rows of q and k are put in another order.
+Format: github.com/ggml-org/ggml, docs/gguf.md; names and keys come from the `gguf` package.
 """
 
 import json
@@ -9,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5
-"""Kinds of tokens in GGUF: ordinary text, special, and rows of the embedding that no token has."""
+"""Token types of GGUF: text, special, and unused rows of the embedding."""
 
 
 def write_gguf(folder: Path, path: Path, *, name: str) -> None:
     """Write the model and tokenizer of a Hugging Face folder to `path`.
 
-    Raises ValueError when the architecture is not Llama, its rotation is scaled, or the tokenizer is no byte-level BPE of
-    GPT-2's kind, and ModuleNotFoundError without the package `gguf`.
+    Raises ValueError if the architecture is not Llama, its rotary embedding is scaled, or the tokenizer is not GPT-2's
+    byte-level BPE; ModuleNotFoundError without the package `gguf`.
     """
     import gguf
     from transformers import AutoModelForCausalLM
@@ -29,7 +28,7 @@ def write_gguf(folder: Path, path: Path, *, name: str) -> None:
     _add_shape(writer, model.config, name)
     _add_tokenizer(writer, tokenizer, model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    for key, weight in model.named_parameters():  # a tied head is no parameter, and llama.cpp ties it too
+    for key, weight in model.named_parameters():  # without a tied head, which llama.cpp ties too
         writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), _rows(key, weight, model.config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -40,16 +39,15 @@ def write_gguf(folder: Path, path: Path, *, name: str) -> None:
 def _check_architecture(config: dict[str, Any]) -> None:
     if config.get("architectures") != ["LlamaForCausalLM"] or config.get("attention_bias") or config.get("mlp_bias"):
         raise ValueError(
-            f"architecture {config.get('architectures')} with biases or without is none that --gguf writes; "
-            "export a LlamaForCausalLM without biases, or leave --gguf out."
+            f"--gguf supports only LlamaForCausalLM without biases, got {config.get('architectures')} with attention_bias = "
+            f"{config.get('attention_bias')} and mlp_bias = {config.get('mlp_bias')}; leave --gguf out."
         )
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']!r} is none that --gguf writes; leave --gguf out.")
+        raise ValueError(f"--gguf does not support rope_type {rope['rope_type']!r}; leave --gguf out.")
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
-    """Return tokenizer.json of a byte-level BPE whose text is split the way GPT-2 splits it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no tokenizer.json, which --gguf needs; leave --gguf out.")
@@ -57,9 +55,7 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
     split = table.get("pre_tokenizer") or {}
     plain = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
     if table["model"].get("type") != "BPE" or not plain or table.get("normalizer"):
-        raise ValueError(
-            f"{path} is no byte-level BPE of GPT-2's kind, the only one that --gguf writes; leave --gguf out."
-        )
+        raise ValueError(f"--gguf supports only GPT-2's byte-level BPE, unlike {path}; leave --gguf out.")
     return table
 
 
@@ -81,33 +77,33 @@ def _add_shape(writer: Any, config: Any, name: str) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: Any) -> None:
-    tokens, kinds = _token_list(tokenizer, config.vocab_size)
+    tokens, types = _token_list(tokenizer, config.vocab_size)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
+    writer.add_token_types(types)
     writer.add_token_merges(merges)
     if config.bos_token_id is not None:
         writer.add_bos_token_id(config.bos_token_id)
     if isinstance(config.eos_token_id, int):
         writer.add_eos_token_id(config.eos_token_id)
-    writer.add_add_bos_token(False)  # as the tokenizer in the folder does
+    writer.add_add_bos_token(False)  # as for the tokenizer in the folder
 
 
 def _token_list(tokenizer: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Return the text and the kind of every row of the embedding."""
+    """Return the text and the type of every row of the embedding."""
     tokens = [f"[unused {index}]" for index in range(vocab_size)]
-    kinds = [UNUSED] * vocab_size
+    types = [UNUSED] * vocab_size
     for token, index in tokenizer["model"]["vocab"].items():
-        tokens[index], kinds[index] = token, NORMAL
+        tokens[index], types[index] = token, NORMAL
     for added in tokenizer["added_tokens"]:
-        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else NORMAL
-    return tokens, kinds
+        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else NORMAL
+    return tokens, types
 
 
 def _rows(key: str, weight: Any, config: Any) -> Any:
-    """Return a weight as float32, the rows of q and k in the order of llama.cpp's rotation."""
+    # llama.cpp rotates neighboring pairs of a head, transformers its two halves: reorder the rows of q and k.
     values = weight.detach().float().numpy()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
     if heads is None:

@@ -1,7 +1,4 @@
-"""A finished run or ensemble as a folder of its own: weights, tokenizer, record and model card; GGUF where it fits.
-
-Everything is written beside the folder and renamed, so a refused or broken export leaves nothing.
-"""
+"""Export a finished run or ensemble to a folder: weights, tokenizer, record, model card, optionally GGUF."""
 
 import shutil
 from pathlib import Path
@@ -17,44 +14,44 @@ from epochal.run import SOUP, Ensemble, Run, Samples
 
 
 def export(name: str, folder: Path, workspace: Workspace, records: Records, *, gguf: bool = False) -> None:
-    """Write `folder` from the finished job `name`; with `gguf` also model.gguf in it.
+    """Write the model of the finished job `name` to the new `folder`; with `gguf` also as model.gguf.
 
-    `AutoModelForCausalLM` loads it (an ensemble: once `epochal.models.ensemble` is imported). Raises ValueError, leaving
-    nothing, when the job is no model, its weights are gone, the folder exists, or GGUF cannot hold it.
+    `AutoModelForCausalLM` loads it (an ensemble: after `import epochal.models.ensemble`). Raises ValueError and leaves no
+    folder if the job is not a model, its weights are missing, the folder exists, or GGUF does not support the model.
     """
     record = records.named(name)
     if record is None or isinstance(record.job, Samples):
-        raise ValueError(f"{name!r} is no finished model; name a run or an ensemble.")
+        raise ValueError(f"{name!r} is not a finished model; name a run or an ensemble.")
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder.")
     if gguf and isinstance(record.job, Ensemble) and record.job.average != SOUP:
-        raise ValueError("GGUF holds one model, not an ensemble; export a member or a student, or leave --gguf out.")
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+        raise ValueError("GGUF does not support ensembles; export a member or a student, or leave --gguf out.")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write_weights(record, beside, workspace, records)
+        _write_weights(record, temporary, workspace, records)
         source = workspace.records / f"{name}.json"
-        shutil.copy(source, beside / RECORD)
+        shutil.copy(source, temporary / RECORD)
         if gguf:
-            write_gguf(beside, beside / "model.gguf", name=name)
+            write_gguf(temporary, temporary / "model.gguf", name=name)
         card = model_card(record, member_records(name, records), record_hash=file_hash(source))
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        beside.rename(folder)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_weights(record: Record, folder: Path, workspace: Workspace, records: Records) -> None:
-    """Copy a run's model folder as it is; an ensemble's members are loaded and saved together."""
+    """Copy a run's model folder; load and save an ensemble."""
     name = record.job.name
     if isinstance(record.job, Ensemble):
         members = member_records(name, records)
         load_source(name, workspace, records).save_pretrained(folder)
         copy_tokenizer(workspace.folder(members[0].job.name) / "model", folder)
         for k, member in enumerate(members):
-            place = folder / f"member-{k:02d}"
-            place.mkdir(exist_ok=True)  # of a soup it holds the record alone
-            shutil.copy(workspace.records / f"{member.job.name}.json", place / RECORD)
+            member_folder = folder / f"member-{k:02d}"
+            member_folder.mkdir(exist_ok=True)  # new if parameters were averaged: then it has only the record
+            shutil.copy(workspace.records / f"{member.job.name}.json", member_folder / RECORD)
         return
     source = workspace.folder(name) / "model"
     if not source.is_dir():
@@ -63,16 +60,16 @@ def _write_weights(record: Record, folder: Path, workspace: Workspace, records: 
 
 
 def model_card(record: Record, members: list[Record], *, record_hash: str) -> str:
-    """Return the text of README.md: what it is, how it was made, from which data, under which licence, how good it is.
+    """Return the text of README.md: description, losses, data and license, recipe, usage.
 
-    `members` are the records of the single models, the record itself for a run.
+    `members` are the records of the single models; the record itself for a run.
     """
     run = members[0].job
     assert isinstance(run, Run)
     data = load_toml(find_config("data", run.data, ".toml"), DataConfig)
     losses = {"validation loss": record.results.get("loss"), "test loss": record.results.get("test_loss")}
     facts = {
-        **{what: f"{loss:.4f} nats per token" for what, loss in losses.items() if loss is not None},
+        **{name: f"{loss:.4f} nats per token" for name, loss in losses.items() if loss is not None},
         "parameters": f"{record.results['parameters']:,}",
         "data": run.data,
         "licence of the data": data.licence,
@@ -83,7 +80,7 @@ def model_card(record: Record, members: list[Record], *, record_hash: str) -> st
         "commit": record.provenance.get("commit") or "unknown",
         "versions": ", ".join(f"{key} {value}" for key, value in record.provenance.get("versions", {}).items()),
     }
-    parts = [_front_matter(data.licence), f"# {record.job.name}\n", _what_it_is(record), _table(facts), "## Recipe\n"]
+    parts = [_front_matter(data.licence), f"# {record.job.name}\n", _description(record), _table(facts), "## Recipe\n"]
     if isinstance(record.job, Ensemble):
         shares = record.job.member_weights or (1 / len(members),) * len(members)
         parts.append(
@@ -102,18 +99,18 @@ def _yaml(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _what_it_is(record: Record) -> str:
+def _description(record: Record) -> str:
     if isinstance(record.job, Ensemble):
         count = len(record.job.runs)
         if record.job.average == SOUP:
-            return f"A language model whose weights are the mean of those of {count} others. Made with epochal.\n"
+            return f"A language model with the mean parameters of {count} models. Trained with epochal.\n"
         how = {"logits": "raw logits", "probs": "probabilities"}[record.job.average]
-        return f"{count} language models that speak as one: the mean of their {how}. Made with epochal.\n"
-    return "A language model trained from scratch on finite text. Made with epochal.\n"
+        return f"An ensemble of {count} language models: the mean of their {how}. Trained with epochal.\n"
+    return "A language model trained from scratch on finite text. Trained with epochal.\n"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables to dotted keys; what is not set is left out."""
+    """Flatten nested tables to dotted keys, without unset values."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
@@ -129,11 +126,11 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _usage(record: Record) -> str:
-    several = isinstance(record.job, Ensemble) and record.job.average != SOUP
-    first = "import epochal.models.ensemble\n" if several else ""
+    ensemble = isinstance(record.job, Ensemble) and record.job.average != SOUP
+    imports = "import epochal.models.ensemble\n" if ensemble else ""
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this folder")\n'
     )
-    return f"```python\n{first}{code}```\n"
+    return f"```python\n{imports}{code}```\n"

@@ -1,55 +1,56 @@
-"""Text sampled from finished models: what a student learns from (spec section 9).
+"""Sample text from finished models, as training data for students (spec section 9).
 
-Unconditional, at a given temperature, in batches with a key-value cache. A text may be longer than the models' context:
-when the context is full, generation goes on from its second half, the way a sliding window reads.
+Unconditional, at a given temperature, in batches with a key-value cache. When the context is full, generation continues
+from its second half, so texts may be longer than the context.
 """
 
-import functools
+import io
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from epochal.config import write_atomic
 from epochal.data.store import Tokens, TokenStore, open_store
-from epochal.models.load import load_model, member_records
+from epochal.models.load import Loader, load_model, load_source, member_records
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace, input_fingerprints
 from epochal.run import Ensemble, Run, Samples, fingerprint
 from epochal.stopping import check_stop
 
 BATCH = 256
-"""Most texts sampled side by side; fewer where fewer of full length give the tokens that are wanted."""
+"""Texts sampled in parallel; fewer if fewer texts of maximal length give enough tokens."""
 
 
 def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
-    """Draw the tokens of a Samples job, from members one by one or from their average, and write `samples.npy`.
+    """Sample the tokens of a Samples job, from each member or from their average, and write `samples.npy`.
 
-    The file holds one flat row of tokens, every text from its start token to its end token (or `max_length`).
-    Raises ValueError when a source has no finished model.
+    The file holds one flat array of tokens, each text from its start token to its end token (or `max_length` tokens).
+    Raises ValueError if the source is not a finished model.
     """
     members = member_records(samples.source, records)
     store, texts = _draw_all(samples, members, workspace, records)
     bos = int(store.meta["bos"])
     tokens = np.concatenate(texts).astype(store.meta["dtype"])
-    path = workspace.folder(samples.name) / "samples.npy"
-    _write(path, tokens)
-    texts_drawn = int((tokens == bos).sum())
+    data = io.BytesIO()
+    np.save(data, tokens)
+    write_atomic(workspace.folder(samples.name) / "samples.npy", data.getvalue())
     return Record(
         job=samples,
         fingerprint=fingerprint(samples),
         status="done",
-        results={"tokens": len(tokens), "texts": texts_drawn, "members": len(members)},
-        inputs=_marks(samples, members, records),
+        results={"tokens": len(tokens), "texts": int((tokens == bos).sum()), "members": len(members)},
+        inputs=_input_fingerprints(samples, members, records),
         provenance=provenance(),
     )
 
 
 def sample_texts(samples: Samples, workspace: Workspace, records: Records) -> list[str]:
-    """Draw texts as `sample` does and return them as strings; writes nothing."""
+    """Sample as `sample` does and return the texts as strings, without writing a file."""
     from tokenizers import Tokenizer
 
     store, texts = _draw_all(samples, member_records(samples.source, records), workspace, records)
@@ -60,15 +61,15 @@ def sample_texts(samples: Samples, workspace: Workspace, records: Records) -> li
 def _draw_all(
     samples: Samples, members: list[Record], workspace: Workspace, records: Records
 ) -> tuple[TokenStore, list[Tokens]]:
-    """Return the members' token store and the texts, each voice its part of the tokens."""
+    """Return the members' token store and the texts."""
     run = members[0].job
     assert isinstance(run, Run)
     store = open_store(run.data, workspace)
     bos, eos = int(store.meta["bos"]), int(store.meta["eos"])
     drawn: list[Tokens] = []
-    voices = _voices(samples, members, workspace, records)
-    ends = _ends(samples, len(voices), records)
-    for index, (load, begin, end) in enumerate(zip(voices, [0, *ends], ends, strict=False)):
+    loaders = _loaders(samples, members, workspace, records)
+    ends = _ends(samples, len(loaders), records)
+    for index, (load, begin, end) in enumerate(zip(loaders, [0, *ends], ends, strict=False)):
         share = end - begin
         if not share:
             continue
@@ -80,44 +81,42 @@ def _draw_all(
     return store, drawn
 
 
-def _ends(samples: Samples, voices: int, records: Records) -> list[int]:
-    """Return where the part of each voice ends, in tokens: parts in proportion to the weights of the members."""
+def _ends(samples: Samples, models: int, records: Records) -> list[int]:
+    """Return where the tokens of each model end; its share is its weight in the ensemble."""
     weights = _weights(samples, records)
-    if voices == 1 or weights is None:
-        return [samples.tokens * (index + 1) // voices for index in range(voices)]
+    if models == 1 or weights is None:
+        return [samples.tokens * (index + 1) // models for index in range(models)]
+    # 1e-6: sums such as 0.6 + 0.3 + 0.1 may be just below a whole number of tokens
     return [math.floor(samples.tokens * total + 1e-6) for total in itertools.accumulate(weights)]
 
 
 def _weights(samples: Samples, records: Records) -> tuple[float, ...] | None:
-    """Return the weights that the source gives its members; None where it gives none."""
     source = records.named(samples.source)
     return source.job.member_weights if source is not None and isinstance(source.job, Ensemble) else None
 
 
-def _marks(samples: Samples, members: list[Record], records: Records) -> dict[str, str]:
-    """Return the fingerprints of what was read.
-
-    Members one by one do not depend on how their ensemble averages, only on the weights that it may give them.
-    """
+def _input_fingerprints(samples: Samples, members: list[Record], records: Records) -> dict[str, str]:
+    # Sampling from each member depends on the ensemble only through its weights, not through its average.
     if samples.draw == "average" or _weights(samples, records) is not None:
         return input_fingerprints(samples, records)
     return {member.job.name: member.fingerprint for member in members}
 
 
-def _voices(samples: Samples, members: list[Record], workspace: Workspace, records: Records) -> list[Callable[[], Any]]:
-    """Return how to load each model that speaks: the members one by one, or all of them as one."""
+def _loaders(samples: Samples, members: list[Record], workspace: Workspace, records: Records) -> list[Loader]:
+    """Return loaders of the models to sample from: each member, or all members as one model."""
     source = records.named(samples.source)
     if samples.draw == "members" or source is None or not isinstance(source.job, Ensemble):
-        return [functools.partial(load_model, workspace, member.job.name) for member in members]
-    from epochal.models.load import load_source
-
-    return [functools.partial(load_source, samples.source, workspace, records)]
+        return [partial(load_model, workspace, member.job.name) for member in members]
+    return [partial(load_source, samples.source, workspace, records)]
 
 
 def draw(
     model: Any, samples: Samples, batch: int, *, context: int, bos: int, eos: int, generator: torch.Generator
 ) -> Iterator[Tokens]:
-    """Yield sampled texts without end, `batch` at a time, each from `bos` to `eos` or to `max_length` tokens."""
+    """Yield an infinite stream of sampled texts, each from `bos` to `eos` or of `max_length` tokens.
+
+    `batch` texts are sampled in parallel; those that end leave the batch after half a `context` of tokens.
+    """
     while True:
         rows = torch.full((batch, 1), bos, dtype=torch.long)
         while len(rows) and rows.shape[1] < samples.max_length:
@@ -133,7 +132,7 @@ def draw(
 def _extend(
     model: Any, rows: torch.Tensor, samples: Samples, *, context: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Append up to half a context of tokens to each row (b, t), reading at most half a context before them."""
+    """Append up to half a context of tokens to each row (b, t), given at most half a context before them."""
     half = max(1, context // 2)
     window = rows[:, -half:]
     count = min(context - window.shape[1], samples.max_length - rows.shape[1])
@@ -150,16 +149,9 @@ def _extend(
 
 
 def _take(texts: Iterator[Tokens], tokens: int) -> list[Tokens]:
-    """Take whole texts until there are `tokens` tokens, the last one cut."""
+    """Return texts with `tokens` tokens in total; the last one is cut."""
     taken: list[Tokens] = []
     while tokens > 0:
         taken.append(next(texts)[:tokens])
         tokens -= len(taken[-1])
     return taken
-
-
-def _write(path: Path, tokens: Tokens) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(".samples.tmp.npy")
-    np.save(beside, tokens)
-    beside.replace(path)

@@ -1,15 +1,10 @@
-"""A cache of soft targets: k weighted tokens of a teacher's distribution at every position of the training text.
+"""Compute soft targets: k weighted tokens of a teacher's distribution at every position of the training text.
 
-Members are averaged first, so the cost of a student's step does not depend on K. The k tokens are a VarOpt sample (Cohen
-et al., arXiv 0803.0473): every token with a probability above a threshold is kept as it is, of the others each is kept
-with a chance in proportion to its probability and then weighs as much as the threshold. The weights sum to one and the
-loss against them is right in expectation, which a cut at the top k is not: of small models on small text the top 64
-tokens hold two thirds of the mass, and what a cut loses is a bias. (That sampled targets beat cut ones: arXiv 2503.16870.)
-
-targets/ holds shards of sequences and beside each an index: `shard-00000.bin` is one zlib block for each sequence,
-`shard-00000.json` their sizes and the hash of the file. A block holds what the KL divergence lacks (see `encode`), then
-T - 1 positions of k ids in rising order, as differences, then their weights in float16; bytes of one significance lie
-together, because so they compress.
+Members are averaged here, so the cost of a student's step does not depend on K. The k tokens are a VarOpt sample (Cohen
+et al., arXiv 0803.0473): tokens with a probability above a threshold are kept as they are; each of the others is kept
+with a chance proportional to its probability, with the threshold as weight. The loss is then unbiased, unlike with a
+top-k cut: for small models on little text the top 64 tokens hold only two thirds of the mass. (Sampled targets beat
+top-k ones: arXiv 2503.16870.)
 
 n tokens, V vocabulary, T sequence length, k kept tokens.
 """
@@ -38,16 +33,16 @@ from epochal.stopping import check_stop
 log = logging.getLogger(__name__)
 
 SHARD_POSITIONS = 2**20
-"""Positions in a shard, about: a stop or a crash loses at most one."""
+"""Approximate positions in a shard; an interrupted job recomputes at most one shard."""
 
 CHUNK_ELEMENTS = 2**24
 """Elements of the (n, V) buffer of the mixture."""
 
 
 def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Record:
-    """Write the targets of a Run or an Ensemble over its training text; goes on where it was stopped.
+    """Write the targets of a Run or an Ensemble over its training text; resumes an interrupted job.
 
-    Raises ValueError when the text is shorter than the job or the disk has no room for it.
+    Raises ValueError if the text is shorter than the job or the targets do not fit on the disk.
     """
     members, marks = member_records(job.source, records), input_fingerprints(job, records)
     run, source = members[0].job, records.named(job.source)
@@ -55,24 +50,24 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
     store = open_store(run.data, workspace)
     sequences = training_sequences(job, store)
     folder = workspace.folder(job.name) / "targets"
-    beside = _prepare(folder, {"job": fingerprint(job), "inputs": marks})
-    _check_room(job, store.vocab_size, beside)
+    temporary = _prepare(folder, {"job": fingerprint(job), "inputs": marks})
+    _check_room(job, store.vocab_size, temporary)
     models = [load_model(workspace, member.job.name) for member in members]
     average, shares = averaging(source.job)
     per_shard = max(1, SHARD_POSITIONS // job.sequence_length)
     kept = []
     for number, start in enumerate(range(0, len(sequences), per_shard)):
         rows = sequences[start : start + per_shard]
-        index = beside / f"shard-{number:05d}.json"
+        index = temporary / f"shard-{number:05d}.json"
         if not shard_is_complete(index):
             drawn = _draw(job, models, rows, average, shares, first=start)
             write_shard(index, drawn, store.vocab_size)
         kept.append(json.loads(index.read_text(encoding="utf-8"))["kept_mass"])
     meta = {"vocab_size": store.vocab_size, "keep": min(job.keep, store.vocab_size), "sequences_per_shard": per_shard}
-    write_atomic(beside / "meta.json", json.dumps({**meta, "sequence_length": job.sequence_length}))
-    size = sum(file.stat().st_size for file in beside.iterdir())
+    write_atomic(temporary / "meta.json", json.dumps({**meta, "sequence_length": job.sequence_length}))
+    size = sum(file.stat().st_size for file in temporary.iterdir())
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    temporary.rename(folder)
     return Record(
         job=job,
         fingerprint=fingerprint(job),
@@ -89,27 +84,27 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
 
 
 def training_sequences(job: Targets, store: TokenStore) -> Tokens:
-    """Return the text of the targets, (count, T) int64: the training tokens in the order of the store."""
+    """Return the text of the targets, (count, T) int64: training tokens in the order of the store."""
     available = int(store.meta["tokens"]["train"])
     if job.unique_tokens > available:
-        raise ValueError(f"unique_tokens {job.unique_tokens} is above the {available} training tokens; use fewer.")
+        raise ValueError(f"unique_tokens must be at most {available}, the training tokens, got {job.unique_tokens}.")
     count = job.unique_tokens // job.sequence_length
     tokens = store.tokens("train")[: count * job.sequence_length]
     return tokens.reshape(count, job.sequence_length).astype(np.int64)
 
 
 def _prepare(folder: Path, meaning: dict[str, Any]) -> Path:
-    """Return the folder to fill: what an interrupted start of the same meaning left, or an empty one."""
-    beside = folder.with_name(".targets.tmp")
-    mark = beside / "meaning.json"
+    """Return the temporary folder, with the shards of an interrupted job if that had the same `meaning`."""
+    temporary = folder.with_name(".targets.tmp")
+    mark = temporary / "meaning.json"
     if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != meaning:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         write_atomic(mark, json.dumps(meaning))
-    return beside
+    return temporary
 
 
 def _check_room(job: Targets, vocab_size: int, folder: Path) -> None:
-    """Say what the cache needs at most, and refuse what does not fit; shards that are there already count."""
+    """Log the largest possible size and raise ValueError if it does not fit; finished shards are subtracted."""
     need = job.bytes(vocab_size) - sum(file.stat().st_size for file in folder.iterdir())
     free = shutil.disk_usage(folder).free
     log.warning("%s needs up to %.1f MB of disk, %.1f MB are free.", job.name, need / 1e6, free / 1e6)
@@ -130,14 +125,14 @@ def _draw(
         check_stop()
         p = averaged_probabilities(models, chunk, average=average, shares=shares)
         for one in torch.split(p, rows.shape[1] - 1):
-            generator = torch.Generator().manual_seed(first)
+            generator = torch.Generator().manual_seed(first)  # per sequence, so that shards can be recomputed alone
             yield _sample(one.cpu().double(), min(job.keep, vocabulary), generator)
             first += 1
 
 
 def _sample(p: torch.Tensor, keep: int, generator: torch.Generator) -> Sequence:
     """Draw `keep` tokens of each row of p (T - 1, V), float64."""
-    p = p.clamp(min=1e-30)  # a probability that softmax rounds to zero has no chance to fill the sample
+    p = p.clamp(min=1e-30)  # softmax may round to 0, and then fewer than `keep` tokens could be drawn
     p = p / p.sum(1, keepdim=True)
     ids, weights = varopt(p, keep, generator)
     exact = torch.where(p.gather(1, ids) == weights, weights, 0.0)
@@ -146,19 +141,20 @@ def _sample(p: torch.Tensor, keep: int, generator: torch.Generator) -> Sequence:
 
 
 def varopt(p: torch.Tensor, keep: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a VarOpt sample of each row of p (n, V), float64 summing to one: ids (n, keep) rising, weights (n, keep).
+    """Return a VarOpt sample of each row of p (n, V), float64 summing to one: ids (n, keep) ascending, weights (n, keep).
 
-    A token v is in it with chance min(1, p_v / threshold) and weighs max(p_v, threshold), so its mean weight is p_v. The
-    threshold makes the chances sum to `keep`; tokens are drawn by systematic sampling, one number for each row.
+    A token v is kept with chance min(1, p_v / threshold) and weight max(p_v, threshold), so its expected weight is p_v.
+    The threshold is such that the chances sum to `keep`. Systematic sampling: one random number per row.
     """
     highest, order = torch.topk(p, keep, dim=1)
     lower = p.scatter(1, order, 0.0).sum(1, keepdim=True)
-    left = lower + highest.flip(1).cumsum(1).flip(1)  # the mass that the tokens before each do not hold
-    thresholds = left / torch.arange(keep, 0, -1, dtype=p.dtype)
+    # If the j most probable tokens are exact, the other keep - j share the remaining mass: that is their threshold.
+    remaining = lower + highest.flip(1).cumsum(1).flip(1)
+    thresholds = remaining / torch.arange(keep, 0, -1, dtype=p.dtype)
     exact = (highest > thresholds).long().cumprod(1).sum(1, keepdim=True).clamp(max=keep - 1)
     threshold = thresholds.gather(1, exact)
     ends = torch.cumsum((p / threshold).clamp(max=1.0), 1)
-    ends = torch.round(ends * (keep / ends[:, -1:]) * 2**32)  # whole numbers, so that a chance of one is certain
+    ends = torch.round(ends * (keep / ends[:, -1:]) * 2**32)  # integers, so that a chance of 1 is exact
     offset = torch.randint(2**32, (len(p), 1), generator=generator).double()
     counts = torch.floor((ends + offset) / 2**32)
     drawn = torch.diff(counts, dim=1, prepend=torch.zeros_like(counts[:, :1])) > 0
@@ -180,6 +176,3 @@ def averaged_probabilities(
         total = part.mul_(share) if total is None else total.add_(part, alpha=share)
     assert total is not None
     return total if average == "probs" else torch.softmax(total, 1)
-
-
-# --- the files ----------------------------------------------------------------------------------------------------------

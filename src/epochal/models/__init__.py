@@ -1,4 +1,4 @@
-"""Models, their configs, ensembles as models, and how to open them."""
+"""Models, their configs, ensembles as models, and loading of finished ones."""
 
 from typing import Any
 

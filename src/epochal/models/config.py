@@ -1,8 +1,8 @@
-"""Model files, checked and counted without torch or transformers.
+"""Read, check and count model files without torch or transformers.
 
-A model is one JSON file in transformers' own Llama format plus one key, ``initialisation``. Planning and pricing read
-nothing else, so this module must stay importable in milliseconds and on a machine without torch. Rotary positions are
-written as the plain key ``rope_theta``, the one spelling that transformers 4.5x and 5.x both read.
+A model is one JSON file in transformers' Llama format plus one key, ``initialisation``. Planning and cost estimates use
+only this module, so it must import in milliseconds and without torch. Rotary embeddings use the key ``rope_theta``, the
+one spelling that transformers 4.5x and 5.x both read.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from epochal.config import model_path, nearest
 
-#: Names for the key ``initialisation``; `epochal.models.llama.weight_rule` says what each one draws.
 INITIALISATIONS = ("infinite-compute", "normal", "gpt2")
+"""Values of the key ``initialisation``; see `epochal.models.llama.weight_rule`."""
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 _REQUIRED = (*_SIZES, "model_type", "initialisation")
 _BIASES = ("attention_bias", "mlp_bias")
-# Keys that transformers reads or writes itself, so that the config.json of a saved model is accepted again.
+# Written by transformers: the config.json of a saved model must be readable as a model file.
 _FROM_TRANSFORMERS = (
     "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "hidden_act", "initializer_range",
     "pad_token_id", "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
@@ -31,7 +31,7 @@ KEYS = frozenset((*_REQUIRED, *_OPTIONAL_SIZES, *_BIASES, *_FROM_TRANSFORMERS))
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a model: all of them, and those outside the input embedding and the output head."""
+    """Number of parameters in total, and without the input embedding and the output head."""
 
     total: int
     non_embedding: int
@@ -43,20 +43,18 @@ def read_config(
     """Read and check one model file.
 
     * `name_or_path`: a name in ``configs/models``, a JSON file, or a folder with a ``config.json``.
-    * `vocab_size`: rows of the embedding and of the head, if not those of the file.
-    * `max_positions`: longest sequence in tokens, if not that of the file. Rotary positions have no weights, so this
-      changes no count.
+    * `vocab_size`: replaces that of the file.
+    * `max_positions`: longest sequence in tokens, replaces that of the file; no parameter depends on it.
 
-    A missing or damaged file, an unknown or missing key, a width that its heads do not divide and an unknown
-    initialisation are each a ValueError of one sentence.
+    Raises ValueError for a missing or damaged file and for everything that `check_config` rejects.
     """
     path = model_path(name_or_path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Model file '{path}' is not valid JSON ({error}); correct it there.") from None
+        raise ValueError(f"Model file '{path}' is not valid JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise ValueError(f"Model file '{path}' holds a {type(config).__name__}; it must be one JSON object.")
+        raise ValueError(f"Model file '{path}' must hold a JSON object, got a {type(config).__name__}.")
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
     if max_positions is not None:
@@ -66,30 +64,31 @@ def read_config(
 
 
 def check_config(config: Mapping[str, Any], *, where: str = "Model config") -> None:
-    """Raise a ValueError of one sentence, starting with `where`, unless `config` is a Llama that epochal can build."""
+    """Raise a ValueError that starts with `where` unless `config` is a Llama that `build_model` can build.
+
+    Checked: known and required keys, sizes, divisibility by the number of heads, initialisation, no biases.
+    """
     _check_keys(config, where)
     for key in (*_SIZES, *_OPTIONAL_SIZES):
         value = config.get(key)
         optional = key in _OPTIONAL_SIZES and value is None
-        # bool is an int in Python, and `true` for a size is a slip of the hand.
+        # bool is a subclass of int
         if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{where}: {key} is {value!r}, but a size must be a whole number of at least 1.")
+            raise ValueError(f"{where}: {key} must be a positive integer, got {value!r}.")
     _check_heads(config, where)
     if config["model_type"] != "llama":
-        raise ValueError(
-            f"{where}: model_type is {config['model_type']!r}, but only 'llama' is built and counted here; use 'llama'."
-        )
+        raise ValueError(f"{where}: model_type must be 'llama', got {config['model_type']!r}.")
     for key in _BIASES:
         if config.get(key):
-            raise ValueError(f"{where}: {key} is true, but no initialisation here draws biases; set it to false.")
+            raise ValueError(f"{where}: {key} is true, but biases are not supported; set it to false.")
     deviation = config.get("initializer_range", 0.02)
     if isinstance(deviation, bool) or not isinstance(deviation, int | float) or not 0 < deviation <= 1:
-        raise ValueError(f"{where}: initializer_range is {deviation!r}, but it must lie in (0, 1]; 0.02 is usual.")
+        raise ValueError(f"{where}: initializer_range must be in (0, 1], got {deviation!r}; 0.02 is usual.")
     check_initialisation(config["initialisation"], where=where)
 
 
 def check_initialisation(name: object, *, where: str = "Model config") -> None:
-    """Raise a ValueError that names the nearest choice unless `name` is one of `INITIALISATIONS`."""
+    """Raise a ValueError naming the nearest choice unless `name` is one of `INITIALISATIONS`."""
     if name not in INITIALISATIONS:
         known = ", ".join(INITIALISATIONS)
         raise ValueError(
@@ -98,14 +97,13 @@ def check_initialisation(name: object, *, where: str = "Model config") -> None:
 
 
 def parameter_counts(config: Mapping[str, Any] | str | Path, *, vocab_size: int | None = None) -> ParameterCounts:
-    """Count the parameters of a model by closed form.
+    """Count the parameters of a model with a closed formula.
 
     With V the vocabulary, h the width, L the layers, q = heads x head_dim, k = kv heads x head_dim and f the inner size
     of the MLP, the matrices outside the vocabulary are L(2hq + 2hk + 3hf) and the norms (2L + 1)h. The embedding and
     the head are V h each, or V h together when they are tied (`docs/infinite_compute.md`, section 2).
 
-    `config` holds the keys of a model file, or is a name or path for `read_config`; `vocab_size` is the V to count
-    with, if not that of the config.
+    `config` is a mapping with the keys of a model file, or a name or path for `read_config`; `vocab_size` replaces V.
     """
     if isinstance(config, str | Path):
         config = read_config(config)
@@ -119,7 +117,7 @@ def parameter_counts(config: Mapping[str, Any] | str | Path, *, vocab_size: int 
 
 
 def head_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return (heads, kv heads, head_dim) with transformers' defaults for the two that a file may leave out."""
+    """Return (heads, kv heads, head_dim); the last two have transformers' defaults."""
     heads: int = config["num_attention_heads"]
     kv_heads: int = config.get("num_key_value_heads") or heads
     head_dim: int = config.get("head_dim") or config["hidden_size"] // heads
@@ -150,12 +148,12 @@ def _check_heads(config: Mapping[str, Any], where: str) -> None:
         )
     if head_dim % 2:
         raise ValueError(
-            f"{where}: the head dimension is {head_dim}, but rotary positions turn pairs of coordinates; "
-            "change hidden_size or num_attention_heads until it is even."
+            f"{where}: the head dimension must be even for rotary embeddings, got {head_dim}; "
+            "change hidden_size or num_attention_heads."
         )
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:
-    """Return the divisor of `whole` nearest to `wanted`, the smaller one of two."""
+    """Return the divisor of `whole` nearest to `wanted`, the smaller of two."""
     divisors = [d for d in range(1, whole + 1) if whole % d == 0]
     return min(divisors, key=lambda d: (abs(d - wanted), d))

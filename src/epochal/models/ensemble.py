@@ -1,16 +1,16 @@
-"""An ensemble as a transformers model: load, save, generate, score, as with any causal language model.
+"""An ensemble as a transformers causal language model: load, save, generate, score.
 
-b texts, t new tokens, V vocabulary, K members. Each member keeps its own key-value cache, and a member may be behind: it
-reads the tokens that it has missed, all at once, when it is needed. That makes sampling from the mean of probabilities
-cheap: draw one member for each token, let it catch up and draw the token from it; the token then has exactly the mean
-distribution. A member is needed every K tokens or so and reads K tokens in about the time of one, as long as reading
-weights is what takes time. Whatever needs the mean itself (greedy, beams, top-k, scores) asks all members.
+b texts, t new tokens, V vocabulary, K members. Each member has its own KV cache. Plain sampling from the mean of
+probabilities runs one member per token: drawing a member by weight, then a token from it, has exactly the mean
+distribution. The other members prefill lazily: a member processes all tokens since its last turn in one forward pass,
+about K of them, which costs little more than one token while decoding is bound by reading weights. Everything else
+(greedy, beams, top-k, scores, averaged logits) runs all members for every token.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.t
 
 
 class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Which models speak together: `members` are paths (below the ensemble's own folder, or anywhere) or hub names.
+    """Config of an ensemble: the member models and how their predictions are averaged.
 
-    `average` is "logits" or "probs", `weights` sum to one (None: equal), `temperature` divides the logits of every
-    member before they are averaged.
+    `members` are hub names or paths, relative to the ensemble's folder if they exist there. `average` is "logits" or
+    "probs", `weights` sum to one (None: equal), `temperature` divides every member's logits before averaging. The other
+    fields are taken from the members.
     """
 
     model_type = "epochal_ensemble"
@@ -54,9 +55,9 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class EnsembleCache(Cache):  # type: ignore[misc]
-    """The tokens so far, (b, length), with their positions, and a cache of each member that may be behind them.
+    """All tokens so far, (b, length), their positions, and the KV cache of each member, which may cover fewer tokens.
 
-    With `one_member`, a forward pass asks one drawn member for each text instead of all.
+    With `one_member`, a forward pass samples one member for each text instead of averaging all.
     """
 
     def __init__(self, configs: Sequence[Any]) -> None:
@@ -67,78 +68,78 @@ class EnsembleCache(Cache):  # type: ignore[misc]
         self.one_member = False
 
     def append(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new tokens and their positions, both (b, t), and return all of them, (b, length)."""
+        """Append new tokens and their positions, (b, t), and return all of them, (b, length)."""
         if self.tokens is not None and self.positions is not None:
             tokens, positions = torch.cat([self.tokens, tokens], 1), torch.cat([self.positions, positions], 1)
         self.tokens, self.positions = tokens, positions
         return tokens, positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens so far, whether or not every member has read them."""
+        """Return the number of tokens so far, including those that some members have not processed."""
         return 0 if self.tokens is None else self.tokens.shape[1]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No limit."""
+        """Return -1: no limit."""
         return -1
 
     @property
     def batch_size(self) -> int:
-        """Texts; -1 before the first pass."""
+        """Number of texts; -1 before the first forward pass."""
         return -1 if self.tokens is None else self.tokens.shape[0]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether a token has been seen."""
+        """Whether there was a forward pass."""
         return self.tokens is not None
 
     @property
     def is_croppable(self) -> bool:
-        """Whether every member can forget its last tokens."""
+        """Whether the last tokens of every member can be removed."""
         return all(member.is_croppable for member in self.members)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self.tokens = self.positions = None
         for member in self.members:
             member.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -`tokens_to_remove` tokens; a member that never read them forgets fewer."""
+        """Remove the last -`tokens_to_remove` tokens."""
         length = self.get_seq_length() - abs(tokens_to_remove)
-        for member in self.members:
+        for member in self.members:  # a member that is behind has fewer tokens to remove, or none
             member.crop(min(0, length - member.get_seq_length()))
         if self.tokens is not None and self.positions is not None:
             self.tokens, self.positions = self.tokens[:, :length], self.positions[:, :length]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Put text `beam_idx[i]` at place i."""
-        self._pick(beam_idx)
+        """Replace text i by text `beam_idx[i]`."""
+        self._select(beam_idx)
         for member in self.members:
             member.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these texts only."""
-        self._pick(indices)
+        """Keep only the texts `indices`."""
+        self._select(indices)
         for member in self.members:
             member.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every text."""
-        self._pick(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
+        """Repeat every text `repeats` times."""
+        self._select(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
         for member in self.members:
             member.batch_repeat_interleave(repeats)
 
-    def _pick(self, indices: torch.Tensor) -> None:
+    def _select(self, indices: torch.Tensor) -> None:
         if self.tokens is not None and self.positions is not None:
             rows = indices.to(self.tokens.device)
             self.tokens, self.positions = self.tokens[rows], self.positions[rows]
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """K causal language models of one vocabulary as one; logits are the mean logits, or the log of the mean probabilities.
+    """K causal language models with one vocabulary; logits are the mean logits or the log of the mean probabilities.
 
-    Members may differ in size and architecture. They lie in memory side by side when they fit into `memory_limit`
-    bytes (by default what is free), else each is loaded when it is its turn and let go.
+    Members may differ in size and architecture. They stay in memory if together they fit into `memory_limit` bytes (by
+    default the free memory); otherwise each is loaded for its forward pass and dropped.
     """
 
     config_class = EnsembleConfig
@@ -178,10 +179,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         memory_limit: int | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> "EnsembleForCausalLM":
-        """Load the models at `paths` (folders or hub names) as one.
+        """Load the models at `paths` (folders or hub names) as one; options as in `EnsembleConfig`.
 
-        `weights` sum to one, equal by default. Raises ValueError when members have other vocabularies or tokenizers,
-        or `average` is neither "logits" nor "probs".
+        Raises ValueError if members differ in vocabulary or tokenizer, or an option is invalid.
         """
         shares = None if weights is None else list(weights)
         names = [str(path) for path in paths]
@@ -201,13 +201,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         revision: str | None = None,
         **__: Any,
     ) -> "EnsembleForCausalLM":
-        """Load the folder that `save_pretrained` wrote, or a hub repository of that form; other options do nothing.
+        """Load a folder written by `save_pretrained`, or a hub repository with such files; other options are ignored.
 
-        Raises ValueError for `device_map` and `quantization_config`, and what the members raise.
+        Raises ValueError for `device_map` and `quantization_config`, or if members do not fit together.
         """
         if device_map is not None or quantization_config is not None:
             raise ValueError(
-                "an ensemble takes no device_map and no quantization_config; load it, then use .to(device)."
+                "device_map and quantization_config are not supported for ensembles; load the model, then use .to(device)."
             )
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -221,7 +221,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write a folder that needs nothing else: members, tokenizer and config. `kwargs` go to each member's save."""
+        """Write a self-contained folder: members, tokenizer and config. `kwargs` are passed on for each member."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         names = [f"member-{k:02d}" for k in range(len(self.paths))]
@@ -245,12 +245,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return the logits (b, t, V) of t new tokens, float32, of the last `logits_to_keep` where that is not 0.
+        """Return logits (b, t, V) float32 of t new tokens, or of the last `logits_to_keep` of them if that is not 0.
 
-        `attention_mask` is (b, tokens so far), 0 for padding on the left; `labels` (b, t) add the next-token loss.
+        `attention_mask` is (b, length so far), 0 for padding on the left; `labels` (b, t) add the next-token loss. Raises
+        ValueError without `input_ids`.
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("an ensemble reads input_ids; its members have embeddings of their own.")
+            raise ValueError(
+                "pass input_ids; inputs_embeds are not supported because members have different embeddings."
+            )
         cache = past_key_values if past_key_values is not None or not use_cache else self._new_cache()
         seen = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
@@ -260,14 +263,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             tokens, positions = cache.append(tokens, positions)
         keep = logits_to_keep or input_ids.shape[1]
 
-        def read(k: int, member: Any) -> torch.Tensor:
-            behind = None if cache is None else cache.members[k]
-            start = 0 if behind is None else behind.get_seq_length()
-            output = member(
+        def logits_of(k: int) -> torch.Tensor:
+            member_cache = None if cache is None else cache.members[k]
+            start = 0 if member_cache is None else member_cache.get_seq_length()  # where this member's prefill begins
+            output = self._member(k)(
                 input_ids=tokens[:, start:],
                 attention_mask=attention_mask,
                 position_ids=positions[:, start:],
-                past_key_values=behind,
+                past_key_values=member_cache,
                 use_cache=cache is not None,
                 logits_to_keep=keep,
             )
@@ -275,19 +278,19 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             return logits
 
         one = cache is not None and cache.one_member and labels is None
-        logits = self._drawn(read, len(input_ids)) if one else self._mean(read)
+        logits = self._sampled_member(logits_of, len(input_ids)) if one else self._mean(logits_of)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def _mean(self, read: Any) -> torch.Tensor:
-        """Ask all members that weigh anything: mean logits, or the log of the mean probabilities."""
+    def _mean(self, logits_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Return the mean logits, or the log of the mean probabilities, (b, t, V)."""
         total: torch.Tensor | None = None
         for k, share in enumerate(self.shares.tolist()):
             if share == 0.0:
                 continue
-            logits = read(k, self._member(k))
+            logits = logits_of(k)
             if self.config.average == "logits":
                 total = logits * share if total is None else total.add_(logits, alpha=share)
             else:
@@ -296,17 +299,17 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         assert total is not None
         return total
 
-    def _drawn(self, read: Any, texts: int) -> torch.Tensor:
-        """Ask one member, drawn by weight, for each text: its log-probabilities, (b, t, V)."""
+    def _sampled_member(self, logits_of: Callable[[int], torch.Tensor], texts: int) -> torch.Tensor:
+        """Return the log-probabilities (b, t, V) of one member for each text, drawn by weight."""
         drawn = torch.multinomial(self.shares, texts, replacement=True)
         rows: torch.Tensor | None = None
         for k in sorted(set(drawn.tolist())):
-            part = read(k, self._member(k)).log_softmax(-1)
+            part = logits_of(k).log_softmax(-1)
             rows = part if rows is None else torch.where((drawn == k)[:, None, None], part, rows)
         assert rows is not None
         return rows
 
-    # --- members, in memory or one at a time ---------------------------------------------------------------------------
+    # --- members -------------------------------------------------------------------------------------------------------
 
     def _load(self, path: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self._load_dtype or "auto")
@@ -317,27 +320,27 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     @property
     def device(self) -> torch.device:
-        """Where the members compute."""
-        place: torch.device = self.shares.device
-        return place
+        """Device of the members."""
+        device: torch.device = self.shares.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the first member's weights; float32 while none is loaded."""
+        """Dtype of the first member's weights; float32 if members are loaded one at a time."""
         weights = next(self.members.parameters(), None)
         return torch.float32 if weights is None else weights.dtype
 
     def get_input_embeddings(self) -> Any:
-        """None: each member has its own."""
+        """Return None: each member has its own."""
         return None
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
-        """Do nothing: members tied their own weights when they were loaded."""
+        """Do nothing: members tie their own weights when they are loaded."""
 
-    # --- generate, and the two places of transformers' GenerationMixin that know about caches and about sampling -------
+    # --- generation: overrides of transformers' GenerationMixin --------------------------------------------------------
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`, but sampling is plain unless told otherwise: transformers' top_k of 50 is not."""
+        """As `GenerationMixin.generate`, but `top_k` is 0 by default when sampling, not 50."""
         if kwargs.get("do_sample") and generation_config is None:
             kwargs.setdefault("top_k", 0)
         return super().generate(inputs, generation_config, **kwargs)
@@ -350,8 +353,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation {generation_config.cache_implementation!r} is none that an ensemble has; "
-                "leave it out."
+                f"cache_implementation {generation_config.cache_implementation!r} is not supported for ensembles; leave it out."
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._new_cache()
@@ -359,13 +361,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def _sample(
         self, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **model_kwargs: Any
     ) -> Any:
-        """Sample or take the best; one member a token where only a draw from the unshaped mean distribution is needed."""
+        """As in GenerationMixin; one member per token if that has the distribution asked for."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, EnsembleCache):
             cache.one_member = (
                 self.config.average == "probs"
                 and bool(generation_config.do_sample)
-                and not len(logits_processor)  # temperature, top-k, penalties: all of these shape the distribution
+                and not len(logits_processor)  # temperature, top-k, penalties change the distribution
                 and not generation_config.output_scores
                 and not generation_config.output_logits
             )
@@ -377,7 +379,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
 
 def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
-    """Return the positions (b or 1, t) of new tokens: those of the real tokens before them, padding not counted."""
+    """Return the positions (b or 1, t) of new tokens, not counting padding."""
     length = input_ids.shape[1]
     if attention_mask is None:
         return torch.arange(seen, seen + length, device=input_ids.device)[None]
@@ -385,39 +387,41 @@ def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, see
 
 
 def _resolve(member: str, folder: Path | None) -> str:
-    """A member's path below the ensemble's folder where there is one, else the path or hub name as it stands."""
+    """Return a member's path in the ensemble's folder if it exists, else `member` unchanged."""
     return str(folder / member) if folder is not None and (folder / member).is_dir() else member
 
 
 def _check(config: EnsembleConfig, paths: list[str]) -> None:
     if config.average not in AVERAGES:
-        raise ValueError(f"average is {config.average!r}; choose from {', '.join(AVERAGES)}.")
+        raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {config.average!r}.")
     if not paths:
-        raise ValueError("an ensemble needs at least one member; give their folders.")
+        raise ValueError("members is empty; give at least one model folder.")
     if not config.temperature > 0:
-        raise ValueError(f"temperature is {config.temperature}; give a number above 0.")
+        raise ValueError(f"temperature must be positive, got {config.temperature}.")
     weights = config.weights
     if weights is not None and (len(weights) != len(paths) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
-        raise ValueError(f"weights is {weights}; give one share for each of {len(paths)} members, summing to 1.")
+        raise ValueError(
+            f"weights must be {len(paths)} non-negative numbers that sum to 1, one per member, got {weights}."
+        )
 
 
 def _fill(config: EnsembleConfig, paths: list[str], configs: list[Any]) -> None:
-    """Take over from the members what they must agree on; raises ValueError where they do not."""
-    for what in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
-        values = [getattr(member, what, None) for member in configs]
+    """Copy shared settings of the members into the config; raises ValueError if members differ in them."""
+    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        values = [getattr(member, key, None) for member in configs]
         if any(value != values[0] for value in values):
-            raise ValueError(f"members have {what} {values}; an ensemble needs members of one tokenizer.")
-        setattr(config, what, values[0])
+            raise ValueError(f"members have {key} {values}; all members must have the same.")
+        setattr(config, key, values[0])
     tokenizers = [Path(path) / "tokenizer.json" for path in paths]
     texts = {path.read_bytes() for path in tokenizers if path.is_file()}
     if len(texts) > 1:
-        raise ValueError(f"members have {len(texts)} tokenizers; an ensemble needs members of one.")
+        raise ValueError(f"members have {len(texts)} tokenizers; all members must have the same.")
     config.max_position_embeddings = min(member.max_position_embeddings for member in configs)
     config.num_hidden_layers = max(member.num_hidden_layers for member in configs)
 
 
 def _bytes(path: str) -> int:
-    """The weights of a member on disk; 0 for a hub name, which has no size before it is fetched."""
+    """Return the size of a member's weights on disk; 0 for a hub name that is not downloaded."""
     return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
 
 
@@ -428,7 +432,7 @@ def _free_bytes() -> int:
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copy the tokenizer's files of a model folder into another; nothing for a hub name."""
+    """Copy the tokenizer files of one model folder into another; does nothing if `source` is a hub name."""
     for pattern in TOKENIZER_FILES:
         for file in Path(source).glob(pattern):
             shutil.copy(file, folder / file.name)

@@ -1,8 +1,8 @@
-"""Build a transformers Llama with random weights that depend on one seed and nothing else.
+"""Build a transformers Llama with random weights that depend on a seed alone.
 
-Every parameter is drawn on the CPU, in float32, from its own generator seeded by (seed, parameter name). So the weights
-do not depend on the global random state, the device, the number of processes or the order of the parameters, and adding
-a layer moves no other one.
+Every parameter is drawn on the CPU, in float32, from its own generator seeded by (seed, parameter name). The weights
+therefore do not depend on the global random state, the device, the number of ranks or the order of parameters, and
+adding a layer leaves the other layers unchanged.
 
 Shapes: a matrix is (out, in) as torch stores it, so fan_in is its second size; the embedding is (V, h).
 """
@@ -39,18 +39,14 @@ __all__ = [
 
 
 class WeightRule(NamedTuple):
-    """How one parameter is drawn: N(0, `std`^2) cut at +-`cut` x `std`; a `std` of 0 means all ones."""
+    """Distribution of one parameter: N(0, `std`^2) truncated at +-`cut` x `std`; a `std` of 0 means all ones."""
 
     std: float
     cut: float = math.inf
 
 
 def load_config(name_or_path: str | Path, *, vocab_size: int | None = None) -> LlamaConfig:
-    """Return a model file as a transformers LlamaConfig that carries its ``initialisation``.
-
-    `name_or_path` is a name in ``configs/models``, a JSON file, or a folder with a ``config.json``; `vocab_size` is
-    that of the run's tokenizer, if not the file's. A bad file is a ValueError of `epochal.models.config.read_config`.
-    """
+    """Return a model file as a transformers LlamaConfig with its ``initialisation``; arguments as in `read_config`."""
     from transformers import LlamaConfig
 
     return LlamaConfig.from_dict(read_config(name_or_path, vocab_size=vocab_size))
@@ -67,16 +63,16 @@ def build_model(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> LlamaForCausalLM:
-    """Build a Llama on the CPU, float32, with weights that are a function of (file, vocab_size, initialisation, seed).
+    """Build a Llama on the CPU, float32; weights are a function of (file, vocab_size, initialisation, seed).
 
     * `name_or_path`: as for `load_config`.
     * `vocab_size`: of the run's tokenizer (padding included, if any).
-    * `max_positions`: longest sequence in tokens; a label for generation, no weight depends on it.
+    * `max_positions`: longest sequence in tokens; no weight depends on it.
     * `seed`: any integer.
-    * `initialisation`: one of `INITIALISATIONS` in place of the file's choice.
-    * `bos_token_id`, `eos_token_id`, `pad_token_id`: of the tokenizer, so that `generate` and a saved folder know them.
+    * `initialisation`: one of `INITIALISATIONS`, replaces that of the file.
+    * `bos_token_id`, `eos_token_id`, `pad_token_id`: of the tokenizer, for `generate` and a saved folder.
 
-    A model that cannot be built, or a token id outside the vocabulary, is a ValueError of one sentence.
+    Raises ValueError for an invalid model file or a token id outside of the vocabulary.
     """
     from transformers import LlamaConfig
 
@@ -88,7 +84,7 @@ def build_model(
         if token is not None and not 0 <= token < vocab_size:
             raise ValueError(
                 f"Model '{name_or_path}': {key}_token_id {token} is outside its vocabulary of {vocab_size}; "
-                "give the vocabulary and the ids of the same tokenizer."
+                "use vocabulary and ids of the same tokenizer."
             )
         keys[f"{key}_token_id"] = token
     model = empty_model(LlamaConfig.from_dict(keys))
@@ -97,7 +93,7 @@ def build_model(
 
 
 def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
-    """Return the model of `config` on torch's meta device: shapes and names without memory, at any size."""
+    """Return the model of `config` on torch's meta device, which has shapes and names but needs no memory."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
@@ -105,11 +101,11 @@ def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
 
 
 def draw_weights(model: LlamaForCausalLM, *, seed: int) -> None:
-    """Give a model from `empty_model` its memory on the CPU and its random weights, in place.
+    """Allocate the weights of a model from `empty_model` on the CPU and draw them, in-place.
 
-    The rule is ``model.config.initialisation``. Drawing straight into new memory, instead of overwriting what the
-    constructors drew, costs half and leaves the global random state alone.
+    The rule is ``model.config.initialisation``.
     """
+    # On a meta model the constructors draw no weights that would be overwritten: half the time, same global random state.
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = model.config
@@ -117,49 +113,49 @@ def draw_weights(model: LlamaForCausalLM, *, seed: int) -> None:
         name: _draw(tuple(parameter.shape), _rule_of(name, tuple(parameter.shape), config), seed=seed, name=name)
         for name, parameter in model.named_parameters()
     }
-    # Not strict: a tied head is in the state dict but is no parameter of its own; it is tied again below.
+    # Not strict: a tied head is in the state dict but not a separate parameter; it is tied again below.
     model.load_state_dict(drawn, strict=False, assign=True)
     model.tie_weights()
-    # The rotary frequencies are computed buffers, in no state dict, and a meta model has none.
+    # The rotary frequencies are non-persistent buffers, which a meta model lacks.
     with torch.device("cpu"):
         model.model.rotary_emb = LlamaRotaryEmbedding(config)
     assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
 def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace) -> None:
-    """Put the weights that a Run starts from, if any, into a model of the same shape, in place.
+    """Load the weights of `run.init_from`, if set, into a model of the same shape, in-place.
 
-    Raises ValueError when their folder is missing or holds another architecture.
+    Raises ValueError if their folder is missing or has another architecture.
     """
     if run.init_from is None:
         return
     from safetensors.torch import load_file
 
     folder = Path(run.init_from) if "/" in run.init_from else workspace.folder(run.init_from) / "model"
-    files = sorted(folder.glob("*.safetensors"))  # a large model lies in several
+    files = sorted(folder.glob("*.safetensors"))  # large models are split into several files
     if not files:
-        raise ValueError(f"Run {run.name!r} starts from {run.init_from!r}, but {folder} holds no model; make it first.")
+        raise ValueError(
+            f"Run {run.name!r} starts from {run.init_from!r}, but {folder} has no model; run that job first."
+        )
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    found = {name: tensor for name, tensor in stored.items() if name in dict(model.named_parameters())}
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    for name in shapes.keys() | found.keys():
-        theirs = tuple(found[name].shape) if name in found else "none"
-        if theirs != shapes.get(name):
+    for name, weight in model.named_parameters():
+        stored_shape = tuple(stored[name].shape) if name in stored else None
+        if stored_shape != tuple(weight.shape):
             raise ValueError(
-                f"Run {run.name!r} ({run.model}) cannot start from {run.init_from!r}: {name} is {shapes.get(name)} here and "
-                f"{theirs} there; start from a run of the same model."
+                f"Run {run.name!r} ({run.model}) cannot start from {run.init_from!r}: {name} has shape {stored_shape} "
+                f"instead of {tuple(weight.shape)}; start from a run of the same model."
             )
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(found[name])
+            weight.copy_(stored[name])
 
 
 def next_token(
     model: Any, tokens: torch.Tensor, embeddings: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (hidden (n, d), targets (n,)) for the T - 1 predictions in each of (b, T) sequences.
+    """Return (hidden (n, d), targets (n,)) for the n = b (T - 1) predictions in (b, T) sequences.
 
-    The model reads `embeddings` (b, T, d) in place of the tokens' own, if given.
+    `embeddings` (b, T, d) replace the embeddings of the tokens, if given.
     """
     inputs = {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
@@ -169,15 +165,16 @@ def next_token(
 def weight_rule(
     initialisation: str, role: str, *, fan_in: int, layers: int, initializer_range: float = 0.02
 ) -> WeightRule:
-    """Say how a parameter is drawn.
+    """Return the distribution of a parameter.
 
     ================  ===========================================================================================
     initialisation    rule
     ================  ===========================================================================================
-    infinite-compute  linear maps and head: 1/sqrt(fan_in), embedding: 1/h, all cut at +-3 sigma and not rescaled
-                      (so the realised deviation is 0.98658 of it); no depth scaling (`docs/infinite_compute.md`,
-                      section 2). A wide model's embedding variance 1/h^2 is below the norm's eps: so it was run.
-    normal            N(0, initializer_range) everywhere: transformers' own, and what Fira's configs ask for
+    infinite-compute  linear maps and head: 1/sqrt(fan_in), embedding: 1/h, all truncated at +-3 sigma and not
+                      rescaled (so the standard deviation is 0.98658 of it); no depth scaling
+                      (`docs/infinite_compute.md`, section 2). As published, also where the embedding variance
+                      1/h^2 of a wide model is below the eps of the norm.
+    normal            N(0, initializer_range) everywhere: the default of transformers and Fira
     gpt2              the same, but projections into the residual stream by 1/sqrt(2 L): GPT-2, and SPECTRA
                       (`docs/spectra.md`, section 2.2)
     ================  ===========================================================================================
@@ -214,7 +211,7 @@ _ROLES = {
 
 
 def _rule_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> WeightRule:
-    """Return the rule of the parameter called `name`; a KeyError means that transformers renamed a part of Llama."""
+    """Return the rule of parameter `name`; a KeyError means that transformers renamed a module of Llama."""
     module = name.removesuffix(".weight").rpartition(".")[2]
     return weight_rule(
         config.initialisation,
@@ -226,13 +223,13 @@ def _rule_of(name: str, shape: tuple[int, ...], config: LlamaConfig) -> WeightRu
 
 
 def _draw(shape: tuple[int, ...], rule: WeightRule, *, seed: int, name: str) -> torch.Tensor:
-    """Draw one parameter: float32, on the CPU, whatever the caller's default device and dtype are."""
+    """Draw one parameter: float32 on the CPU, regardless of torch's default device and dtype."""
     weight = torch.empty(shape, dtype=torch.float32, device="cpu")
     if rule.std == 0.0:
         return weight.fill_(1.0)
     generator = torch.Generator(device="cpu").manual_seed(_parameter_seed(seed, name))
     weight.normal_(0.0, rule.std, generator=generator)
-    # Rejection, written out because torch.nn.init.trunc_normal_ has changed its algorithm between versions.
+    # Rejection sampling rather than torch.nn.init.trunc_normal_, whose algorithm differs between torch versions.
     flat, limit = weight.view(-1), rule.cut * rule.std
     outside = (flat.abs() > limit).nonzero().squeeze(1)
     while len(outside):
@@ -243,5 +240,5 @@ def _draw(shape: tuple[int, ...], rule: WeightRule, *, seed: int, name: str) -> 
 
 
 def _parameter_seed(seed: int, name: str) -> int:
-    """Hash (seed, name) to the 32 bits that torch's Mersenne twister is seeded with; it ignores any higher ones."""
+    # 32 bits: torch seeds its Mersenne twister with no more
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big")

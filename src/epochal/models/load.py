@@ -1,4 +1,4 @@
-"""Open finished models: a run, an ensemble as one model, or a folder exported from either."""
+"""Load finished runs and ensembles as models."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -13,7 +13,10 @@ from epochal.run import SOUP, Ensemble, Run, Samples, Targets
 
 
 def member_records(source: str, records: Records) -> list[Record]:
-    """Return the records of a run, or of the members of an ensemble; raises ValueError when one is missing."""
+    """Return the record of a run, or those of all members of an ensemble.
+
+    Raises ValueError if one is missing or `source` is not a model.
+    """
     record = records.named(source)
     if record is None:
         raise ValueError(f"{source!r} has no record; run it first.")
@@ -21,13 +24,13 @@ def member_records(source: str, records: Records) -> list[Record]:
         case Run():
             return [record]
         case Ensemble():
-            return [found for name in record.job.runs for found in member_records(name, records)]
+            return [member for name in record.job.runs for member in member_records(name, records)]
         case Samples() | Targets():
             raise ValueError(f"{source!r} is {type(record.job).__name__}, not a model; name a run or an ensemble.")
 
 
 def load_model(workspace: Workspace, name: str) -> Any:
-    """Load the finished model of a run in evaluation mode; raises ValueError when its folder is missing."""
+    """Load the model of a finished run in evaluation mode; raises ValueError if its weights are missing."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -41,22 +44,22 @@ def load_model(workspace: Workspace, name: str) -> Any:
 
 
 def load_source(name: str, workspace: Workspace, records: Records) -> Any:
-    """Load the finished run or ensemble `name` as one transformers model, on the device that this machine has.
+    """Load the finished run or ensemble `name` as one transformers model, on the GPU if there is one.
 
-    Raises ValueError when it has no record, or a member no weights.
+    Raises ValueError if it has no record or the weights of a member are missing.
     """
     members = member_records(name, records)
     record = records.named(name)
     if record is None or not isinstance(record.job, Ensemble):
         return load_model(workspace, name)
-    return _load_ensemble(record.job, members, workspace)
+    return load_ensemble(record.job, members, workspace)
 
 
-def _load_ensemble(ensemble: Ensemble, members: list[Record], workspace: Workspace) -> Any:
-    """Load the members' models as one; raises ValueError when one has no weights."""
+def load_ensemble(ensemble: Ensemble, members: list[Record], workspace: Workspace) -> Any:
+    """Load members as one model, given their records; raises ValueError if the weights of one are missing."""
     if ensemble.average == SOUP:
         shares = ensemble.member_weights or (1.0 / len(members),) * len(members)
-        return soup([partial(load_model, workspace, member.job.name) for member in members], shares)
+        return average_parameters([partial(load_model, workspace, member.job.name) for member in members], shares)
     paths = [workspace.folder(member.job.name) / "model" for member in members]
     for path in paths:
         if not path.is_dir():
@@ -66,33 +69,29 @@ def _load_ensemble(ensemble: Ensemble, members: list[Record], workspace: Workspa
 
 
 Loader = Callable[[], Any]
-"""Loads one member, ready to evaluate; called when it is its turn, and let go before the next."""
+"""Loads one member in evaluation mode; callers drop the member before they load the next."""
 
 
 @torch.no_grad()
-def soup(members: Sequence[Loader], shares: Sequence[float]) -> Any:
-    """Return one model whose weights are sum_k w_k W_k; raises ValueError when members differ in shape."""
-    mixed = None
+def average_parameters(members: Sequence[Loader], shares: Sequence[float]) -> Any:
+    """Return one model with parameters sum_k w_k W_k; raises ValueError if members differ in shape."""
+    mean = None
     for share, load in zip(shares, members, strict=True):
-        if share:
-            mixed = _stir(mixed, load(), share)
-    return mixed
-
-
-def _stir(soup: Any, model: Any, share: float) -> Any:
-    """Add a share of a model's weights to a soup, which is a scaled copy of the model at first."""
-    if soup is None:
-        soup = copy.deepcopy(model)
-        for weight in soup.parameters():
-            weight.mul_(share)
-        return soup
-    shapes = [[tuple(weight.shape) for weight in other.parameters()] for other in (soup, model)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("members of different shapes have no mean weights; average logits or probs instead.")
-    for total, weight in zip(soup.parameters(), model.parameters(), strict=True):
-        total.add_(weight, alpha=share)
-    return soup
+        if not share:
+            continue
+        model = load()
+        if mean is None:
+            mean = copy.deepcopy(model)  # a loader may return a shared model, which must not change
+            for total in mean.parameters():
+                total.mul_(share)
+            continue
+        if [weight.shape for weight in mean.parameters()] != [weight.shape for weight in model.parameters()]:
+            raise ValueError("parameters of members of different shapes cannot be averaged; average logits or probs.")
+        for total, weight in zip(mean.parameters(), model.parameters(), strict=True):
+            total.add_(weight, alpha=share)
+        del model  # before the next one is loaded
+    return mean
 
 
 RECORD = "epochal_record.json"
-"""The record's name in an exported folder."""
+"""File name of the record in an exported folder."""

@@ -1,10 +1,10 @@
-"""Teachers that give a student soft targets: models run on every batch, or a cache computed once.
+"""Loss of a student against its teacher: models run on every micro-batch, or soft targets computed once.
 
 n tokens, d width, V vocabulary, K models of the teacher.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +18,11 @@ from epochal.records import Records, Workspace, file_hash
 from epochal.run import Job, Run, SoftTargetDistillation, Targets, averaging
 
 
-class Teacher(Protocol):
-    """Computes the loss of a student in place of plain cross-entropy."""
-
-    def loss(
-        self,
-        hidden: torch.Tensor,
-        head: torch.Tensor,
-        targets: torch.Tensor,
-        tokens: torch.Tensor,
-        rows: range,
-        normaliser: float,
-    ) -> torch.Tensor:
-        """Return the summed loss over `normaliser`: hidden (n, d), head (V, d), targets (n,), tokens (b, T) in `rows`."""
-
-
 class OnlineTeacher:
-    """The models of a Run or an Ensemble, run on every micro-batch.
+    """The models of a Run or an Ensemble, run on every micro-batch of the student.
 
-    Memory on every process: the weights of K models, and their hidden states (n, d_k) of one micro-batch; logits are
-    never whole, and their memory does not depend on K (`epochal.loss`).
+    Memory on every rank: the weights of K models and their hidden states (n, d_k) for one micro-batch. All logits are
+    never in memory (`epochal.loss`).
     """
 
     def __init__(
@@ -54,7 +39,7 @@ class OnlineTeacher:
         rows: range,
         normaliser: float,
     ) -> torch.Tensor:
-        """Return the summed loss over `normaliser`; see `Teacher`."""
+        """Return the summed loss over `normaliser`: hidden (n, d), head (V, d), targets (n,), tokens (b, T)."""
         with torch.no_grad():
             pairs = [(next_token(model, tokens)[0], model.lm_head.weight) for model in self.models]
         return distillation_loss(
@@ -70,66 +55,35 @@ class OnlineTeacher:
         )
 
 
-def load_teacher(
-    run: Run, batches: Batches, store: TokenStore, workspace: Workspace, records: Records
-) -> Teacher | None:
-    """Return the teacher of a Run on this process's device, or None if it has none.
-
-    Raises ValueError for an unsuitable source: no weights, another tokenizer, targets of another text.
-    """
-    teach = run.teach
-    if teach is None:
-        return None
-    record = records.named(teach.source)
-    assert record is not None  # `input_fingerprints` has looked
-    if teach.mode == "cached":
-        return CachedTeacher(run, record.job, batches, store, workspace)
-    members = member_records(teach.source, records)
-    for member in members:
-        check_tokenizer(run.name, member.job.name, store, workspace)
-    models = [load_model(workspace, member.job.name).requires_grad_(False) for member in members]
-    average, shares = averaging(record.job)
-    return OnlineTeacher(teach, models, average=average, shares=shares)
-
-
-def check_tokenizer(student: str, teacher: str, store: TokenStore, workspace: Workspace) -> None:
-    """Raise ValueError unless a teacher has the student's tokenizer; its training data may differ."""
-    tokenizer = workspace.folder(teacher) / "model" / "tokenizer.json"
-    if not tokenizer.is_file() or file_hash(tokenizer) != file_hash(store.tokenizer_folder / "tokenizer.json"):
-        raise ValueError(
-            f"{student!r} cannot learn from {teacher!r}: {tokenizer} is not the tokenizer of {store.folder}; "
-            "use a teacher with the same tokenizer."
-        )
-
-
 class CachedTeacher:
-    """Cached targets, looked up by the sequences of a batch."""
+    """Soft targets of a Targets job, looked up by the sequences of a batch."""
 
     def __init__(self, run: Run, job: Job, batches: Batches, store: TokenStore, workspace: Workspace) -> None:
         assert run.teach is not None
         if not isinstance(job, Targets):
             raise ValueError(
-                f'Run {run.name!r} has a teacher with mode "cached", so {job.name!r} must be a Targets job, got a '
-                f'{type(job).__name__}; use the name of a Targets job, or mode "online".'
+                f'Run {run.name!r} has teacher {job.name!r} with mode "cached", which must be a Targets job; name one or '
+                'use mode "online".'
             )
         self.teach, self.stream = run.teach, batches.real
         self.targets = TargetStore.open(workspace.folder(job.name) / "targets")
         self._check(run, job, store)
 
     def _check(self, run: Run, job: Targets, store: TokenStore) -> None:
-        """Raise ValueError for targets of other sequences than the Run's."""
+        assert run.teach is not None
         trained = run.unique_tokens - run.holdout_tokens
-        for what, of_run, of_targets in (
+        for field, student_value, target_value in (
             ("sequence_length", run.sequence_length, job.sequence_length),
             ("vocabulary", store.vocab_size, self.targets.meta["vocab_size"]),
         ):
-            if of_run != of_targets:
+            if student_value != target_value:
                 raise ValueError(
-                    f"Run {run.name!r} has {what} {of_run}, its targets {job.name!r} have {of_targets}; make them equal."
+                    f"Run {run.name!r} has {field} {student_value}, its targets {job.name!r} have {target_value}; "
+                    "they must be equal."
                 )
         if job.unique_tokens < trained:
             raise ValueError(
-                f"Run {run.name!r} trains on {trained} tokens, its targets {job.name!r} cover only {job.unique_tokens}; "
+                f"Run {run.name!r} trains on {trained} tokens, its targets {job.name!r} cover {job.unique_tokens}; "
                 "compute more targets."
             )
 
@@ -142,7 +96,7 @@ class CachedTeacher:
         rows: range,
         normaliser: float,
     ) -> torch.Tensor:
-        """Return the summed loss over `normaliser`; see `Teacher`."""
+        """See `OnlineTeacher.loss`; `rows` are the rows of `tokens` in the run's stream."""
         ids, weights, missing = zip(*(self.targets.sequence(self.stream.place(row)) for row in rows), strict=True)
         loss = cached_distillation_loss(
             hidden,
@@ -153,5 +107,39 @@ class CachedTeacher:
             weight=self.teach.kd_weight,
             normaliser=normaliser,
         )
-        # The cache drops small probabilities; this restores their part of the divergence, a constant in the student.
         return loss + self.teach.kd_weight * math.fsum(missing) / normaliser
+
+
+Teacher = OnlineTeacher | CachedTeacher
+
+
+def load_teacher(
+    run: Run, batches: Batches, store: TokenStore, workspace: Workspace, records: Records
+) -> Teacher | None:
+    """Return the teacher of a Run on this rank's device, or None if it has none.
+
+    Raises ValueError if the source has no weights or another tokenizer, or its targets belong to another text.
+    """
+    teach = run.teach
+    if teach is None:
+        return None
+    record = records.named(teach.source)
+    assert record is not None  # checked by `input_fingerprints`
+    if teach.mode == "cached":
+        return CachedTeacher(run, record.job, batches, store, workspace)
+    members = member_records(teach.source, records)
+    for member in members:
+        check_tokenizer(run.name, member.job.name, store, workspace)
+    models = [load_model(workspace, member.job.name).requires_grad_(False) for member in members]
+    average, shares = averaging(record.job)
+    return OnlineTeacher(teach, models, average=average, shares=shares)
+
+
+def check_tokenizer(student: str, teacher: str, store: TokenStore, workspace: Workspace) -> None:
+    """Raise ValueError if the tokenizers differ; the data sets may."""
+    path = workspace.folder(teacher) / "model" / "tokenizer.json"
+    if not path.is_file() or file_hash(path) != file_hash(store.tokenizer_folder / "tokenizer.json"):
+        raise ValueError(
+            f"{student!r} cannot learn from {teacher!r}: {path} is not the tokenizer of {store.folder}; "
+            "use a teacher with the same tokenizer."
+        )
