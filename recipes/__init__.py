@@ -11,5 +11,6 @@ ORDER = (
     "optimizers",
     "ablations",
     "optimizers_at_scale",
+    "one_off_runs",
 )
 """The order of a report, in which each recipe builds on those before; recipes of a working folder follow by name."""

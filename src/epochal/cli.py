@@ -331,8 +331,9 @@ def _campaign_report(
         raise ValueError(f"{records.workspace.records} holds no records; run epochal run --scale {scale} first.")
     study = Study(records, setting)
     sections = [
-        replace(load_recipe(name).report(study), command=f"epochal run {name} --scale {scale}")
+        replace(section, command=f"epochal run {name} --scale {scale}")
         for name in recipes or recipe_names(setting)
+        if (section := load_recipe(name).report(study)) is not None
     ]
     budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
     left_out = f" {len(records.problems)} malformed ones were left out." * bool(records.problems)
@@ -372,7 +373,16 @@ def _comparison_report(
 
 @app.command()
 def train(
-    run: Annotated[str, typer.Argument(help="A run in the records or the plan, or the path of a run.json.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN | FIELD=VALUE...", help="A run by name, a run.json, or with --like fields."),
+    ],
+    like: Annotated[
+        str | None, typer.Option(help="Train this run with other fields, for example optimizer.clip=5.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="With --like: number of seeds, counted from the scale's first.")
+    ] = 1,
     scale: ScaleName = "demo",
     results: Results = RESULTS,
     work: Work = WORK,
@@ -383,16 +393,25 @@ def train(
     from epochal.campaign.worker import STOP_NOTE, WorkerConfig, write_error_file
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    launched = run.endswith(".json")
+    if like is None and (len(arguments) > 1 or seeds > 1):
+        raise ValueError(f"{' '.join(arguments)!r} must be one run; to change fields or seeds, name a run with --like.")
+    config = WorkerConfig(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
+    launched = like is None and arguments[0].endswith(".json")
+    runs: list[Job]
     if launched:
-        job, config = _read_run_json(Path(run))
+        run, config = _read_run_json(Path(arguments[0]))
+        runs = [run]
+    elif like is not None:
+        runs, note = _runs_like(like, arguments, seeds, scale, results, work)
     else:
-        job = _find_job(run, scale, results, work)
-        config = WorkerConfig(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
-    folder = config.workspace.folder(job.name)
+        runs = [_find_job(arguments[0], scale, results, work)]
+    if not runs:
+        return
+    folder = config.workspace.folder(runs[0].name)
     listen(stop_file=folder / STOP_NOTE if launched else None)
     try:
-        _train_and_record(job, config)
+        for run in runs:
+            _train_and_record(run, config, note)
     except Stopped as stopped:
         print(f"epochal: {stopped}; run again to continue.", file=sys.stderr)
         _exit(EXIT_STOPPED)
@@ -404,6 +423,26 @@ def train(
         print(f"epochal: {error}", file=sys.stderr)
         _exit(2)
     _exit(0)
+
+
+def _runs_like(
+    name: str, assignments: list[str], seeds: int, scale: str, results: Path, work: Path
+) -> "tuple[list[Job], dict[str, str]]":
+    """Print what differs from a run; returns the runs that have no record yet, and what their records say of it."""
+    from epochal.campaign.one_off import described, runs_like
+    from epochal.run import Run
+
+    like = _find_job(name, scale, results, work)
+    if not isinstance(like, Run):
+        raise ValueError(f"{name!r} is {type(like).__name__}, not a run; name a run.")
+    setting, records = _load(scale, results, work, problems=False)
+    runs = runs_like(like, assignments, seeds, setting)
+    note = {"name": like.name, "changes": described(runs[0], like)}
+    print(f"like {like.name}: {note['changes']}")
+    for run in runs:
+        if records.get(run) is not None:
+            print(f"{run.name} has a record already")
+    return [run for run in runs if records.get(run) is None], note
 
 
 def _read_run_json(path: Path) -> "tuple[Job, WorkerConfig]":
@@ -432,13 +471,17 @@ def _find_job(name: str, scale: str, results: Path, work: Path) -> "Job":
     return jobs[name]
 
 
-def _train_and_record(job: "Job", config: "WorkerConfig") -> None:
+def _train_and_record(job: "Job", config: "WorkerConfig", like: dict[str, str]) -> None:
+    from dataclasses import replace
+
     from epochal.campaign.integrity import write_checksums
     from epochal.campaign.worker import execute
     from epochal.records import write_record
 
     record = execute(job, config)
     if record is not None:  # rank 0
+        if like:
+            record = replace(record, provenance={**record.provenance, "like": like})
         write_checksums(config.workspace, job)
         print(f"{write_record(config.workspace, record)}: {record.status}, loss {record.loss:.4f}")
 

@@ -158,6 +158,17 @@ def _is_union_of_dataclasses(hint: Any) -> bool:
     return sum(dataclasses.is_dataclass(choice) for choice in typing.get_args(hint)) > 1
 
 
+def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables to dotted keys, without unset values."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flat_table(value, f"{prefix}{key}.")
+        elif value not in (None, []):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def seconds(text: str) -> float:
     """Parse a duration such as 90s, 9m, 2h or plain seconds; raises ValueError for anything else."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}

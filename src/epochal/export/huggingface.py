@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from epochal.config import find_config, load_toml, to_table
+from epochal.config import find_config, flat_table, load_toml, to_table
 from epochal.data.prepare import DataConfig
 from epochal.export.gguf import write_gguf
 from epochal.models.ensemble import copy_tokenizer
@@ -86,7 +86,7 @@ def model_card(record: Record, members: list[Record], *, record_hash: str) -> st
         parts.append(
             _table({member.job.name: f"weight {share:g}" for member, share in zip(members, shares, strict=True)})
         )
-    parts += [_table(_flat(to_table(run))), "## Use\n", _usage(record)]
+    parts += [_table(flat_table(to_table(run))), "## Use\n", _usage(record)]
     return "\n".join(parts)
 
 
@@ -107,17 +107,6 @@ def _description(record: Record) -> str:
         how = {"logits": "raw logits", "probs": "probabilities"}[record.job.average]
         return f"An ensemble of {count} language models: the mean of their {how}. Trained with epochal.\n"
     return "A language model trained from scratch on finite text. Trained with epochal.\n"
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables to dotted keys, without unset values."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value not in (None, []):
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _table(facts: dict[str, Any]) -> str:
