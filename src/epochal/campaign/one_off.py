@@ -51,9 +51,8 @@ def _assign(table: dict[str, Any], path: list[str], value: Any) -> None:
     if rest == ["kind"]:
         # Another optimizer keeps the rates; SPECTRA goes around the one before.
         old = table[first]
-        table[first] = (
-            {"kind": value, "base": old} if value == "Spectra" else {"kind": value, "lr": old["lr"], "wd": old["wd"]}
-        )
+        rates = {name: old.get("base", old)[name] for name in ("lr", "wd")}
+        table[first] = {"kind": value, "base": old} if value == "Spectra" else {"kind": value, **rates}
     elif rest:
         if not isinstance(table.get(first), dict):
             raise ValueError(f"{'.'.join(path)!r} reaches into {first!r}, which has no fields here; correct the name.")
