@@ -1,5 +1,6 @@
 """Soft targets: an unbiased sample of the teacher, checked files, resume, and the loss."""
 
+import functools
 import math
 import shutil
 from collections import namedtuple
@@ -23,7 +24,7 @@ from epochal.records import Record, Workspace, load_records, write_record
 from epochal.run import Ensemble, Run, SoftTargetDistillation, Targets
 from epochal.stopping import Stopped
 from epochal.training.loop import _batches, train
-from epochal.training.teacher import CachedTeacher, load_teacher
+from epochal.training.teacher import CachedTeacher, OnlineTeacher, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,15 @@ def computed(space: Workspace, job: Targets) -> Record:
     return record
 
 
+@functools.cache
+def wide_model(space: Workspace, name: str) -> Any:
+    return load_model(space, name).double()
+
+
 def exact_soft_targets(space: Workspace, average: str, rows: torch.Tensor) -> torch.Tensor:
     """The teacher's distribution in float64 from all logits."""
     with torch.no_grad():
-        logits = [load_model(space, name).double()(input_ids=rows).logits[:, :-1] for name in ("m0", "m1")]
+        logits = [wide_model(space, name)(input_ids=rows).logits[:, :-1] for name in ("m0", "m1")]
     if average == "logits":
         return torch.softmax(0.75 * logits[0] + 0.25 * logits[1], -1).flatten(0, 1)
     return (0.75 * torch.softmax(logits[0], -1) + 0.25 * torch.softmax(logits[1], -1)).flatten(0, 1)
@@ -205,16 +211,18 @@ def test_online_and_cached_losses_match_full_distributions(taught: Any, average:
     )
     losses = {"exact": 0.0, "online": 0.0, "cached": 0.0}
     steps = student.steps_per_epoch
+    teachers = {}
+    for run in (online, cached):
+        batches = _batches(run, store, space)
+        teachers[run.teach.mode] = load_teacher(run, batches, store, space, records)
+    assert isinstance(teachers["online"], OnlineTeacher) and isinstance(teachers["cached"], CachedTeacher)
     for step in range(steps, 2 * steps):  # the second epoch, in another order than the text
-        for run in (online, cached):
-            batches = _batches(run, store, space)
-            teacher = load_teacher(run, batches, store, space, records)
-            assert teacher is not None and isinstance(teacher, CachedTeacher) == (run is cached)
-            rows = torch.from_numpy(batches(step))
+        rows = torch.from_numpy(batches(step))
+        for mode, teacher in teachers.items():
             with torch.no_grad():
                 hidden, targets = next_token(model, rows)
                 loss = teacher.loss(hidden, model.lm_head.weight, targets, rows, range(4 * step, 4 * step + 4), 124.0)
-            losses[run.teach.mode if run.teach else ""] += float(loss) / steps
+            losses[mode] += float(loss) / steps
         p = exact_soft_targets(space, average, rows)
         logits = (hidden @ model.lm_head.weight.T).detach().double()
         hard = torch.nn.functional.cross_entropy(logits, targets)

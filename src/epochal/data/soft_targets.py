@@ -51,7 +51,7 @@ def write_shard(index: Path, sequences: Iterator[Sequence], vocab_size: int) -> 
 
 def shard_is_complete(index: Path) -> bool:
     """Whether a shard has an index that contains the shard's hash."""
-    if not index.is_file():
+    if not (index.is_file() and _shard_of(index).is_file()):
         return False
     return bool(file_hash(_shard_of(index)) == json.loads(index.read_text(encoding="utf-8"))["sha256"])
 
