@@ -44,6 +44,11 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
         **ENVIRONMENT,
     }
     torch.set_num_threads(1)
+    silent = os.open(
+        os.devnull, os.O_WRONLY
+    )  # DeepSpeed warns of every optimizer but its own; errors go through the pipe
+    for stream in (1, 2):
+        os.dup2(silent, stream)
     while True:
         call = pipe.recv()
         if call is None:

@@ -89,7 +89,7 @@ class Processes:
         if stage == 3:
             import deepspeed
 
-            # The loss reads the head's weight without calling the head, so ZeRO-3 must be told to gather it.
+            # The loss reads the head's weight without calling the head, so ZeRO-3 would not gather it.
             head = model_with_loss.model.lm_head.weight  # type: ignore[union-attr]
             deepspeed.zero.register_external_parameter(model_with_loss, head)
         return engine

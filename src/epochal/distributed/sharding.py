@@ -120,7 +120,7 @@ class Distributed(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """As torch's, and number the group."""
         super().add_param_group(param_group)
-        # During a call of `step`, DeepSpeed leaves only some groups in `param_groups`: positions mean nothing there.
+        # During a call of `step`, DeepSpeed leaves only some groups in `param_groups`, so their positions change.
         self._groups.append(self.param_groups[-1])
         self._groups[-1]["number"] = len(self._groups) - 1
 
@@ -293,14 +293,14 @@ class Sharded(Distributed):
         assert closure is None, "a closure would run once for every shard"
         if self.backend == "fsdp2":
             device = self.entries[0].parameter.device
-            located = functools.partial(locate_rows, self.entries, self.rank, self.world)
-            self._step_bucket(self._bucket(None, located, self._rows, device), self._rows, device)
+            locate = functools.partial(locate_rows, self.entries, self.rank, self.world)
+            self._step_bucket(self._bucket(None, locate, self._rows, device), self._rows, device)
             return
         for group in self.param_groups:
             for shard in group["params"]:
                 view = self._flat_view(shard)
-                located = functools.partial(self._locate, shard, group["number"])
-                self._step_bucket(self._bucket(shard, located, view, shard.device), view, shard.device)
+                locate = functools.partial(self._locate, shard, group["number"])
+                self._step_bucket(self._bucket(shard, locate, view, shard.device), view, shard.device)
 
     # --- which elements are where ------------------------------------------------------------------------------------
 
@@ -382,9 +382,8 @@ class Sharded(Distributed):
 
     def _gather(self, bucket: Bucket, matrices: Shards, device: torch.device) -> dict[int, Tensor]:
         """Send the pieces of gradients to the owners; returns the whole gradients of this rank's matrices, flat."""
-        send: list[list[Tensor]] = [[] for _ in range(self.world)]
-        for span, (_, gradient) in matrices.items():
-            send[self._owner(span)].append(gradient)
+        ranks = range(self.world)
+        send = [[gradient for span, (_, gradient) in matrices.items() if self._owner(span) == rank] for rank in ranks]
         expected = [[span for span in spans if self._owner(span) == self.rank] for spans in bucket.spans]
         received = self._all_to_all(send, [[span.stop - span.start for span in spans] for spans in expected], device)
         gradients: dict[int, Tensor] = {}
