@@ -563,7 +563,7 @@ def export(
 
     _, records = _finished(name, scale, results, work)
     write(name, folder, records.workspace, records, gguf=gguf)
-    print(f"{folder}: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
 @app.command()

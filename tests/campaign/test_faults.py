@@ -72,7 +72,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_corrupt_weights_are_detected_before_they_are_read_and_made_again(
+def test_corrupt_weights_are_detected_before_they_are_read_and_recomputed(
     campaign: Campaign, undisturbed: dict[str, Any]
 ) -> None:
     assert work(campaign.worker_config("ensembling"), lambda event: None) == 0
@@ -86,7 +86,7 @@ def test_corrupt_weights_are_detected_before_they_are_read_and_made_again(
         events: list[dict[str, Any]] = []
         assert work(campaign.worker_config("ensembling"), events.append) == 0
         notes = [event["message"] for event in events if event["event"] == "note"]
-        assert len(notes) == 1 and member in notes[0] and "will be made again" in notes[0]
+        assert len(notes) == 1 and member in notes[0] and "will be recomputed" in notes[0]
         assert [event["name"] for event in events if event["event"] == "done"] == [member, ensemble]
         assert weights.read_bytes() == original
         assert results_of(campaign) == undisturbed

@@ -96,7 +96,7 @@ class OnSlurm:
         while not (value := condition()):
             if time.monotonic() > deadline:
                 queue = self.slurm.run("squeue").stdout
-                raise AssertionError(f"waited in vain for {what}\n{queue}\n{self.log()}\n{self.slurm.logs()}")
+                raise AssertionError(f"timed out waiting for {what}\n{queue}\n{self.log()}\n{self.slurm.logs()}")
             time.sleep(0.05)
         return value
 
