@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from epochal.campaign.plan import Cost, CostEstimate, SearchState
     from epochal.campaign.worker import WorkerConfig
     from epochal.data.store import TokenStore
-    from epochal.records import Record, Records, Workspace
+    from epochal.records import Record, Records
     from epochal.report.sections import Section
     from epochal.run import Job
     from epochal.scale import Hardware, Scale
@@ -99,8 +99,8 @@ def plan(
 
     names = tuple(recipes or recipe_names())
     if watch:
-        setting, workspace = _open_scale(scale, results, work)
-        _launch_module("watch").watch(names, workspace, setting, every=seconds(every))
+        setting, records = _load(scale, results, work, problems=False)
+        _launch_module("watch").watch(names, records.workspace, setting, every=seconds(every))
         return
     setting, records = _load(scale, results, work)
     estimate = _estimate(names, records, setting)
@@ -577,20 +577,13 @@ def doctor() -> None:
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _open_scale(scale: str, results: Path, work: Path) -> "tuple[Scale, Workspace]":
-    from epochal.records import Workspace
+def _load(scale: str, results: Path, work: Path, *, problems: bool = True) -> "tuple[Scale, Records]":
+    """Load a scale and its records; prints the malformed records unless `problems` is False."""
+    from epochal.records import Workspace, load_records
     from epochal.scale import load_scale
 
     setting = load_scale(scale)
-    return setting, Workspace(setting.name, results, work)
-
-
-def _load(scale: str, results: Path, work: Path, *, problems: bool = True) -> "tuple[Scale, Records]":
-    """Load a scale and its records; prints the malformed records unless `problems` is False."""
-    from epochal.records import load_records
-
-    setting, workspace = _open_scale(scale, results, work)
-    records = load_records(workspace)
+    records = load_records(Workspace(setting.name, results, work))
     if problems:
         _print_problems(records.problems)
     return setting, records
