@@ -1,4 +1,4 @@
-"""The command line: each mistake is one sentence and exit code 2 with nothing left behind, and it answers fast."""
+"""The command line: wrong use is one sentence, exit code 2 and no change on disk; --help and plan are fast."""
 
 import gzip
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from campaigns import DATA, Campaign, made_text
 
+from epochal import doctor
 from epochal.campaign.plan import load_recipe
 from epochal.cli import main
 from epochal.records import Record, write_record
@@ -75,7 +76,7 @@ def rows(*texts: str, column: str = "text") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("a.txt", None, "matches no file"),
         ("a.txt", b"", "has no documents"),
@@ -93,8 +94,8 @@ def rows(*texts: str, column: str = "text") -> bytes:
         ("a.docx", b"abc", "unknown file type"),
     ],
 )
-def test_bad_text_is_refused(refused: Refused, tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
-    assert words in refused(*data_config(tmp_path, name, content))
+def test_bad_text_is_refused(refused: Refused, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    assert message in refused(*data_config(tmp_path, name, content))
 
 
 def test_a_parquet_file_without_the_column_is_refused(refused: Refused, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
     command = data_config(tmp_path, "a.txt", made_text().encode())
     path = tmp_path / "mine.toml"
     good = path.read_text()
-    for old, new, words in [
+    for old, new, message in [
         ("[split]", "[spilt]", "did you mean 'split'"),
         ("train = 300", "train = 3", "train must be at least 258"),
         ("train = 300", "trian = 300", "did you mean 'train'"),
@@ -120,7 +121,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
     ]:
         assert old in good
         path.write_text(good.replace(old, new))
-        assert words in refused(*command)
+        assert message in refused(*command)
     assert "does not exist" in refused("data", str(tmp_path / "other.toml"))
     assert "did you mean 'kjv'" in refused("data", "kjw")
 
@@ -129,7 +130,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "message"),
     [
         ("warmup =", "warmpu =", "did you mean 'warmup'"),
         ("batch_size = 4", "batch_size = 5", "use 1920 or 2080"),
@@ -147,14 +148,14 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_bad_scales_are_refused(
-    refused: Refused, campaign: Campaign, command: str, old: str, new: str, words: str
+    refused: Refused, campaign: Campaign, command: str, old: str, new: str, message: str
 ) -> None:
     campaign.rewrite(old, new)
-    assert words in refused(command, "distillation", *campaign.options)
+    assert message in refused(command, "distillation", *campaign.options)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "message"),
     [
         ("unique_tokens = [2048]", "unique_tokens = [12800000]", "is above the"),
         (
@@ -164,11 +165,11 @@ def test_bad_scales_are_refused(
         ),
     ],
 )
-def test_a_scale_that_its_text_cannot_carry_is_refused(
-    refused: Refused, campaign: Campaign, old: str, new: str, words: str
+def test_a_scale_that_needs_more_text_than_there_is_is_refused(
+    refused: Refused, campaign: Campaign, old: str, new: str, message: str
 ) -> None:
     campaign.rewrite(old, new)
-    assert words in refused("run", "epoching", *campaign.options)
+    assert message in refused("run", "epoching", *campaign.options)
 
 
 def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campaign: Campaign, tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campa
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--micro-batch", "3"], "does not divide"),
         (["--time-limit", "soon"], "A duration must be"),
@@ -192,11 +193,11 @@ def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campa
         (["--time-limit", "nan"], "A duration must be"),
         (["--checkpoint-every", "0"], "A duration must be"),
         (["--tracker", "mlflow"], "is unknown"),
-        (["--profile", "none-such"], "none-such"),
+        (["--preset", "none-such"], "none-such"),
     ],
 )
-def test_bad_options_of_run_are_refused(refused: Refused, campaign: Campaign, options: list[str], words: str) -> None:
-    assert words in refused("run", "epoching", *campaign.options, *options)
+def test_bad_options_of_run_are_refused(refused: Refused, campaign: Campaign, options: list[str], message: str) -> None:
+    assert message in refused("run", "epoching", *campaign.options, *options)
 
 
 def test_unknown_names_are_refused(refused: Refused, campaign: Campaign) -> None:
@@ -214,7 +215,7 @@ def one_record(campaign: Campaign) -> Record:
     return Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 5})
 
 
-def test_a_record_of_another_meaning_is_refused(refused: Refused, campaign: Campaign) -> None:
+def test_a_record_of_another_job_with_the_same_name_is_refused(refused: Refused, campaign: Campaign) -> None:
     record = one_record(campaign)
     assert isinstance(record.job, Run)
     other = replace(record.job, clip_norm=7.0)
@@ -225,7 +226,7 @@ def test_a_record_of_another_meaning_is_refused(refused: Refused, campaign: Camp
         assert "delete" in sentence
 
 
-def test_malformed_records_are_named_and_left_out(campaign: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_records_are_reported_and_left_out(campaign: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_record(campaign.workspace, one_record(campaign))
     path.with_name("half.json").write_text("{")
     assert epochal("plan", "epoching", *campaign.options) == 0
@@ -257,22 +258,24 @@ def test_a_damaged_store_is_refused(refused: Refused, campaign: Campaign, name: 
     assert "tiny" in refused("run", "epoching", *campaign.options)
 
 
-# --- speed and the plain way --------------------------------------------------------------------------------------------
+# --- speed and ordinary use --------------------------------------------------------------------------------------------
 
 
 def processor_seconds(*arguments: str) -> float:
-    """Best of 3: processor time of a fresh `epochal` process, which other work on the machine does not change much."""
-    times = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "epochal.cli", *arguments], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times)
+    """Processor time of a new `epochal` process, which other work on the machine affects little."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "epochal.cli", *arguments], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def fast(limit: float, *arguments: str) -> bool:
+    """Whether one of three processes stays below `limit` processor seconds."""
+    return any(processor_seconds(*arguments) < limit for _ in range(3))
 
 
 def test_help_answers_in_half_a_second() -> None:
-    assert processor_seconds("--help") < 0.5
+    assert fast(0.5, "--help")
 
 
 def test_plan_with_a_thousand_records_answers_in_a_second(campaign: Campaign) -> None:
@@ -283,13 +286,19 @@ def test_plan_with_a_thousand_records_answers_in_a_second(campaign: Campaign) ->
         table["job"]["name"] = f"other-{number}"
         path.with_name(f"other-{number}.json").write_text(json.dumps(table))
     assert len(campaign.records) == 1000
-    assert processor_seconds("plan", *campaign.options) < 1.0
+    assert fast(1.0, "plan", *campaign.options)
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("data", "plan", "run", "report", "train", "eval", "generate", "export", "doctor"):
         assert epochal(command, "--help") == 0
         assert "Usage" in capsys.readouterr().out
+
+
+def test_doctor_reports_the_error_and_the_remedy_of_a_failing_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor._check("a check", ["timeit", "-n1", "-r1", "pass"], {}, "do this")
+    assert not doctor._check("a check", ["timeit", "-n1", "-r1", "raise KeyError(3)"], {}, "do this")
+    assert capsys.readouterr().out.splitlines() == ["a check: works", "a check: FAILS (KeyError: 3); do this"]
 
 
 def test_plan_lists_jobs_and_changes_nothing(campaign: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,7 +311,7 @@ def test_plan_lists_jobs_and_changes_nothing(campaign: Campaign, capsys: pytest.
     assert listing(campaign.folder) == before
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_created_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     assert epochal(*data_config(tmp_path, "a.txt", made_text().encode())[:2], "--work", str(tmp_path / "file")) == 1
     out, err = capsys.readouterr()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from epochal.campaign.plan import Cost, CostEstimate, SearchState
     from epochal.campaign.worker import WorkerConfig
-    from epochal.records import Record, Records, Workspace
+    from epochal.records import Record, Records
     from epochal.report.sections import Section
     from epochal.run import Job
     from epochal.scale import Hardware, Scale
@@ -96,12 +96,11 @@ def plan(
     """Show which jobs are done, ready and waiting, and what they cost. Changes nothing."""
     from epochal.campaign.plan import recipe_names
 
-    setting, workspace = _open_scale(scale, results, work)
+    setting, records = _load(scale, results, work, problems=not watch)
     names = tuple(recipes or recipe_names(setting))
     if watch:
-        _launch_module("watch").watch(names, workspace, setting, every=seconds(every))
+        _launch_module("watch").watch(names, records.workspace, setting, every=seconds(every))
         return
-    _, records = _load(scale, results, work)
     estimate = _estimate(names, records, setting)
     status, hardware = estimate.status, setting.hardware
     print(f"{setting.name}: {len(status.done)} done, {len(status.ready)} ready, {len(status.waiting)} waiting")
@@ -603,7 +602,7 @@ def export(
 
     _, records = _finished(name, scale, results, work)
     write(name, folder, records.workspace, records, gguf=gguf)
-    print(f"{folder}: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
 @app.command()
@@ -617,20 +616,13 @@ def doctor() -> None:
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _open_scale(scale: str, results: Path, work: Path) -> "tuple[Scale, Workspace]":
-    from epochal.records import Workspace
+def _load(scale: str, results: Path, work: Path, *, problems: bool = True) -> "tuple[Scale, Records]":
+    """Load a scale and its records; prints the malformed records unless `problems` is False."""
+    from epochal.records import Workspace, load_records
     from epochal.scale import load_scale
 
     setting = load_scale(scale)
-    return setting, Workspace(setting.name, results, work)
-
-
-def _load(scale: str, results: Path, work: Path, *, problems: bool = True) -> "tuple[Scale, Records]":
-    """Load a scale and its records; prints the malformed records unless `problems` is False."""
-    from epochal.records import load_records
-
-    setting, workspace = _open_scale(scale, results, work)
-    records = load_records(workspace)
+    records = load_records(Workspace(setting.name, results, work))
     if problems:
         _print_problems(records.problems)
     return setting, records

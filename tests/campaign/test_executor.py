@@ -1,4 +1,4 @@
-"""Whole campaigns in worker processes: shared, stopped, killed, failed, continued, always with the same results."""
+"""Whole campaigns in worker processes: shared, stopped, killed, failed, resumed, always with the same results."""
 
 import os
 import random
@@ -15,6 +15,8 @@ import pytest
 from campaigns import Campaign, make_campaign
 
 from epochal.campaign.plan import campaign_jobs, ready_jobs
+from epochal.campaign.worker import work
+from epochal.run import Job, Run
 
 PATIENCE = 240.0
 Losses = dict[str, tuple[Any, ...]]
@@ -51,23 +53,23 @@ class Start:
 
     @property
     def done(self) -> list[str]:
-        """Names of the jobs that this start says it has done."""
+        """Names of the jobs that this start reports as done."""
         return re.findall(r"^ *\d+ done  (\S+)", self.text, flags=re.MULTILINE)
 
     def alive(self) -> list[int]:
-        """Processes of this start that still run: the parent and its workers."""
-        found = []
+        """Ids of the processes of this start that still run: the parent and its workers."""
+        running = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 state, _, group = path.read_text().rpartition(")")[2].split()[:3]
             except OSError:
                 continue
             if int(group) == self.process.pid and state != "Z":
-                found.append(int(path.parent.name))
-        return found
+                running.append(int(path.parent.name))
+        return running
 
     def kill(self) -> None:
-        """End every process of this start at once."""
+        """Kill every process of this start."""
         if self.alive():
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
@@ -75,7 +77,7 @@ class Start:
 
 @pytest.fixture
 def start(campaign: Campaign) -> Iterator[Callable[..., Start]]:
-    """Start `epochal run` on the campaign; whatever still runs when the test ends is killed."""
+    """Start `epochal run` on the campaign; processes that still run when the test ends are killed."""
     starts: list[Start] = []
 
     def begin(*arguments: str, **options: str) -> Start:
@@ -89,22 +91,24 @@ def start(campaign: Campaign) -> Iterator[Callable[..., Start]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Losses:
-    """The results of a campaign that ran from beginning to end."""
+    """The results of a campaign that ran from beginning to end, in this process."""
     campaign = make_campaign(tmp_path_factory.mktemp("undisturbed"), prepared)
-    first = Start(campaign, 0)
-    try:
-        assert first.wait() == 0, first.text
-    finally:
-        first.kill()
-    found = results_of(campaign)
-    assert sorted(first.done) == sorted(found)
-    assert ready_jobs(campaign_jobs(["distillation"], campaign.records, campaign.scale), campaign.records) == []
-    assert any(name.startswith("student-ensemble") for name in found)
-    return found
+    assert finish(campaign)
+    assert missing_jobs(campaign) == []
+    results = results_of(campaign)
+    assert any(name.startswith("student-ensemble") for name in results)
+    return results
+
+
+def finish(campaign: Campaign) -> list[str]:
+    """Run the remaining jobs of a campaign in this process; returns their names."""
+    events: list[dict[str, Any]] = []
+    assert work(campaign.worker_config("distillation", session="last"), events.append) == 0
+    return [event["name"] for event in events if event["event"] == "done"]
 
 
 def results_of(campaign: Campaign) -> Losses:
-    """Everything in the records that must not depend on how a campaign went."""
+    """What must not depend on how a campaign was interrupted: everything in the records but the provenance."""
     assert campaign.records.problems == ()
     return {
         record.job.name: (record.job, record.fingerprint, record.status, record.results, record.inputs)
@@ -115,7 +119,7 @@ def results_of(campaign: Campaign) -> Losses:
 def until(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.02)
 
 
@@ -127,10 +131,10 @@ def test_two_starts_share_the_work(campaign: Campaign, start: Callable[..., Star
     both = [start(), start()]
     assert [each.wait() for each in both] == [0, 0], [each.text for each in both]
     assert results_of(campaign) == undisturbed
-    assert sorted(both[0].done + both[1].done) == sorted(undisturbed), "a job ran twice, or went unseen"
+    assert sorted(both[0].done + both[1].done) == sorted(undisturbed), "a job ran twice, or was not reported"
 
 
-def test_a_finished_campaign_has_nothing_to_do_and_sigterm_stops_one_in_flight(
+def test_sigterm_stops_a_campaign_and_a_failing_job_is_reported_and_tried_again(
     campaign: Campaign, start: Callable[..., Start], undisturbed: Losses
 ) -> None:
     first = start("--checkpoint-every", "0.01s")
@@ -139,22 +143,32 @@ def test_a_finished_campaign_has_nothing_to_do_and_sigterm_stops_one_in_flight(
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75, first.text
     assert time.monotonic() - asked < 10
-    until(lambda: not first.alive(), "the killed processes to be gone")
+    until(lambda: not first.alive(), "the processes to end")
     assert "run the same command again" in first.text
     before = results_of(campaign)
     assert len(before) < len(undisturbed)
 
+    victim = next(job.name for job in missing_jobs(campaign) if isinstance(job, Run))
+    obstacle = campaign.workspace.folder(victim) / "metrics.jsonl"
+    obstacle.unlink(missing_ok=True)
+    obstacle.mkdir(parents=True)
     second = start()
-    assert second.wait() == 0, second.text
+    assert second.wait() == 1, second.text
+    assert f"FAILED {victim}: " in second.text
+    assert victim not in results_of(campaign)
+    assert not set(second.done) & set(before), "a finished job ran again"
+
+    obstacle.rmdir()
+    assert victim in finish(campaign)
     assert results_of(campaign) == undisturbed
-    assert sorted(second.done) == sorted(set(undisturbed) - set(before))
-
-    third = start()
-    assert third.wait() == 0
-    assert third.done == []
+    assert not (campaign.workspace.folder(victim) / "failure.json").exists()
 
 
-def test_killed_at_a_random_moment_it_continues(
+def missing_jobs(campaign: Campaign) -> list[Job]:
+    return ready_jobs(campaign_jobs(["distillation"], campaign.records, campaign.scale), campaign.records)
+
+
+def test_a_campaign_killed_at_a_random_moment_reaches_the_same_results(
     campaign: Campaign, start: Callable[..., Start], undisturbed: Losses
 ) -> None:
     moment = random.randrange(1, len(undisturbed) - 2)
@@ -163,34 +177,15 @@ def test_killed_at_a_random_moment_it_continues(
     first.kill()
     until(lambda: not first.alive(), "the killed processes to be gone")
 
-    # The next one loses its parent only: the worker notices and stops by itself.
+    # Only the parent of the next one is killed: its worker notices and stops.
     second = start("--checkpoint-every", "0.01s")
     until(has_records(campaign, moment + 1), "one more record")
     second.process.kill()
     second.process.wait()
     until(lambda: not second.alive(), "the worker without a parent to stop")
 
-    third = start()
-    assert third.wait() == 0, third.text
+    finish(campaign)
     assert results_of(campaign) == undisturbed
-
-
-def test_a_failing_job_is_named_and_can_be_tried_again(campaign: Campaign, start: Callable[..., Start]) -> None:
-    jobs = campaign_jobs(["epoching"], campaign.records, campaign.scale)
-    assert len(jobs) > 1
-    victim = jobs[0].name
-    obstacle = campaign.workspace.folder(victim) / "metrics.jsonl"
-    obstacle.mkdir(parents=True)
-    first = start(recipe="epoching")
-    assert first.wait() == 1, first.text
-    assert f"FAILED {victim}: " in first.text
-    assert set(results_of(campaign)) == {job.name for job in jobs} - {victim}
-
-    obstacle.rmdir()
-    second = start(recipe="epoching")
-    assert second.wait() == 0, second.text
-    assert second.done == [victim]
-    assert not (campaign.workspace.folder(victim) / "failure.json").exists()
 
 
 def test_a_time_limit_stops_with_75(campaign: Campaign, start: Callable[..., Start]) -> None:

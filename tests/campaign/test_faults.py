@@ -4,7 +4,7 @@ import datetime
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +72,24 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_corrupt_weights_are_detected_before_they_are_read_and_made_again(
-    campaign: Campaign, undisturbed: dict[str, Any], damage: Callable[[Path], None]
+def test_corrupt_weights_are_detected_before_they_are_read_and_recomputed(
+    campaign: Campaign, undisturbed: dict[str, Any]
 ) -> None:
     assert work(campaign.worker_config("ensembling"), lambda event: None) == 0
     ensemble = next(name for name in undisturbed if name.endswith("-logits"))
     member = next(record.job for record in campaign.records if record.job.name == ensemble).runs[0]  # type: ignore[union-attr]
-    (campaign.workspace.records / f"{ensemble}.json").unlink()
     weights = campaign.workspace.folder(member) / "model" / "model.safetensors"
-    before = weights.read_bytes()
-    damage(weights)
-
-    events: list[dict[str, Any]] = []
-    assert work(campaign.worker_config("ensembling", session="second"), events.append) == 0
-    notes = [event["message"] for event in events if event["event"] == "note"]
-    assert len(notes) == 1 and member in notes[0] and "will be made again" in notes[0]
-    assert [event["name"] for event in events if event["event"] == "done"] == [member, ensemble]
-    assert weights.read_bytes() == before
-    assert results_of(campaign) == undisturbed
+    original = weights.read_bytes()
+    for damage in (flip, cut, Path.unlink):
+        (campaign.workspace.records / f"{ensemble}.json").unlink()
+        damage(weights)
+        events: list[dict[str, Any]] = []
+        assert work(campaign.worker_config("ensembling"), events.append) == 0
+        notes = [event["message"] for event in events if event["event"] == "note"]
+        assert len(notes) == 1 and member in notes[0] and "will be recomputed" in notes[0]
+        assert [event["name"] for event in events if event["event"] == "done"] == [member, ensemble]
+        assert weights.read_bytes() == original
+        assert results_of(campaign) == undisturbed
 
 
 def test_a_cut_or_flipped_token_store_is_refused_by_name(campaign: Campaign) -> None:

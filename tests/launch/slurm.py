@@ -165,10 +165,10 @@ class Slurm:
     def _wait_until_idle(self) -> None:
         deadline = time.monotonic() + 30
         while True:
-            found = self.run("sinfo", "-h", "-N", "-o", "%T", check=False).stdout.split()
-            if found == ["idle"] * len(self.nodes):
+            states = self.run("sinfo", "-h", "-N", "-o", "%T", check=False).stdout.split()
+            if states == ["idle"] * len(self.nodes):
                 return
-            assert time.monotonic() < deadline, f"{found}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"{states}\n{self.logs()}"
             time.sleep(0.1)
 
     def run(self, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":

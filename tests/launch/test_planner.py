@@ -262,10 +262,11 @@ def test_a_cancelled_successor_is_replaced(make: Make, queue: Queue, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "left"), [(ValueError("no such recipe"), 2, []), (OSError("the disk is gone"), None, ["now+60"])]
+    ("error", "code", "starts"),
+    [(ValueError("no such recipe"), 2, []), (OSError("the disk is gone"), None, ["now+60"])],
 )
 def test_a_failed_round_is_tried_again_unless_it_is_wrong_use(
-    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int | None, left: list[str]
+    make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int | None, starts: list[str]
 ) -> None:
     campaign, _ = make()
 
@@ -278,7 +279,7 @@ def test_a_failed_round_is_tried_again_unless_it_is_wrong_use(
             plan(campaign, queue, monkeypatch)
     else:
         assert plan(campaign, queue, monkeypatch) == code
-    assert [(job["StartTime"], job["Dependency"]) for job in queue.jobs.values()] == [(start, "") for start in left]
+    assert [(job["StartTime"], job["Dependency"]) for job in queue.jobs.values()] == [(start, "") for start in starts]
 
 
 def test_a_campaign_is_submitted_once_and_stopped_completely(

@@ -96,7 +96,7 @@ class OnSlurm:
         while not (value := condition()):
             if time.monotonic() > deadline:
                 queue = self.slurm.run("squeue").stdout
-                raise AssertionError(f"waited in vain for {what}\n{queue}\n{self.log()}\n{self.slurm.logs()}")
+                raise AssertionError(f"timed out waiting for {what}\n{queue}\n{self.log()}\n{self.slurm.logs()}")
             time.sleep(0.05)
         return value
 
@@ -236,10 +236,8 @@ def running(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory, prepared: Pa
 
 
 def test_watch_shows_running_jobs_and_the_pending_planner(running: OnSlurm) -> None:
-    running.until(running.attempts, "a running job")
-    text = running.watch()
-    assert re.search(r"^  running  w16-\S+  .*\d+_\d+ on n[12]$", text, flags=re.MULTILINE), text
-    assert re.search(r"^  planner  \d+ pending$", text, flags=re.MULTILINE), text
+    pattern = r"^  planner  \d+ pending$.*^  running  w16-\S+  .*\d+_\d+ on n[12]$"
+    running.until(lambda: re.search(pattern, running.watch(), flags=re.MULTILINE | re.DOTALL), "a running job")
 
 
 def test_a_planner_follows_a_requeued_task_and_a_cancelled_planner(running: OnSlurm) -> None:

@@ -190,12 +190,14 @@ def test_plan_says_what_the_next_round_costs_and_can_gain(workspace: Workspace, 
     assert state.next_round.jobs == 1 and state.next_round.flops > 0
     assert state.gain is not None and state.gain > 0
     assert "wd 6.4" in state.state
-    lines = "\n".join(_search_lines(tuple(states.values()), scale.hardware, every=True))
-    assert f"next 1 job, {_hours(state.next_round, scale.hardware)}, to gain {state.gain:.4f} nats at most" in lines
+    lines = "\n".join(_search_lines(tuple(states.values()), scale.hardware, all_searches=True))
+    assert f"next 1 job, {_hours(state.next_round, scale.hardware)}, gain at most {state.gain:.4f} nats" in lines
     for _ in simulate(workspace, "heavy_weight_decay", scale):
         pass
     records = load_records(workspace)
-    lines = "\n".join(_search_lines(search_states([recipe.__name__[8:]], records, scale), scale.hardware, every=True))
+    lines = "\n".join(
+        _search_lines(search_states([recipe.__name__[8:]], records, scale), scale.hardware, all_searches=True)
+    )
     finer = [search.finer for search in recipe.searches(records, scale)]
     assert None not in finer
     assert all(f"a finer grid could gain {gain:.4f} nats" in lines for gain in finer)

@@ -23,7 +23,7 @@ def write_checksums(workspace: Workspace, job: Job) -> None:
 
 
 def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
-    """Move the corrupt inputs of a job aside, so that they are made again; returns one message for each."""
+    """Move the corrupt inputs of a job aside, so that they are recomputed; returns one message for each."""
     messages = []
     for name in sorted(_files_read(job, records)):
         damage = _damage(records.workspace.folder(name))
@@ -35,7 +35,7 @@ def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
         output.rename(aside)
-        messages.append(f"{output} is damaged ({damage}): moved to {aside.name}, it will be made again.")
+        messages.append(f"{output} is damaged ({damage}): moved to {aside.name}, it will be recomputed.")
     return messages
 
 

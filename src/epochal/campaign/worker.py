@@ -109,7 +109,7 @@ def work(config: WorkerConfig, emit: Emit) -> int:
             return int(any(has_failed(workspace, job, config) for job in (allowed if config.only else jobs)))
         with claim_next(ready, records) as job:
             if job is not None:
-                # Corrupt inputs were moved aside: the next plan makes them again before this job.
+                # Corrupt inputs were moved aside: the next plan recomputes them first.
                 if not _corrupt_inputs(job, records, emit):
                     run_job(job, config, emit, {other.name: other for other in jobs})
                 continue
