@@ -141,17 +141,17 @@ def four_steps(path, device, dtype, options, monkeypatch):
     ids=str,
 )
 def test_the_optimizer_takes_the_same_steps_with_kernels_and_with_torch(kernels, monkeypatch, options):
-    ours, reference = (four_steps(path, kernels, torch.float32, options, monkeypatch) for path in ("triton", "torch"))
-    assert ours[1].skipped == reference[1].skipped == 1
-    for a, b in zip(ours[0], reference[0], strict=True):
+    kernel, reference = (four_steps(path, kernels, torch.float32, options, monkeypatch) for path in ("triton", "torch"))
+    assert kernel[1].skipped == reference[1].skipped == 1
+    for a, b in zip(kernel[0], reference[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         for name, value in reference[1].state[b].items():
             if name == "limiter" and min(b.shape) == 1 and options.get("variant") == "paper":
                 continue  # at full rank the residual is rounding noise, and the limiter remembers its norm
-            torch.testing.assert_close(ours[1].state[a][name], value, rtol=2e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(kernel[1].state[a][name], value, rtol=2e-4, atol=1e-5, msg=name)
 
 
 def test_bfloat16_weights_step_alike_with_kernels_and_with_torch(kernels, monkeypatch):
-    ours, reference = (four_steps(path, kernels, torch.bfloat16, {}, monkeypatch)[0] for path in ("triton", "torch"))
-    for a, b in zip(ours, reference, strict=True):
+    kernel, reference = (four_steps(path, kernels, torch.bfloat16, {}, monkeypatch)[0] for path in ("triton", "torch"))
+    for a, b in zip(kernel, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

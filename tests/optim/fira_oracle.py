@@ -1,4 +1,4 @@
-"""Fira as its specification says it, in NumPy and float64 with three products: nothing shared with the code tested."""
+"""Fira by its specification (docs/fira.md, section 1) in NumPy and float64; shares no code with epochal.optim."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 
 def spread_gradients(shape, steps, seed=0, dtype=torch.float32, ratio=0.8, scale=0.1):
-    """Gradients whose singular values fall by 20%, so that their vectors are well defined (vectors: plain noise)."""
+    """Gradients whose singular values fall by 20% each, so that the singular vectors are well defined; 1-D: noise."""
     rng = np.random.default_rng(seed)
     if len(shape) == 1:
         return [torch.tensor(scale * rng.standard_normal(shape), dtype=dtype) for _ in range(steps)]
@@ -32,7 +32,7 @@ def numpy_basis(g, rank, side):
 
 
 class Oracle:
-    """One matrix; `step(g, basis)` returns U with the learning rate in it, and remembers S and N."""
+    """One matrix: `step(g, basis)` returns lr U; `n`, `scaled` (S) and `residual` are those of the last step."""
 
     def __init__(self, side, *, alpha, lr, betas=(0.9, 0.999), eps=1e-6, correct_bias=True, gamma=1.01):
         self.side, self.alpha, self.lr, self.betas, self.eps = side, alpha, lr, betas, eps
@@ -61,7 +61,8 @@ class Oracle:
             residual = g - back(r)
         else:
             residual = g - self.alpha * back(r)
-        axis = 0 if left else 1
+        axis = self.axis = 0 if left else 1
+        self.low_norms = np.linalg.norm(r, axis=axis)
         if scaling == "column":
             phi = np.linalg.norm(n, axis=axis, keepdims=True) / (np.linalg.norm(r, axis=axis, keepdims=True) + 1e-8)
         else:

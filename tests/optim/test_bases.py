@@ -23,13 +23,13 @@ def start(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def gradients(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
-    # small ones now and then: MARS divides by a norm only where it exceeds 1
+    # every third one is small: MARS divides by the norm only if it exceeds 1
     scale = 0.02 if step % 3 == 0 else 1.0
     return [scale * torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
 
 
 def run(make: Callable[[list[Tensor]], torch.optim.Optimizer], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Weights after STEPS steps, the same gradients for everyone."""
+    """Weights after STEPS steps; every call has the same gradients."""
     params = [torch.nn.Parameter(p) for p in start(dtype)]
     optimizer = make(params)
     for step in range(STEPS):
@@ -40,7 +40,7 @@ def run(make: Callable[[list[Tensor]], torch.optim.Optimizer], dtype: torch.dtyp
 
 
 def loop(lr: float, wd: float, rule: Callable[[Tensor, dict, int], Tensor]) -> list[Tensor]:
-    """The oracle: one parameter after the other in float64, `rule(g, memory, t)` giving the direction, t from 1."""
+    """The oracle: float64, one parameter at a time; `rule(g, memory, t)` returns the direction U, t from 1."""
     weights = start()
     memory: list[dict] = [{} for _ in weights]
     for step in range(STEPS):
@@ -113,60 +113,52 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_float64_trajectory_is_the_formula(name: str) -> None:
+def test_float64_weights_equal_the_formula(name: str) -> None:
     make, rule = CASES[name]
     check(run(make), loop(0.01, 0.1, rule), 1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_float32_trajectory(name: str) -> None:
+def test_float32_weights_are_close_to_the_formula(name: str) -> None:
     make, rule = CASES[name]
     check(run(make, torch.float32), loop(0.01, 0.1, rule), 5e-4)
 
 
-@pytest.mark.parametrize("base", ["adamw", "sgdm"])
-def test_bases_without_a_class_equal_torch(base: str) -> None:
-    """A threshold no update reaches and patterns that select one vector leave the plain base for the matrices."""
-    options = {"adamw": {"betas": (0.9, 0.95)}, "sgdm": {"momentum": 0.9, "nesterov": False}}[base]
+def test_base_adamw_of_spectra_equals_torchs_adamw() -> None:
+    """The threshold is out of reach and one vector is clipped, so the matrices take the plain base step."""
 
-    def ours(params: list[Tensor]) -> torch.optim.Optimizer:
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
         named = [(f"p{i}", p) for i, p in enumerate(params)]
-        return Spectra(named, 0.01, base=base, clip=1e12, apply_to=["p4"], weight_decay=0.1, **options)
+        return Spectra(named, 0.01, base="adamw", clip=1e12, apply_to=["p4"], weight_decay=0.1, betas=(0.9, 0.95))
 
-    def theirs(params: list[Tensor]) -> torch.optim.Optimizer:
-        if base == "adamw":
-            return torch.optim.AdamW(params, 0.01, betas=(0.9, 0.95), weight_decay=0.1)
-        return torch.optim.SGD(params, 0.01, momentum=0.9)
-
-    if base == "sgdm":
-        # torch's decay is coupled: compare without
-        options["nesterov"] = False
-        got = run(lambda p: Spectra(p, 0.01, base="sgdm", clip=1e12, weight_decay=0, apply_to="all", **options))
-        want = run(theirs)
-        # tall matrices move by alpha times the base's step, so leave them to test_spectra
-        assert torch.allclose(got[0], want[0], atol=1e-8) and torch.allclose(got[3], want[3], atol=1e-8)
-        return
-    check(run(ours), run(theirs), 1e-9)
+    check(run(make), run(lambda p: torch.optim.AdamW(p, 0.01, betas=(0.9, 0.95), weight_decay=0.1)), 1e-9)
 
 
-def test_muon_is_torchs_muon_on_matrices() -> None:
-    for rule in (None, "match_rms_adamw"):
-        got = run(lambda p, rule=rule: Muon(p, 0.01, adjust_lr_fn=rule), torch.float32)
-        params = [torch.nn.Parameter(p) for p in start(torch.float32)[:4]]
-        theirs = torch.optim.Muon(params, 0.01, adjust_lr_fn=rule)
-        for step in range(STEPS):
-            for p, g in zip(params, gradients(step), strict=False):
-                p.grad = g.float()
-            theirs.step()
-        # both iterate in bfloat16, in batches here and one by one there
-        check(got[:4], [p.detach().double() for p in params], 3e-2)
+def test_base_sgdm_of_spectra_equals_torchs_sgd() -> None:
+    # without decay, which is coupled in torch
+    options = {"weight_decay": 0.0, "momentum": 0.9, "nesterov": False}
+    got = run(lambda p: Spectra(p, 0.01, base="sgdm", clip=1e12, apply_to="all", **options))
+    want = run(lambda p: torch.optim.SGD(p, 0.01, momentum=0.9))
+    # tall matrices move by alpha > 1 times the step of the base; test_spectra.py covers them
+    assert torch.allclose(got[0], want[0], atol=1e-8) and torch.allclose(got[3], want[3], atol=1e-8)
 
 
-def test_muon_gives_vectors_and_unmarked_groups_to_adamw() -> None:
-    def ours(params: list[Tensor]) -> torch.optim.Optimizer:
-        return Muon([{"params": params, "orthogonalize": False}], 0.01, 0.1, betas=(0.9, 0.95))
+@pytest.mark.parametrize("rule", [None, "match_rms_adamw"])
+def test_muon_equals_torchs_muon_on_matrices(rule: str | None) -> None:
+    got = run(lambda p: Muon(p, 0.01, adjust_lr_fn=rule), torch.float32)
+    params = [torch.nn.Parameter(p) for p in start(torch.float32)[:4]]
+    reference = torch.optim.Muon(params, 0.01, adjust_lr_fn=rule)
+    for step in range(STEPS):
+        for p, g in zip(params, gradients(step), strict=False):
+            p.grad = g.float()
+        reference.step()
+    # both iterate in bfloat16, epochal in batches and torch one by one
+    check(got[:4], [p.detach().double() for p in params], 3e-2)
 
-    check(run(ours), run(lambda p: torch.optim.AdamW(p, 0.01, betas=(0.9, 0.95), weight_decay=0.1)), 1e-9)
+
+def test_muon_without_orthogonalize_equals_torchs_adamw() -> None:
+    got = run(lambda p: Muon([{"params": p, "orthogonalize": False}], 0.01, 0.1, betas=(0.9, 0.95)))
+    check(got, run(lambda p: torch.optim.AdamW(p, 0.01, betas=(0.9, 0.95), weight_decay=0.1)), 1e-9)
 
 
 def test_slow_decay_starts_at_the_fast_one_and_ends_at_its_own() -> None:
@@ -177,7 +169,7 @@ def test_slow_decay_starts_at_the_fast_one_and_ends_at_its_own() -> None:
     assert values[2:].tolist() == [0.999, 0.999]
 
 
-def test_refusals() -> None:
+def test_unknown_variants_are_refused() -> None:
     p = [torch.nn.Parameter(torch.ones(2, 2))]
     with pytest.raises(ValueError, match="mars-lion"):
         Mars(p, mars_type="mars-shampoo")

@@ -31,16 +31,16 @@ def group(*params, rank=RANK, gap=GAP, alpha=0.25, proj_type="std"):
 
 @pytest.fixture
 def published(monkeypatch):
-    """Return a function (p, gradients, alpha, weight_decay) -> (path, bases, limiter values) of the package."""
+    """Return a function that runs the package: (p, gradients, ...) -> (weights per step, bases, last limiter value)."""
     package = pytest.importorskip("fira", reason="the published package `fira` is the oracle; it is in the test extra")
     from fira.gradient_projection import GradientProjector
 
-    found = []
+    bases = []
     original = GradientProjector.get_orthogonal_matrix
 
     def recording(self, *args, **kwargs):
-        found.append(original(self, *args, **kwargs))
-        return found[-1]
+        bases.append(original(self, *args, **kwargs))
+        return bases[-1]
 
     monkeypatch.setattr(GradientProjector, "get_orthogonal_matrix", recording)
 
@@ -48,7 +48,7 @@ def published(monkeypatch):
         groups = group(p, **keys)
         optimizer = package.FiraAdamW(groups, lr=1e-2, weight_decay=weight_decay, no_deprecation_warning=True)
         path = drive(optimizer, p, gradients)
-        return path, list(found), optimizer.state[p].get("scaling_grad")
+        return path, list(bases), optimizer.state[p].get("scaling_grad")
 
     return run
 
@@ -56,44 +56,46 @@ def published(monkeypatch):
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("refresh", ["svd", "gram"])
-def test_first_interval_equals_the_package(published, shape, alpha, refresh):  # invariant 1
+def test_ten_steps_with_our_own_bases_equal_the_package(published, shape, alpha, refresh):  # invariant 1
     gradients = spread_gradients(shape, GAP)
-    theirs, mine = start(shape), start(shape)
-    path, _, _ = published(theirs, gradients, alpha=alpha)
-    ours = drive(Fira(group(mine, alpha=alpha), lr=1e-2, refresh=refresh), mine, gradients)
-    assert difference(ours, path) <= 1e-5 * movement(path, start(shape))
+    p, q = start(shape), start(shape)
+    path, _, _ = published(q, gradients, alpha=alpha)
+    weights = drive(Fira(group(p, alpha=alpha), lr=1e-2, refresh=refresh), p, gradients)
+    assert difference(weights, path) <= 1e-5 * movement(path, start(shape))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_thirty_steps_with_the_packages_bases(published, monkeypatch, shape, alpha, weight_decay):  # invariant 2
+def test_thirty_steps_with_the_bases_of_the_package_equal_it(
+    published, monkeypatch, shape, alpha, weight_decay
+):  # invariant 2
     gradients = spread_gradients(shape, STEPS, seed=1)
-    theirs, mine = start(shape), start(shape)
-    path, bases, limiter = published(theirs, gradients, alpha=alpha, weight_decay=weight_decay)
+    p, q = start(shape), start(shape)
+    path, bases, limiter = published(q, gradients, alpha=alpha, weight_decay=weight_decay)
     queue = iter(bases)
     monkeypatch.setattr(fira_module, "compute_basis", lambda *args, **kwargs: next(queue))
-    optimizer = Fira(group(mine, alpha=alpha), lr=1e-2, weight_decay=weight_decay)
-    ours = drive(optimizer, mine, gradients)
-    assert difference(ours, path) <= 5e-6 * movement(path, start(shape))
+    optimizer = Fira(group(p, alpha=alpha), lr=1e-2, weight_decay=weight_decay)
+    weights = drive(optimizer, p, gradients)
+    assert difference(weights, path) <= 5e-6 * movement(path, start(shape))
     if len(shape) == 2:
         assert len(bases) == STEPS // GAP
-        assert optimizer.state[mine]["limiter"].item() == pytest.approx(limiter.item(), rel=5e-6)
+        assert optimizer.state[p]["limiter"].item() == pytest.approx(limiter.item(), rel=5e-6)
 
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
 def test_every_projection_type_equals_the_package(published, monkeypatch, shape, proj_type):
     gradients = spread_gradients(shape, STEPS, seed=2)
-    theirs, mine = start(shape), start(shape)
-    path, bases, _ = published(theirs, gradients, proj_type=proj_type)
+    p, q = start(shape), start(shape)
+    path, bases, _ = published(q, gradients, proj_type=proj_type)
     queue = iter(bases)
     monkeypatch.setattr(fira_module, "compute_basis", lambda *args, **kwargs: next(queue))
-    ours = drive(Fira(group(mine, proj_type=proj_type), lr=1e-2), mine, gradients)
-    assert difference(ours, path) <= 5e-6 * movement(path, start(shape))
+    weights = drive(Fira(group(p, proj_type=proj_type), lr=1e-2), p, gradients)
+    assert difference(weights, path) <= 5e-6 * movement(path, start(shape))
 
 
-def test_groups_of_the_package_work_as_they_are():
+def test_groups_of_the_package_can_be_passed_to_fira():
     divide_params = pytest.importorskip("fira", reason="the published package is the oracle").divide_params
     model = torch.nn.ModuleDict({"attn": torch.nn.Linear(6, 4), "head": torch.nn.Linear(4, 3)})
     groups = divide_params(model=model, target_modules_list=["attn"], rank=2, alpha=0.5)
@@ -103,10 +105,10 @@ def test_groups_of_the_package_work_as_they_are():
     optimizer.step()
     assert set(optimizer.state[model.attn.weight]) == {"step", "basis", "exp_avg", "exp_avg_sq", "limiter"}
     assert set(optimizer.state[model.head.weight]) == {"step", "exp_avg", "exp_avg_sq"}
-    assert [set(g) for g in groups] == keys  # nothing written into the caller's groups
+    assert [set(g) for g in groups] == keys  # the caller's groups are not changed
 
 
-# --- state that travels --------------------------------------------------------------------------------------------
+# --- saving and copying ---------------------------------------------------------------------------------------------
 
 
 def through_a_file(optimizer):
@@ -148,21 +150,21 @@ def test_resume_is_bitwise(cut, dtype, options):  # invariant 15: before, at and
             assert value.data_ptr() != resumed.state[q][name].data_ptr()
 
 
-def test_an_older_state_may_be_loaded_back():
+def test_an_older_state_can_be_loaded_again():
     gradients = spread_gradients((12, 20), 15)
     p = start((12, 20))
     optimizer = Fira(group(p, rank=4, gap=5), lr=1e-2)
     drive(optimizer, p, gradients[:3])
     saved, weights = through_a_file(optimizer), p.detach().clone()
     ends = []
-    for _ in range(2):  # the second time the refreshes must fall on the same steps again
+    for _ in range(2):  # the second time, refreshes must be at the same steps again
         p.data.copy_(weights)
         optimizer.load_state_dict(saved)
         ends.append(drive(optimizer, p, gradients[3:])[-1])
     assert torch.equal(*ends)
 
 
-def test_copies_and_pickles_go_on_alike():
+def test_copies_and_pickles_continue_identically():
     gradients = spread_gradients((12, 20), 15)
     p = start((12, 20))
     optimizer = Fira(group(p, rank=4), lr=1e-2)
@@ -177,7 +179,7 @@ def test_copies_and_pickles_go_on_alike():
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
 @pytest.mark.parametrize("shape", [(40, 16), (16, 40), (16, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_state_is_as_large_as_the_formula_says(shape, proj_type, dtype):  # invariant 13
+def test_state_has_the_documented_size(shape, proj_type, dtype):  # invariant 13
     p = start(shape, dtype=dtype)
     optimizer = Fira(group(p, rank=4, proj_type=proj_type), lr=1e-2)
     drive(optimizer, p, spread_gradients(shape, 3))
@@ -194,8 +196,8 @@ def test_state_is_as_large_as_the_formula_says(shape, proj_type, dtype):  # inva
 
 @pytest.mark.parametrize("rank", [16, 128])
 @pytest.mark.parametrize("shape", [(384, 640), (640, 384)])
-def test_a_plain_step_needs_one_matrix_of_memory(shape, rank):
-    """Beside weights, gradients and state: the product, or the squares, of one matrix at a time, and low-rank factors."""
+def test_a_step_between_refreshes_allocates_one_matrix(shape, rank):
+    """Beyond weights, gradients and state: one product (or the squares) of one matrix, and low-rank factors."""
     params = [start(shape, seed=i) for i in range(4)]
     gradient = spread_gradients(shape, 1)[0]
     for p in params:
@@ -216,7 +218,7 @@ def test_a_plain_step_needs_one_matrix_of_memory(shape, rank):
 # --- refresh -------------------------------------------------------------------------------------------------------
 
 
-def test_refresh_at_multiples_of_the_gap_and_nothing_else_touched(monkeypatch):  # invariant 14
+def test_a_refresh_happens_at_multiples_of_the_gap_and_changes_only_the_basis(monkeypatch):  # invariant 14
     calls = []
     original = fira_module.compute_basis
 
@@ -233,14 +235,14 @@ def test_refresh_at_multiples_of_the_gap_and_nothing_else_touched(monkeypatch): 
         after = optimizer.state[p]
         low = after["basis"].mT @ g
         if t:
-            # The moments go on from their old values, in whatever basis: the refresh itself leaves them alone.
+            # The moments continue from their old values although the basis is new.
             torch.testing.assert_close(after["exp_avg"], 0.9 * before["exp_avg"] + 0.1 * low)
             torch.testing.assert_close(after["exp_avg_sq"], 0.999 * before["exp_avg_sq"] + 0.001 * low**2)
             assert torch.equal(before["basis"], after["basis"]) == (t % 5 != 0)
     assert calls == [0, 5, 10]
 
 
-def test_staggered_refreshes_are_spread(monkeypatch):
+def test_staggered_refreshes_are_spread_over_the_gap(monkeypatch):
     step, calls = 0, {}
     original = fira_module.compute_basis
 
@@ -255,7 +257,7 @@ def test_staggered_refreshes_are_spread(monkeypatch):
         for i, p in enumerate(params):
             p.grad = torch.eye(8) * (i + 1)
         optimizer.step()
-    assert calls.pop(0) == [1, 2, 3, 4, 5]  # everything needs a basis to begin with
+    assert calls.pop(0) == [1, 2, 3, 4, 5]  # every matrix needs a basis at its first step
     assert all(len(names) == 1 for names in calls.values())
     assert calls == {2: [5], 4: [4], 6: [3], 8: [2], 10: [1], 12: [5], 14: [4], 16: [3], 18: [2], 20: [1]}
 
@@ -272,7 +274,7 @@ def test_a_basis_of_the_wrong_shape_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("when", [0, 4, 5])
-def test_a_bad_gradient_skips_its_parameter_only(poison, when):  # invariant 20
+def test_a_non_finite_gradient_skips_only_its_parameter(poison, when):  # invariant 20
     shapes = [(8, 12), (8, 12), (40, 10), (6,)]
     params = [start(shape, seed=i) for i, shape in enumerate(shapes)]
     clean = [start(shape, seed=i) for i, shape in enumerate(shapes)]
@@ -288,7 +290,7 @@ def test_a_bad_gradient_skips_its_parameter_only(poison, when):  # invariant 20
         if t == when:
             params[1].grad[2, 3] = poison
             params[2].grad[0, 0] = poison
-            clean[1].grad = clean[2].grad = None  # a skipped step is one that never was
+            clean[1].grad = clean[2].grad = None  # skipping equals not stepping
         bad.step()
         good.step()
     assert bad.skipped == 2
@@ -299,7 +301,7 @@ def test_a_bad_gradient_skips_its_parameter_only(poison, when):  # invariant 20
     assert bad.state[params[1]]["step"] == 11
 
 
-# --- groups and refusals -------------------------------------------------------------------------------------------
+# --- groups and validation -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ def test_a_matrix_flattened_after_construction_is_refused():
         optimizer.step()
 
 
-def test_too_large_a_rank_is_the_smaller_side():  # invariant 22
+def test_a_rank_above_the_smaller_side_equals_the_smaller_side():  # invariant 22
     gradients = spread_gradients((12, 20), 15)
     a, b = start((12, 20)), start((12, 20))
     one = drive(Fira(group(a, rank=12)), a, gradients)
@@ -368,7 +370,7 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(4, 7, bias=False)
 
 
-def test_parameter_groups_count_what_they_match():
+def test_parameter_groups_count_the_matches_of_each_pattern():
     model = Model()
     others, chosen = fira_param_groups(model, 2, alpha=0.25)
     assert chosen["matched"] == {"attn": 1, "mlp": 2}
@@ -388,7 +390,7 @@ def test_a_pattern_without_a_match_is_refused(patterns):
 # --- precision -----------------------------------------------------------------------------------------------------
 
 
-def test_half_precision_weights_keep_wide_state_and_forget():
+def test_the_second_moment_of_bfloat16_weights_decays():
     p = start((8, 12), dtype=torch.bfloat16)
     optimizer = Fira(group(p, rank=4, gap=10**6), lr=0.0)
     drive(optimizer, p, spread_gradients((8, 12), 1))
@@ -408,7 +410,7 @@ def test_stochastic_rounding_keeps_small_steps():
     exact = torch.nn.Parameter(torch.ones(64, 64))
     path = drive(Fira(group(exact, gap=10**6), lr=2e-5), exact, [gradient.bfloat16().float()] * 20)
     wanted = path[-1].double() - 1
-    assert ends[False].abs().max() == 0  # below half a unit: nearest rounding loses everything
+    assert ends[False].abs().max() == 0  # steps below half a unit are lost when rounding to nearest
     slope = (ends[True] * wanted).sum() / wanted.square().sum()
     assert slope.item() == pytest.approx(1, abs=0.15)
 

@@ -1,7 +1,7 @@
-"""The numbered invariants of docs/fira.md, section 4; hypothesis draws shapes, ranks and signs.
+"""Invariants of docs/fira.md, section 4; hypothesis draws shapes, ranks and signs.
 
-Here: 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 19, 23. In test_fira.py, which needs the published package or the
-class alone: 1, 2, 13, 14, 15, 20, 22. 21 is about several processes. Each test names its number.
+The number in the comment at each test is that of the section; test_fira.py has those that need the published package
+or only the class around the update.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fira(p, rank, alpha=0.25, gap=10**6, proj_type="std", **options):
 
 
 class Injected:
-    """While open, every refresh takes `source(grad, rank, side)` for its basis; hypothesis forbids monkeypatch."""
+    """Context in which `source(grad, rank, side)` computes every basis; hypothesis forbids monkeypatch."""
 
     def __init__(self, source):
         self.source = source
@@ -61,7 +61,9 @@ def from_numpy(grad, rank, side):
     proj_type=st.sampled_from(["std", "reverse_std"]),
     seed=st.integers(0, 99),
 )
-def test_two_products_equal_three(m, n, rank, alpha, variant, scaling, correct_bias, proj_type, seed):  # invariant 19
+def test_the_step_equals_the_oracle_that_forms_the_residual(
+    m, n, rank, alpha, variant, scaling, correct_bias, proj_type, seed
+):  # invariant 19
     rank = min(rank, m, n)
     side = projected_side((m, n), proj_type)
     gradients = spread_gradients((m, n), 6, seed=seed)
@@ -70,23 +72,27 @@ def test_two_products_equal_three(m, n, rank, alpha, variant, scaling, correct_b
     optimizer = fira(p, rank, alpha, proj_type=proj_type, **options)
     oracle = Oracle(side, alpha=alpha, lr=1e-2, correct_bias=correct_bias)
     w = np.zeros((m, n))
+    condition = 0.0
     with Injected(from_numpy):
         for g in gradients:
             drive(optimizer, p, [g])
             basis = optimizer.state[p]["basis"].numpy()
             w = w - oracle.step(g.double(), basis, variant, scaling)
+            # phi_i divides by ||R_i||, whose rounding error is relative to ||G_i||.
+            rounded = np.linalg.norm(g.double().numpy(), axis=oracle.axis) / oracle.low_norms
+            condition = max(condition, 2**-24 * rounded.max())
             moved = np.abs(w).max()
             held = np.linalg.norm(oracle.residual) ** 2 / max(np.linalg.norm(g.numpy()) ** 2, 1e-30)
             if held < 1e-2 and variant != "galore":
-                return  # the residual is rounding noise soon, and so would be the comparison of its norm
-            assert np.abs(p.detach().double().numpy() - w).max() <= 2e-6 * moved
+                return  # the residual is mostly rounding noise, so its norm cannot be compared
+            assert np.abs(p.detach().double().numpy() - w).max() <= max(2e-6, condition) * moved
             if variant != "galore":
                 assert optimizer.state[p]["limiter"].item() == pytest.approx(oracle.s, rel=1e-4)
 
 
 @many
 @given(m=DIM, n=DIM, rank=st.integers(1, 6), alpha=st.sampled_from([0.25, 1.0]), half=st.booleans())
-def test_the_residual_leaves_the_subspace_alone(m, n, rank, alpha, half):  # invariant 3
+def test_the_residual_is_orthogonal_to_the_subspace(m, n, rank, alpha, half):  # invariant 3
     rank = min(rank, m, n)
     side = projected_side((m, n), "std")
     dtype = torch.bfloat16 if half else torch.float32
@@ -102,7 +108,7 @@ def test_the_residual_leaves_the_subspace_alone(m, n, rank, alpha, half):  # inv
     direction = direction if side == "left" else direction.mT
     low = basis.mT @ turned
     phi = direction.norm(dim=0) / (low.norm(dim=0) + 1e-8)
-    # P^T S = (1 - alpha) phi R: nothing at alpha = 1.
+    # P^T S = (1 - alpha) phi R, which is zero at alpha = 1.
     inside = basis.mT @ update - alpha * direction
     wanted = (1 - alpha) * phi * low
     tolerance = 5e-3 if half else 2e-6
@@ -111,7 +117,7 @@ def test_the_residual_leaves_the_subspace_alone(m, n, rank, alpha, half):  # inv
 
 @few
 @given(m=st.integers(3, 16), n=st.integers(3, 16), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_full_rank_is_adam_in_turned_coordinates(m, n, dtype):  # invariant 5
+def test_full_rank_equals_adam_in_rotated_coordinates(m, n, dtype):  # invariant 5
     gradients = spread_gradients((m, n), 12, dtype=dtype)
     p, q = start((m, n), dtype=dtype), start((m, n), dtype=dtype)
     path = drive(fira(p, min(m, n), 1.0, eps=0.0, gamma=None), p, gradients)
@@ -128,7 +134,7 @@ def test_full_rank_is_adam_in_turned_coordinates(m, n, dtype):  # invariant 5
     assert difference(path, other) <= 5e-6 * movement(other, q.detach())
 
 
-def test_vectors_are_torchs_adamw_without_eps():  # invariant 18
+def test_vectors_without_eps_equal_torchs_adamw():  # invariant 18
     for dtype in (torch.float32, torch.float64):
         p, q, w = (start((13,), dtype=dtype) for _ in range(3))
         gradients = spread_gradients((13,), 30, dtype=dtype)
@@ -139,7 +145,7 @@ def test_vectors_are_torchs_adamw_without_eps():  # invariant 18
 
 @few
 @given(m=DIM, n=DIM, matrix=st.booleans())
-def test_decay_is_decoupled_and_comes_last(m, n, matrix):  # invariant 17
+def test_decay_shrinks_the_updated_weight(m, n, matrix):  # invariant 17
     g = spread_gradients((m, n), 1)[0]
     plain, decayed = start((m, n), scale=1.0), start((m, n), scale=1.0)
     for p, decay in ((plain, 0.0), (decayed, 0.3)):
@@ -147,7 +153,8 @@ def test_decay_is_decoupled_and_comes_last(m, n, matrix):  # invariant 17
         drive(optimizer, p, [g])
     expected = plain.double() * (1 - 1e-2 * 0.3)
     largest = max(1.0, plain.abs().max().item())
-    assert (decayed.double() - expected).abs().max() <= 1.2e-7 * largest
+    # Three roundings: of the plain weight, of its decayed value, and of the difference.
+    assert (decayed.double() - expected).abs().max() <= 3 * 2**-24 * largest
 
 
 @few
@@ -189,7 +196,7 @@ def test_zero_gradients_without_eps_move_nothing(variant):
 
 @few
 @given(m=DIM, n=DIM, spike=st.integers(1, 18), mode=st.sampled_from(["zero_safe", "compat"]))
-def test_the_residual_grows_by_one_percent_at_most(m, n, spike, mode):  # invariant 6
+def test_the_residual_grows_by_at_most_one_percent_per_step(m, n, spike, mode):  # invariant 6
     gradients = spread_gradients((m, n), 20)
     gradients[spike] = gradients[spike] * 100
     rank = max(1, min(m, n) // 2)
@@ -210,7 +217,7 @@ def test_the_residual_grows_by_one_percent_at_most(m, n, spike, mode):  # invari
 
 
 @pytest.mark.parametrize("mode", ["compat", "zero_safe"])
-def test_a_zero_gradient_at_the_start(mode):  # invariant 7
+def test_a_zero_gradient_at_the_start_throttles_only_the_compat_limiter(mode):  # invariant 7
     rng = np.random.default_rng(0)
     p = start((6, 10), scale=0.0)
     optimizer = fira(p, 2, lr=1e-3, limiter=mode)
@@ -222,7 +229,7 @@ def test_a_zero_gradient_at_the_start(mode):  # invariant 7
     assert steps in (range(1386, 1391) if mode == "compat" else (1,))
 
 
-def test_a_zero_residual_later_on_is_forgotten_by_the_zero_safe_limiter():
+def test_a_later_zero_residual_is_ignored_by_the_zero_safe_limiter():
     gradients = spread_gradients((6, 10), 4)
     values = {}
     for mode in ("zero_safe", "compat"):
@@ -256,7 +263,7 @@ def test_signs_of_the_basis_do_not_matter(m, n, rank, signs, seed):  # invariant
 
 @few
 @given(m=st.integers(4, 16), n=st.integers(17, 30), rank=st.integers(1, 4), seed=st.integers(0, 99))
-def test_permuted_columns_and_turned_rows(m, n, rank, seed):  # invariant 9
+def test_permuting_columns_or_rotating_rows_commutes_with_the_step(m, n, rank, seed):  # invariant 9
     gradients = spread_gradients((m, n), 10, seed=seed)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     turn = torch.linalg.qr(torch.randn(m, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
@@ -272,7 +279,7 @@ def test_permuted_columns_and_turned_rows(m, n, rank, seed):  # invariant 9
 
 @few
 @given(m=DIM, n=DIM, seed=st.integers(0, 99))
-def test_transposed(m, n, seed):  # invariant 10
+def test_transposing_commutes_with_the_step_unless_square(m, n, seed):  # invariant 10
     gradients = spread_gradients((m, n), 10, seed=seed)
     w = start((m, n)).detach()
     p, q = torch.nn.Parameter(w.clone()), torch.nn.Parameter(w.mT.contiguous())
@@ -287,7 +294,7 @@ def test_transposed(m, n, seed):  # invariant 10
 
 @few
 @given(m=DIM, n=DIM, variant=st.sampled_from(["code", "paper"]))
-def test_gradients_scaled_by_a_power_of_two(m, n, variant):  # invariant 11
+def test_scaling_gradients_by_a_power_of_two_changes_nothing_without_eps(m, n, variant):  # invariant 11
     gradients = spread_gradients((m, n), 10, scale=1.0)
     p, q = start((m, n)), start((m, n))
     path = drive(fira(p, 2, eps=0.0, variant=variant), p, gradients)
@@ -296,7 +303,7 @@ def test_gradients_scaled_by_a_power_of_two(m, n, variant):  # invariant 11
 
 
 @pytest.mark.parametrize("refresh", METHODS)
-def test_same_bits_twice_and_in_any_order(refresh):  # invariant 16
+def test_runs_are_bitwise_equal_and_the_order_of_parameters_does_not_matter(refresh):  # invariant 16
     shapes = [(12, 20), (20, 12), (12, 20), (12, 20)]
     gradients = [spread_gradients(shape, 12, seed=i) for i, shape in enumerate(shapes)]
     ends = []
@@ -355,7 +362,7 @@ def captured(g, basis, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96), (128, 128)])
 @pytest.mark.parametrize(("spectrum", "floor"), [("1/k", 0.995), ("flat", 0.98)])
-def test_captured_energy(shape, side, spectrum, floor):  # invariant 23
+def test_bases_capture_the_energy_of_the_optimum(shape, side, spectrum, floor):  # invariant 23
     rng = np.random.default_rng(3)
     m, n = shape
     k = min(m, n)
@@ -373,35 +380,35 @@ def test_captured_energy(shape, side, spectrum, floor):  # invariant 23
 
 
 def test_methods_agree_vector_by_vector():
-    for shape in [(24, 40), (40, 24), (200, 260)]:  # the last is beyond the float64 Gram matrices
+    for shape in [(24, 40), (40, 24), (200, 260)]:  # the last is too large for float64 Gram matrices
         g = spread_gradients(shape, 1)[0]
         for side in ("left", "right"):
             exact = torch.tensor(np.ascontiguousarray(numpy_basis(g.double(), 6, side)))
             for method in METHODS:
                 basis = compute_basis(g, 6, side, method=method, previous=exact.float())
-                assert (basis - exact).abs().max() <= 1e-5  # the signs of the previous basis, too
+                assert (basis - exact).abs().max() <= 1e-5  # including the signs of the previous basis
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e30])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_scale_of_a_gradient_does_not_matter(method, scale):  # its squares are outside float32
+def test_the_scale_of_a_gradient_does_not_change_the_basis(method, scale):  # its squares are outside float32
     g = spread_gradients((140, 150), 1, scale=1.0)[0]
     previous = compute_basis(g, 6, "left", method="svd")
     basis = compute_basis((g.double() * scale).float(), 6, "left", method=method, previous=previous)
     assert (basis - previous).abs().max() <= 1e-5
 
 
-def test_an_unknown_method_is_refused():
+def test_an_unknown_refresh_method_is_refused():
     with pytest.raises(ValueError, match="qr"):
         compute_basis(torch.ones(3, 4), 2, "left", method="qr")
 
 
-# --- moments carried along -----------------------------------------------------------------------------------------
+# --- rotated moments -----------------------------------------------------------------------------------------------
 
 
 @few
 @given(m=st.integers(4, 16), n=st.integers(4, 16), seed=st.integers(0, 99))
-def test_rotated_moments_make_signs_and_order_irrelevant(m, n, seed):
+def test_with_rotated_moments_signs_and_order_of_the_basis_do_not_matter(m, n, seed):
     rank = 4
     rng = np.random.default_rng(seed)
     gradients = spread_gradients((m, n), 15, seed=seed, dtype=torch.float64)
@@ -423,7 +430,7 @@ def test_rotated_moments_make_signs_and_order_irrelevant(m, n, seed):
     assert difference(paths["plain", False], paths["shuffled", False]) > 1e-3 * moved
 
 
-def test_rotation_is_the_formula_of_ldadam():
+def test_rotate_moments_equals_the_formula_of_ldadam():
     rng = np.random.default_rng(0)
     old, new = (np.linalg.qr(rng.standard_normal((9, 3)))[0] for _ in range(2))
     mean, square = rng.standard_normal((3, 5)), rng.standard_normal((3, 5)) ** 2 + 1
@@ -444,7 +451,7 @@ def test_rotation_is_the_formula_of_ldadam():
         np.testing.assert_allclose(got[1], wanted_square, rtol=1e-12)
 
 
-def test_subspace_tracked_every_step_lowers_a_loss():
+def test_options_without_another_test_lower_a_loss():
     torch.manual_seed(0)
     target = torch.randn(24, 40)
     for options in ({"refresh": "subspace", "rotate_states": True, "gap": 1}, {"scaling": "matrix"}, {"gamma": None}):

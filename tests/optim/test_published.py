@@ -1,9 +1,9 @@
-"""Spectra(compat="upstream") beside the code that SPECTRA was published with, run from outside this repository.
+"""Spectra(compat="upstream") against the code published with SPECTRA, which is not part of this repository.
 
     EPOCHAL_SPECTRA_CODE=PATH pytest tests/optim/test_published.py
 
 PATH is a clone of github.com/mlolab/llm-spectral-clipping; without one these tests skip, and the float64 rewrite in
-tests/reference/published_spectra.py stays the oracle. Tolerances: section 8 of our notes on the published code.
+test_spectra.py stays the oracle. Tolerances: docs/spectra.md section 8.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from epochal.optim import Spectra
 F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = ((12, 20), (20, 12), (12, 20), (16, 16), (40, 8), (11,))
 LR, DECAY, STEPS, WARM = 1e-2, 0.1, 20, 5
-OURS: dict[str, dict[str, Any]] = {
+HYPER: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.9, 0.95)},
     "signum": {},
     "sgdm": {},
@@ -36,7 +36,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def published() -> Any:
-    """A function from a module's name to the published module `optim.NAME`; its compiled functions run uncompiled."""
+    """Return a function that imports the published module `optim.NAME`, with torch.compile switched off."""
     path = os.environ.get("EPOCHAL_SPECTRA_CODE")
     if not path:
         pytest.skip("EPOCHAL_SPECTRA_CODE names no clone of llm-spectral-clipping")
@@ -58,7 +58,7 @@ def published() -> Any:
 
 
 def base_of(published: Any, base: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the published base optimizer with the hyper-parameters of `OURS`."""
+    """Return the published base optimizer with the hyper-parameters of `HYPER`."""
     shared = {"lr": LR, "weight_decay": DECAY}
     if base == "adamw":
         return torch.optim.AdamW(params, betas=(0.9, 0.95), **shared)
@@ -66,20 +66,20 @@ def base_of(published: Any, base: str, params: list[torch.nn.Parameter]) -> torc
         kind = published("sign").Signum if base == "signum" else published("sgdm").SGDM
         return kind(params, momentum=0.95, nesterov=True, **shared)
     if base == "lion":
-        return published("lion").Lion(params, **OURS[base], **shared)
+        return published("lion").Lion(params, **HYPER[base], **shared)
     if base == "ademamix":
-        return published("ademamix").AdEMAMix(params, **OURS[base], **shared)
+        return published("ademamix").AdEMAMix(params, **HYPER[base], **shared)
     vectors = {"lr_1d": LR / 3, "betas_1d": (0.8, 0.999), "weight_decay_1d": 0.1}
     kind = "mars-lion" if base == "mars-lion" else "mars-adamw"
     return published("mars").MARS(params, mars_type=kind, **vectors, **shared)
 
 
 def compare(published: Any, base: str, tolerance: float, **options: Any) -> None:
-    """Twenty steps of both from the same weights and gradients; the worst deviation over the largest movement."""
+    """Take 20 steps with both from equal weights and gradients; compare the worst deviation to the largest movement."""
     draw = torch.Generator().manual_seed(0)
     start = [0.3 * torch.randn(*shape, generator=draw) for shape in SHAPES]
-    theirs, ours = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
-    theirs_of = {
+    expected, params = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    published_options = {
         "clip_c": options["clip"],
         "apply_to": options["apply_to"],
         "ns_steps": options["iterations"],
@@ -90,60 +90,59 @@ def compare(published: Any, base: str, tolerance: float, **options: Any) -> None
         "clip_final_scale": 0.1,
     }
     wrapper = published("spectra").SPECTRA(
-        base_of(published, base, theirs), warmup_steps=WARM, base_lr=LR, total_steps=STEPS, **theirs_of
+        base_of(published, base, expected), warmup_steps=WARM, base_lr=LR, total_steps=STEPS, **published_options
     )
     schedule = {"warmup_steps": WARM, "total_steps": STEPS, "clip_decay_fraction": 0.5, "clip_final_scale": 0.1}
-    own = {**OURS[base], **schedule, **options}
-    mine = Spectra(ours, LR, base=base.split("-")[0], compat="upstream", weight_decay=DECAY, **own)
+    own = {**HYPER[base], **schedule, **options}
+    optimizer = Spectra(params, LR, base=base.split("-")[0], compat="upstream", weight_decay=DECAY, **own)
     pre_clip, grad_clip = options.get("pre_clip"), options.get("grad_clip")
     for k in range(STEPS):
         now = LR * (k + 1) / WARM if k < WARM else LR
-        for group in (*wrapper.param_groups, *mine.param_groups):
+        for group in (*wrapper.param_groups, *optimizer.param_groups):
             group["lr"] = now
-        for p, q in zip(theirs, ours, strict=True):
+        for p, q in zip(expected, params, strict=True):
             p.grad = 0.1 * torch.randn(*p.shape, generator=draw)
             q.grad = p.grad.clone()
-        if pre_clip:  # in the published code this is the training loop's
+        if pre_clip:  # the published code does this in the training loop
             clip_sigvals = published("post_process").clip_sigvals
             c = pre_clip * LR / now if k < WARM else pre_clip
-            for p in theirs:
+            for p in expected:
                 if p.ndim == 2:
                     p.grad = clip_sigvals(p.grad, c, options["iterations"], options["dtype"] == F32)
         if grad_clip:
-            torch.nn.utils.clip_grad_norm_(theirs, grad_clip)
+            torch.nn.utils.clip_grad_norm_(expected, grad_clip)
         wrapper.step()
-        mine.step()
-    moved = max(float((p.detach() - w).abs().max()) for p, w in zip(theirs, start, strict=True))
-    worst = max(float((p.detach() - q.detach()).abs().max()) for p, q in zip(theirs, ours, strict=True))
-    print(f"{base} {options}: {worst / moved:.1e} of {tolerance}")
-    assert worst <= tolerance * moved
+        optimizer.step()
+    moved = max(float((p.detach() - w).abs().max()) for p, w in zip(expected, start, strict=True))
+    worst = max(float((p.detach() - q.detach()).abs().max()) for p, q in zip(expected, params, strict=True))
+    assert worst <= tolerance * moved, f"{worst / moved:.1e} of the movement"
 
 
 @pytest.mark.parametrize("apply_to", ["2d", "all"])
-@pytest.mark.parametrize("base", OURS)
-def test_float32(published: Any, base: str, apply_to: str) -> None:
+@pytest.mark.parametrize("base", HYPER)
+def test_float32_equals_the_published_code(published: Any, base: str, apply_to: str) -> None:
     compare(published, base, 5e-4, clip=1.0, apply_to=apply_to, iterations=15, dtype=F32)
 
 
-def test_float32_pre_clip_and_global_clip(published: Any) -> None:
+def test_pre_clip_and_global_clip_equal_the_published_code(published: Any) -> None:
     options = {"pre_clip": 0.2, "grad_clip": 0.5}
     compare(published, "adamw", 5e-4, clip=2.0, apply_to="all", iterations=10, dtype=F32, **options)
 
 
 @pytest.mark.parametrize("decay", ["linear", "sqrt", "cosine", "exp", "square"])
-def test_float32_decay_of_the_threshold(published: Any, decay: str) -> None:
+def test_a_decaying_threshold_equals_the_published_code(published: Any, decay: str) -> None:
     compare(published, "adamw", 5e-4, clip=1.0, apply_to="all", iterations=15, dtype=F32, clip_decay=decay)
 
 
 @pytest.mark.parametrize("base", ["adamw", "ademamix", "sgdm"])
-def test_far_from_converged(published: Any, base: str) -> None:
+def test_an_unconverged_iteration_equals_the_published_code(published: Any, base: str) -> None:
     compare(published, base, 1e-2, clip=1e-2, apply_to="2d", iterations=10, dtype=F32)
 
 
 @pytest.mark.parametrize("base", ["adamw", "ademamix", "mars", "signum"])
-def test_bfloat16_clip(published: Any, base: str) -> None:
+def test_bfloat16_equals_the_published_code(published: Any, base: str) -> None:
     compare(published, base, 3e-2, clip=1.0, apply_to="all", iterations=10, dtype=BF16)
 
 
-def test_bfloat16_normalize(published: Any) -> None:
+def test_bfloat16_normalize_equals_the_published_code(published: Any) -> None:
     compare(published, "adamw", 6e-2, clip=1.0, operator="normalize", apply_to="all", iterations=5, dtype=BF16)

@@ -1,4 +1,4 @@
-"""Fira and SPECTRA in somebody else's loop: plain torch, and transformers' Trainer with its checkpoints."""
+"""Fira and SPECTRA in a plain torch loop and in transformers' Trainer with its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from epochal.optim import Fira, Spectra, fira_param_groups
 Make = Callable[[torch.nn.Module], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "fira": lambda model: Fira(fira_param_groups(model, rank=4, update_proj_gap=4, alpha=0.25), lr=1e-2),
-    "galore": lambda model: Fira(fira_param_groups(model, rank=4, alpha=0.25), lr=1e-2, variant="galore"),
     "spectra": lambda model: Spectra(model.parameters(), lr=1e-2, clip=2.0, weight_decay=0.1, warmup_steps=2),
     "spectra-named": lambda model: Spectra(
         model.named_parameters(), lr=1e-2, base="signum", clip=2.0, apply_to=["mlp"]
@@ -51,7 +50,7 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 @every
-def test_plain_loop(name: str) -> None:
+def test_a_plain_loop_learns(name: str) -> None:
     model = tiny_model()
     optimizer = OPTIMIZERS[name](model)
     rows = torch.stack([Sentences()[i]["input_ids"] for i in range(8)])
@@ -82,11 +81,11 @@ def trainer(folder: Path, make: Make, steps: int) -> Trainer:
 
 
 @every
-def test_trainer_learns_and_resumes_where_it_stopped(name: str, tmp_path: Path) -> None:
+def test_the_trainer_learns_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     def run(folder: Path, steps: int, **options: Any) -> Trainer:
         subject = trainer(folder, OPTIMIZERS[name], steps)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # theirs: dataloader and deprecation notices
+            warnings.simplefilter("ignore")  # transformers' own notices
             subject.train(**options)
         return subject
 
