@@ -87,7 +87,7 @@ def _resident_peak() -> float:
 
 
 def known(path: Path, keys: dict[str, object]) -> bool:
-    """Whether the CSV has a row with these values already: a benchmark that was cut short goes on from there."""
+    """Whether the CSV has a row with these values already: an interrupted benchmark resumes from there."""
     if not path.exists():
         return False
     with path.open(newline="") as file:

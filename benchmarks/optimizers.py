@@ -4,7 +4,7 @@
     python benchmarks/optimizers.py --question clip --shapes 768x3072
     python benchmarks/optimizers.py --question step --spectra-code PATH  with SPECTRA's own code, a clone of its repository
 
-One function for a question; the methods of a case are timed in turn in one process, so that `ratio` (time over the
+One function for a question; the methods of a case are timed alternately in one process, so that `ratio` (time over the
 published way) comes from one run. Rows already in the CSV are skipped.
 
 clip: SPECTRA's soft clip at c = 10 of a float32 matrix, Gaussian or sign-like (the sign of a rank-8 matrix and noise,
@@ -124,7 +124,7 @@ def one_over_k(rows: int, columns: int) -> Tensor:
 
 
 def fira_ways(gradient: Tensor, rank: int, gap: int) -> dict[str, torch.optim.Optimizer]:
-    """One optimizer for each way to refresh, and the package's, each with a matrix of its own."""
+    """One optimizer for each way to refresh, and the package's, each with its own matrix."""
     from fira import FiraAdamW
 
     def groups() -> list[dict[str, object]]:
@@ -249,7 +249,7 @@ def published_spectra(path: Path, params: list[torch.nn.Parameter]) -> Any:
 
 
 def optimizer_ways(args: argparse.Namespace) -> dict[str, Any]:
-    """Every optimizer over weights of its own; what the others are compared with comes first."""
+    """Every optimizer over its own weights; the baseline comes first."""
     gradients = {shape: one_over_k(*shape).to(args.device) for shape in set(BLOCK)}
 
     def params() -> list[torch.nn.Parameter]:

@@ -65,7 +65,7 @@ VARIANTS = {
         Variant("swa", "SWA of the weights", run={"weight_averaging": "swa"}),
         Variant("dropout", "dropout", run={"dropout": 0.1}),
         # arXiv 2606.06888
-        Variant("masked", "masked inputs beside plain ones", run={"input_mask_prob": 0.5}, epochs=0.5),
+        Variant("masked", "masked inputs and plain ones", run={"input_mask_prob": 0.5}, epochs=0.5),
         Variant("holdout", "a slice held out, equal weights"),
         Variant("learned", "a slice held out, weights learned on it", weighs="weights"),
         Variant("selected", "a slice held out, members chosen on it", weighs="selected"),

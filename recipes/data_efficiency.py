@@ -180,7 +180,7 @@ def _table(found: dict[int, Multiples], losses: dict[int, dict[str, Reached]]) -
 
 
 def _slowrun_table(losses: dict[int, dict[str, Reached]]) -> Table:
-    """The Slowrun's own count beside ours, in a table of its own: it is measured against one-pass runs, not a law."""
+    """Return the Slowrun's own multiple, which is measured against one-pass runs and not against a law."""
     rows = [
         (budget, what, value.loss, slowrun_multiple(value.loss))
         for budget, values in losses.items()

@@ -129,7 +129,7 @@ def answered(study: Study) -> list[Answered]:
 
 
 def resampled(found: Sequence[Answered]) -> dict[str, Floats]:
-    """Return the accuracies by task, (RESAMPLES + 1, models): measured in row 0, then on questions drawn anew.
+    """Return the accuracies by task, (RESAMPLES + 1, models): measured in row 0, then on resampled questions.
 
     All models answer the same questions, so a draw is one for all: differences keep what they share.
     """
@@ -183,7 +183,7 @@ def report(study: Study) -> Section:
         tables=(_order_table(orders), _table(found, tokens)),
         figures=(_figure(found, tokens),),
         notes=(
-            "Intervals are over questions drawn anew, the same for all models; the models stay as they are. Chance is a "
+            "Intervals are over resampled questions, the same for all models; the models stay as they are. Chance is a "
             "quarter for questions of four choices.",
         ),
     )

@@ -176,6 +176,41 @@ def test_the_map_of_the_readme_matches_the_disk() -> None:
                 assert (ROOT / word).exists(), f"README.md names {word}, which does not exist"
 
 
+PRIVATE_LANGUAGE = (
+    r"for ever", r"\bbeside\b", r"\bin turn\b", r"\bin other hands\b", r"\bin (no|nobody's) hands\b", r"\bnobody\b", r"\bwhoever\b",
+    r"\banew\b", r"\blies? under\b", r"\bwithout a word\b", r"\blast word\b", r"\bspeaks? (together|as one)\b", r"\bgoes on\b",
+    r"\bis no (multiple|number|text|duration|model|table|record|kind|list|name)\b", r"\bare no (models|numbers|matrices)\b",
+    r"\bwhat is left\b", r"\bits own\b.*\bits own\b", r"\bfar and wide\b", r"\bto hand\b", r"\bby nature\b",
+)  # fmt: skip
+"""Phrases that a reader stops at; say "must be X, got ...", "next to", "resume", "claimed" and so on instead."""
+
+
+def test_the_prose_is_plain_english() -> None:
+    specifications = {"fira.md", "spectra.md", "infinite_compute.md"}  # notes on the papers
+    files = [path for _, path in sources()] + [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "launch" / "README.md"]
+    files += [path for path in (ROOT / "docs").glob("*.md") if path.name not in specifications]
+    files += [*(ROOT / "configs").rglob("*.toml"), *(ROOT / "benchmarks").glob("*.py")]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if any(re.search(phrase, line, flags=re.IGNORECASE) for phrase in PRIVATE_LANGUAGE)
+    ]
+    assert wrong == []
+
+
+def test_docstrings_begin_with_a_short_sentence() -> None:
+    """The first sentence of a docstring has at most 15 words."""
+    long = []
+    for _, path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
+            first = re.split(r"(?<=[.?!:;])\s|\n\n", text or "")[0]
+            if len(first.split()) > 15:
+                long.append(f"{path.relative_to(ROOT)}: {first}")
+    assert long == []
+
+
 def test_no_file_names_an_absolute_path_of_a_machine() -> None:
     for _, path in sources():
         assert not re.search(r"[\"'](/home/|/root/|/work/|/Users/)", path.read_text(encoding="utf-8")), path

@@ -193,9 +193,9 @@ def test_each_malformed_record_is_named_with_its_reason(workspace: Workspace) ->
     assert found.problems == (
         "asked.json: has no answers, a 1 or a 0 each, to the task 'cloze'",
         "copy.json: names the job 'a', whose record is a.json",
-        "e.json: has a curve that is no table of losses by number of members",
+        "e.json: curve must be a table of losses by number of members",
         "gap.json: misses results and inputs",
-        "nan.json: holds NaN, which is no number",
+        "nan.json: must hold finite numbers, got NaN",
         "old.json: has version 0, not 1",
         "words.json: job: epochs must be of type int, got 'many'.",
     )

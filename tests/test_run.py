@@ -172,7 +172,7 @@ def test_cached_targets_need_an_order_that_keeps_the_cut() -> None:
     cached = SoftTargetDistillation(source="t", mode="cached")
     with pytest.raises(ValueError, match=r"temperature is 2.0; cached targets have 1"):
         SoftTargetDistillation(source="t", mode="cached", temperature=2.0)
-    with pytest.raises(ValueError, match=r'packs the text anew.*use order "sequences" or "fixed"'):
+    with pytest.raises(ValueError, match=r'packs the text differently.*use order "sequences" or "fixed"'):
         a_run(teach=cached)
     assert a_run(teach=cached, data_order="fixed").teach == a_run(teach=cached, data_order="sequences").teach
     with pytest.raises(ValueError, match="'s', for which there are no cached targets"):

@@ -45,7 +45,7 @@ def write_config(folder: Path, source: str, *, tokenizer: str = "train = 300", s
 
 
 def write_text(folder: Path, texts: list[str], **config: str) -> Path:
-    """Write texts as one file of documents, and the data config beside it; returns the config."""
+    """Write texts as one file of documents, and its data config; returns the config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text("\n====\n".join(texts), encoding="utf-8")
     return write_config(folder, f'files = ["{folder}/corpus.txt"]\nseparator = "===="', **config)

@@ -140,7 +140,7 @@ class Records:
 
 
 def load_records(workspace: Workspace) -> Records:
-    """Read all records of a campaign; files that are no record are named in `problems`, not raised."""
+    """Read all records of a campaign; malformed files are listed in `problems`, not raised."""
     records, problems = [], []
     for path in sorted(workspace.records.glob("*.json")):
         try:
@@ -151,7 +151,7 @@ def load_records(workspace: Workspace) -> Records:
 
 
 def load_record(workspace: Workspace, name: str) -> Record | None:
-    """Read one record; None where there is none, or a file that is no record."""
+    """Read one record; None if it is missing or malformed."""
     try:
         return _read(workspace.records / f"{name}.json")
     except (OSError, ValueError, KeyError, TypeError):
@@ -168,7 +168,7 @@ def _read(path: Path) -> Record:
 def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
     table = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     if not isinstance(table, dict):
-        raise ValueError("is no record (a JSON object is expected)")
+        raise ValueError("must be a JSON object")
     if table.get("version") != VERSION:
         raise ValueError(f"has version {table.get('version')!r}, not {VERSION}")
     if table.get("kind") not in KINDS or table.get("status") not in STATUSES:
@@ -183,7 +183,7 @@ def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
         if not isinstance(table[key], dict):
             raise ValueError(f"holds no table of {key}")
     if not isinstance(table["fingerprint"], str):
-        raise ValueError(f"has the fingerprint {table['fingerprint']!r}, which is no text")
+        raise ValueError(f"fingerprint must be a string, got {table['fingerprint']!r}")
     record = Record(job, table["fingerprint"], table["status"], table["results"], table["inputs"], table["provenance"])
     if record.status == "done" and not isinstance(job, Samples | Targets):
         _check_results(record)
@@ -191,22 +191,22 @@ def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
 
 
 def _no_number(constant: str) -> None:
-    raise ValueError(f"holds {constant}, which is no number")
+    raise ValueError(f"must hold finite numbers, got {constant}")
 
 
 def _check_results(record: Record) -> None:
-    """Refuse results that a report could not read: no finite loss, or an ensemble's curve that is no table of losses."""
+    """Raise ValueError for results that no report can read: a loss that is not finite, or a malformed curve."""
     for key in ("loss", "test_loss", "parameters"):
         value = record.results.get(key)
         if value is not None and not _is_number(value):
-            raise ValueError(f"has the {key} {value!r}, which is no number")
+            raise ValueError(f"{key} must be a number, got {value!r}")
     if not math.isfinite(record.loss):
         raise ValueError("is done but has no finite loss")
     curve = record.results.get("curve")
     if isinstance(record.job, Ensemble) and curve is not None:
         sound = isinstance(curve, dict) and all(isinstance(losses, list) and losses for losses in curve.values())
         if not sound or not all(k.isdecimal() and all(map(_is_number, losses)) for k, losses in curve.items()):
-            raise ValueError("has a curve that is no table of losses by number of members")
+            raise ValueError("curve must be a table of losses by number of members")
     for task in record.job.tasks if isinstance(record.job, Ensemble) else ():
         answers = record.results.get("tasks", {}).get(task, {}).get("right")
         if not isinstance(answers, str) or not answers or set(answers) - {"0", "1"}:
@@ -218,7 +218,7 @@ def _is_number(value: Any) -> bool:
 
 
 def write_record(workspace: Workspace, record: Record) -> Path:
-    """Write a record beside its place and rename it; return its path."""
+    """Write a record atomically and return its path."""
     table = {
         "version": VERSION,
         "kind": type(record.job).__name__,

@@ -61,7 +61,7 @@ class SequenceDistillation:
 class SoftTargetDistillation:
     """Learn from soft targets too: (1 - weight) CE + weight T^2 KL(teacher at T || student at T).
 
-    mode "online": `source` is a Run or an Ensemble, whose models read every batch beside the student. "cached": it is
+    mode "online": `source` is a Run or an Ensemble, whose models run on every batch of the student. "cached": it is
     the Targets computed once over the training text, at temperature 1; that needs an order that keeps the cut of the
     sequences.
     """
@@ -132,7 +132,7 @@ class Run:
         if self.unique_tokens % self.batch_tokens:
             low = max(1, self.unique_tokens // self.batch_tokens) * self.batch_tokens
             raise ValueError(
-                f"unique_tokens {self.unique_tokens} is no multiple of the batch of {self.batch_size} x "
+                f"unique_tokens {self.unique_tokens} must be a multiple of the batch of {self.batch_size} x "
                 f"{self.sequence_length} tokens; use {low} or {low + self.batch_tokens}."
             )
         self._check_regularizers()
@@ -158,7 +158,7 @@ class Run:
             return
         if self.data_order == "documents":
             raise ValueError(
-                'data_order is "documents", which packs the text anew in each epoch, but cached targets belong to fixed '
+                'data_order is "documents", which packs the text differently in each epoch, but cached targets belong to fixed '
                 'sequences; use order "sequences" or "fixed", or teach with mode "online".'
             )
         if self.distill is not None:
@@ -197,12 +197,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """Which runs speak together, and how: the mean of their raw logits, or of their probabilities.
+    """Runs evaluated together: the mean of their logits, or of their probabilities.
 
     There is no default for `average`: the two have different limits. "parameters" is the mean of the members' weights, one
     model (a soup): of use only where all members started from the same weights (spec sections 10 and 11).
     `data` names another data set, of the same tokenizer, on whose held-out text to judge them. `tasks` are multiple-choice
-    tasks that they answer beside it (`epochal.evaluation.downstream`); an ensemble of one is how a single model answers.
+    tasks that they answer as well (`epochal.evaluation.downstream`); an ensemble of one is how a single model answers.
     """
 
     name: str

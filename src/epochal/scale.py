@@ -246,7 +246,7 @@ def with_rates(optimizer: Optimizer, lr: float, wd: float) -> Optimizer:
 
 
 def with_field(run: Run, name: str, value: Any) -> Run:
-    """Return a Run with another value of one field of its own or of its optimizer, given by name.
+    """Return a Run with another value of one of its fields or of its optimizer's, given by name.
 
     A dotted name reaches inside: `optimizer.clip`, `optimizer.base.beta2`. Raises ValueError for an unknown field.
     """

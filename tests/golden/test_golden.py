@@ -1,6 +1,6 @@
 """The losses of two tiny runs, kept as files: a change of the numbers is noticed, and has to be meant.
 
-    python tests/golden/test_golden.py          makes the files anew, after a change that is meant to alter losses
+    python tests/golden/test_golden.py          makes the files again, after a change that is meant to alter losses
 
 They were made on a CPU with one thread, in float32, from the made-up text and the runs of `tests/tiny.py`: text, splits,
 tokenizer, initial weights and batches are the same bytes everywhere (the hash of the token file is kept too and compared

@@ -295,11 +295,11 @@ def write_error_file(folder: Path, error: BaseException) -> None:
 def _take_error_file(folder: Path) -> str:
     """Return the error that a launched process left, and remove it; empty when there is none."""
     try:
-        said = (folder / ERROR_FILE).read_text(encoding="utf-8").strip()
+        message = (folder / ERROR_FILE).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
     (folder / ERROR_FILE).unlink(missing_ok=True)
-    return said
+    return message
 
 
 def launch_command(config: WorkerConfig) -> list[str]:
