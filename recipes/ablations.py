@@ -46,7 +46,7 @@ class Settings:
 def sweep(study: Study) -> Sweep | None:
     """Return the sweep whose optimum is changed; None where the scale has no such table."""
     settings = study.settings(Settings)
-    return None if settings is None else optimizers.sweeps(study)[settings.setting]
+    return None if settings is None else optimizers.sweep(study, settings.setting)
 
 
 def plan(study: Study) -> list[Job]:

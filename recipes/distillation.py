@@ -34,8 +34,10 @@ class Settings(_soft_targets.Student):
     def check(self, scale: Scale) -> None:
         """Refuse a student that is not on the ladder, or soft targets of a size without an ensemble."""
         scale.check_models("model", self.model)
-        if self.soft_targets is not None:
-            scale.check_models("soft_targets.model", self.soft_targets.model)
+        ensembled = scale.tables.get("ensembling", {}).get("models", [])
+        if self.soft_targets is not None and self.soft_targets.model not in ensembled:
+            model = self.soft_targets.model
+            raise ValueError(f"soft_targets.model {model!r} has no ensemble; add it to models of [ensembling].")
 
 
 def plan(study: Study) -> list[Job]:

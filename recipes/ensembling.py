@@ -179,8 +179,11 @@ def members(study: Study, model: str, tokens: int) -> tuple[Run, ...]:
 
 
 def ensembles(study: Study, model: str, tokens: int) -> list[Ensemble]:
-    """Return the ensembles of one size, one for each average; none before the members' point is known."""
-    point = best_point(study, model, tokens)
+    """Return the ensembles of one size, one for each average; none before the members' point is known.
+
+    Also none of a size that gets no ensembles: its members are not planned.
+    """
+    point = best_point(study, model, tokens) if model in settings(study).models else None
     return [] if point is None else ensembles_at(study, model, tokens, point)
 
 

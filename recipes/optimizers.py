@@ -13,6 +13,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from epochal.config import nearest
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import ArmLosses, Pair, pair_claims
@@ -90,9 +91,21 @@ def sweeps(study: Study) -> dict[str, Sweep]:
     }
 
 
+def sweep(study: Study, setting: str) -> Sweep:
+    """Return the full grid of one setting; raises ValueError when [optimizers] lacks it."""
+    known = sweeps(study)
+    if setting not in known:
+        where = f"scale {study.scale.name!r}, [optimizers]"
+        raise ValueError(f"{where}: there is no setting {setting!r}{nearest(setting, known)}; add it there.")
+    return known[setting]
+
+
 def arm(label: str) -> Arm:
-    """Return an arm by its label."""
-    return next(arm for arm in ARMS if arm.label == label)
+    """Return an arm by its label; raises ValueError for an unknown one."""
+    known = {arm.label: arm for arm in ARMS}
+    if label not in known:
+        raise ValueError(f"there is no optimizer {label!r}{nearest(label, known)}; known: {', '.join(known)}.")
+    return known[label]
 
 
 def plan(study: Study) -> list[Job]:

@@ -117,7 +117,7 @@ class Comparison:
 def comparison(study: Study) -> Comparison | None:
     """Return the comparison of this scale; None without a table."""
     settings = study.settings(Settings)
-    return None if settings is None else Comparison(study, settings, optimizers.sweeps(study)[settings.setting])
+    return None if settings is None else Comparison(study, settings, optimizers.sweep(study, settings.setting))
 
 
 def plan(study: Study) -> list[Job]:

@@ -3,6 +3,7 @@
 Its other tables are the settings of recipes. A recipe reads its own table (`Study.settings`), so this file names none.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -135,7 +136,7 @@ class Scale:
         """The models of the ladder, smallest first."""
         return tuple(rung.model for rung in self.ladder)
 
-    @property
+    @functools.cached_property
     def base(self) -> Run:
         """The run whose fields every other run of this campaign has unless its name says otherwise."""
         return Run(

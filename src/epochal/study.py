@@ -142,6 +142,7 @@ class Study:
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
+    @memoised
     def run(self, arm: Arm, model: str, tokens: int, point: Point, seed: int = 0) -> Run:
         """Return the run of an arm at a point, which is in the arm's own lr and wd."""
         changes = dict(arm.run)

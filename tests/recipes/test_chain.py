@@ -1,0 +1,339 @@
+"""The chain from epoching to students and its laws: what is planned when, and what is claimed at every stage."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_up import (
+    CHAIN,
+    MadeUpCampaign,
+    MadeUpRecords,
+    diverged,
+    draw,
+    made_up_loss,
+    made_up_record,
+    simulate,
+    with_table,
+)
+
+from epochal.campaign.plan import campaign_jobs, load_recipe, outlook, recipe_names
+from epochal.config import REPOSITORY
+from epochal.records import Records, Workspace
+from epochal.run import AVERAGES, Ensemble, Run, Samples, fingerprint
+from epochal.scale import Point, Scale, load_scale, member_point
+from epochal.study import Study
+from recipes import data_efficiency, distillation, ensembling, epoching, heavy_weight_decay
+
+SCALES = sorted(path.stem for path in (REPOSITORY / "configs" / "scales").glob("*.toml"))
+NOT_STATED = {"name": "x", "init_seed": 0, "order_seed": 0, "init_from": None, "teach": None, "distill": None}
+TOKENS = 24576
+
+
+@pytest.fixture
+def demo() -> Scale:
+    return load_scale("demo")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_says_what_it_claims(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.__doc__ is not None
+    assert "Claim: " in recipe.__doc__
+    assert f"Command: epochal run {name} " in recipe.__doc__
+    assert callable(recipe.plan)
+    assert callable(recipe.report)
+
+
+def test_an_unknown_recipe_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no recipe 'ensembles' \(did you mean 'ensembling'\?\)"):
+        load_recipe("ensembles")
+
+
+@pytest.mark.parametrize("recipe", CHAIN)
+def test_plan_is_pure(tmp_path: Path, demo: Scale, recipe: str) -> None:
+    workspace = Workspace("demo", tmp_path / "results", tmp_path / "work")
+    first, second = (campaign_jobs([recipe], Records(workspace), demo) for _ in range(2))
+    assert first and first == second
+    assert all(isinstance(job, Run) for job in first)
+    assert not workspace.results.exists() and not workspace.work.exists()
+
+
+def test_nothing_remains_to_be_planned_or_paid_after_a_whole_campaign(chain: MadeUpCampaign) -> None:
+    view = outlook(CHAIN, chain.records, chain.scale)
+    assert (view.today.jobs, view.later.jobs) == (0, 0)
+    assert {job.name for job in view.split.done} == {job.name for job in chain.jobs}
+
+
+def test_a_campaign_starts_with_runs_and_ends_with_students(demo: Scale) -> None:
+    campaign = simulate(demo, "distillation")
+    assert {type(job) for job in campaign.rounds[0]} == {Run}
+    assert {type(job) for job in campaign.rounds[-2]} >= {Samples}
+    assert all(isinstance(job, Run) and job.distill for job in campaign.rounds[-1])
+    assert len(campaign.ensembles) == 2 * len(demo.tables["ensembling"]["models"]), "one for each average"
+
+
+def test_another_first_seed_repeats_the_campaign_on_other_draws(demo: Scale) -> None:
+    variants = {"model": "w32", "count": 3, "seeds": 2, "holdout_tokens": 2048}
+    tables = {
+        "ensembling": {"models": ["w32"], "count": 4, "member_variants": variants},
+        "distillation": demo.tables["distillation"] | {"model": "w32"},
+    }
+    scale = replace(demo, ladder=demo.ladder[1:2], tables=tables)
+    first, second = (simulate(other, "distillation").jobs for other in (scale, replace(scale, first_seed=100)))
+    for one, other in zip(first, second, strict=True):
+        if isinstance(one, Run) and isinstance(other, Run):
+            assert (other.init_seed, other.order_seed) == (one.init_seed + 100, one.order_seed + 100)
+            assert replace(other, **NOT_STATED) == replace(one, **NOT_STATED)
+    assert not {job.name for job in first} & {job.name for job in second}
+    assert not {fingerprint(job) for job in first} & {fingerprint(job) for job in second}
+
+
+def test_a_job_of_two_meanings_is_refused(demo: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = campaign_jobs(["epoching"], MadeUpRecords(), demo)[0]
+    twin = Ensemble(name=job.name, runs=("a",), average="logits")
+    monkeypatch.setattr(distillation, "plan", lambda study: [twin])
+    with pytest.raises(ValueError, match=f"'distillation' plans '{job.name}' with another meaning"):
+        campaign_jobs(["epoching", "distillation"], MadeUpRecords(), demo)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_every_scale_loads_and_is_priced_in_a_second(name: str, tmp_path: Path) -> None:
+    scale = load_scale(name)
+    assert scale.name == name
+    started = time.process_time()
+    view = outlook(recipe_names(scale), Records(Workspace(name, tmp_path / "results", tmp_path / "work")), scale)
+    assert time.process_time() - started < 1.0
+    assert view.today.flops > 0
+    assert view.later.jobs > 0
+
+
+# --- reports at every stage ---------------------------------------------------------------------------------------------
+
+
+def test_every_stage_of_a_campaign_has_a_report(chain: MadeUpCampaign) -> None:
+    for rounds in range(len(chain.rounds) + 1):
+        sections = [chain.report(recipe, chain.after(rounds)) for recipe in CHAIN]
+        figures = [figure.name for section in sections for figure in section.figures]
+        ids = [claim.id for section in sections for claim in section.claims]
+        assert len(set(figures)) == len(figures) and len(set(ids)) == len(ids)
+        assert all(ids)
+    for section in sections:
+        assert section.claims and section.tables and draw(section), section.title
+        missing = {reason for claim in section.claims for reason in claim.provisional}
+        assert not [reason for reason in missing if "neighbours" in reason or "seed" in reason], "nothing is missing"
+
+
+def test_half_a_round_of_one_seed_supports_provisional_claims_alone(demo: Scale) -> None:
+    first = campaign_jobs(["heavy_weight_decay"], MadeUpRecords(), demo)
+    half = MadeUpRecords(made_up_record(job, MadeUpRecords()) for job in first[::2])
+    claims = [claim for name in CHAIN for claim in load_recipe(name).report(Study(half, demo)).claims]
+    assert claims and all(claim.provisional for claim in claims)
+
+
+def test_diverged_runs_leave_a_report_without_claims(demo: Scale) -> None:
+    records = MadeUpRecords(map(diverged, campaign_jobs(["heavy_weight_decay"], MadeUpRecords(), demo)))
+    for name in CHAIN:
+        assert load_recipe(name).report(Study(records, demo)).claims == ()
+
+
+def test_verdicts_of_the_made_up_chain(chain: MadeUpCampaign) -> None:
+    """The bowl of the made-up loss has heavy decay, and members gain 0.3 (1 - 1 / K) on their own loss."""
+    claims = {id: claim.holds for name in CHAIN for id, claim in chain.claims(name).items()}
+    variable = ("ensembling.variant", "distillation.way")
+    per_ensemble = {
+        f"ensembling.limit.{model}.{average}.{TOKENS}": True for model in ("w32", "w64") for average in AVERAGES
+    }
+    per_size = {
+        f"ensembling.{what}.{model}.{TOKENS}": holds
+        for model in ("w32", "w64")
+        for what, holds in {"exponent": True, "rule": False}.items()
+    }
+    assert {id: holds for id, holds in claims.items() if not id.startswith(variable)} == {
+        "epoching.epochs": True,
+        "epoching.size": False,
+        f"heavy-decay.beats-standard.{TOKENS}": True,
+        f"heavy-decay.higher-decay.{TOKENS}": True,
+        f"heavy-decay.monotone.{TOKENS}": True,
+        f"heavy-decay.limit.{TOKENS}": None,
+        f"ensembling.beats-single.{TOKENS}": True,
+        **per_ensemble,
+        **per_size,
+        "distillation.student-of-ensemble": False,
+        "distillation.share": False,
+        "distillation.student-of-self": False,
+        "distillation.beats-teacher": False,
+    }
+
+
+# --- epoching and heavy decay -------------------------------------------------------------------------------------------
+
+
+def test_claims_of_epoching_rest_on_every_seed_of_what_they_compare(demo: Scale) -> None:
+    campaign = simulate(replace(demo, seeds=3), "epoching")
+    *searches, last = campaign.rounds
+    assert {run.init_seed for run in last if isinstance(run, Run)} == {1, 2}
+    assert not any(run.init_seed for jobs in searches for run in jobs if isinstance(run, Run))
+    claims, scale = campaign.claims("epoching"), campaign.scale
+    assert [(claim.seeds, claim.provisional) for claim in claims.values()] == [(3, ())] * 2
+    curve = {run.epochs: made_up_loss(run) for run in epoching.sweep(campaign.study)}
+    assert claims["epoching.epochs"].value == f"{curve[max(curve)] - min(curve.values()):+.4f} nats"
+    most = Point(lr=0.01, epochs=max(scale.grid.epochs), wd=scale.standard_wd)
+    small, large = (made_up_loss(scale.run(model, TOKENS, most)) for model in (scale.models[0], scale.models[-1]))
+    assert claims["epoching.size"].value == f"{large - small:+.4f} nats"
+    assert claims["epoching.size"].holds == (large > small)
+    # The made-up loss of a seed is the same shift in both settings, so the differences do not scatter.
+    for claim in claims.values():
+        assert claim.interval == pytest.approx((float(claim.value.split()[0]),) * 2, abs=1e-4)
+
+
+def test_the_best_standard_run_is_the_lowest_of_all_sizes(chain: MadeUpCampaign) -> None:
+    best = epoching.best_standard(chain.study, TOKENS)
+    standard = [run for run in chain.runs if run.optimizer.wd == chain.scale.standard_wd and not run.distill]
+    assert best.runs[0] == min((run for run in standard if run.init_seed == 0), key=made_up_loss)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 99])
+def test_the_tables_say_how_many_runs_each_search_tried(chain: MadeUpCampaign, rounds: int) -> None:
+    records, scale = chain.after(rounds), chain.scale
+    table = chain.report("heavy_weight_decay", records).tables[0]
+    tried = {row[0]: row[table.columns.index("runs tried")] for row in table.rows}
+    for model in scale.models:
+        visited = heavy_weight_decay.TUNED, model, TOKENS
+        runs = [scale.run(model, TOKENS, point) for point in Study(records, scale).tuned(*visited).visited]
+        assert tried[model] == sum(records.get(run) is not None for run in runs)
+        assert bool(tried[model]) == (rounds > 0)
+
+
+def test_members_train_twice_as_long_at_half_the_decay(chain: MadeUpCampaign) -> None:
+    study = chain.study
+    for model in ("w32", "w64"):
+        best = heavy_weight_decay.best(study, model, TOKENS).runs[0]
+        point = study.tuned(heavy_weight_decay.TUNED, model, TOKENS).best
+        assert point is not None
+        members = ensembling.members_at(study, model, TOKENS, member_point(point))
+        assert [(run.init_seed, run.order_seed) for run in members] == [(seed, seed) for seed in range(len(members))]
+        assert all(study.records.get(run) for run in members)
+        for run in members:
+            assert (run.epochs, run.optimizer.wd) == (2 * best.epochs, best.optimizer.wd / 2)
+            assert run.optimizer.lr == best.optimizer.lr
+
+
+# --- laws ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_standard_law_is_fitted_through_all_budgets(laws: MadeUpCampaign) -> None:
+    """At a data-scaling budget only the standard recipe runs, with the sizes named for it."""
+    further = {run for run in laws.runs if run.unique_tokens not in laws.scale.unique_tokens}
+    assert {run.unique_tokens for run in further} == {6144, 12288, 49152}
+    assert {(run.model, run.optimizer.wd) for run in further} == {("w32", laws.scale.standard_wd)}
+    law = data_efficiency.standard_law(laws.study)
+    assert law is not None and law.interval is not None
+    assert sorted(law.x) == sorted(2 * [6144, 12288, 24576, 49152]), "both seeds of the best run of every budget"
+
+
+def test_multiples_of_the_data_invert_the_standard_law(laws: MadeUpCampaign) -> None:
+    section, law = laws.report("data_efficiency"), data_efficiency.standard_law(laws.study)
+    claims = {claim.id.removeprefix("data-efficiency."): claim for claim in section.claims}
+    assert set(claims) == {"tuned", "ensemble", "limit-k", "double-limit", "student"}
+    assert law is not None and all(claim.interval for claim in claims.values())
+    losses = {
+        "tuned": heavy_weight_decay.best_single(laws.study, TOKENS)[0].mean,
+        "student": sum(r.loss for r in distillation.student_records(laws.study, "ensemble")) / 2,
+    }
+    for what, loss in losses.items():
+        assert claims[what].value == f"{(law.A / (loss - law.E)) ** (1 / law.alpha) / TOKENS:.2f}x"
+    assert "the interval is that of the law alone" not in claims["student"].provisional, "two seeds have an interval"
+    tables = {table.title.split(",")[0]: table for table in section.tables}
+    assert [row[0] for row in tables["The standard law E + A / D^alpha"].rows] == ["E", "A", "alpha"]
+    assert not any("Slowrun" in title for title in tables), "another text has another loss"
+    assert draw(section) == {"data-efficiency", "loss-against-data"}
+
+
+def test_several_sizes_have_a_double_limit(laws: MadeUpCampaign) -> None:
+    section = laws.report("ensembling")
+    claims = {claim.id: claim for claim in section.claims}
+    assert claims[f"ensembling.double-limit.{TOKENS}"].interval is not None
+    (note,) = [note for note in section.notes if "double limit of members" in note]
+    assert "the limit in N of single models" in note and ": probability " in note
+
+
+def test_budgets_of_the_law_need_sizes_on_the_ladder(demo: Scale) -> None:
+    for settings, reason in (
+        ({"data_scaling_tokens": [12288], "data_scaling_models": []}, "must be given together"),
+        ({"data_scaling_tokens": [12288], "data_scaling_models": ["w7"]}, "'w7' is not on the ladder"),
+    ):
+        scale = with_table(demo, "epoching", **settings)
+        with pytest.raises(ValueError, match=reason):
+            epoching.settings(Study(MadeUpRecords(), scale))
+
+
+# --- which members, which teacher ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [-1.0, 1.0])
+def test_members_take_the_setting_that_is_lower_together(demo: Scale, shift: float) -> None:
+    """As many members of both settings run; where those of the best single model are lower, all members run there."""
+    scale = replace(demo, seeds=2)
+    at_single_point = simulate(scale, "heavy_weight_decay").study
+    single = ensembling.single_point_ensembles(at_single_point, TOKENS).values()
+
+    def record_of(job, records):  # type: ignore[no-untyped-def]
+        record = made_up_record(job, records)
+        return replace(record, results=record.results | {"loss": record.loss + shift}) if job in single else record
+
+    study = simulate(scale, "ensembling", record_of=record_of).study
+    best = study.tuned(heavy_weight_decay.TUNED, "w64", TOKENS).best
+    assert best is not None
+    assert ensembling.best_point(study, "w64", TOKENS) == (best if shift < 0 else member_point(best))
+    members = ensembling.members(study, "w64", TOKENS)
+    assert len(members) == demo.tables["ensembling"]["count"] and all(study.records.get(run) for run in members)
+
+
+@pytest.mark.parametrize("best", ["w32", "w64"])
+def test_students_learn_from_the_best_ensemble_of_any_size(demo: Scale, best: str) -> None:
+    def record_of(job, records):  # type: ignore[no-untyped-def]
+        record = made_up_record(job, records)
+        better = isinstance(job, Ensemble) and job.name.startswith(best)
+        return replace(record, results=record.results | {"loss": 1.0}) if better else record
+
+    campaign = simulate(with_table(demo, "ensembling", models=["w32", "w64"]), "ensembling", record_of=record_of)
+    samples, student = distillation.student(campaign.study, "ensemble")
+    assert isinstance(samples, Samples) and samples.source.startswith(f"{best}-")
+    assert student.model == demo.tables["distillation"]["model"]  # type: ignore[union-attr]
+    unfinished = MadeUpRecords(r for r in campaign.records if not r.job.name.endswith("-probs"))
+    assert distillation.student(Study(unfinished, campaign.scale), "ensemble") == (), "an ensemble has yet to run"
+
+
+def test_members_are_compared_with_as_many_at_the_single_models_point(chain: MadeUpCampaign) -> None:
+    study, claims = chain.study, chain.claims("ensembling")
+    best = study.tuned(heavy_weight_decay.TUNED, "w64", TOKENS).best
+    assert best is not None
+    plain = study.records.get(ensembling.single_point_ensembles(study, TOKENS)["w64"])
+    by_rule = study.records.get(ensembling.ensembles_at(study, "w64", TOKENS, member_point(best))[0])
+    assert plain is not None and by_rule is not None
+    curve = by_rule.results["curve"][str(chain.scale.seeds)]
+    gain = plain.loss - sum(curve) / len(curve)
+    assert claims[f"ensembling.rule.w64.{TOKENS}"].value.startswith(f"{gain:+.4f} nats")
+
+
+def test_the_free_exponent_of_members_is_that_of_their_curves(chain: MadeUpCampaign) -> None:
+    """Made-up curves fall like 1 / K."""
+    exponent = chain.claims("ensembling")[f"ensembling.exponent.w64.{TOKENS}"]
+    assert float(exponent.value.split()[1]) == pytest.approx(1.0, abs=0.25)
+
+
+def test_a_student_is_compared_with_its_teacher_over_all_seeds(chain: MadeUpCampaign) -> None:
+    study, claims = chain.study, chain.claims("distillation")
+    students = distillation.student_records(study, "self")
+    assert [record.job.init_seed for record in students] == list(range(chain.scale.seeds))  # type: ignore[union-attr]
+    member = study.records.get(ensembling.members(study, "w64", TOKENS)[0])
+    mean = sum(record.loss for record in students) / len(students)
+    claim = claims["distillation.beats-teacher"]
+    assert member is not None and claim.value.startswith(f"{member.loss - mean:+.4f} nats")
+    assert (claim.seeds, claim.provisional) == (chain.scale.seeds, ())
+    for what in ("student-of-ensemble", "student-of-self", "beats-teacher"):
+        interval = claims[f"distillation.{what}"].interval
+        assert interval is not None and interval[0] < interval[1]
+    assert all(math.isfinite(record.loss) for record in students)
