@@ -99,6 +99,9 @@ def report(study: Study) -> Section:
         claims += _soft_targets.claims(study, settings, soft, missing)
         tables, notes = _soft_targets.tables(study, settings, soft), _soft_targets.notes(study, settings, soft)
     steps = chain(study)
+    if steps:
+        names = "; ".join(f"{step.what}: {step.records[0].job.name}" for step in steps)
+        notes.append(f"Names for epochal export, eval and generate: {names}.")
     return Section(
         title=title,
         question=question,
