@@ -21,27 +21,17 @@ from measure import append, environment
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT), str(ROOT / "tests")]
 
-from test_recipes import made_up_record  # noqa: E402
+from made_up import made_up_record, simulate  # noqa: E402
 
-from epochal.campaign.plan import campaign_jobs, partition_jobs  # noqa: E402
 from epochal.records import Records, Workspace, write_record  # noqa: E402
-from epochal.run import Job, Run  # noqa: E402
-from epochal.scale import Scale, load_scale  # noqa: E402
-from epochal.search.descent import Point  # noqa: E402
+from epochal.run import Run  # noqa: E402
+from epochal.scale import (  # noqa: E402
+    Point,
+    Scale,
+    load_scale,
+)
 
 CHAIN = ("epoching", "heavy_weight_decay", "ensembling")
-
-
-def campaign(space: Workspace, scale: Scale) -> dict[str, Job]:
-    """Answer everything the chain asks for, until it asks for nothing."""
-    known: dict[str, object] = {}
-    while True:
-        records = Records(space, known.values())
-        records.has_output = lambda job: True
-        ready = partition_jobs(campaign_jobs(CHAIN, records, scale), records).ready
-        if not ready:
-            return known
-        known |= {job.name: made_up_record(job, records) for job in ready}
 
 
 def cloud(scale: Scale) -> Iterator[Run]:
@@ -66,10 +56,9 @@ def main() -> None:
     scale = load_scale("micro")
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace("micro", Path(folder) / "results", Path(folder) / "work")
-        known = campaign(space, scale)
-        for record in known.values():
-            write_record(space, record)
-        runs = (run for run in cloud(scale) if run.name not in known)
+        campaign = simulate(scale, *CHAIN)
+        campaign.write(space)
+        runs = (run for run in cloud(scale) if campaign.records.named(run.name) is None)
         where = ("--scale", "micro", "--results", str(space.results), "--work", str(space.work))
         for count in options.records:
             for run in itertools.islice(runs, count - len(list(space.records.iterdir()))):

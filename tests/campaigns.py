@@ -30,7 +30,6 @@ batch_size = 4
 precision = "fp32"
 warmup = 0.05
 num_evals = 2
-epoching = "w16"
 
 [grid]
 lr = [0.01]
@@ -43,11 +42,14 @@ lr = 0.01
 epochs = 1
 wd = 0.8
 
-[ensemble]
+[epoching]
+sweep_model = "w16"
+
+[ensembling]
 models = ["w16"]
 count = 2
 
-[students]
+[distillation]
 model = "w16"
 fraction = 0.5
 pool_tokens = 512

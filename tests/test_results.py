@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_recipes import simulate
+from made_up import simulate
 
 from epochal.config import REPOSITORY
 from epochal.records import Workspace
@@ -87,8 +87,7 @@ def test_the_campaign_with_most_records_comes_first(tmp_path: Path, monkeypatch:
 
 def test_every_claim_is_on_the_page_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = Workspace("demo", tmp_path / "recipes" / "results", tmp_path / "work")
-    for _ in simulate(space, "distillation", load_scale("demo")):
-        pass
+    simulate(load_scale("demo"), "distillation").write(space)
     redraw("demo", tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text(f"before\n{results_page.BEGIN}\nold\n{results_page.END}\nafter\n")

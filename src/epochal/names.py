@@ -14,6 +14,7 @@ from epochal.run import Ensemble, Run, Samples, Targets, without_seed
 
 IN_STEM = ("name", "model", "unique_tokens", "epochs", "optimizer", "init_seed", "order_seed")
 REFERENCES = ("samples", "source", "init_from")
+LONGEST_CHANGES = 100  # characters; names of jobs that read the run add theirs, and a file name ends at 255
 SHORT = {
     "distill": "text",
     "fraction": "",
@@ -34,16 +35,12 @@ SHORT = {
 def named_run(run: Run, base: Run) -> Run:
     """Return the run under the name that its differences from `base` give it."""
     optimizer = run.optimizer
-    parts = [
-        Path(run.model).stem,
-        short_count(run.unique_tokens),
-        f"lr{_text(optimizer.lr)}",
-        f"ep{run.epochs}",
-        f"wd{_text(optimizer.wd)}",
-        *_optimizer_parts(optimizer, base.optimizer),
-        *_differing(run, base, skip=IN_STEM),
-        f"s{run.init_seed}" if run.init_seed == run.order_seed else f"i{run.init_seed}-o{run.order_seed}",
-    ]
+    point = f"lr{_text(optimizer.lr)}", f"ep{run.epochs}", f"wd{_text(optimizer.wd)}"
+    changes = "-".join([*_optimizer_parts(optimizer, base.optimizer), *_differing(run, base, skip=IN_STEM)])
+    if len(changes) > LONGEST_CHANGES:
+        changes = digest(changes)
+    seeds = f"s{run.init_seed}" if run.init_seed == run.order_seed else f"i{run.init_seed}-o{run.order_seed}"
+    parts = [Path(run.model).stem, short_count(run.unique_tokens), *point, *([changes] if changes else []), seeds]
     return replace(run, name="-".join(parts))
 
 
@@ -80,7 +77,7 @@ def short_count(tokens: int) -> str:
     """Shorten a count without loss: 24576 -> 24.576k, 200000000 -> 200m."""
     for size, letter in ((10**9, "b"), (10**6, "m"), (10**3, "k")):
         if tokens >= size:
-            return f"{tokens / size:.12g}{letter}"
+            return f"{tokens / size:.15g}{letter}"
     return str(tokens)
 
 
@@ -96,9 +93,12 @@ def _seed(name: str) -> int | None:
 
 def _optimizer_parts(optimizer: Any, base: Any) -> list[str]:
     """Name an optimizer that differs from the base in more than lr and wd: spectra-adamw-clip2."""
-    if type(optimizer) is type(base):
-        return _differing(optimizer, base, skip=("lr", "wd"))
-    return _described(optimizer)
+    if type(optimizer) is not type(base):
+        return _described(optimizer)
+    parts = _differing(optimizer, base, skip=("lr", "wd", "base"))
+    # SPECTRA's lr and wd are those of the optimizer that it wraps.
+    inner = _optimizer_parts(optimizer.base, base.base) if hasattr(optimizer, "base") else []
+    return [*parts, *(["base", *inner] if inner else [])]
 
 
 def _described(value: Any) -> list[str]:
@@ -118,13 +118,17 @@ def _differing(value: Any, base: Any, skip: tuple[str, ...] = ()) -> list[str]:
         item = getattr(value, field.name)
         if field.name in skip or item == getattr(base, field.name):
             continue
-        word = SHORT.get(field.name, field.name)
+        word = _word(field.name)
         if dataclasses.is_dataclass(item):
-            inner = [f"{SHORT.get(f.name, f.name)}{_text(getattr(item, f.name), f.name)}" for f in _set_fields(item)]
+            inner = [f"{_word(f.name)}{_text(getattr(item, f.name), f.name)}" for f in _set_fields(item)]
             parts.append("-".join([word, *inner]))
         else:
             parts.append(f"{word}{'-' * (bool(word) and field.name in REFERENCES)}{_text(item, field.name)}")
-    return [part.replace("_", "-") for part in parts]
+    return parts
+
+
+def _word(field: str) -> str:
+    return SHORT.get(field, field).replace("_", "-")
 
 
 def _set_fields(value: Any) -> list[Any]:
@@ -138,9 +142,9 @@ def _text(value: Any, field: str = "") -> str:
     if isinstance(value, bool | None):
         return str(value).lower()
     if isinstance(value, int | float):
-        return f"{value:.12g}"
+        return f"{value:.12g}".replace("+", "")  # 1e+20
     if isinstance(value, tuple):
-        return "+".join(_text(item) for item in value)
+        return digest(*map(repr, value))
     # A path or a pattern may hold characters that a file name cannot.
     text = Path(value).stem if "/" in value else value
-    return text if all(c.isalnum() or c in "._-" for c in text) else digest(value)
+    return text if text.isascii() and all(c.isalnum() or c in "._-" for c in text) else digest(value)

@@ -18,7 +18,7 @@ from made_up import (
     with_table,
 )
 
-from epochal.campaign.plan import campaign_jobs, load_recipe, outlook, recipe_names
+from epochal.campaign.plan import campaign_jobs, cost_estimate, load_recipe, recipe_names
 from epochal.config import REPOSITORY
 from epochal.records import Records, Workspace
 from epochal.run import AVERAGES, Ensemble, Run, Samples, fingerprint
@@ -61,9 +61,9 @@ def test_plan_is_pure(tmp_path: Path, demo: Scale, recipe: str) -> None:
 
 
 def test_nothing_remains_to_be_planned_or_paid_after_a_whole_campaign(chain: MadeUpCampaign) -> None:
-    view = outlook(CHAIN, chain.records, chain.scale)
+    view = cost_estimate(CHAIN, chain.records, chain.scale)
     assert (view.today.jobs, view.later.jobs) == (0, 0)
-    assert {job.name for job in view.split.done} == {job.name for job in chain.jobs}
+    assert {job.name for job in view.status.done} == {job.name for job in chain.jobs}
 
 
 def test_a_campaign_starts_with_runs_and_ends_with_students(demo: Scale) -> None:
@@ -103,7 +103,7 @@ def test_every_scale_loads_and_is_priced_in_a_second(name: str, tmp_path: Path) 
     scale = load_scale(name)
     assert scale.name == name
     started = time.process_time()
-    view = outlook(recipe_names(scale), Records(Workspace(name, tmp_path / "results", tmp_path / "work")), scale)
+    view = cost_estimate(recipe_names(scale), Records(Workspace(name, tmp_path / "results", tmp_path / "work")), scale)
     assert time.process_time() - started < 1.0
     assert view.today.flops > 0
     assert view.later.jobs > 0

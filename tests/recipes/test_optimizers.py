@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from conftest import with_optimizers
@@ -18,6 +19,7 @@ from made_up import (
 )
 
 from epochal.campaign.plan import load_recipe
+from epochal.config import REPOSITORY
 from epochal.run import AVERAGES, Fira, Muon, Run, Spectra
 from epochal.scale import Scale, load_scale
 from epochal.study import Study
@@ -247,10 +249,10 @@ def test_optimizers_at_scale_claim_what_the_losses_say(optimizer_campaign: MadeU
     ['kind = "Muon"', 'kind = "Fira"\nrank = 4', 'kind = "Spectra"\nclip = 2.0\n[optimizer.base]\nkind = "Signum"'],
     ids=["Muon", "Fira", "Spectra"],
 )
-def test_the_scales_optimizer_reaches_every_run_of_the_chain(tmp_path, optimizer: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_scales_optimizer_reaches_every_run_of_the_chain(tmp_path: Path, optimizer: str) -> None:
     demo = load_scale("demo")
     path = tmp_path / "own.toml"
-    text = (load_recipe.__globals__["REPOSITORY"] / "configs" / "scales" / "demo.toml").read_text()
+    text = (REPOSITORY / "configs" / "scales" / "demo.toml").read_text()
     path.write_text(f"{text}\n[optimizer]\n{optimizer}\n")
     campaign = simulate(load_scale(str(path)), "distillation")
     kind = optimizer.split('"')[1]

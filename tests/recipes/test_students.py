@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from made_up import MadeUpCampaign, MadeUpRecords, size_of, with_table
 
-from epochal.campaign.plan import Hypothetical, flops_of, outlook
+from epochal.campaign.plan import AssumeAllDone, cost_estimate, flops_of
 from epochal.models.config import parameter_counts
 from epochal.run import Ensemble, Job, Run, Samples, SoftTargetDistillation, Targets, inputs
 from epochal.scale import Point, load_scale
@@ -80,7 +80,7 @@ def test_notes_say_what_is_equal_and_what_was_not_tuned(chain: MadeUpCampaign) -
 
 def test_notes_say_where_costs_differ(chain: MadeUpCampaign) -> None:
     uneven = with_table(chain.scale, "distillation", fraction=0.7)  # 16 / 0.3 epochs are rounded
-    study = Study(Hypothetical(chain.records), uneven)
+    study = Study(AssumeAllDone(chain.records), uneven)
     settings = study.settings(distillation.Settings)
     assert settings is not None and settings.soft_targets is not None
     assert "do NOT cost the student the same" in _soft_targets.notes(study, settings, settings.soft_targets)[0]
@@ -143,4 +143,4 @@ def test_a_plan_prices_teachers_that_have_run(chain: MadeUpCampaign) -> None:
         for name in (inputs(jobs[run.teach.source]) or (run.teach.source,))
     )
     assert teachers > 0
-    assert outlook(("distillation",), records, chain.scale).today.flops == pytest.approx(plain + teachers)
+    assert cost_estimate(("distillation",), records, chain.scale).today.flops == pytest.approx(plain + teachers)

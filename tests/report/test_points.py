@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_recipes import simulate
+from made_up import simulate
 
 from epochal import cli
 from epochal.records import Record, Records, Workspace, load_records, write_record
@@ -17,6 +17,8 @@ from epochal.report.points import LossPoint, campaign_points, read_points
 from epochal.report.sections import Section
 from epochal.run import Ensemble, SequenceDistillation, fingerprint
 from epochal.scale import Point, load_scale
+from epochal.study import Study
+from recipes import epoching, heavy_weight_decay
 
 SIZES = (1e8, 2e8, 4e8, 8e8, 1.6e9)
 
@@ -185,9 +187,8 @@ def test_the_best_points_of_a_campaign(tmp_path: Path) -> None:
 
 
 def sections_of(records: Records, scale: str) -> list[Section]:
-    from epochal.campaign.plan import load_recipe
-
-    return [load_recipe(name).report(records, load_scale(scale)) for name in ("epoching", "heavy_weight_decay")]
+    study = Study(records, load_scale(scale))
+    return [recipe.report(study) for recipe in (epoching, heavy_weight_decay)]
 
 
 def test_two_campaigns_side_by_side(
@@ -195,9 +196,9 @@ def test_two_campaigns_side_by_side(
 ) -> None:
     scale = load_scale("demo")
     first_space, second_space = (Workspace("demo", tmp_path / side, tmp_path / side / "work") for side in ("A", "B"))
+    campaign = simulate(scale, "ensembling")
     for space in (first_space, second_space):
-        for _ in simulate(space, "ensembling", scale):
-            pass
+        campaign.write(space)
     for record in load_records(second_space):  # the same campaign with higher losses
         worse = {**record.results, "loss": record.loss + 0.1}
         write_record(second_space, replace(record, results=worse))

@@ -1,0 +1,70 @@
+"""Continued pre-training: everything starts from the tuned base and is judged on both texts."""
+
+import pytest
+from made_up import MadeUpCampaign, MadeUpRecords, with_table
+
+from epochal.campaign.plan import cost_estimate
+from epochal.run import AVERAGES, SOUP, Run
+from epochal.scale import load_scale
+from epochal.study import Study
+from recipes import continued, heavy_weight_decay
+
+
+def test_nothing_continues_before_the_base_is_tuned(continued_campaign: MadeUpCampaign) -> None:
+    unknown = Study(MadeUpRecords(), continued_campaign.scale)
+    assert continued.continuation(unknown) is None
+    assert not [job for job in continued.plan(unknown) if isinstance(job, Run) and job.init_from]
+    assert continued.report(unknown).notes == ("Waits for the tuned base.",)
+
+
+def test_continued_runs_start_from_the_tuned_base(continued_campaign: MadeUpCampaign) -> None:
+    study = continued_campaign.study
+    settings = study.settings(continued.Settings)
+    assert settings is not None
+    later = [run for run in continued_campaign.runs if run.data == settings.data]
+    large, small = settings.batch_sizes
+    assert {run.init_from for run in later} == {heavy_weight_decay.best(study, settings.model, 24576).runs[0].name}
+    assert {(run.batch_size, run.epochs) for run in later} == {(large, 1), (small, 1), (small, settings.epochs)}
+    single_passes = {run.unique_tokens for run in later if run.batch_size == large}
+    assert single_passes == {settings.unique_tokens, *settings.more_tokens}
+    assert len({run.order_seed for run in later if run.epochs == settings.epochs}) == settings.members
+
+
+def test_ensembles_are_judged_on_both_texts(continued_campaign: MadeUpCampaign) -> None:
+    judged = [job for job in continued_campaign.ensembles if job.data is not None]
+    assert {job.data for job in judged} == {continued_campaign.scale.data}
+    assert {job.average for job in judged if len(job.runs) > 1} == {*AVERAGES, SOUP}
+    (table,) = continued_campaign.report("continued").tables
+    assert len(table.rows) == len(continued.STEPS) + len(continued.AVERAGES)
+    assert all(row[-1] is not None for row in table.rows), "every step has a loss on the first text"
+
+
+def test_claims_compare_each_step_with_the_one_before(continued_campaign: MadeUpCampaign) -> None:
+    claims, here = continued_campaign.claims("continued"), continued.continuation(continued_campaign.study)
+    assert here is not None
+    losses = [continued_campaign.study.loss(run) or 0.0 for run in here.steps()]
+    for id, before, after in (("small-batch", *losses[:2]), ("repeated", *losses[1:])):
+        assert claims[f"continued.{id}"].value == f"{before - after:+.4f} nats"
+        assert claims[f"continued.{id}"].holds == (after < before)
+    assert set(claims) == {f"continued.{id}" for id in ("small-batch", "repeated", "ensemble", "soup", "worth")}
+
+
+def test_the_papers_setting_is_priced() -> None:
+    """Eight members of 4 x 4.19e9 tokens and one pass over 73.4e9 dominate: 6 N tokens for N = 3.21e9."""
+    view = cost_estimate(["continued"], MadeUpRecords(), load_scale("paper-math"))
+    tokens = 4194304000 * (1 + 1 + 8 * 4) + 73400320000
+    assert view.today.flops == pytest.approx(6 * 3_212_749_824 * tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"batch_sizes": [4]}, "give two, the default and the small one"),
+        ({"base": "llama"}, "give the path of a model folder, with a slash in it"),
+        ({"model": "w7"}, "'w7' is not on the ladder"),
+    ],
+)
+def test_impossible_settings_are_refused(change: dict[str, object], reason: str) -> None:
+    scale = with_table(load_scale("micro"), "continued", **change)
+    with pytest.raises(ValueError, match=rf"scale 'micro', \[continued\]: .*{reason}"):
+        continued.plan(Study(MadeUpRecords(), scale))
