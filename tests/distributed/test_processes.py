@@ -13,6 +13,7 @@ import tiny
 from launching import ENVIRONMENT, command, launch, write_job
 from safetensors.torch import load_file
 
+from epochal import cli
 from epochal.campaign import worker
 from epochal.distributed.launcher import exit_code
 from epochal.records import load_records
@@ -85,20 +86,38 @@ def test_a_launch_exits_with_the_code_its_processes_agree_on(codes: list[int], e
     assert exit_code(codes) == expected
 
 
-def test_the_error_of_a_refused_launch_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launched_process_that_is_refused_writes_its_error_and_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    space, _, config = tiny.workspace(tmp_path)
+    job = write_job(tmp_path, tiny.run(config, name="refused"), space, "ddp2")
+    space.folder("refused").mkdir(parents=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate passes a preset
+    monkeypatch.setattr(cli, "listen", lambda **_: None)
+    monkeypatch.setattr(cli, "_exit", leave)
+    with pytest.raises(SystemExit, match="2"):
+        cli.train([str(job)])
+    error = (space.folder("refused") / worker.ERROR_FILE).read_text()
+    assert error == "the preset sets mixed_precision to 'bf16', but the Run sets the precision; write 'no'."
+
+
+def test_a_worker_reports_the_error_file_of_a_launched_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's event, which `epochal run` prints, has the error message and not an exit code."""
     space, _, config = tiny.workspace(tmp_path)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate passes a preset
-    monkeypatch.setattr(worker, "launch_command", lambda _: [sys.executable])
+    script = (
+        f"import sys; open({str(space.folder('refused') / worker.ERROR_FILE)!r}, 'w').write('refused'); sys.exit(2)"
+    )
+    monkeypatch.setattr(worker, "launch_command", lambda _: [sys.executable, "-c", script])
     options = worker.WorkerConfig(
         session="s", scale="tiny", recipes=(), results=str(space.results), work=str(space.work), threads=1, preset="p"
     )
     events: list[dict[str, Any]] = []
     worker.run_job(tiny.run(config, name="refused"), options, events.append, {})
     assert [event["event"] for event in events] == ["started", "failed"]
-    assert (
-        events[1]["message"] == "the preset sets mixed_precision to 'bf16', but the Run sets the precision; write 'no'."
-    )
+    assert events[1]["message"] == "refused"
     assert sorted(file.name for file in space.folder("refused").iterdir()) == ["failure.json", "run.json"]
 
 

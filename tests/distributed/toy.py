@@ -21,7 +21,7 @@ from epochal.config import REPOSITORY
 from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 
-STEPS, ROWS, WORDS, WIDTH = 30, 8, 23, 12
+STEPS, ROWS, VOCABULARY, WIDTH = 30, 8, 23, 12
 PEAK = 5e-2
 """A learning rate at which weights move by about their own size, so that differences are not only their rounding."""
 
@@ -58,9 +58,9 @@ class Toy(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.embed = nn.Parameter(torch.randn(WORDS, WIDTH, generator=generator) / 2)
+        self.embed = nn.Parameter(torch.randn(VOCABULARY, WIDTH, generator=generator) / 2)
         self.model = Layers(depth, generator)
-        self.lm_head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.lm_head.weight = self.embed
 
 
@@ -123,7 +123,7 @@ def start(preset: str, **settings: Any) -> Processes:
 
 def batch(step: int) -> torch.Tensor:
     """The global batch of a step."""
-    return torch.randint(WORDS, (ROWS, 9), generator=torch.Generator().manual_seed(step))
+    return torch.randint(VOCABULARY, (ROWS, 9), generator=torch.Generator().manual_seed(step))
 
 
 def take_step(processes: Processes, step: int, parts: int = 1, scale: float = 1.0) -> torch.Tensor:

@@ -272,7 +272,7 @@ def test_seeds_change_the_result_and_nothing_else_does(setup: Setup) -> None:
     [
         ({}, RuntimeOptions(micro_batch=3), "micro-batch 3 does not divide the 4 sequences"),
         ({"unique_tokens": 128_000_000}, RuntimeOptions(), "above the"),
-        ({"model": "w61"}, RuntimeOptions(), "Model 'w61' has no file"),
+        ({"model": "w61"}, RuntimeOptions(), r"configs/models has no 'w61' \(did you mean"),
         ({"data": "kvj"}, RuntimeOptions(), r"has no 'kvj' \(did you mean 'kjv'\?\)"),
     ],
 )
