@@ -262,7 +262,8 @@ def test_a_cancelled_successor_is_replaced(make: Make, queue: Queue, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "starts"), [(ValueError("no such recipe"), 2, []), (OSError("the disk is gone"), None, ["now+60"])]
+    ("error", "code", "starts"),
+    [(ValueError("no such recipe"), 2, []), (OSError("the disk is gone"), None, ["now+60"])],
 )
 def test_a_failed_round_is_tried_again_unless_it_is_wrong_use(
     make: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int | None, starts: list[str]
