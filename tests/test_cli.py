@@ -17,6 +17,7 @@ from epochal.campaign.plan import load_recipe
 from epochal.cli import main
 from epochal.records import Record, write_record
 from epochal.run import Run, fingerprint
+from epochal.study import Study
 
 Refused = Callable[..., str]
 
@@ -211,7 +212,7 @@ def test_unknown_names_are_refused(refused: Refused, campaign: Campaign) -> None
 
 
 def one_record(campaign: Campaign) -> Record:
-    job = load_recipe("epoching").plan(campaign.records, campaign.scale)[0]
+    job = load_recipe("epoching").plan(Study(campaign.records, campaign.scale))[0]
     return Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 5})
 
 
@@ -306,7 +307,7 @@ def test_plan_lists_jobs_and_changes_nothing(campaign: Campaign, capsys: pytest.
     assert epochal("plan", "epoching", *campaign.options, "--jobs") == 0
     out = capsys.readouterr().out
     assert "0 done" in out
-    for job in load_recipe("epoching").plan(campaign.records, campaign.scale):
+    for job in load_recipe("epoching").plan(Study(campaign.records, campaign.scale)):
         assert f"ready    {job.name}" in out
     assert listing(campaign.folder) == before
 

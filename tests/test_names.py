@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epochal.names import named_ensemble, named_run, named_samples, named_targets, short_count
-from epochal.optimizer_config import AdamW, AdEMAMix, DecayGroup, Fira, Lion, Mars, Muon, Optimizer, Signum, Spectra
+from epochal.optimizer_config import AdamW, AdEMAMix, Fira, Lion, Mars, Muon, Optimizer, Signum, Spectra
 from epochal.run import Run, SequenceDistillation, SoftTargetDistillation
 from epochal.scale import Point, load_scale
 
@@ -30,7 +30,6 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "batch_size": st.sampled_from([1, 4]),
     "sequence_length": st.sampled_from([64, 128]),
     "optimizer": st.sampled_from(KINDS),
-    "schedule": st.sampled_from(["cosine", "wsd"]),
     "warmup": st.sampled_from([0.0, 0.05, 0.1]),
     "clip_norm": st.sampled_from([1.0, 0.5]),
     "data_order": st.sampled_from(["documents", "sequences"]),
@@ -40,9 +39,6 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "num_evals": st.sampled_from([4, 20]),
     "distill": st.none() | st.builds(SequenceDistillation, samples=JOB, fraction=st.sampled_from([0.5, 0.75])),
     "wd_schedule": st.sampled_from(["constant", "antiphase"]),
-    "decay": st.sampled_from(
-        [(), (DecayGroup(pattern="embed", scale=0.0),), (DecayGroup(pattern="embed", scale=0.5),)]
-    ),
     "teach": st.none()
     | st.builds(
         SoftTargetDistillation,

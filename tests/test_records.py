@@ -56,27 +56,6 @@ def names(jobs: object) -> list[str]:
 # --- files --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_from_before_there_were_other_optimizers(workspace: Workspace) -> None:
-    """Its optimizer has no `kind`, its Run none of the later fields; it is a record of the same job all the same."""
-    job = {"name": "a", "model": "w16", "data": "kjv", "unique_tokens": 24576, "epochs": 4, "batch_size": 4}
-    job |= {"sequence_length": 128, "warmup": 0.05, "clip_norm": 1.0, "data_order": "documents"}
-    job |= {"optimizer": {"lr": 0.01, "wd": 0.8, "beta1": 0.9, "beta2": 0.95, "eps": 1e-08}, "num_evals": 4}
-    job |= {"init_seed": 0, "order_seed": 0, "precision": "fp32", "distill": None}
-    table = {"version": 1, "kind": "Run", "job": job, "fingerprint": "5e3425c2f1e87265", "status": "done"}
-    workspace.records.mkdir(parents=True)
-    (workspace.records / "a.json").write_text(
-        json.dumps({**table, "results": {"loss": 4.5}, "inputs": {}, "provenance": {}})
-    )
-    records = load_records(workspace)
-    assert records.problems == ()
-    record = records.named("a")
-    assert record is not None and isinstance(record.job, Run)
-    assert record.job.optimizer == AdamW(lr=0.01, wd=0.8)
-    assert records.get(record.job) is record
-    write_record(workspace, record)
-    assert load_records(workspace).named("a") == record
-
-
 @pytest.mark.parametrize("job", CHAIN, ids=names(CHAIN))
 def test_round_trip(workspace: Workspace, job: Job) -> None:
     record = record_of(job, inputs={"z": "0123"}, provenance={"host": "h", "hours": 0.1})

