@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One slice of the `gpu` campaign on one GPU, with the packages found there; start it again to go on.
+# One slice of the `gpu` campaign on one GPU, with the packages found there; start it again to resume.
 #
 #     bash benchmarks/gpu_campaign.sh                    nine minutes of all recipes
 #     bash benchmarks/gpu_campaign.sh 5m ensembling      five minutes of one
 #
 # Carry there: this repository and work/data/docs, the token store that `epochal data docs` makes where there is a network.
 # Bring back: recipes/results/gpu/records. Where the disk is kept, work/gpu is too: an ensemble needs its members' weights,
-# and trains those anew that it does not find. Exit codes are those of `epochal run`: 0 all done, 75 time is up.
+# and trains those again that it does not find. Exit codes are those of `epochal run`: 0 all done, 75 time is up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"

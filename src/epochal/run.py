@@ -1,6 +1,6 @@
 """The vocabulary of recipes: Run, Ensemble, Samples, Targets. Frozen values, complete, checked without torch.
 
-Everything that determines weights (or tokens drawn from weights) is a field here. How fast and where is a profile;
+Everything that determines weights (or tokens drawn from weights) is a field here. How fast and where it runs is a preset;
 what came out is a record. Jobs name their inputs; a name stands for one meaning, guarded by `fingerprint`.
 """
 

@@ -38,7 +38,7 @@ def test_a_launched_run_has_the_losses_of_one_process(tmp_path: Path, preset: st
     record = load_records(space).named("launched")
     assert record is not None and record.status == "done"
     assert record.provenance["world_size"] == 2
-    assert record.provenance["profile"] == preset
+    assert record.provenance["preset"] == preset
     assert record.provenance["sharding"] == sharding
     assert record.provenance["matrices"] == 16
     assert record.provenance["update_error"] is not None

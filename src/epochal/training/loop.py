@@ -56,7 +56,7 @@ class RuntimeOptions:
     micro_batch: int | None = None
     trackers: tuple[str, ...] = ()
     checkpoint_seconds: float = 300.0
-    profile: str = "here"
+    preset: str = "here"
 
 
 class ModelWithLoss(torch.nn.Module):
@@ -229,7 +229,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         provenance={
             **provenance(),
             "world_size": processes.world,
-            "profile": options.profile,
+            "preset": options.preset,
             "loss_backend": backend(processes.device),
             "optimizer_backend": optimizer_backend(run.optimizer, processes.device),
             "sharding": processes.backend,
