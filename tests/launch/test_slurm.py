@@ -133,7 +133,7 @@ mixed_precision: "no"
 def one_long_run(folder: Path, prepared: Path) -> Campaign:
     campaign = make_campaign(folder, prepared)
     campaign.rewrite("epochs = [1, 2]", "epochs = [6]")
-    campaign.rewrite("lr = 0.01\nepochs = 1\nwd = 0.8\n\n[ensemble]", "lr = 0.01\nepochs = 6\nwd = 0.8\n\n[ensemble]")
+    campaign.rewrite("lr = 0.01\nepochs = 1\nwd = 0.8\n\n[epoching]", "lr = 0.01\nepochs = 6\nwd = 0.8\n\n[epoching]")
     return campaign
 
 
