@@ -1,8 +1,8 @@
 """Cross-entropy and K-teacher distillation from hidden states and head weights, in chunks of tokens.
 
 Notation: N tokens, d width, V vocabulary, K teachers, C rows of a chunk. A chunk needs one (C, V) buffer for logits and,
-with teachers, one (C, V) buffer for their mixture, so memory does not depend on N or K. The gradient is formed in the
-forward pass, while the logits exist; backward only scales it. Second derivatives therefore raise RuntimeError.
+with teachers, one (C, V) buffer for their mixture, so memory does not depend on N or K. Second derivatives raise
+RuntimeError.
 
 Matrix products run in the dtype of their operands, or in autocast's; sums, the mixture and the gradient of the head are
 float32 (float64 for float64 input). The chunked form follows Liger-Kernel and Apple's cut cross-entropy, which support
@@ -79,7 +79,9 @@ def distillation_loss(
     normaliser: float | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return (1 - weight) CE + weight T² KL(teachers at T || student at T), a float32 scalar.
+    """Return the distillation loss against K teachers, a float32 scalar.
+
+    It is (1 - weight) CE + weight T² KL(teachers at T || student at T).
 
     hidden (N, d), head (V, d), targets (N,) int64. ``teachers`` is a list of (hidden (N, d_k), head (V, d_k)), which
     receive no gradient; give them in the dtype of the products to save a cast per chunk. ``average="logits"`` teaches
@@ -123,7 +125,9 @@ def cached_distillation_loss(
     normaliser: float | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return (1 - weight) CE + weight KL(teacher || student) from stored teacher probabilities, a float32 scalar.
+    """Return the distillation loss against stored teacher probabilities, a float32 scalar.
+
+    It is (1 - weight) CE + weight KL(teacher || student).
 
     hidden (N, d), head (V, d), targets (N,) int64. ids (N, k), any integer type, distinct within a row, are the tokens
     whose teacher probabilities at temperature 1 are stored in probs (N, k), any float type. The probability mass that a
@@ -136,6 +140,7 @@ def cached_distillation_loss(
     _check_stored(hidden, head, ids, probs)
     _check_weight(weight)
     options = _options(hidden, head, weight, ignore_index, chunk_tokens)
+    # The temperature is 1: probabilities were stored at 1, and another T needs the logits.
     total = _linear_sparse_loss(hidden, head, targets, ids.detach(), probs.detach(), **vars(options))[0]
     return _normalise(total, targets, ignore_index, normaliser)
 
@@ -155,13 +160,15 @@ def token_log_probs(
     with torch.autocast(hidden.device.type, enabled=False):
         weight = head.to(dtype)
         for x, y in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+            # The cross-entropy of a target is -log p, so the kernel of the loss serves.
             parts.append(-_softmax_loss(x.to(dtype) @ weight.t(), y, None, 0.0, 1.0, ignore_index, False))
     return torch.cat(parts)
 
 
 # --- the operations -------------------------------------------------------------------------------------------------------
 # Custom ops rather than autograd Functions, so that torch.compile does not break the graph. Tensors are positional, the
-# options keyword-only: autograd sees the tensors alone, and every function below reads the options by name.
+# options keyword-only: autograd sees the tensors alone, and every function below reads the options by name. The gradient
+# is formed in the forward pass, while the logits exist; backward only scales it.
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,10 @@ def _linear_loss(
     hidden_gradient: bool,
     head_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the summed loss and its gradients for hidden (N, d) and head (V, d), empty if not requested."""
+    """Return the summed loss and its gradients for hidden (N, d) and head (V, d).
+
+    A gradient that is not requested is an empty tensor.
+    """
     options = _Options(weight, ignore_index, dtype, chunk_tokens, hidden_gradient, head_gradient)
     wide = torch.promote_types(dtype, torch.float32)
     rows = min(chunk_tokens, max(hidden.shape[0], 1)) if teacher_heads else 0
@@ -217,6 +227,7 @@ def _linear_loss(
         soft = mixture[: len(scratch)]
         for k, (x, w) in enumerate(zip(teacher_hidden, teacher_heads, strict=True)):
             _add_teacher(soft, scratch, x[part], w, teacher_weights[k], average, temperature, first=k == 0)
+        # Averaged logits become probabilities once all teachers are in.
         if teacher_heads and average == "logits":
             _softmax_add(soft, soft, 1.0, temperature, accumulate=False)
 
@@ -259,9 +270,10 @@ def _over_chunks(
     losses: Callable[[slice, Tensor], Tensor],
     mix_teachers: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum `losses(part, z)`, which overwrites the student's logits z (C, V) with their gradient, over chunks.
+    """Sum `losses(part, z)` over chunks of tokens.
 
-    `mix_teachers(part, scratch)` runs before and may use the logits' buffer.
+    `losses` overwrites the student's logits z (C, V) with their gradient. `mix_teachers(part, scratch)` runs before it and
+    may use the logits' buffer.
     """
     dtype, wide = options.dtype, torch.promote_types(options.dtype, torch.float32)
     rows = min(options.chunk_tokens, max(hidden.shape[0], 1))
@@ -275,12 +287,14 @@ def _over_chunks(
         for start in range(0, len(hidden), rows):
             part = slice(start, min(start + rows, len(hidden)))
             z = logits[: part.stop - start]
+            # Before the student: the teachers use the buffer that the student's logits need next.
             if mix_teachers is not None:
                 mix_teachers(part, z)
             x = hidden[part].to(dtype)
             torch.mm(x, student_head.t(), out=z)
             total += losses(part, z).sum()
             if options.hidden_gradient:
+                # z now holds d loss / d logits (C, V), so dX = dZ W and dW = dZ^T X.
                 d_hidden[part] = z @ student_head
             if options.head_gradient:
                 _add_product(d_head, z.t(), x)
@@ -290,8 +304,9 @@ def _over_chunks(
 def _add_teacher(
     soft: Tensor, z: Tensor, x: Tensor, head: Tensor, share: float, average: str, temperature: float, *, first: bool
 ) -> None:
-    """Add one teacher's logits or probabilities to ``soft`` (C, V), using ``z`` (C, V) as its scratch."""
+    """Add one teacher's logits or probabilities to ``soft`` (C, V); ``z`` (C, V) is scratch."""
     x, head = x.to(z.dtype), head.to(z.dtype)
+    # A softmax per teacher cannot be accumulated by the product itself; a mean of logits can.
     if average == "probs":
         torch.mm(x, head.t(), out=z)
         _softmax_add(soft, z, share, temperature, accumulate=not first)
@@ -365,6 +380,7 @@ def _row_blocks(z: Tensor) -> list[slice]:
 @_linear_loss.register_fake
 @_linear_sparse_loss.register_fake
 def _(hidden: Tensor, head: Tensor, *tensors: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    # Shapes and dtypes only, for torch.compile; must agree with `_over_chunks`.
     total = hidden.new_empty((), dtype=torch.promote_types(keywords["dtype"], torch.float32))
     d_hidden = hidden.new_empty(hidden.shape if keywords["hidden_gradient"] else (0,))
     return total, d_hidden, torch.empty_like(head) if keywords["head_gradient"] else head.new_empty((0,))
@@ -430,6 +446,7 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 def _rows(hidden: Tensor, head: Tensor, chunk_tokens: int | None) -> int:
     if chunk_tokens is None:
         fitting = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // max(head.shape[0], 1)
+        # Multiples of 64 rows, the tile of a matrix product.
         return max(64, fitting // 64 * 64)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be a positive integer, got {chunk_tokens}.")
@@ -438,6 +455,7 @@ def _rows(hidden: Tensor, head: Tensor, chunk_tokens: int | None) -> int:
 
 def _normalise(total: Tensor, targets: Tensor, ignore_index: int, normaliser: float | Tensor | None) -> Tensor:
     if normaliser is None:
+        # A tensor, so that a GPU need not be read.
         normaliser = (targets != ignore_index).sum().clamp(min=1)
     return total / normaliser
 

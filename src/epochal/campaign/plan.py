@@ -33,10 +33,15 @@ def recipe_folders() -> list[Path]:
 
 
 def recipe_names(scale: Scale | None = None) -> list[str]:
-    """Return the recipes of a scale, all of them where it names none, in the order of a report."""
+    """Return the recipes of a scale, in the order of a report.
+
+    A scale that names none has all recipes. Raises ValueError for a name that is not a recipe.
+    """
     files = [path.stem for folder in recipe_folders() for path in sorted(folder.glob("*.py"))]
+    # A recipe of the working folder replaces the built-in one of the same name.
     known = list(dict.fromkeys(name for name in files if not name.startswith("_")))
     order: tuple[str, ...] = _built_in("recipes").ORDER
+    # Recipes that are not in ORDER, such as your own, come last.
     known.sort(key=lambda name: order.index(name) if name in order else len(order))
     if scale is None:
         return known
@@ -49,7 +54,7 @@ def recipe_names(scale: Scale | None = None) -> list[str]:
 
 
 def load_recipe(name: str) -> ModuleType:
-    """Import one recipe; raises ValueError with the nearest name when there is none."""
+    """Import one recipe; raises ValueError with the nearest name if there is none."""
     folder = next((folder for folder in recipe_folders() if (folder / f"{name}.py").is_file()), None)
     if folder is None or name.startswith("_"):
         known = recipe_names()
@@ -67,7 +72,8 @@ def _built_in(module: str) -> ModuleType:
 
 @functools.cache
 def _load_file(path: Path) -> ModuleType:
-    """Import a recipe of the working folder under a name that cannot collide with a built-in one."""
+    """Import a recipe from a file of the working folder."""
+    # Under a name that cannot collide with a built-in recipe.
     spec = importlib.util.spec_from_file_location(f"own_recipes.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     _built_in("recipes")  # so that it can import the built-in ones
@@ -86,6 +92,7 @@ def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> lis
     study = Study(records, scale)
     for name in recipes:
         for job in load_recipe(name).plan(study):
+            # Recipes may share jobs, for example the same baseline: equal jobs are trained once.
             if jobs.setdefault(job.name, job) != job:
                 raise ValueError(
                     f"recipe {name!r} plans {job.name!r} with another meaning than before; rename one of them."
@@ -105,14 +112,16 @@ class JobStatus:
 def partition_jobs(jobs: Iterable[Job], records: Records) -> JobStatus:
     """Partition jobs into done, ready and waiting; raises ValueError if a job reads an unplanned one.
 
-    A finished job whose weights are not on this disk (a fresh clone with committed records) becomes ready again only if an
-    unfinished job reads them. A job that reads a diverged run stays waiting.
+    A job that reads a diverged run stays waiting.
     """
     by_name = {job.name: job for job in jobs}
+    # Start from the jobs without a record, and add finished jobs whose output must be recomputed for them.
     unfinished = {name for name, job in by_name.items() if records.get(job) is None}
     stack = list(unfinished)
     while stack:
         for name in _reads(by_name[stack.pop()], by_name):
+            # The case of a fresh clone with committed records: weights are needed only if an unfinished job reads
+            # them.
             if name not in unfinished and not records.has_output(by_name[name]) and not records.diverged(name):
                 unfinished.add(name)
                 stack.append(name)
@@ -135,7 +144,7 @@ def ready_jobs(jobs: Iterable[Job], records: Records) -> list[Job]:
 
 
 def _reads(job: Job, by_name: Mapping[str, Job]) -> tuple[str, ...]:
-    """Names of all jobs whose outputs or records a job reads, including the members of an ensemble."""
+    """Names of all jobs that a job reads, including the members of an ensemble."""
     names = inputs(job)
     for name in inputs(job):
         source = by_name.get(name)
@@ -147,11 +156,10 @@ def _reads(job: Job, by_name: Mapping[str, Job]) -> tuple[str, ...]:
 
 
 class AssumeAllDone(Records):
-    """Records in which every job has run: the real ones, and a loss of 1.0 for all others.
+    """Records in which every job has run: the real ones, and a loss of 1.0 for all others."""
 
-    With equal losses every search stops at its first point: the jobs planned from these records are a lower bound on what a
-    campaign takes, known before anything has run.
-    """
+    # With equal losses every search stops at its first point, so the jobs planned from these records are a lower bound
+    # on what a campaign takes, known before anything has run.
 
     def __init__(self, records: Records) -> None:
         super().__init__(records.workspace, records)
@@ -191,6 +199,7 @@ def flops_of(job: Job, vocab_size: int | None = None, jobs: Mapping[str, Job] | 
     passes = 2 if job.input_mask_prob else 1  # masked inputs are a second pass over the same tokens
     per_token = 6.0 * passes * _weights(job.model, vocab_size, Path.cwd())
     if job.teach is not None and job.teach.mode == "online":
+        # A teacher has a forward pass only, 2 N per token.
         models = _models_of(job.teach.source, jobs or {})
         per_token += sum(2.0 * _weights(model, vocab_size, Path.cwd()) for model in models)
     return per_token * job.tokens
@@ -232,9 +241,9 @@ def cost_of(
 
 @dataclass(frozen=True)
 class SearchState:
-    """State of one search as text, the cost of its next round, and a bound on that round's gain.
+    """State of one search as text, and the cost and gain of its next round.
 
-    gain: upper bound in nats, None if unknown.
+    gain: upper bound on the gain in nats, None if unknown.
     finer: gain of a finer grid around the optimum, by a quadratic fit to its neighbors (nats, or None).
     """
 
@@ -266,7 +275,7 @@ class CostEstimate:
 def cost_estimate(
     recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None
 ) -> CostEstimate:
-    """Return the status of a campaign and a lower bound on the cost of its remaining jobs."""
+    """Return the status of a campaign and a lower bound on its remaining cost."""
     jobs = campaign_jobs(recipes, records, scale)
     status = partition_jobs(jobs, records)
     by_name = {job.name: job for job in jobs}
@@ -288,7 +297,7 @@ def cost_estimate(
 def search_states(
     recipes: Sequence[str], records: Records, scale: Scale, vocab_size: int | None = None
 ) -> tuple[SearchState, ...]:
-    """Return the state of every search of the recipes, each once; a recipe without searches has none."""
+    """Return the state of every search of the recipes, each once."""
     study = Study(records, scale)
     modules = [module for module in map(load_recipe, recipes) if hasattr(module, "searches")]
     searches = {search.what: search for module in modules for search in module.searches(study)}
@@ -311,7 +320,7 @@ def _state(search: Search, records: Records, scale: Scale, vocab_size: int | Non
 
 
 def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:
-    """Return the vocabulary size of the prepared token store, or None if there is no store yet."""
+    """Return the vocabulary size of the prepared token store, or None without a store."""
     path = workspace.data / find_config("data", scale.data, ".toml").stem / "meta.json"
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])

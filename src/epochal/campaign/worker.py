@@ -1,7 +1,7 @@
 """A campaign worker: plan, claim a job, run it, and repeat until no job is left.
 
 Any number of workers on any number of machines may share a folder. A worker claims a job with an exclusive lock (flock) and
-writes its result as a record that is renamed into place. Events go to the parent process as JSON lines on standard output.
+writes its result as a record. Events go to the parent process as JSON lines on standard output.
 """
 
 import contextlib
@@ -81,6 +81,7 @@ def main() -> int:
     """Run a worker with the WorkerConfig on standard input; returns its exit code."""
     config = from_table(json.load(sys.stdin), WorkerConfig, where="worker config")
     deadline = float("inf") if config.seconds_left is None else time.monotonic() + config.seconds_left
+    # Before torch is imported, which takes seconds: a stop request must not be lost.
     listen(deadline=deadline, parent=config.parent)
     emit = _events()
     _prepare_process(config)
@@ -90,6 +91,7 @@ def main() -> int:
         return EXIT_STOPPED
     except ValueError as error:
         emit({"event": "error", "message": str(error)})
+        # 2 is "wrong use": the parent prints the sentence without a traceback.
         return 2
     except OSError as error:  # the disk is so full that even failure.json cannot be written
         emit({"event": "error", "message": f"{error}; free some space, then run again."})
@@ -102,6 +104,8 @@ def work(config: WorkerConfig, emit: Emit) -> int:
     while True:
         check_stop()
         records = load_records(workspace)
+        # Planned again after every job: recipes are functions of the records, and another worker may have added
+        # some.
         jobs = campaign_jobs(config.recipes, records, scale)
         allowed = [job for job in ready_jobs(jobs, records) if not config.only or job.name in config.only]
         ready = [job for job in allowed if not has_failed(workspace, job, config)]
@@ -121,6 +125,7 @@ def work(config: WorkerConfig, emit: Emit) -> int:
 
 def urgency(job: Job) -> tuple[float, str]:
     """Sort key of ready jobs, most urgent last: long runs, then the cheap jobs that unlock others."""
+    # Of the runs the longest starts first, so that it does not end long after all others.
     return (flops_of(job) if isinstance(job, Run) else float("inf"), job.name)
 
 
@@ -138,10 +143,8 @@ def claim_next(ready: Sequence[Job], records: Records) -> Iterator[Job | None]:
 
 @contextmanager
 def claim(workspace: Workspace, job: Job) -> Iterator[bool]:
-    """Try to claim a job; yields False if another process holds the claim.
-
-    The kernel releases the lock when the process ends, however it ends: claims need no expiry and no clock.
-    """
+    """Try to claim a job; yields False if another process holds the claim."""
+    # The kernel releases a lock when its process ends, however it ends, so claims need no expiry and no clock.
     path = workspace.work / workspace.scale / "locks" / f"{job.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file is never deleted: otherwise two processes could lock two files of the same name.
@@ -157,6 +160,7 @@ def claim(workspace: Workspace, job: Job) -> Iterator[bool]:
 
 
 def _still_needed(job: Job, records: Records) -> bool:
+    # Also true if the record is old and unchanged, but its output is missing on this disk.
     before, now = records.named(job.name), load_record(records.workspace, job.name)
     return now is None or (now == before and not records.has_output(job))
 
@@ -178,9 +182,11 @@ def run_job(job: Job, config: WorkerConfig, emit: Emit, jobs_by_name: Mapping[st
         _begin_attempt(job, config)
         emit({"event": "started", "name": job.name})
         record = _run_and_record(job, config)
+    # A stop is not a failure: without attempt.json the next attempt does not count it as a crash.
     except Stopped:
         (folder / "attempt.json").unlink(missing_ok=True)
         raise
+    # Any error of a job: the worker must survive it and go to the next job.
     except Exception as error:
         _write_failure(job, config, str(error), traceback.format_exc())
         (folder / "attempt.json").unlink(missing_ok=True)
@@ -249,8 +255,10 @@ def _launch(run: Run, config: WorkerConfig) -> None:
     folder = config.workspace.folder(run.name)
     path = folder / "run.json"
     write_atomic(path, json.dumps({"run": to_table(run), "config": asdict(config)}, indent=1))
+    # Notes of an earlier attempt would stop or fail this one.
     for note in (STOP_NOTE, ERROR_FILE):
         (folder / note).unlink(missing_ok=True)
+    # close_fds=False: the lock of the claim is inherited.
     process = subprocess.Popen(
         [*launch_command(config), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
     )
@@ -271,7 +279,7 @@ def _launch(run: Run, config: WorkerConfig) -> None:
 
 
 def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds: float) -> None:
-    """Ask the processes of a run to save a checkpoint and stop, then terminate any that did not."""
+    """Ask the processes of a run to save and stop, then terminate any that did not."""
     # A file reaches ranks on other nodes too. A signal to the launcher would leave them only 30 seconds (torchrun's
     # own limit), too short for a large checkpoint.
     note.touch()
@@ -287,7 +295,8 @@ ERROR_FILE = "error.txt"
 
 
 def write_error_file(folder: Path, error: BaseException) -> None:
-    """Write the error of a launched process, unless another has; what fails after the first fails because of it."""
+    """Write the error of a launched process, unless another process already has."""
+    # Mode "x" fails if the file exists: later processes fail because of the first, so only the first error is useful.
     with contextlib.suppress(OSError), (folder / ERROR_FILE).open("x", encoding="utf-8") as file:
         file.write(str(error) or type(error).__name__)
 
@@ -303,7 +312,10 @@ def _take_error_file(folder: Path) -> str:
 
 
 def launch_command(config: WorkerConfig) -> list[str]:
-    """Return the command that starts a module on all processes of a preset, across nodes with srun."""
+    """Return the command that starts a module on all processes of a preset.
+
+    Across nodes it uses srun.
+    """
     options = ["--config_file", str(config.preset)]
     if config.nodes == 1:
         return [sys.executable, "-m", "epochal.distributed.launcher", *options]
@@ -341,6 +353,7 @@ def has_failed(workspace: Workspace, job: Job, config: WorkerConfig) -> bool:
 def _write_failure(job: Job, config: WorkerConfig, error: str, trace: str) -> None:
     path = config.workspace.folder(job.name) / "failure.json"
     before = read_table(path)
+    # A new session starts counting again: the user may have fixed the cause.
     attempts = 1 + (int(before.get("attempts", 1)) if before.get("session") == config.session else 0)
     failure = {"session": config.session, "attempts": attempts, "error": error, "traceback": trace}
     write_atomic(path, json.dumps(failure, indent=1))
@@ -349,6 +362,7 @@ def _write_failure(job: Job, config: WorkerConfig, error: str, trace: str) -> No
 def _begin_attempt(job: Job, config: WorkerConfig) -> None:
     """Write attempt.json for a claimed job; raises RuntimeError after too many silent crashes."""
     path = config.workspace.folder(job.name) / "attempt.json"
+    # A new checkpoint is progress: a job that is killed now and then must not be given up.
     checkpoint = max((item.name for item in path.parent.glob("checkpoints/step-*")), default="")
     before = read_table(path)
     # A job that succeeds, fails or is stopped deletes the file: if it exists, the last attempt was killed.
@@ -383,6 +397,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def _events() -> Emit:
     """Reserve standard output for events; anything else that is printed goes to standard error (the log)."""
+    # At the level of file descriptors, because libraries print from C too.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

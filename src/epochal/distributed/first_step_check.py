@@ -1,4 +1,4 @@
-"""Check one distributed optimizer step against the same step on one process, at the start of a run.
+"""Check one distributed optimizer step against the same step on one process.
 
 At the first step with a nonzero learning rate, and again after every resume, `ShardedUpdateCheck` picks the smallest matrix
 of every owner and the smallest elementwise parameter. The backend's own gather (not the exchange under test) gives the
@@ -52,6 +52,7 @@ class ShardedUpdateCheck:
         self._due = not self._done and any(float(group["lr"]) for group in optimizer.param_groups)
         if self._due:
             self._before = [self._record(number) for number in self._chosen()]
+            # Only the matrices of the checked step count.
             optimizer.stepped.clear()
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -66,6 +67,7 @@ class ShardedUpdateCheck:
 
     def _report(self, stepped: int, wrong: bool) -> None:
         optimizer, processes = self.processes.optimizer, self.processes
+        # Logged even when it passes: the number of matrices shows that sharding did not flatten them.
         summary = (
             f"{type(optimizer.rule).__name__} stepped {stepped} parameters as whole matrices on {processes.world} "
             f"processes ({processes.backend})"
@@ -83,7 +85,9 @@ class ShardedUpdateCheck:
     def _chosen(self) -> list[int]:
         """List the smallest matrix of each owner and the smallest of the elementwise parameters."""
         if self.processes.world == 1 and self.processes.backend == "replicated":
-            return []
+            return []  # one process is the reference itself
+        # The smallest, because whole weights and gradients are gathered; one of each owner, because each owner has its
+        # own exchange.
         smallest: dict[int | None, int] = {}
         entries = self.processes.optimizer.entries
         for index, entry in enumerate(entries):
@@ -103,7 +107,10 @@ class ShardedUpdateCheck:
         return Before(number, entry, weight, gradient, state)
 
     def _compare(self, before: Before) -> tuple[float, float]:
-        """Return (difference, largest allowed) as shares of the largest movement, computed by the owner or rank 0."""
+        """Return (difference, largest allowed) as shares of the largest movement.
+
+        The owner of the parameter computes it, or rank 0 for an elementwise one.
+        """
         processes, judge = self.processes, before.entry.owner or 0
         after, difference = processes.whole_weight(before.entry.parameter), (0.0, TOLERANCE)
         if judge == processes.rank:
@@ -119,12 +126,15 @@ class ShardedUpdateCheck:
         """Return the weight that one process alone would get, without the exchange."""
         processes, weight = self.processes, before.weight
         optimizer, parameter = processes.fresh_optimizer(before.entry.name, weight)
+        # Only what the schedule changes: every other option must come from the Run, or the check would compare an
+        # optimizer with itself.
         for group, current in zip(optimizer.param_groups, processes.optimizer.hyperparameters, strict=True):
             group.update({key: current[key] for key in ("lr", "weight_decay")})
         if before.state:
             optimizer.state[parameter] = {
                 key: value.to(weight.device, copy=True) for key, value in before.state.items()
             }
+        # The gathered gradient is averaged but not clipped yet.
         parameter.grad = before.gradient * clip_factor(processes.norm, processes.clip_norm)
         optimizer.step()
         return parameter.detach()
@@ -135,6 +145,7 @@ def _whole_state(pieces: list[tuple[int, dict[str, Tensor]]], shape: torch.Size)
     whole: dict[str, Tensor] = {}
     for start, state in sorted(pieces, key=lambda piece: piece[0]):
         for key, value in state.items():
+            # The step count is 0-d and the same in every piece.
             tensor = whole.setdefault(key, value if value.ndim == 0 else value.new_empty(shape.numel()))
             if value.ndim:
                 tensor[start : start + value.numel()] = value.reshape(-1)

@@ -1,6 +1,6 @@
-"""Which rank owns which matrix, and which elements of which parameter a rank holds under ZeRO-1, -2, -3 and FSDP2.
+"""Which rank owns which matrix, and which elements of which parameter a rank holds.
 
-A layout is a list of spans per rank. It is derived without DeepSpeed's private attributes: from storage offsets for
+A layout is a list of spans per rank. Under ZeRO and FSDP2 it is derived without DeepSpeed's private attributes: from storage offsets for
 ZeRO-1 and -2, from the public `safe_get_local_fp32_param` for ZeRO-3, from placements for FSDP2. It is checked twice:
 by value (the shard equals the model's elements) and by coverage (each element is held exactly once).
 """
@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 class Entry(NamedTuple):
-    """One parameter: its group, its true shape, and the rank that steps it whole (None: each rank steps its piece)."""
+    """One parameter; without an `owner`, each rank steps its piece of it."""
 
     name: str
     parameter: Tensor
     group: int
-    shape: torch.Size
-    owner: int | None
+    shape: torch.Size  # the true one, also where the backend keeps a flat shard
+    owner: int | None  # the rank that steps it whole
 
 
 class Span(NamedTuple):
@@ -42,6 +42,7 @@ def assign_owners(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
     """
     load = [0] * world
     owner = [0] * len(shapes)
+    # Ties are broken by index and rank, so that every rank computes the same owners.
     for index in sorted(range(len(shapes)), key=lambda i: (-matrix_cost(shapes[i]), i)):
         owner[index] = min(range(world), key=lambda rank: (load[rank], rank))
         load[owner[index]] += matrix_cost(shapes[index])
@@ -52,6 +53,7 @@ def matrix_cost(shape: Sequence[int]) -> int:
     """Return m n min(m, n) of (..., m, n), times the number of matrices; n for a vector."""
     if len(shape) < 2:
         return int(torch.Size(shape).numel())
+    # numel counts the leading axes too: several matrices in one tensor.
     return int(torch.Size(shape).numel()) * min(shape[-2:])
 
 

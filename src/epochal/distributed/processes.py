@@ -1,8 +1,7 @@
 """How processes share a model: one process, DDP, ZeRO-1, -2, -3 or FSDP2.
 
 The training loop calls `prepare`, then for each step `accumulating`, `backward` and `step`; the rest is for saving.
-accelerate starts the processes, DDP and DeepSpeed; FSDP2 is torch's own `fully_shard`. Precision is autocast inside the
-wrapped model, so no backend keeps 16-bit weights.
+accelerate starts the processes, DDP and DeepSpeed; FSDP2 is torch's own `fully_shard`.
 """
 
 import contextlib
@@ -42,6 +41,7 @@ class Processes:
     def __init__(
         self, *, clip_norm: float, micro_batch: int = 1, trackers: Sequence[str] = (), folder: Path | None = None
     ) -> None:
+        # accelerate launch passes its YAML to the processes as environment variables.
         self.preset = read_preset(os.environ)
         self.clip_norm = clip_norm
         self.accelerator = _accelerator(self.preset, clip_norm, micro_batch, trackers, folder)
@@ -60,12 +60,17 @@ class Processes:
     def prepare(self, model_with_loss: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
         """Distribute a module, whose `model` holds all parameters, and its optimizer over the processes."""
         model: Any = model_with_loss.model
+        # Before sharding: the first-step check rebuilds the optimizer from whole shapes.
         self._bare, self._make_optimizer = _bare_copy(model, {}), make_optimizer
+        # DeepSpeed moves the model itself; under ZeRO-3 it need not fit on one device whole.
         if not self.backend.startswith("zero"):
             model_with_loss.to(self.device)
+        # Before the optimizer is built, because `fully_shard` replaces the parameters by DTensors.
         if self.backend == "fsdp2":
             _shard_by_rows(model_with_loss, self.preset.reshard_after_forward)
         self.model, names = model, list(model.named_parameters())
+        # Shapes decide which rule steps a parameter. They are whole under every backend, since a DTensor has its
+        # global shape.
         optimizer = make_optimizer(model)
         if self.backend == "replicated":
             self.optimizer = Replicated(optimizer, names)
@@ -97,6 +102,7 @@ class Processes:
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Enclose one micro-batch; DDP and ZeRO exchange gradients after the last one only."""
         if self.backend.startswith("zero"):
+            # Without this DeepSpeed counts micro-batches itself, by its configured number.
             self.wrapped.set_gradient_accumulation_boundary(last)
         if self.backend == "replicated" and not last:
             context: AbstractContextManager[Any] = self.accelerator.no_sync(self.wrapped)
@@ -114,6 +120,7 @@ class Processes:
         """Clip, take one optimizer step and clear the gradients; returns the gradient norm before clipping."""
         if self.backend.startswith("zero"):
             self.wrapped.step()
+            # DeepSpeed clips and steps `Sharded` inside its own step.
             self.norm = torch.as_tensor(self.wrapped.get_global_grad_norm())
         else:
             gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
@@ -124,7 +131,10 @@ class Processes:
         return self.norm
 
     def fresh_optimizer(self, name: str, weight: Tensor) -> tuple[torch.optim.Optimizer, Tensor]:
-        """Return the optimizer as one process alone would build it, and its parameter `name` with a copy of `weight`."""
+        """Return a new optimizer as one process alone would build it.
+
+        Also returns its parameter `name`, which holds a copy of `weight`; the other parameters have no memory.
+        """
         model = _bare_copy(self._bare, {name: weight.clone()})
         return self._make_optimizer(model), dict(model.named_parameters())[name]
 
@@ -177,7 +187,11 @@ class Processes:
         return whole(parameter.grad).clone()
 
     def weights_on_main(self) -> dict[str, Tensor]:
-        """Return all whole weights by name on the CPU of the main process, a tied one once; nothing on the others."""
+        """Return all whole weights by name on the main process, on the CPU; nothing on the others.
+
+        A tied weight is in it once.
+        """
+        # One parameter at a time, so the peak is one whole weight on the device.
         weights = {}
         for entry in self.optimizer.entries:
             weight = self.whole_weight(entry.parameter)
@@ -186,13 +200,17 @@ class Processes:
         return weights
 
     def whole_model(self, build: Callable[[], Any]) -> Any:
-        """Return the model with whole weights on the main process (from `build` if it is sharded), None on the others."""
+        """Return the model with whole weights on the main process, None on the others.
+
+        A sharded model is gathered into a new one from `build`.
+        """
         if self.backend not in ("zero3", "fsdp2"):
             return self.model if self.is_main else None
         weights = self.weights_on_main()
         if not self.is_main:
             return None
         model = build()
+        # Not strict: a tied head is not among the weights.
         model.load_state_dict(weights, strict=False)
         return model
 
@@ -247,7 +265,7 @@ def _accelerator(
     AcceleratorState._reset_state(reset_partial_state=False)
     on_cpu = not torch.accelerator.is_available()
     settings: dict[str, Any] = {
-        "mixed_precision": "no",  # autocast is inside the wrapped model
+        "mixed_precision": "no",  # autocast is inside the wrapped model, so no backend keeps 16-bit weights
         "log_with": list(trackers) or None,
         "project_dir": None if folder is None else str(folder),
     }

@@ -105,12 +105,17 @@ class Distributed(torch.optim.Optimizer):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Iterable[tuple[str, Tensor]]) -> None:
+        # A single process runs without a process group.
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.rule, self.bytes_sent = optimizer, 0
         self._saved: SavedState | None = None
         self._groups: list[Group] = []
+        # The wrapper has its own groups over the same parameters: schedules and DeepSpeed change these, and
+        # `_copy_hyperparameters` brings the changes to the inner optimizer.
         groups = [{**_hyperparameters(group), "params": list(group["params"])} for group in optimizer.param_groups]
         super().__init__(groups, {})
+        # Numbered in order of groups, which is the same on every rank: an index can stand for a parameter in
+        # messages.
         self.entries = self._entries({p: name for name, p in names})
         self.local_params: dict[int, LocalParam] = {}
         self.stepped: set[int] = set()
@@ -131,6 +136,7 @@ class Distributed(torch.optim.Optimizer):
                 "the model was built under deepspeed.zero.Init, where every parameter looks one-dimensional; build it "
                 "outside, and let Processes.prepare shard it."
             )
+        # The assignment depends on shapes and world size only, so every rank computes the same owners.
         whole = [p for group, p in members if needs_whole(self.rule, p, group)]
         owner = dict(zip(whole, assign_owners([p.shape for p in whole], self.world), strict=True))
         return [Entry(names[p], p, group["number"], p.shape, owner.get(p)) for group, p in members]
@@ -142,7 +148,7 @@ class Distributed(torch.optim.Optimizer):
 
     @property
     def hyperparameters(self) -> list[Group]:
-        """Current learning rate, weight decay and all else that a schedule may change, group by group."""
+        """The options of each group: learning rate, weight decay and all else a schedule may change."""
         return [_hyperparameters(group) for group in self._groups]
 
     def _copy_hyperparameters(self, optimizer: torch.optim.Optimizer) -> None:
@@ -152,13 +158,15 @@ class Distributed(torch.optim.Optimizer):
     # --- state, for checkpoints of any number of ranks ---------------------------------------------------------------
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return this rank's state: `name.key` of a matrix it owns, `name@start.key` of its piece of another parameter.
+        """Return this rank's optimizer state by name.
 
-        The union over ranks is the state of the run; 0-d tensors of pieces are in it several times.
+        Keys are `name.key` for a matrix it owns and `name@start.key` for its piece of another parameter. The union over
+        ranks is the state of the run; 0-d tensors of pieces are in it several times.
         """
         tensors: dict[str, Tensor] = {}
         for index, local in self.local_params.items():
             entry = self.entries[index]
+            # Under DDP all ranks hold the same elementwise state, and one copy is enough.
             if entry.owner is None and not self._saves_pieces:
                 continue
             prefix = entry.name if entry.owner is not None else f"{entry.name}@{local.start}"
@@ -173,6 +181,7 @@ class Distributed(torch.optim.Optimizer):
 
     def load_named_state(self, saved: SavedState) -> None:
         """Resume from a checkpoint of any number of ranks under any preset."""
+        # Kept: a sharded layout is known only at the first step, and its state is loaded then.
         self._saved = saved
         for index in self.local_params:
             self._restore(index)
@@ -187,6 +196,7 @@ class Distributed(torch.optim.Optimizer):
         else:
             pieces = self._saved.piece(entry.name, local.start, local.start + local.tensor.numel())
             state = {key: value.view(local.tensor.shape) if value.ndim else value for key, value in pieces.items()}
+        # Copies, because the optimizer writes to its state in place.
         local.optimizer.state[local.tensor] = {k: v.to(local.tensor.device, copy=True) for k, v in state.items()}
 
     def state_bytes(self) -> int:
@@ -195,7 +205,10 @@ class Distributed(torch.optim.Optimizer):
         return sum(value.numel() * value.element_size() for state in states for value in state.values())
 
     def state_of(self, index: int) -> tuple[int, dict[str, Tensor]]:
-        """Return (first element, copy of the state) of this rank's part of a parameter; an empty state if it has none."""
+        """Return (first element, copy of the state) of this rank's part of a parameter.
+
+        The state is empty if this rank has no part.
+        """
         entry, local = self.entries[index], self.local_params.get(index)
         if local is not None:
             return local.start, {key: value.clone() for key, value in local.state.items()}
@@ -220,6 +233,7 @@ def needs_whole(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Grou
 
 
 def _check_grad_clip(optimizer: torch.optim.Optimizer, world: int) -> None:
+    # Every rank would compute the norm of its own matrices only.
     if getattr(optimizer, "grad_clip", None) is not None and world > 1:
         raise ValueError(
             "Spectra's grad_clip needs all gradients in one process; use the clip_norm of the Run, which is the same."
@@ -244,9 +258,11 @@ class Replicated(Distributed):
         self._copy_hyperparameters(self._inner)
         loss = self._inner.step(closure)
         for i, local in self.local_params.items():
+            # For the check of the first step, which counts the matrices that were stepped whole.
             if self.entries[i].owner is not None and local.tensor.grad is not None:
                 self.stepped.add(i)
         if self.world > 1:
+            # All ranks enter every broadcast in the same order, or the collectives would not match.
             for owner in range(self.world):
                 self._broadcast([entry.parameter.detach() for entry in self.matrices if entry.owner == owner], owner)
         return loss
@@ -254,6 +270,7 @@ class Replicated(Distributed):
     def _broadcast(self, matrices: list[Tensor], owner: int) -> None:
         for dtype in dict.fromkeys(matrix.dtype for matrix in matrices):
             same = [matrix for matrix in matrices if matrix.dtype == dtype]
+            # One message per owner and dtype: a message for each matrix would be bound by latency.
             flat = torch.cat([matrix.reshape(-1) for matrix in same])
             dist.broadcast(flat, owner)
             if owner == self.rank:
@@ -291,6 +308,7 @@ class Sharded(Distributed):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the shards that are in `param_groups` now; DeepSpeed calls this once for each of them."""
         assert closure is None, "a closure would run once for every shard"
+        # FSDP2 has one bucket: all its local rows are available between backward and the next forward pass.
         if self.backend == "fsdp2":
             device = self.entries[0].parameter.device
             locate = functools.partial(locate_rows, self.entries, self.rank, self.world)
@@ -298,6 +316,7 @@ class Sharded(Distributed):
             return
         for group in self.param_groups:
             for shard in group["params"]:
+                # The gradient may be another tensor at every step, so the view is not kept.
                 view = self._flat_view(shard)
                 locate = functools.partial(self._locate, shard, group["number"])
                 self._step_bucket(self._bucket(shard, locate, view, shard.device), view, shard.device)
@@ -311,6 +330,7 @@ class Sharded(Distributed):
 
     def _flat_view(self, shard: Tensor) -> View:
         gradient = shard.grad
+        # This relies on the layout of DeepSpeed, which is not a public interface: check it instead of assuming it.
         if shard.ndim != 1 or gradient is None or gradient.shape != shard.shape:
             raise ValueError(
                 f"{self.backend} gave a shard of shape {tuple(shard.shape)} where one flat shard with its gradient was "
@@ -325,6 +345,7 @@ class Sharded(Distributed):
 
     def _locate(self, shard: Tensor, number: int) -> Located:
         members = [(index, entry) for index, entry in enumerate(self.entries) if entry.group == number]
+        # ZeRO-1 and -2 flatten a whole group and cut it once for every rank.
         if self.backend != "zero3":
             return locate_flat(shard, members, self.rank)
         # ZeRO-3 cuts a group into shards (sub-groups) of consecutive parameters, and steps them in this order.
@@ -336,6 +357,7 @@ class Sharded(Distributed):
         """Return the bucket of a shard; at the first step all ranks build it, and check the layout together."""
         if key in self._buckets:
             return self._buckets[key]
+        # A problem on one rank must stop all of them, or the others would wait in the next collective.
         gathered: list[Any] = [located := locate()]
         if self.world > 1:
             gathered = [None] * self.world
@@ -355,9 +377,11 @@ class Sharded(Distributed):
         for index in dict.fromkeys(span.entry for span in chain.from_iterable(spans)):
             if self.entries[index].owner == self.rank:
                 tensors[index] = (torch.empty(self.entries[index].shape, device=device), 0)
+                # An empty tensor stands for the matrix: only its identity is needed between steps.
                 _free(tensors[index][0])
         for span in spans[self.rank]:
             if self.entries[span.entry].owner is None:
+                # A view of the shard, so stepping the piece steps the shard.
                 tensors[span.entry] = (view(span)[0], span.start)
         optimizer = rebind(self.rule, {self.entries[index].parameter: tensor for index, (tensor, _) in tensors.items()})
         for index, (tensor, start) in tensors.items():
@@ -368,11 +392,13 @@ class Sharded(Distributed):
     # --- gather, update, scatter -------------------------------------------------------------------------------------
 
     def _step_bucket(self, bucket: Bucket, view: View, device: torch.device) -> None:
-        """Step the parameters of a bucket. Ranks that own none of its matrices still take part in both exchanges."""
+        """Step the parameters of a bucket."""
+        # Ranks that own none of its matrices still take part in both exchanges, which are collectives.
         shards = {span: view(span) for span in bucket.spans[self.rank]}
         matrices = {span: shard for span, shard in shards.items() if self.entries[span.entry].owner is not None}
         pieces = {span: shard for span, shard in shards.items() if self.entries[span.entry].owner is None}
         gradients = self._gather(bucket, matrices, device)
+        # A whole matrix needs no such agreement: its owner sees all of its gradient.
         self._mark_non_finite(bucket, pieces, device)
         updates = self._update(bucket, gradients, pieces)
         self._scatter(bucket, updates, matrices, device)
@@ -384,6 +410,7 @@ class Sharded(Distributed):
         """Send the pieces of gradients to the owners; returns the whole gradients of this rank's matrices, flat."""
         ranks = range(self.world)
         send = [[gradient for span, (_, gradient) in matrices.items() if self._owner(span) == rank] for rank in ranks]
+        # No sizes are exchanged: every rank has the spans of all ranks, in the same order as the sender.
         expected = [[span for span in spans if self._owner(span) == self.rank] for spans in bucket.spans]
         received = self._all_to_all(send, [[span.stop - span.start for span in spans] for spans in expected], device)
         gradients: dict[int, Tensor] = {}
@@ -397,10 +424,13 @@ class Sharded(Distributed):
         """Step pieces in-place and matrices from zero; returns (decay factor (1,), flat update) of each matrix."""
         for index, gradient in gradients.items():
             matrix = self.local_params[index].tensor
+            # From W = 0 the step W <- (1 - lr wd) W - lr U leaves the bare update -lr U; decay is applied by the
+            # ranks that hold W.
             _allocate_zeros(matrix)
             matrix.grad = gradient.view(matrix.shape)
         for span, (values, gradient) in pieces.items():
             piece = self.local_params[span.entry].tensor
+            # Optimizer state is keyed by the tensor that was bound at the first step.
             assert piece.data_ptr() == values.data_ptr(), f"{self.backend} moved its shard between two steps"
             piece.grad = gradient
         before = {index: self._step_count(index) for index in gradients}
@@ -412,6 +442,7 @@ class Sharded(Distributed):
             matrix, group = self.local_params[index].tensor, self._groups[self.entries[index].group]
             # The owner's state counts no step for a gradient that is not finite; the weight must then not decay either.
             stepped = self._step_count(index) > before[index]
+            # A tensor operation, not an `if`: a branch would wait for the device.
             factor = torch.where(stepped, MatrixOptimizer.decay_factor(matrix, group), 1.0)
             updates[index] = (factor.reshape(1), matrix.reshape(-1))
         for index in (*gradients, *(span.entry for span in pieces)):
@@ -421,7 +452,10 @@ class Sharded(Distributed):
     def _scatter(
         self, bucket: Bucket, updates: dict[int, tuple[Tensor, Tensor]], matrices: Shards, device: torch.device
     ) -> None:
-        """Send (decay factor, piece of the update) to the ranks that hold the elements, and apply what arrives."""
+        """Send every piece of an update, with its decay factor, to the rank that holds the elements.
+
+        Each rank applies what arrives to its shard.
+        """
         send: list[list[Tensor]] = [[] for _ in range(self.world)]
         for rank, spans in enumerate(bucket.spans):
             for span in spans:
@@ -429,6 +463,7 @@ class Sharded(Distributed):
                     factor, update = updates[span.entry]
                     send[rank] += [factor, update[span.start : span.stop]]
         expected = [[span for span in matrices if self._owner(span) == rank] for rank in range(self.world)]
+        # One element more than the piece: the decay factor travels in front of it.
         sizes = [[1 + span.stop - span.start for span in spans] for spans in expected]
         received = self._all_to_all(send, sizes, device)
         for span, piece in zip(chain.from_iterable(expected), received, strict=True):
@@ -445,7 +480,11 @@ class Sharded(Distributed):
         return torch.zeros((), device=local.tensor.device) if count is None else count.clone()
 
     def _all_to_all(self, send: list[list[Tensor]], sizes: list[list[int]], device: torch.device) -> list[Tensor]:
-        """Send a list of flat float32 tensors to every rank; returns those received, in order of ranks, cut by `sizes`."""
+        """Send a list of flat float32 tensors to every rank; returns those received.
+
+        They come in order of ranks and are cut by `sizes`.
+        """
+        # float32 in both directions, so that bfloat16 shards do not round the update twice.
         wire = device if self.world == 1 else _wire(device)
         counts = [sum(piece.numel() for piece in pieces) for pieces in send]
         everything = [piece.to(wire, torch.float32) for piece in chain.from_iterable(send)]
@@ -454,11 +493,13 @@ class Sharded(Distributed):
         if self.world > 1:
             received = torch.empty(sum(map(sum, sizes)), device=wire)
             dist.all_to_all_single(received, sent, [sum(size) for size in sizes], counts)
+            # What a rank sends to itself does not leave the device.
             self.bytes_sent += 4 * (sum(counts) - counts[self.rank])
         return list(torch.split(received.to(device), [size for per_rank in sizes for size in per_rank]))
 
     def _mark_non_finite(self, bucket: Bucket, pieces: Shards, device: torch.device) -> None:
-        """Where one rank's piece of a gradient is not finite, make it NaN on all, so that all skip the parameter."""
+        """Make a gradient NaN on all ranks if one rank's piece is not finite."""
+        # All ranks must skip the parameter together: its step count is part of the state of every piece.
         if not isinstance(bucket.optimizer, MatrixOptimizer):
             return  # torch's own optimizers skip nothing
         indices = sorted({span.entry for span in chain.from_iterable(bucket.spans) if self._owner(span) is None})
@@ -466,6 +507,7 @@ class Sharded(Distributed):
             return
         flags = torch.ones(len(indices), device=device)
         for span, (_, gradient) in pieces.items():
+            # 1 for finite, 0 for not; ranks without a piece of the parameter contribute 1.
             flags[indices.index(span.entry)] = torch.isfinite(gradient).all()
         if self.world > 1:
             flags = flags.to(_wire(device))

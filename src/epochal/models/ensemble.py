@@ -1,10 +1,7 @@
 """An ensemble as a transformers causal language model: load, save, generate, score.
 
 b texts, t new tokens, V vocabulary, K members. Each member has its own KV cache. Plain sampling from the mean of
-probabilities runs one member per token: drawing a member by weight, then a token from it, has exactly the mean
-distribution. The other members prefill lazily: a member processes all tokens since its last turn in one forward pass,
-about K of them, which costs little more than one token while decoding is bound by reading weights. Everything else
-(greedy, beams, top-k, scores, averaged logits) runs all members for every token.
+probabilities runs one member per token; everything else (greedy, beams, top-k, scores, averaged logits) runs all members.
 """
 
 import math
@@ -55,12 +52,13 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class EnsembleCache(Cache):  # type: ignore[misc]
-    """All tokens so far, (b, length), their positions, and the KV cache of each member, which may cover fewer tokens.
+    """All tokens so far, (b, length), their positions, and the KV cache of each member.
 
-    With `one_member`, a forward pass samples one member for each text instead of averaging all.
+    The cache of a member may cover fewer tokens. With `one_member`, a forward pass samples one member for each text instead of averaging all.
     """
 
     def __init__(self, configs: Sequence[Any]) -> None:
+        # transformers calls the methods below on any cache; the layers are those of the members.
         super().__init__(layers=[])
         self.members = [DynamicCache(config=config) for config in configs]
         self.tokens: torch.Tensor | None = None
@@ -125,6 +123,7 @@ class EnsembleCache(Cache):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every text `repeats` times."""
+        # batch_size is -1 before the first forward pass.
         self._select(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
         for member in self.members:
             member.batch_repeat_interleave(repeats)
@@ -162,7 +161,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         super().__init__(config)
         self.paths, self.member_configs, self._load_dtype = paths, configs, dtype
         shares = config.weights or [1.0 / len(paths)] * len(paths)
+        # A buffer, so that it moves with the model; not persistent, because the config has it.
         self.register_buffer("shares", torch.tensor(shares, dtype=torch.float64), persistent=False)
+        # By size on disk, before anything is loaded.
         self.resident = sum(map(_bytes, paths)) <= (_free_bytes() if memory_limit is None else memory_limit)
         self.members = torch.nn.ModuleList([self._load(path) for path in paths] if self.resident else [])
         self.generation_config = GenerationConfig.from_model_config(config)
@@ -245,8 +246,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (b, t, V) float32 of t new tokens, or of the last `logits_to_keep` of them if that is not 0.
+        """Return logits (b, t, V) float32 of t new tokens.
 
+        With `logits_to_keep` above 0 only those of the last tokens are returned.
         `attention_mask` is (b, length so far), 0 for padding on the left; `labels` (b, t) add the next-token loss. Raises
         ValueError without `input_ids`.
         """
@@ -254,6 +256,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise ValueError(
                 "pass input_ids; inputs_embeds are not supported because members have different embeddings."
             )
+        # Without a cache every member processes all tokens.
         cache = past_key_values if past_key_values is not None or not use_cache else self._new_cache()
         seen = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
@@ -265,6 +268,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         def logits_of(k: int) -> torch.Tensor:
             member_cache = None if cache is None else cache.members[k]
+            # Lazy prefill: a member processes all tokens since its last turn in one forward pass, about K of them.
+            # That costs little more than one token while decoding is bound by reading weights.
             start = 0 if member_cache is None else member_cache.get_seq_length()  # where this member's prefill begins
             output = self._member(k)(
                 input_ids=tokens[:, start:],
@@ -288,6 +293,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Return the mean logits, or the log of the mean probabilities, (b, t, V)."""
         total: torch.Tensor | None = None
         for k, share in enumerate(self.shares.tolist()):
+            # A member without weight need not run, and its log would be -inf.
             if share == 0.0:
                 continue
             logits = logits_of(k)
@@ -301,8 +307,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def _sampled_member(self, logits_of: Callable[[int], torch.Tensor], texts: int) -> torch.Tensor:
         """Return the log-probabilities (b, t, V) of one member for each text, drawn by weight."""
+        # Drawing a member by weight, then a token from it, has exactly the distribution of the mean of probabilities.
         drawn = torch.multinomial(self.shares, texts, replacement=True)
         rows: torch.Tensor | None = None
+        # Only the drawn members run; each runs on all texts, and its rows are kept where it was drawn.
         for k in sorted(set(drawn.tolist())):
             part = logits_of(k).log_softmax(-1)
             rows = part if rows is None else torch.where((drawn == k)[:, None, None], part, rows)
@@ -341,6 +349,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`, but `top_k` is 0 by default when sampling, not 50."""
+        # transformers defaults to top_k = 50, which would not be a sample from the model.
         if kwargs.get("do_sample") and generation_config is None:
             kwargs.setdefault("top_k", 0)
         return super().generate(inputs, generation_config, **kwargs)
@@ -383,6 +392,7 @@ def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, see
     length = input_ids.shape[1]
     if attention_mask is None:
         return torch.arange(seen, seen + length, device=input_ids.device)[None]
+    # Padding is on the left, so the first real token of every text has position 0.
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 

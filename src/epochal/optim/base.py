@@ -8,7 +8,7 @@ parameters of one shape. The class groups the parameters, stacks them, and write
 
 Shapes: the B parameters of a bucket are (...) each, usually (m, n) with rows = outputs, columns = inputs.
 Non-finite gradients: a parameter whose gradient contains a NaN or an infinity is skipped, with its state and its step
-count. The tensor `skipped` counts these; the other parameters of the bucket are not affected.
+count; the other parameters of the bucket are not affected.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """Return a hyper-parameter as a 0-d tensor on the device of `like`, in its state dtype."""
+    """Return a hyperparameter as a 0-d tensor with the device and state dtype of `like`."""
     # A tensor, so that a compiled update is not recompiled when a schedule changes the value.
     dtype = state_dtype(like.dtype)
     if isinstance(value, Tensor):
@@ -64,7 +64,7 @@ def largest_magnitude(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 def known_true(condition: Tensor) -> bool:
-    """Return whether all of `condition` holds, or False if finding out would sync with the device."""
+    """Return whether all of `condition` holds; False if finding out would sync."""
     return condition.device.type == "cpu" and not torch.compiler.is_compiling() and bool(condition.all())
 
 
@@ -77,7 +77,7 @@ def round_stochastically(value: Tensor) -> Tensor:
 
 
 def new_state(parameter: Tensor, *names: str) -> State:
-    """Return `step` = 0 (float32, 0-d) and, under each name, zeros of the parameter's shape in the state dtype."""
+    """Return `step` = 0 (float32, 0-d), and zeros of the parameter's shape under each name."""
     like = torch.zeros_like(parameter, dtype=state_dtype(parameter.dtype), memory_format=torch.contiguous_format)
     buffers = {name: like.clone() for name in names}
     return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **buffers}
@@ -99,6 +99,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: Group) -> None:
         super().__init__(params, defaults)
+        # The counter stays on the device of the parameters: counting must not sync.
         first = next((p for group in self.param_groups for p in group["params"]), None)
         self.skipped = torch.zeros((), dtype=torch.int64, device=None if first is None else first.device)
 
@@ -120,7 +121,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def decay_factor(like: Tensor, group: Group) -> Tensor:
-        """Return 1 - lr wd as a 0-d tensor, rounded the same way on every rank."""
+        """Return 1 - lr wd as a 0-d tensor."""
+        # Computed in double precision and rounded once, so that every rank has the same bits.
         return scalar(1 - group["lr"] * float(group["weight_decay"]), like)
 
     def bucket_key(self, parameter: Tensor, group: Group) -> Hashable:
@@ -137,6 +139,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Args:
             params: replacement of each parameter; parameters that it does not contain are left out, empty groups stay.
         """
+        # Shallow: options are shared, while groups, state and the counter are replaced below.
         other = copy.copy(self)
         other.param_groups = [
             {**group, "params": [params[p] for p in group["params"] if p in params]} for group in self.param_groups
@@ -168,6 +171,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         buckets: dict[Hashable, list[Tensor]] = {}
         for p in group["params"]:
+            # An empty parameter has no largest entry, which the check for non-finite gradients takes.
             if p.grad is None or p.numel() == 0:
                 continue
             if p.grad.is_sparse:
@@ -175,6 +179,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} cannot use the sparse gradient of a parameter of shape {tuple(p.shape)}; "
                     "build the embedding with sparse=False."
                 )
+            # Lazily, as in torch: parameters that never get a gradient have no state.
             if not self.state[p]:
                 self.state[p] = self.init_state(p, group)
             buckets.setdefault((p.shape, p.dtype, p.device, self.bucket_key(p, group)), []).append(p)
@@ -194,12 +199,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         # The masks below cost memory traffic. On a CPU they are made only if needed; a GPU would have to sync to know.
         clean = known_true(finite)
         if not clean:
+            # Zeros instead of NaN, so that products over the whole bucket stay finite.
             gradients = torch.where(per_item(finite, gradients), gradients, 0.0)
 
         update, new = self.update(weights, gradients, old, group)
         wide = weights.to(dtype)
         moved = self.apply_update(wide, update.to(dtype), old["step"], group)
         if not clean:
+            # The gradient was replaced by zeros, so decay and momentum would still move the weights: restore them.
             moved = torch.where(per_item(finite, moved), moved, wide)
             new = {name: torch.where(per_item(finite, value), value, old[name]) for name, value in new.items()}
         if group.get("stochastic_rounding") and weights.dtype == torch.bfloat16:
@@ -252,7 +259,7 @@ class Rule(NamedTuple):
     elementwise: bool = True
 
     def apply(self, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Call `update` with the hyper-parameters of this rule, taken from a group that may have others too."""
+        """Call `update` with the hyperparameters of this rule; the group may have others too."""
         return self.update(gradients, state, **{name: group[name] for name in self.defaults})
 
 

@@ -22,7 +22,7 @@ LARGE = 10**9
 def build_optimizer(
     model: nn.Module, choice: optimizer_config.Optimizer, *, steps: int, warmup_steps: int = 0
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that a Run chose, at the peak learning rate, over a model's parameters.
+    """Return the optimizer that a Run chose, over a model's parameters, at the peak lr.
 
     Args:
         model: its parameters must be whole, not sharded yet.
@@ -125,17 +125,19 @@ def _keywords(choice: optimizer_config.Optimizer, steps: int) -> dict[str, Any]:
 
 
 def optimizer_backend(choice: optimizer_config.Optimizer, device: torch.device) -> str:
-    """Return how the optimizer's passes over matrices run on a device, "triton" or "torch", for a record."""
+    """Return how the optimizer's passes over matrices run: "triton" or "torch"."""
     has_kernels = isinstance(choice, optimizer_config.Fira | optimizer_config.Spectra)
     return "triton" if has_kernels and backend(device) == "triton" else "torch"
 
 
 @torch.no_grad()
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """Return the largest singular value of every kind of matrix (q_proj, ..., lm_head), the maximum over layers."""
+    """Return the largest singular value of each kind of matrix (q_proj, ..., lm_head), over layers."""
     norms: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
+            # From the Gram matrix of the smaller side: only the largest value is needed, and squaring keeps its
+            # digits.
             wide = parameter.float() if parameter.shape[0] <= parameter.shape[1] else parameter.float().mT
             norm = float(torch.linalg.eigvalsh(wide @ wide.mT)[-1].clamp(min=0).sqrt())
             kind = name.removesuffix(".weight").split(".")[-1]

@@ -11,7 +11,7 @@ Variants: "code", the default, is the published package, which produced the numb
 docs/fira.md is the specification, with the differences between paper and code.
 
 Differs from the published code:
-- after a zero norm the limiter starts afresh; the published one throttles for 1,400 steps (`limiter="compat"`);
+- after a zero norm the limiter starts again (`limiter="compat"` follows the published code);
 - moments, basis and limiter are float32 for half-precision weights;
 - the signs of the basis are kept from one refresh to the next;
 - a parameter is skipped if its gradient or the gradient's squares are not finite.
@@ -55,11 +55,11 @@ logger = logging.getLogger(__name__)
 
 
 def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, side: str) -> Tensor:
-    """Take one step of Algorithm 1 with the current basis, in place on `weight` and `state`.
+    """Take one step of Algorithm 1 with the current basis, in-place.
 
     Args:
-        weight, gradient: (B, m, n), both of the state's dtype.
-        state: `basis`, `exp_avg`, `exp_avg_sq`, `limiter` (B,) and `step` (B,), shapes as at the top of this file.
+        weight, gradient: (B, m, n), both of the state's dtype; `weight` is updated.
+        state: updated; `basis`, `exp_avg`, `exp_avg_sq`, `limiter` (B,) and `step` (B,), shapes as at the top of this file.
         group: the hyper-parameters of `Fira`, and `alpha`.
         side: "left" or "right".
 
@@ -87,6 +87,7 @@ def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, si
 
     # Adam in the subspace: N = M / (sqrt(V) + eps), and the squared norms of the columns of R and N.
     direction, low_squares, direction_squares = adam_in_subspace_(low, state, moment_weights, group["eps"], side)
+    # Read before the step is counted.
     first_step = state["step"] == 0
     state["step"].add_(finite)
     correction = torch.where(finite, bias_correction(state["step"], group), 0.0)  # 0/0 before the first step
@@ -107,6 +108,7 @@ def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, si
     # Limit the growth of ||S||. The residual itself is never formed: the columns of P are orthonormal, so
     # ||G_i - removed P R_i||^2 = ||G_i||^2 - removed (2 - removed) ||R_i||^2.
     residual_squares = gradient_squares - removed * (2 - removed) * low_squares
+    # The difference of squares may be negative by rounding, where the gradient is inside of the subspace.
     norm = (phi.square() * residual_squares.clamp_(min=0)).sum((-2, -1)).sqrt()
     divisor, remembered = limit_growth(norm, state["limiter"], first_step, group)
     state["limiter"].copy_(torch.where(finite, remembered, state["limiter"]))
@@ -154,7 +156,8 @@ def safe_eps(eps: float) -> float:
 
 
 def bias_correction(step: Tensor, group: Group) -> Tensor:
-    """Return sqrt(1 - beta2^t) / (1 - beta1^t), or ones without `correct_bias`, in float64, for t = step."""
+    """Return sqrt(1 - beta2^t) / (1 - beta1^t) in float64, t = step; ones without `correct_bias`."""
+    # float64: at beta2 = 0.999 and t = 1 the difference loses four of float32's seven digits.
     count = step.double()
     if not group["correct_bias"]:
         return torch.ones_like(count)
@@ -171,11 +174,14 @@ def limit_growth(norm: Tensor, last: Tensor, first_step: Tensor, group: Group) -
     gamma = group["gamma"]
     if gamma is None:
         return torch.ones_like(norm), norm
+    # A zero norm, as of a zero gradient, must not count as a norm to grow from: the published rule would
+    # throttle for 1,400 steps.
     fresh = first_step if group["limiter"] == "compat" else last == 0
     growth = (norm / (last + RATIO_EPS)).clamp(min=gamma) / gamma
     divisor = torch.where(fresh, 1.0, growth)
     limited = norm / divisor
     if group["limiter"] == "zero_safe":
+        # Neither zero nor an overflow is remembered.
         limited = torch.where((limited > 0) & (limited < torch.inf), limited, last)
     return divisor, limited
 
@@ -229,13 +235,15 @@ def apply_fira_(
     mask: Tensor | None,
     side: str,
 ) -> None:
-    """W <- decay W - (P (lowrank_scale N - projection_coef R) + residual_scale G), in place; overwrites `direction`.
+    """Apply one step to the weights, in-place; overwrites `direction`.
 
+    W <- decay W - (P (lowrank_scale N - projection_coef R) + residual_scale G).
     lowrank_scale: (B, 1, 1). projection_coef, residual_scale: as `square_sums`, or (B, 1, 1); None for "galore".
     decay: 0-d or (B, 1, 1), None for no decay. mask: (B,), False where G is not finite and the scales are zero.
     """
     if uses_kernels(weight):
         w, g, p, n, r = (_projected_axis_first(t, side) for t in (weight, gradient, basis, direction, low))
+        # One kernel for all variants: a missing term has the coefficient zero, a missing decay the factor one.
         zero, one = n.new_zeros(()), n.new_ones(())
         whole, kept = ((one if x is None else x).reshape(-1).expand(len(n)) for x in (lowrank_scale, decay))
         columns = (
@@ -248,6 +256,7 @@ def apply_fira_(
         inner.addcmul_(low, projection_coef, value=-1)
     step = basis @ inner if side == "left" else inner @ basis
     if residual_scale is not None:
+        # 0 times NaN is NaN, so a zero scale is not enough to skip a matrix.
         safe = gradient if mask is None else torch.where(per_item(mask, gradient), gradient, 0.0)
         step.addcmul_(safe, residual_scale)
     if decay is not None:
@@ -310,11 +319,13 @@ class Fira(MatrixOptimizer):
         """Check and add a group; the caller's dict is not changed."""
         group = dict(param_group)
         if "rank" in group:
+            # The defaults of the published package.
             group = {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", **group}
         super().add_param_group(group)
         try:
             _check_group(self.param_groups[-1])
         except ValueError:
+            # torch has appended the group already.
             self.param_groups.pop()
             raise
         if "rank" in group:
@@ -345,7 +356,7 @@ class Fira(MatrixOptimizer):
         return other
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
-        """Return zero moments, and for a projected matrix an empty basis that the first step fills."""
+        """Return zero moments, and for a projected matrix a zero basis, which the first step fills."""
         if "rank" not in group:
             return new_state(parameter, "exp_avg", "exp_avg_sq")
         _check_matrix(parameter)
@@ -371,7 +382,7 @@ class Fira(MatrixOptimizer):
         return buckets
 
     def _due(self, p: Tensor, group: Group) -> bool:
-        """Return whether the number of p's completed steps is a multiple of the gap (shifted by its stagger)."""
+        """Return whether p's completed steps, shifted by its stagger, are a multiple of the gap."""
         # The true count is on the device, and reading it is a sync. `_clock` counts attempted steps, `step` only those
         # that were not skipped, so the clock reaches every multiple first. Only then is the true count read.
         gap = group["update_proj_gap"]
@@ -434,6 +445,7 @@ class Fira(MatrixOptimizer):
             torch._foreach_copy_(parameters, list(weights.unbind(0)))
         if len(parameters) > 1:
             for name, value in state.items():
+                # `fira_update` does not change the basis.
                 if name != "basis":
                     torch._foreach_copy_([one[name] for one in states], list(value.unbind(0)))
 
@@ -511,6 +523,7 @@ def fira_param_groups(
     """
     if not patterns:
         raise ValueError("patterns must not be empty, or nothing would be projected; name parts of the model.")
+    # Embeddings and a head tied to one are 2-D too, but the paper does not project them.
     embedded = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in embedded]

@@ -20,12 +20,13 @@ from epochal.optim.adamw import adamw_init, adamw_update
 from epochal.optim.base import Group, MatrixOptimizer, State
 from epochal.optim.signum import momentum_init
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the published quintic
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the published quintic, chosen for the steepest slope at zero
 LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")  # torch's names
 
 
 def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Push the singular values of x (..., m, n) towards 1 by quintic Newton-Schulz steps in `dtype`."""
+    """Push the singular values of x (..., m, n) towards 1 by Newton-Schulz steps."""
+    # The published coefficients trade accuracy for speed: singular values end between about 0.7 and 1.2.
     a, b, c = COEFFICIENTS
     y = x.to(dtype)
     tall = x.shape[-2] > x.shape[-1]

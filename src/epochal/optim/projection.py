@@ -1,4 +1,4 @@
-"""The subspace that a gradient is projected on, and how moments are carried from one subspace to the next.
+"""The subspace that a gradient is projected on, and how moments change with it.
 
     side "left":  basis P (m, r), orthonormal columns, R = P^T G (r, n), back(X) = P X
     side "right": basis Q (r, n), orthonormal rows,    R = G Q^T (m, r), back(X) = X Q
@@ -8,9 +8,6 @@ Three methods compute the leading r singular vectors, the largest singular value
     svd       thin singular value decomposition, as in the published code
     gram      eigenvectors of the Gram matrix of the smaller side: one product and a small symmetric problem
     subspace  one power iteration from the previous basis, then Rayleigh-Ritz; the first basis comes from `gram`
-
-The sign of a singular vector is arbitrary, and the moments depend on it. It is fixed so that a vector points the same
-way as the previous vector of its rank, or, without one, so that its largest entry is positive.
 """
 
 from __future__ import annotations
@@ -129,6 +126,8 @@ def _iterate(matrix: Tensor, scale: Tensor, old: Tensor) -> Tensor:
 
 def _signs(new: Tensor, old: Tensor | None, *, axis: int) -> Tensor:
     """Return +-1 for each vector of `new`; vectors run along `axis`, which is kept as 1."""
+    # The sign of a singular vector is arbitrary, and the moments depend on it. A vector points the same way as
+    # the previous vector of its rank, or, without one, its largest entry is positive.
     reference = (
         new.gather(axis, new.abs().argmax(axis, keepdim=True)) if old is None else (new * old).sum(axis, keepdim=True)
     )
@@ -157,7 +156,10 @@ def rotate_moments(
     count = per_item(step.double(), mean) if step.ndim else step.double()
     first = (1 - betas[0] ** count).to(mean.dtype)
     second = (1 - betas[1] ** count).to(mean.dtype)
+    # The cosines between new and old basis vectors, (r, r).
     turn = new.mT @ old
+    # Bias-corrected, because only then is the second moment minus the squared mean a variance.
     variance = square / second - (mean / first).square()
     turned = turn @ mean
+    # Rounding can make the sum slightly negative, and Adam takes its root.
     return turned, ((turn * turn) @ variance + (turned / first).square()).abs() * second

@@ -74,7 +74,8 @@ def save_checkpoint(
 
 
 def _on_all(group: Group, write: Callable[..., Any] | None, *arguments: Any) -> None:
-    """Call `write` on the processes that have one; a failure of one is raised on all, else the others would block."""
+    """Call `write` on the processes that have one, and raise its failure on all of them."""
+    # A process that failed alone would leave the others blocked in the next collective.
     problem = None
     try:
         if write is not None:
@@ -101,6 +102,7 @@ def _finish(
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")
     if average:
         save_file(average, temporary / "average.safetensors")
+    # The manifest comes last and lists the hashes of all other files; the rename makes them visible together.
     (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     manifest = {item.name: file_hash(item) for item in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -109,16 +111,18 @@ def _finish(
 
 
 class Checkpoint:
-    """An intact checkpoint. Optimizer state is read lazily, of a sharded parameter only the piece that is needed."""
+    """An intact checkpoint. Optimizer state is read lazily."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        # Opened, not loaded: of a sharded parameter only the needed piece is read.
         self._files = [safe_open(file, framework="pt") for file in sorted(path.glob("optimizer-*.safetensors"))]
         self._places: dict[str, dict[str, list[tuple[int, Any, str]]]] = {}
         for file in self._files:
             names: list[str] = file.keys()  # type: ignore[no-untyped-call]
             for tensor in names:
+                # Names are those of `Distributed.named_state`: name.key, or name@start.key for a piece.
                 owner, _, key = tensor.rpartition(".")
                 name, _, start = owner.partition("@")
                 self._places.setdefault(name, {}).setdefault(key, []).append((int(start or 0), file, tensor))
@@ -165,7 +169,10 @@ def _assembled(places: list[tuple[int, Any, str]], start: int, stop: int) -> tor
 
 
 def newest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
-    """Return the folder of the newest intact checkpoint, or None; `warn` is called for every damaged one."""
+    """Return the folder of the newest intact checkpoint, or None.
+
+    `warn` is called with a sentence for each damaged checkpoint.
+    """
     for path in reversed(_steps(folder)):
         problem = _damage(path)
         if problem is None:

@@ -1,7 +1,6 @@
 """The training loop: one Run in, one model folder and one record out.
 
-b sequences of T tokens are one micro-batch of one process. The global batch of a step is a function of the Run alone, and
-the loss is normalised by the targets of the whole step, so the numbers of processes and micro-batches change a result by
+b sequences of T tokens are one micro-batch of one process. The numbers of processes and micro-batches change a result by
 rounding only.
 """
 
@@ -60,10 +59,10 @@ class RuntimeOptions:
 
 
 class ModelWithLoss(torch.nn.Module):
-    """A causal language model that returns its loss, so that logits are never whole in memory.
+    """A causal language model that returns its loss."""
 
-    The backend wraps this module, so it sees every forward pass; autocast is inside, so no preset changes the precision.
-    """
+    # The loss is inside the wrapped module for three reasons: logits are never whole in memory, the backend sees every
+    # forward pass, and no preset changes the precision, because autocast is inside too.
 
     def __init__(self, model: Any, noise: Noise, teacher: Teacher | None, precision: str) -> None:
         super().__init__()
@@ -75,6 +74,7 @@ class ModelWithLoss(torch.nn.Module):
         In training mode the run's loss with its noise and teacher, float32, of rows `first_row`, ... of the run; in
         evaluation mode the plain next-token loss, float64.
         """
+        # One method for both modes, because DDP and DeepSpeed hook into `forward` only.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if self.training:
                 return self._training_loss(tokens, first_row, normaliser)
@@ -89,6 +89,7 @@ class ModelWithLoss(torch.nn.Module):
             loss = cross_entropy(hidden, head, targets, normaliser=normaliser)
         else:
             loss = self.teacher.loss(hidden, head, targets, tokens, rows, normaliser)
+        # A second pass over the same rows with some input embeddings hidden; its loss is added with a small weight.
         if self.noise.masking:
             self.noise.begin(rows, "masked")
             hidden, targets = next_token(self.model, tokens, self.noise.hide(self.model.model.embed_tokens(tokens)))
@@ -97,9 +98,9 @@ class ModelWithLoss(torch.nn.Module):
 
 
 def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptions()) -> Record | None:
-    """Train one Run to its end and return its record on the main process, None on the others.
+    """Train one Run to its end and return its record.
 
-    Resumes from the newest intact checkpoint. Raises ValueError for a Run that does not fit its data, model or
+    Only the main process gets a record, the others None. Resumes from the newest intact checkpoint. Raises ValueError for a Run that does not fit its data, model or
     processes, and Stopped, after saving, when a stop was requested. A non-finite loss ends the run with a record of
     status "diverged".
     """
@@ -111,11 +112,13 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
 
     # --- data ------------------------------------------------------------------------------------------------------
     store, records = open_store(run.data, workspace), load_records(workspace)
+    # Taken before training: these are the inputs that were read, whatever happens to their records meanwhile.
     marks = input_fingerprints(run, records)
     batches = _batches(run, store, workspace)
     validation = store.sequences("validation", run.sequence_length)
 
     # --- model and optimizer ---------------------------------------------------------------------------------------
+    # Deferred because it is called twice: sharded weights are gathered into a second model at the end.
     build = functools.partial(
         build_model,
         run.model,
@@ -131,18 +134,23 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     else:
         checkpoint.load_weights(model)
     teacher = load_teacher(run, batches, store, workspace, records)
+    # Noise depends on the seed and the row number, not on a global generator: a resume or another split of the
+    # batch draws the same.
     noise = Noise(seed=run.order_seed, dropout=run.dropout, input_mask_prob=run.input_mask_prob)
     noise.attach(model)
     warmup_steps = round(run.warmup * run.steps)
+    # Deferred too: the check of the first step builds a second optimizer, as one process alone would.
     make_optimizer = functools.partial(
         build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=warmup_steps
     )
     processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer)
+    # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
     progress = _resume(run, workspace, processes, checkpoint, average)
 
     # --- steps -----------------------------------------------------------------------------------------------------
+    # `num_evals` evenly spaced steps, the last of which is the last step.
     evaluate_at = {round(run.steps * (i + 1) / run.num_evals) for i in range(run.num_evals)}
     started, start_step = time.monotonic(), progress.step
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
@@ -168,6 +176,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         if progress.step % LOG_STEPS == 0 or progress.step == run.steps:
             train_loss = progress.mean_loss(processes)
             progress.diverged = not math.isfinite(train_loss)
+            # Reading the loss has just waited for the device, so reading its timers costs nothing.
             clock.read()
             speed = (progress.step - start_step) * run.batch_tokens / (time.monotonic() - started)
             _log(
@@ -185,6 +194,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         if progress.step in evaluate_at and not progress.diverged:
             with average.in_place(model):
                 validation_loss = evaluate(processes, validation)
+            # A run may diverge between two logged training losses.
             progress.diverged = not math.isfinite(validation_loss)
             progress.curve.append([progress.step, validation_loss])
             _log(processes, workspace, run, progress.step, validation_loss=validation_loss)
@@ -199,17 +209,22 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             raise Stopped(f"{run.name} at step {progress.step} of {run.steps}: {reason}")
 
     # --- record ----------------------------------------------------------------------------------------------------
+    # Before the test evaluation: hours and speed describe training.
     hours = (time.monotonic() - started) / 3600
+    # For good: the test loss and the saved model use the averaged weights.
     average.swap(model)
+    # Small corpora may have no test split.
     test = store.sequences("test", run.sequence_length) if store.meta["tokens"]["test"] >= run.sequence_length else None
     test_loss = evaluate(processes, test) if test is not None and not progress.diverged else None
     state_bytes = processes.optimizer.state_bytes()
     final = processes.whole_model(build)
+    # All processes took part in gathering the model; only the main one saves it.
     processes.end()
     if final is None:
         return None
     if not progress.diverged:
         _save_model(final, store, workspace.folder(run.name) / "model")
+    # Checkpoints hold the optimizer state too, several times the size of the model.
     shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
     counts = parameter_counts(run.model, vocab_size=store.vocab_size)
     speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
@@ -237,22 +252,29 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             "update_error": check.error,
             "state_bytes": state_bytes,
             "optimizer_share": clock.share,
+            # A resumed run: hours and speed cover the last session only.
             "resumed_at": start_step or None,
             "hours": round(hours, 5),
             "tokens_per_second": round(speed, 1),
+            # 6 N FLOPs per token: 2 N forward and 4 N backward.
             "mfu": utilisation(6 * counts.total * speed, devices=processes.world),
         },
     )
 
 
 def evaluate(processes: Processes, sequences: Tokens) -> float:
-    """Return the mean next-token loss in nats of (n, T) sequences, each evaluated by one of the processes."""
+    """Return the mean next-token loss of (n, T) sequences, in nats.
+
+    Every sequence is evaluated by one of the processes.
+    """
     share = -(-len(sequences) // processes.world)
     size = max(1, EVALUATION_TOKENS // sequences.shape[1])
+    # float64, so that the mean does not depend on how sequences are split over processes.
     total = torch.zeros((), dtype=torch.float64)
     processes.wrapped.eval()
     with torch.no_grad():
         for first in range(0, share, size):
+            # Interleaved: sequence i goes to process i mod world, so shares differ by at most one sequence.
             wanted = np.arange(first, min(share, first + size)) * processes.world + processes.rank
             inside = wanted[wanted < len(sequences)]
             # A sharded model is gathered in every forward pass, so all processes need the same number of passes: one
@@ -261,6 +283,7 @@ def evaluate(processes: Processes, sequences: Tokens) -> float:
             loss = processes.wrapped(rows.to(processes.device))
             total += loss.cpu() if len(inside) else 0.0
     processes.wrapped.train()
+    # A sequence of T tokens has T - 1 targets.
     return float(processes.sum(total)) / float(len(sequences) * (sequences.shape[1] - 1))
 
 
@@ -275,6 +298,8 @@ class Progress:
     curve: list[list[float]]
     train_loss: float | None = None
     diverged: bool = False
+    # Sum and number of the losses since the last log; a tensor on the device, which is read only when a line is
+    # logged.
     _sum: Any = 0.0
     _count: int = 0
 
@@ -319,6 +344,7 @@ def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Proce
         trackers=options.trackers,
         folder=workspace.folder(run.name),
     )
+    # The average is a sum of whole weights; a shard has only a part of them.
     if run.weight_averaging != "last" and processes.backend in ("zero3", "fsdp2"):
         raise ValueError(
             f"Run {run.name!r} averages its weights, which {processes.backend} shards; use ddp, zero1 or zero2."
@@ -332,6 +358,7 @@ def _rows_of_this_process(run: Run, processes: Processes, options: RuntimeOption
     """Return the rows of the global batch that this process trains on; raises ValueError if they do not divide."""
     world = processes.world
     if run.batch_size % world:
+        # The error lists every number of processes that works.
         fitting = [n for n in range(1, run.batch_size + 1) if run.batch_size % n == 0]
         raise ValueError(
             f"Run {run.name!r}: batch_size {run.batch_size} is not divisible by {world} processes; "
@@ -377,6 +404,7 @@ def _step(
         loss += part_loss.detach()
         first_row += len(part)
     clock.mark()
+    # At the first step this compares the update with that of one process; later it does nothing.
     with check:
         norm = processes.step()
     clock.mark()
@@ -384,11 +412,10 @@ def _step(
 
 
 class Stopper:
-    """Decides when to stop and when to save, with the same answer on all processes.
+    """Decides when to stop and when to save, with the same answer on all processes."""
 
-    All ranks must agree, since saving is a collective: a rank that decided alone would block in it. Several ranks
-    therefore synchronize, about every second and at least every LOG_STEPS steps.
-    """
+    # All ranks must agree, since saving is a collective: a rank that decided alone would block in it. Several ranks
+    # therefore synchronize, about every second and at least every LOG_STEPS steps.
 
     def __init__(self, processes: Processes, checkpoint_seconds: float) -> None:
         self.processes, self.checkpoint_seconds = processes, checkpoint_seconds
@@ -406,12 +433,14 @@ class Stopper:
             return reason, due or reason is not None
         if step < self._next_step:
             return None, False
+        # The slowest rank sets the next poll, so all ranks compute the same step number without another exchange.
         step_seconds = (time.monotonic() - self._last_poll) / max(1, step - self._last_step)
         answers = self.processes.gather((reason, due, step_seconds))
         slowest = max(seconds for _, _, seconds in answers)
         self._next_step = step + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
         self._last_step, self._last_poll = step, time.monotonic()
         reasons = [other for other, _, _ in answers if other]
+        # One reason is enough: a signal may reach one rank only, and all must leave together.
         if reasons:
             return reason or f"another process was asked to stop ({reasons[0]})", True
         return None, any(other_due for _, other_due, _ in answers)
@@ -427,7 +456,10 @@ def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpo
 def _resume(
     run: Run, workspace: Workspace, processes: Processes, checkpoint: Checkpoint | None, average: WeightAverage
 ) -> Progress:
-    """Load all of a checkpoint but the weights, and truncate metrics.jsonl to its step; without one start at step 0."""
+    """Load all of a checkpoint but the weights, and truncate metrics.jsonl to its step.
+
+    Without a checkpoint the run starts at step 0.
+    """
     folder, progress = workspace.folder(run.name), Progress(0, [])
     if checkpoint is not None:
         processes.optimizer.load_named_state(checkpoint)
@@ -436,6 +468,7 @@ def _resume(
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
+        # The steps after the checkpoint are trained and logged again.
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         kept = [line for line in lines if _step_of(line) <= progress.step]
         metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,8 +1,6 @@
 """Regularization by noise: dropout on the residual stream, and a second forward pass on masked inputs.
 
-Every sequence of a run has its own random numbers, from generators seeded by (order seed, row, pass, module). The row
-counts all sequences since the first step, so masks do not depend on processes, micro-batches and restarts; they do depend
-on the kind of device. b sequences of T tokens, width d.
+Masks do not depend on processes, micro-batches and restarts; they do depend on the kind of device. b sequences of T tokens, width d.
 
 Dropout: Transformer, section 5.4 (on the embeddings and on the outputs of attention and MLP).
 Masked inputs: arXiv 2606.06888 and its published code. Each sequence masks a share of its inputs, uniform between 0 and
@@ -42,9 +40,10 @@ class Noise:
         self._rows, self._pass = rows, name
 
     def hide(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Set the (b, T, d) embeddings of a random share of each row's positions to zero."""
+        """Set embeddings (b, T, d) to zero at a random share of each row's positions."""
         kept = []
         for row in self._rows:
+            # One draw more than positions: the first is the share that this row masks.
             draws = self._uniform(row, "inputs", (embeddings.shape[1] + 1,), embeddings.device)
             kept.append(draws[1:] >= draws[0] * self.masking)
         return embeddings * torch.stack(kept)[..., None].to(embeddings.dtype)
@@ -54,9 +53,11 @@ class Noise:
             return None
         draws = [self._uniform(row, site, tuple(output.shape[1:]), output.device) for row in self._rows]
         kept = (torch.stack(draws) >= self.dropout).to(output.dtype)
+        # Inverted dropout: scaled in training, so that evaluation needs no factor.
         return output * kept.div_(1.0 - self.dropout)
 
     def _uniform(self, row: int, site: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        # Every sequence has its own random numbers: `row` counts all sequences since the first step of the run.
         key = f"{self.seed}/{row}/{self._pass}/{site}".encode()
         generator = torch.Generator(device)
         generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big"))

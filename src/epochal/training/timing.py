@@ -19,6 +19,7 @@ class StepClock:
         if self._device.type == "cpu":
             self._marks.append(time.perf_counter())
         else:
+            # Recorded on the stream, and read only when the loop waits for the device anyway.
             event = torch.Event(self._device, enable_timing=True)
             event.record()
             self._marks.append(event)

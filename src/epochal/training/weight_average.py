@@ -46,6 +46,7 @@ class WeightAverage:
         for name, average in self.tensors.items():
             weight = model.get_parameter(name)
             last = weight.detach().clone()
+            # In place: the optimizer and the wrapped model hold the same tensors.
             weight.copy_(average)
             average.copy_(last)
 
@@ -61,4 +62,5 @@ def mixing_rate(run: Run, step: int) -> float:
     if run.weight_averaging == "swa":
         return 1.0 / max(1, step - (run.steps - max(1, round(window))))
     decay = math.exp(-1.0 / window)
+    # The denominator is the bias correction; at step 1 the rate is 1, so the initial weights do not count.
     return (1.0 - decay) / (1.0 - decay**step)
