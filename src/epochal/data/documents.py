@@ -1,6 +1,6 @@
-"""Read documents from text, JSON lines or parquet files, from an installed package, or from a hub data set.
+"""Read documents from files, from an installed package, or from a hub data set.
 
-`read_documents` streams them in a fixed order and can be called again for a second pass.
+Files are text, JSON lines, JSON or parquet. `read_documents` streams them in a fixed order and can be called again for a second pass.
 """
 
 import glob
@@ -90,6 +90,7 @@ def source_paths(source: Source) -> list[Path]:
 
 def package_folder(package: str, install: str | None) -> Path:
     """Return the folder of an installed package without importing it; raises ValueError if it is not installed."""
+    # Not imported: only the files of the package are needed, and importing runs its code.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"package {package!r} is not installed; run pip install {install or package}.")
@@ -97,7 +98,7 @@ def package_folder(package: str, install: str | None) -> Path:
 
 
 def _join(rows: Iterator[dict[str, Any]], source: Source, where: str) -> Iterator[str]:
-    """Yield the text column of each row, or of each group of adjacent rows joined by newlines."""
+    """Yield the text of each row, or of each group of adjacent rows, joined by newlines."""
     if not source.group:
         for row in rows:
             yield _column(row, source.text, where)
@@ -127,6 +128,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             try:
                 with gzip.open(raw) as file:
                     yield file  # type: ignore[misc]  # GzipFile reads like a BinaryIO
+            # Also raised while the caller reads, since the `yield` is inside of the try.
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} is not a complete gzip file ({error}); download it again.") from None
         elif path.suffix == ".zst":
@@ -153,6 +155,7 @@ def _read_text(path: Path, separator: str | None) -> Iterator[str]:
     if separator is None:
         yield text
     else:
+        # Split at whole lines, so that the separator may occur inside of a line.
         yield from text.split(f"\n{separator}\n")
 
 
@@ -173,7 +176,8 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_api_text(path: Path, key: str, seen: set[str]) -> Iterator[str]:
-    """Yield the strings under `key` at any depth of a JSON file as one document, without markup."""
+    """Yield the strings under `key` in a JSON file as one document, without markup."""
+    # At any depth: such files are trees of API descriptions.
     with _open(path) as file:
         try:
             tree = json.loads(file.read().decode("utf-8"))
@@ -218,6 +222,7 @@ def _read_parquet(path: Path, source: Source) -> Iterator[dict[str, Any]]:
             raise ValueError(
                 f"{path} has no column {name!r}{nearest(name, known)}; its columns are {', '.join(known)}."
             )
+    # Row groups one after another, so a large file is never in memory whole.
     for batch in file.iter_batches(columns=columns):
         yield from batch.to_pylist()
 

@@ -1,8 +1,4 @@
-"""Build a token store from text (`epochal data CONFIG`): deduplicate, split by document, tokenize, shuffle once.
-
-All runs of a campaign share the first D tokens of the shuffled training split, so a smaller subset is part of every
-larger one.
-"""
+"""Build a token store from text (`epochal data CONFIG`): deduplicate, split by document, tokenize, shuffle once."""
 
 import fcntl
 import hashlib
@@ -102,6 +98,7 @@ def prepare(name: str, data_folder: Path) -> TokenStore:
 
 def content_hash(text: str) -> int:
     """Return 64 bits of the SHA-256 of a document's text."""
+    # "surrogatepass": text from JSON may contain unpaired surrogates, which are not valid UTF-8.
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
@@ -118,6 +115,7 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
         writers = {split: _Writer(folder, split, _dtype(tokenizer)) for split in SPLITS}
         counts = _tokenize(config, tokenizer, writers, lambda n: progress.advance(task, n))
         for split in SPLITS:
+            # Held-out splits keep their order, since they are always read whole.
             order = np.random.default_rng(config.shuffle_seed) if config.shuffle and split == "train" else None
             writers[split].close(order)
     if not writers["train"].lengths or not writers["validation"].lengths:
@@ -133,15 +131,17 @@ def _eos(config: DataConfig) -> str | None:
 
 
 def _dtype(tokenizer: Any) -> np.dtype[Any]:
+    # Half the disk for vocabularies of at most 65,536 tokens.
     return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
 
 
 def _split_of(digest: int, config: SplitConfig, written: dict[str, int]) -> str:
-    """Choose the split of a document from its hash, or from the tokens `written` to each split so far."""
+    """Choose the split of a document from its hash, or from the tokens `written` so far."""
     if config.by == "stream":
         if written["validation"] < config.validation_tokens:
             return "validation"
         return "test" if written["test"] < config.test_tokens else "train"
+    # A function of the content alone: a document keeps its split when text is added.
     uniform = digest / 2**64
     if uniform < config.test:
         return "test"
@@ -185,6 +185,7 @@ def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"],
     while chunk := list(islice(documents, CHUNK)):
         encodings = tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
         for (digest, _), encoding in zip(chunk, encodings, strict=True):
+            # Counted in the inner loop: a split may fill up within a chunk.
             written = {split: writer.tokens for split, writer in writers.items()}
             split = _split_of(digest, config.split, written)
             writers[split].append(digest, [*before, *encoding.ids, *after])
@@ -217,6 +218,8 @@ class _Writer:
         lengths = np.asarray(self.lengths, dtype=np.int64)
         hashes = np.asarray(self.hashes, dtype=np.uint64)
         if shuffle is not None and len(lengths):
+            # Shuffled once: runs share the first D tokens of this order, so a smaller subset is part of every
+            # larger one.
             order = shuffle.permutation(len(lengths))
             self._reorder(order, lengths)
             lengths, hashes = lengths[order], hashes[order]
@@ -226,6 +229,7 @@ class _Writer:
     def _reorder(self, order: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
         """Rewrite the token file with its documents in `order`."""
         ends = np.cumsum(lengths)
+        # Memory-mapped, because the file may be larger than memory.
         source = np.memmap(self.path, dtype=self.dtype, mode="r")
         shuffled = self.path.with_suffix(".shuffled")
         with shuffled.open("wb") as file:

@@ -1,7 +1,6 @@
 """The token store and the batch at step t.
 
-The global batch at step t is a pure function of (order seed, t), so it does not depend on the number of processes, on
-micro-batches or on restarts. T is the sequence length, B the sequences per batch, D the unique training tokens.
+The global batch at step t is a pure function of (order seed, t). T is the sequence length, B the sequences per batch, D the unique training tokens.
 """
 
 import json
@@ -31,9 +30,9 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path, *, config_hash: str | None = None) -> "TokenStore":
-        """Open a store after checking its file hashes and that no document is in two splits.
+        """Open a store after checking its files and splits.
 
-        Raises ValueError if it is missing, damaged, or was built from another config than `config_hash`.
+        File hashes must match, and no document may be in two splits. Raises ValueError if it is missing, damaged, or was built from another config than `config_hash`.
         """
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -114,12 +113,13 @@ class TokenStore:
             )
         trained = run.unique_tokens - run.holdout_tokens
         ends = np.cumsum(self.lengths("train"))
+        # Documents that start within the budget; the last one may be cut.
         count = int(np.searchsorted(ends, trained)) + 1
         starts = np.concatenate([[0], ends[: count - 1]])
         return Stream(self.tokens("train")[:trained], starts, run.sequence_length, run.data_order, run.order_seed)
 
     def holdout(self, run: Run) -> Tokens:
-        """Return the last tokens of a run's budget, which it does not train on, (count, T) int64."""
+        """Return the held-out last tokens of a run's budget, (count, T) int64."""
         tokens = self.tokens("train")[run.unique_tokens - run.holdout_tokens : run.unique_tokens]
         return tokens.reshape(-1, run.sequence_length).astype(np.int64)
 
@@ -158,6 +158,7 @@ class Stream:
         """Return the permutation of an epoch and, for documents, their cumulative lengths in that order."""
         if epoch not in self._permutations:
             self._permutations.clear()  # only the current epoch is kept in memory
+            # A generator per epoch, so that any epoch can be computed without those before it.
             rng = np.random.default_rng([self.seed, 0 if self.order == "fixed" else epoch])
             if self.order == "documents":
                 order = rng.permutation(len(self.starts))
@@ -186,6 +187,7 @@ class Stream:
     def _gather(self, begin: int, order: Tokens, ends: Tokens) -> Tokens:
         """Cut T tokens at `begin` out of the documents concatenated in `order`."""
         pieces, wanted = [], self.sequence_length
+        # The document in which the sequence begins; it may continue over several.
         unit = int(np.searchsorted(ends, begin, side="right"))
         while wanted:
             document = int(order[unit])
@@ -214,12 +216,14 @@ class Batches:
 
         Of the first n sequences of a run, floor(n * (1 - fraction)) are real, for every n.
         """
+        # From the step alone: processes, micro-batches and restarts do not change it.
         rows = range(step * self.batch_size, (step + 1) * self.batch_size)
         return np.stack([self._row(row) for row in rows]).astype(np.int64)
 
     def _row(self, row: int) -> Tokens:
         if self.sampled is None:
             return self.real.sequence(row)
+        # Row i is real exactly if the count of real rows grows at i, which spreads them evenly.
         real_before, real_after = self._real_count(row), self._real_count(row + 1)
         if real_after > real_before:
             return self.real.sequence(real_before)
@@ -240,5 +244,6 @@ def sampled_stream(tokens: Tokens, bos: int, run: Run) -> Stream:
         )
     starts = np.flatnonzero(tokens == bos)
     if not len(starts) or starts[0] != 0:
+        # Tokens before the first bos are a document too.
         starts = np.append(0, starts)
     return Stream(tokens, starts, run.sequence_length, run.data_order, run.order_seed)

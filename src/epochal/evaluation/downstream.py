@@ -58,6 +58,7 @@ def continue_text(prompt: str, samples: Samples, workspace: Workspace, records: 
         rows.to(model.device),
         attention_mask=torch.ones_like(rows).to(model.device),
         do_sample=True,
+        # The model's own distribution: transformers keeps only 50 tokens by default.
         top_k=0,
         temperature=samples.temperature,
         max_new_tokens=min(samples.tokens, context - rows.shape[1]),
@@ -67,12 +68,14 @@ def continue_text(prompt: str, samples: Samples, workspace: Workspace, records: 
 
 
 def _store_of(folder: Path, workspace: Workspace) -> TokenStore | None:
-    """Return the token store in the record of an exported model, or in that of an ensemble's first member."""
+    """Return the token store that the record of an exported model names."""
+    # The folder of an ensemble has no record, but those of its members do.
     for path in (folder / RECORD, folder / "member-00" / RECORD):
         job = json.loads(path.read_text(encoding="utf-8"))["job"] if path.is_file() else {}
         if job.get("data"):
             try:
                 return open_store(job["data"], workspace)
+            # The store is needed for the offline tasks only, so others may still be scored.
             except ValueError as error:
                 log.warning("the tasks %s are not available: %s", ", ".join(TASKS), error)
     return None
@@ -80,7 +83,7 @@ def _store_of(folder: Path, workspace: Workspace) -> TokenStore | None:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of correct answers, its standard error over questions, the number of questions, and each answer.
+    """Share of correct answers, its standard error over questions, and each answer.
 
     `right` has a "1" or "0" for each question in the task's order, for paired comparisons between models.
     """
@@ -101,7 +104,7 @@ def score(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, Accuracy]:
-    """Return the zero-shot accuracy of a transformers model on each task, in the order of `tasks`.
+    """Return the zero-shot accuracy of a transformers model on each task, in order.
 
     Offline tasks are generated from `store`; `task_folder` has additional lm-eval task files; `limit` is the number of
     questions per task. Raises ValueError for a task that is unknown, has no accuracy or whose data cannot be loaded.
@@ -121,6 +124,7 @@ def score(
         tasks=_load(manager, tasks),
         num_fewshot=0,
         limit=limit,
+        # The standard error is that of a share, computed below; lm-eval would resample for minutes.
         bootstrap_iters=0,
         log_samples=True,
         task_manager=manager,
@@ -164,6 +168,7 @@ def _load(manager: Any, tasks: list[str]) -> list[Any]:
 def _accuracy(task: str, samples: list[dict[str, Any]]) -> Accuracy:
     if not all("acc" in sample for sample in samples):
         raise ValueError(f"task {task!r} has no accuracy; choose a multiple-choice task such as {TASKS[0]}.")
+    # In the order of documents, so that answers of two models can be paired.
     right = [bool(sample["acc"]) for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))]
     value, questions = sum(right) / len(right), len(right)
     error = math.sqrt(value * (1 - value) / questions)

@@ -24,7 +24,7 @@ from epochal.run import SOUP, Ensemble, Run, fingerprint
 
 
 def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records) -> Record:
-    """Return the record of an ensemble: its loss, and for every k <= K the losses of K subsets of k members.
+    """Return the record of an ensemble: its loss, and the losses of K subsets of each size k.
 
     Subsets are those of `cyclic_subsets`; `member_weights` of a subset are scaled to sum to one. Results, each also with
     the prefix `test_`: `loss`, `curve` (losses by k), `without` (leave-one-out means by k) and `interval` of `Curve`.
@@ -34,6 +34,7 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     members = [record for name in ensemble.runs for record in member_records(name, records)]
     run = _common_run(ensemble, members)
     store = _evaluation_store(ensemble, run, workspace)
+    # Loaders, not models: one member is in memory at a time.
     loaders = [partial(load_model, workspace, record.job.name) for record in members]
     scratch = workspace.folder(ensemble.name)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,7 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
         results[f"{prefix}without"] = {str(k): losses for k, losses in curve.leave_one_out.items()}
         results[f"{prefix}interval"] = {str(k): list(bounds) for k, bounds in curve.intervals().items()}
     if _can_learn_weights(ensemble, members):
+        # Not the validation split: weights learned there would make its loss too low.
         sequences = open_store(run.data, workspace).holdout(run)
         results["holdout"] = {"tokens": sequences.size, **asdict(learn(loaders, sequences, average=ensemble.average))}
     if ensemble.tasks:
@@ -65,9 +67,9 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
 
 
 def member_log_probs(names: Sequence[str], workspace: Workspace, sequences: Tokens) -> torch.Tensor:
-    """Return log p(target) in nats of finished runs for (r, T) sequences: (K, r * (T - 1)) float32 on the CPU.
+    """Return log p(target) in nats of finished runs for (r, T) sequences, on the CPU.
 
-    Row k is run `names[k]`; columns are the next tokens of each sequence in order. Raises ValueError if the weights of a
+    The result is (K, r * (T - 1)) float32. Row k is run `names[k]`; columns are the next tokens of each sequence in order. Raises ValueError if the weights of a
     run are missing.
     """
     return target_log_probs([partial(load_model, workspace, name) for name in names], sequences)
@@ -95,6 +97,7 @@ def ensemble_losses(
     scratch: Path | None = None,
 ) -> Curve:
     """Return the losses in nats of subsets of members over (r, T) sequences; `scratch` as in `logit_losses`."""
+    # A mean of probabilities at the target needs nothing but each member's probability of the target.
     table = target_log_probs(members, sequences) if average == "probs" else None
 
     def losses_of(subsets: list[Subset]) -> dict[Subset, float]:
@@ -141,6 +144,7 @@ def _splits(store: TokenStore, sequence_length: int) -> list[str]:
 def _can_learn_weights(ensemble: Ensemble, members: list[Record]) -> bool:
     """True if the members share a held-out slice and no weights were given explicitly."""
     runs = [record.job for record in members if isinstance(record.job, Run)]
+    # Members with other budgets may have trained on what one of them held out.
     slices = {(run.unique_tokens, run.holdout_tokens) for run in runs}
     shared = len(slices) == 1 and runs[0].holdout_tokens > 0
     return shared and len(runs) > 1 and ensemble.member_weights is None and ensemble.average != SOUP

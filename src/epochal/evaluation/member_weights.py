@@ -28,9 +28,9 @@ Objective = Callable[[Vector], tuple[float, Vector]]
 
 @dataclass(frozen=True)
 class Learned:
-    """Weights (K,) that sum to one, selected members in ascending order, and mean held-out losses in nats.
+    """Learned weights (K,) that sum to one, selected members, and mean held-out losses in nats.
 
-    `selected` are the members whose equal average is best, selected greedily (Caruana et al. 2004).
+    `selected` are, in ascending order, the members whose equal average is best, selected greedily (Caruana et al. 2004).
     """
 
     weights: tuple[float, ...]
@@ -41,7 +41,9 @@ class Learned:
 
 
 def learn(members: Sequence[Loader], sequences: Tokens, *, average: str) -> Learned:
-    """Learn member weights, and select members, on (r, T) sequences that no member was trained on.
+    """Learn member weights, and select members, on held-out sequences (r, T).
+
+    No member may have been trained on them.
 
     For "logits" the hidden states and heads of all members are in memory.
     """
@@ -57,6 +59,7 @@ def learn(members: Sequence[Loader], sequences: Tokens, *, average: str) -> Lear
         losses = probability_losses(table, rows) if average == "probs" else logit_losses(members, sequences, rows)
         return [float(loss) for loss in losses]
 
+    # Rounded before the loss is computed, so that a job with these weights has exactly this loss.
     weights = rounded(minimize_on_simplex(objective, count))
     selected, selected_loss = select(count, losses_of)
     loss, equal = losses_of([list(weights), [1.0 / count] * count])
@@ -81,7 +84,7 @@ def minimize_on_simplex(objective: Objective, count: int) -> Vector:
 
 
 def probability_objective(table: torch.Tensor) -> Objective:
-    """Return the mean of -log sum_k w_k p_k(target), up to a constant, from (K, n) log p_k(target)."""
+    """Return the loss of averaged probabilities, up to a constant, from (K, n) log p_k(target)."""
     p = np.exp((table - table.amax(0)).double().numpy())  # scaled per token against underflow: shifts the loss only
 
     def objective(weights: Vector) -> tuple[float, Vector]:
@@ -117,7 +120,7 @@ def _logit_objective(members: Sequence[Loader], sequences: Tokens) -> Objective:
 
 @torch.no_grad()
 def _hidden(model: Any, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the hidden states (n, d) of a model over (r, T) sequences and its head (V, d), float32."""
+    """Return the hidden states (n, d) and the head (V, d) of a model, float32."""
     parts = [next_token(model, chunk.to(model.device))[0].float() for chunk in torch.split(sequences, 64)]
     return torch.cat(parts), model.lm_head.weight.detach().float().clone()
 
@@ -129,6 +132,7 @@ def select(count: int, losses_of: Callable[[list[list[float]]], list[float]]) ->
     """
     chosen: list[int] = []
     path: list[tuple[float, tuple[int, ...]]] = []
+    # Without replacement, and to the end: the loss along the path may rise and fall again.
     while len(chosen) < count:
         options = [[*chosen, member] for member in range(count) if member not in chosen]
         rows = [[1.0 / len(option) if member in option else 0.0 for member in range(count)] for option in options]

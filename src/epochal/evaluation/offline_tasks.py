@@ -1,4 +1,4 @@
-"""Two multiple-choice tasks for lm-eval generated from the test split of a token store, without a network.
+"""Two multiple-choice tasks for lm-eval, generated from a test split, without a network.
 
 A passage is a line of a document (in the King James Bible a verse), or a sentence if the document has only one line.
 `cloze`: which word ends this passage? `next_passage`: which passage follows? Each question has four choices; wrong ones
@@ -31,7 +31,7 @@ MIN_WORDS = 4
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage, the number of its document, and the next passage of that document, if any."""
+    """A passage, its document's number, and the next passage of that document, if any."""
 
     text: str
     document: int
@@ -72,6 +72,7 @@ def _task(name: str, questions: Path) -> dict[str, Any]:
         "doc_to_text": "{{context}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
+        # As in the text itself: passages are lines, and words are separated by spaces.
         "target_delimiter": "\n" if name == "next_passage" else " ",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
@@ -127,6 +128,7 @@ def _next_passage(passages: list[Passage]) -> Iterator[dict[str, Any]]:
             continue
         position = bisect.bisect(ordered, (len(answer),))
         candidates = ordered[max(0, position - DRAWS) : position + DRAWS]
+        # Sorted, because the order of a set differs from run to run.
         others = sorted({text for _, text, document in candidates if document != passage.document} - {answer})
         nearest = sorted(others, key=lambda text: abs(len(text) - len(answer)))[: 4 * CHOICES]
         if len(nearest) >= CHOICES - 1:
@@ -136,5 +138,6 @@ def _next_passage(passages: list[Passage]) -> Iterator[dict[str, Any]]:
 
 def _question(context: str, answer: str, wrong: list[str], number: int) -> dict[str, Any]:
     choices = [answer, *wrong]
+    # Seeded by the question, so the files are a function of the store.
     random.Random(f"order/{number}").shuffle(choices)
     return {"context": context, "choices": choices, "answer": choices.index(answer)}

@@ -1,4 +1,4 @@
-"""Logits of K members that do not fit into memory, recomputed block by block from files."""
+"""Logits of K members, too large for memory, recomputed block by block from files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ FORWARD_TOKENS = 2**13
 
 
 class OnDiskLogits:
-    """Logits of K members over n tokens and V vocabulary entries, as hidden states and heads in `folder`.
+    """Logits of K members over n tokens, as hidden states and heads in `folder`.
 
     Each member is loaded once, and only one is in memory at a time. Files: 4 (n d_k + V d_k) bytes for member k.
     """
@@ -33,18 +33,16 @@ class OnDiskLogits:
         return self.target_logits.shape[1]
 
     def hidden(self, start: int, stop: int) -> list[torch.Tensor]:
-        """Return the hidden states of tokens `start` to `stop` of each member, (stop - start, d_k)."""
+        """Return each member's hidden states of tokens `start` to `stop`, (stop - start, d_k)."""
         return [self._read("hidden", k, start, stop) for k in range(len(self._widths))]
 
     def heads(self, start: int, stop: int) -> list[torch.Tensor]:
-        """Return the head rows of vocabulary entries `start` to `stop` of each member, (stop - start, d_k)."""
+        """Return each member's head rows `start` to `stop`, (stop - start, d_k)."""
         return [self._read("head", k, start, stop) for k in range(len(self._widths))]
 
     def rows_in(self, budget: int) -> int:
-        """Return how many hidden states or head rows of all members fit into `budget` bytes, at least 1.
-
-        A budget below half of the largest member is raised to that: memory for it was needed anyway.
-        """
+        """Return how many rows of all members fit into `budget` bytes, at least 1."""
+        # A budget below half of the largest member is raised to that: memory for it was needed anyway.
         return max(1, max(budget, self._largest_member // 2) // (4 * sum(self._widths)))
 
     def _write(self, model: Any, sequences: Tokens | torch.Tensor, k: int) -> torch.Tensor:
@@ -60,6 +58,7 @@ class OnDiskLogits:
             for chunk in split_sequences(sequences, FORWARD_TOKENS):
                 hidden, targets = next_token(model, chunk.to(model.device))
                 hidden.float().cpu().numpy().tofile(file)
+                # In parts, because head[ids] is as large as the hidden states.
                 parts = zip(torch.split(hidden.float(), 1024), torch.split(targets, 1024), strict=True)
                 target_logits += [(part * head[ids]).sum(1).cpu() for part, ids in parts]
         return torch.cat(target_logits)

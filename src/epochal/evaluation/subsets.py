@@ -23,9 +23,9 @@ class Curve:
     leave_one_out: dict[int, list[float]]
 
     def intervals(self) -> dict[int, tuple[float, float]]:
-        """Return the 90% interval of the mean loss of k new members, for every k with enough replicates.
+        """Return the 90% interval of the mean loss of k new members, by k.
 
-        It covers the random draw of the members, not that of the held-out text.
+        A k without enough replicates is left out. The interval covers the random draw of the members, not that of the held-out text.
         """
         count = max(self.losses)
         intervals = {}
@@ -39,7 +39,7 @@ class Curve:
 
 
 def jackknife_half_width(replicates: Sequence[float], *, level: float = 0.90) -> float:
-    """Return half the width of an interval for a statistic of n members from its n leave-one-out values.
+    """Return half the width of an interval for a statistic from its n leave-one-out values.
 
     Student's t with n - 1 degrees of freedom times the jackknife error, sqrt((n - 1) / n * sum of squared deviations).
     """
@@ -72,6 +72,7 @@ def curve_of(count: int, losses_of: Callable[[list[Subset]], dict[Subset, float]
     reduced = {k: [cyclic_subsets(rest, k) for rest in remaining] for k in range(1, count)}
     flat = [subset for subsets in full.values() for subset in subsets]
     flat += [subset for lists in reduced.values() for subsets in lists for subset in subsets]
+    # Each subset once: leave-one-out rings share many of them.
     loss_of = losses_of(list(dict.fromkeys(flat)))
     losses = {k: [loss_of[subset] for subset in subsets if subset in loss_of] for k, subsets in full.items()}
     leave_one_out = {k: [_mean(loss_of, subsets) for subsets in lists] for k, lists in reduced.items()}

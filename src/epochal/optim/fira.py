@@ -157,7 +157,7 @@ def safe_eps(eps: float) -> float:
 
 def bias_correction(step: Tensor, group: Group) -> Tensor:
     """Return sqrt(1 - beta2^t) / (1 - beta1^t) in float64, t = step; ones without `correct_bias`."""
-    # float64: at beta2 = 0.999 and t = 1 the difference loses four of float32's seven digits.
+    # float64: at beta2 = 0.999 and t = 1 the difference loses three of float32's seven digits.
     count = step.double()
     if not group["correct_bias"]:
         return torch.ones_like(count)

@@ -26,7 +26,7 @@ LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")  # torch's names
 
 def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Push the singular values of x (..., m, n) towards 1 by Newton-Schulz steps."""
-    # The published coefficients trade accuracy for speed: singular values end between about 0.7 and 1.2.
+    # The published coefficients trade accuracy for speed: singular values end near 1, not at 1.
     a, b, c = COEFFICIENTS
     y = x.to(dtype)
     tall = x.shape[-2] > x.shape[-1]

@@ -94,6 +94,7 @@ class Spectra(MatrixOptimizer):
         if compat not in (None, "upstream"):
             raise ValueError(f"compat must be 'upstream' or None, got {compat!r}.")
         if compat == "upstream":
+            # The published code has one clip and one base learning rate.
             method = "newton_schulz" if method == "auto" else method
             base_lr = float(lr) if base_lr is None else base_lr
         apply_to = apply_to if isinstance(apply_to, str) else tuple(apply_to)
@@ -105,6 +106,7 @@ class Spectra(MatrixOptimizer):
         options = {**step, **how, **run, "clip_decay": clip_decay, **decay, **pre}
         super().__init__(params, {**self.rule.defaults, **hyper, **options})
         check_patterns(self.param_groups)
+        # Nothing selected means a wrapper has flattened the matrices, or a pattern is wrong.
         if self.selected and not any(self.selected.values()):
             raise ValueError(
                 f"apply_to={apply_to!r} selects none of {len(self.selected)} parameters; use 'all' or other patterns, "
@@ -118,11 +120,13 @@ class Spectra(MatrixOptimizer):
         if added["base_lr"] is None:
             added["base_lr"] = float(added["lr"])
         check_group(added)
+        # By parameter: a bucket must be clipped as a whole or not at all.
         self.selected.update(zip(added["params"], is_clipped(added), strict=True))
 
     def needs_whole(self, parameter: Tensor, group: Group) -> bool:
         """Whether the parameter or its gradient is clipped, or the base's update mixes its elements."""
         matrix = parameter.ndim >= 2
+        # pre_clip changes the gradient of every matrix, whatever `apply_to` selects.
         return self.selected[parameter] or (matrix and (group["pre_clip"] is not None or not self.rule.elementwise))
 
     def rebind(self, params: Mapping[Tensor, Tensor]) -> Self:
@@ -167,7 +171,10 @@ class Spectra(MatrixOptimizer):
         super().step_bucket(parameters, group if self.selected[parameters[0]] else {**group, "operator": None})
 
     def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return (alpha H_c(U), new state) of a bucket; (U, new state) without operator, or if `apply_update` will clip."""
+        """Return (alpha H_c(U), new state) of a bucket.
+
+        U is not clipped without an operator, or if `apply_update` will clip it.
+        """
         update, new = self.rule.apply(gradients, state, group)
         if self.compat == "upstream" and self.rule is MARS and parameters.ndim < 3:
             # The published vectors decay by 0.1 at their own learning rate, inside U.
@@ -184,6 +191,7 @@ class Spectra(MatrixOptimizer):
         """Return the new weights of a bucket; a kernel clips while it updates them."""
         if group["operator"] is None or not _clips_in_kernel(update, group):
             return super().apply_update(weights, update, step, group)
+        # Blocks of all matrices become one batch, which one kernel clips.
         (w, _), (u, alpha) = _in_blocks(weights, group), _in_blocks(update, group)
         lr = scalar(group["lr"], step.double())
         count = u.shape[0] * u.shape[1]
@@ -215,7 +223,9 @@ class Spectra(MatrixOptimizer):
             return
         device = gradients[0].device
         norms = torch.stack([norm.float().to(device) for norm in torch._foreach_norm(gradients)])
+        # A non-finite gradient is skipped later; in the norm it would scale all others to zero.
         total = torch.linalg.vector_norm(torch.where(torch.isfinite(norms), norms, 0.0))
+        # The formula of torch.nn.utils.clip_grad_norm_.
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(scale.to(gradient.device))
@@ -226,7 +236,8 @@ class Spectra(MatrixOptimizer):
 
 
 def clip_vectors(update: Tensor, c: Tensor, *, operator: str, compat: str | None) -> Tensor:
-    """Clip vectors (B, n) at c (B,) by their norms, as the operator does 1 x n matrices."""
+    """Clip vectors (B, n) at c (B,) by their norms."""
+    # A vector is a 1 x n matrix, whose one singular value is its norm.
     norm = torch.linalg.vector_norm(update, dim=1)
     if operator == "normalize":
         return update / per_item(norm + 1e-7, update)
@@ -238,7 +249,10 @@ def clip_vectors(update: Tensor, c: Tensor, *, operator: str, compat: str | None
 
 
 def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
-    """Return alpha H_c(U) for U (B, ..., rows, columns) and c (B,), every matrix cut into `blocks` parts by rows."""
+    """Return alpha H_c(U) for U (B, ..., rows, columns) and c (B,).
+
+    Every matrix is cut into `blocks` parts by rows, which are clipped separately.
+    """
     parts, alpha = _in_blocks(update, group)
     thresholds = c[:, None].expand(parts.shape[:2])
     if group["operator"] == "normalize":
@@ -255,8 +269,9 @@ def _soft_clip(x: Tensor, c: Tensor, group: Group) -> Tensor:
 
 
 def _in_blocks(tensor: Tensor, group: Group) -> tuple[Tensor, float]:
-    """(B, ..., rows, columns) as (B, k, rows / blocks, columns), and the alpha of such a block."""
+    """View (B, ..., rows, columns) as (B, k, rows / blocks, columns), and give its alpha."""
     rows, columns = tensor.shape[-2] // group["blocks"], tensor.shape[-1]
+    # alpha is that of the blocks: a fused QKV weight takes the same step as three separate matrices.
     return tensor.reshape(len(tensor), -1, rows, columns), math.sqrt(max(1.0, rows / columns))
 
 

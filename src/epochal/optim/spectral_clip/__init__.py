@@ -40,9 +40,9 @@ def soft_spectral_clip(
     iterations: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Map every singular value s of x (..., m, n) to s / sqrt(1 + s^2 / c^2); the result has x's dtype.
+    """Map every singular value s of x (..., m, n) to s / sqrt(1 + s^2 / c^2).
 
-    `c` > 0 is in units of x, one number or one per matrix. `iterations` (minimax, newton_schulz) sets the number of
+    The result has x's dtype. `c` > 0 is in units of x, one number or one per matrix. `iterations` (minimax, newton_schulz) sets the number of
     steps; `dtype` sets the arithmetic (default: bfloat16 for newton_schulz, else by condition number).
     minimax reads values back on a CPU only. On a GPU and under torch.compile a CUDA graph can hold it, after one earlier
     call that builds the table of coefficients. With Triton all matrices run in float16, those with a condition number
@@ -66,6 +66,7 @@ def soft_spectral_clip(
     elif method == "exact":
         out = exact.clip(wide, threshold, dtype=dtype)
     elif method == "auto" and iterations is None and dtype is None and _prefers_exact(wide):
+        # 1% is the promise of "auto", so float32 decompositions suffice up to a much higher condition number.
         out = exact.clip(wide, threshold, float32_up_to=exact.CONDITION_ONE_PERCENT)
     else:
         out = minimax.clip(wide, threshold, iterations=iterations, dtype=dtype)
@@ -95,8 +96,9 @@ def soft_clip_step(
     iterations: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return decay_factor W - step_size H_c(X), W and X (B, m, n), the rest (B,), with the clip by minimax.
+    """Return decay_factor W - step_size H_c(X), clipped by minimax.
 
+    W and X are (B, m, n), the rest (B,).
     With Triton the last product of the iteration carries the update, so H_c(X) is never in memory. `iterations` and
     `dtype` as in `soft_spectral_clip`.
     """
@@ -125,7 +127,8 @@ def _prefers_exact(x: Tensor) -> bool:
 
 
 def _prepare(x: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Wide scaled matrices (B, m, n), their thresholds (B,) and the unit (B,) of both, NaN for non-finite matrices."""
+    """Return wide scaled matrices (B, m, n), their thresholds (B,) and the unit (B,) of both."""
+    # Wide, so that X X^T is the smaller of the two Gram matrices.
     rows, columns = x.shape[-2:]
     batch = x.reshape(-1, rows, columns)
     wide = batch.mT if rows > columns else batch
@@ -133,6 +136,7 @@ def _prepare(x: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     given = c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=x.device)
     threshold = given.to(device=x.device, dtype=torch.float64).expand(x.shape[:-2]).reshape(-1)
 
+    # Non-finite matrices are zero during the iteration, and get a NaN unit, which makes their result NaN.
     largest = largest_magnitude(wide, (-2, -1)).double()
     finite = torch.isfinite(largest)
     if torch.compiler.is_compiling() or finite.device.type != "cpu" or not bool(finite.all()):

@@ -36,8 +36,10 @@ def clip(
         return _by_eigh(wide, wide @ wide.mT, c, hard).to(x.dtype)
 
     gram = x @ x.mT
+    # An upper bound, so a matrix may get more precision than it needs, never less.
     condition = 1 + gram_bound(gram) / (c * c)
     svd = condition > CONDITION_FLOAT64
+    # `~(a > b)` instead of `a <= b`: a NaN takes the cheapest path.
     narrow = ~(condition > float32_up_to) & (x.dtype == torch.float32)
     wide = ~narrow & ~svd
 
@@ -54,13 +56,14 @@ def clip(
 
 
 def _factor(squared: Tensor, c: Tensor, hard: bool) -> Tensor:
-    """By how much a singular value shrinks, from its square (B, m) and c (B, 1)."""
+    """Return the factor on a singular value, from its square (B, m) and c (B, 1)."""
     return c / torch.sqrt(torch.maximum(c * c, squared) if hard else c * c + squared)
 
 
 def _by_eigh(x: Tensor, gram: Tensor, c: Tensor, hard: bool) -> Tensor:
     squared, vectors = torch.linalg.eigh(gram, UPLO="U")
     factor = _factor(squared.double().clamp(min=0), c[:, None], hard).to(x.dtype)
+    # V diag(f) V^T as a product with its own transpose, which is symmetric up to the last bit.
     half = vectors * factor.sqrt()[:, None, :]
     out: Tensor = (half @ half.mT) @ x
     return out

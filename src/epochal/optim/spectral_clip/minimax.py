@@ -61,13 +61,14 @@ def clip(
     dtype: torch.dtype | None = None,
     update: WeightUpdate | None = None,
 ) -> Tensor:
-    """Soft clip of X (B, m, n), m <= n, float32 or float64, at c (B,) float64, or the `update` of weights by it.
+    """Clip X (B, m, n), m <= n, softly at c (B,), or update weights by the result.
 
-    `iterations` overrides the number of steps, `dtype` the arithmetic.
+    X is float32 or float64, c float64. `iterations` overrides the number of steps, `dtype` the arithmetic.
     """
     kernels = uses_kernels(x.device)
     chosen = iterations is not None or dtype is not None
     if x.device.type == "cpu" and not (kernels or chosen or update or torch.compiler.is_compiling()):
+        # On a CPU reading a value costs nothing, so each matrix takes only the steps it needs.
         return torch.cat([_clip_one(x[i : i + 1], c[i : i + 1]) for i in range(len(x))])
     if kernels and x.dtype == torch.float32 and not chosen:
         return _clip_mixed(x, c, update)
@@ -77,9 +78,10 @@ def clip(
 
 
 def _clip_one(x: Tensor, c: Tensor) -> Tensor:
-    """Clip one matrix (1, m, n) on a CPU, where its condition number may choose the method and the number of steps."""
+    """Clip one matrix (1, m, n) on a CPU."""
     gram, square, bound = _bounded(x)
     level = max(1, math.ceil(math.log2(1 + float(bound / (c * c)))))
+    # Too ill-conditioned for the iteration in this dtype.
     if level > (FLOAT32_LEVELS if x.dtype == torch.float32 else LEVELS):
         return exact.clip(x, c, float32_up_to=exact.CONDITION_ONE_PERCENT)
     steps = torch.tensor([schedule(level, None)], dtype=torch.float64)
@@ -88,12 +90,16 @@ def _clip_one(x: Tensor, c: Tensor) -> Tensor:
 
 
 def _clip_mixed(x: Tensor, c: Tensor, update: WeightUpdate | None) -> Tensor:
-    """Clip in float16, whose error is a tenth of bfloat16's, and where the condition is too high again in float32."""
+    """Clip in float16, and again in float32 where the condition number is too high."""
+    # float16, because its error is a tenth of bfloat16's; the scaling to order 1 keeps it in range.
     half = x.half()
     z, factor, bound = _minimax_graphable(half, c, None, FLOAT16_LEVELS)
     out = _last_product(z, half, factor, update).to(x.dtype)
+    # The second pass is launched for the whole batch, but its kernels skip inactive matrices: nothing is read
+    # back. A NaN bound is active.
     active = (~(1 + bound / (c * c) <= 2.0**FLOAT16_LEVELS)).int()
     z, factor, _ = _minimax_graphable(x, c, None, LEVELS, active)
+    # Without weights, the same kernel with a decay factor of zero writes the clip alone.
     weight, decay_factor, scale = update or (x, torch.zeros_like(factor), torch.ones_like(factor))
     clip_update_where_(out, weight, z, x, torch.stack([decay_factor, scale * factor], 1), active)
     return out
@@ -114,12 +120,13 @@ def _last_product(z: Tensor, x: Tensor, factor: Tensor, update: WeightUpdate | N
 def _minimax_graphable(
     y: Tensor, c: Tensor, iterations: int | None, levels: int, active: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Z, factor, bound) with factor Z X the clip, by a fixed number of steps that reads no value back.
+    """Return (Z, factor, bound) with factor Z X the clip, without reading a value back.
 
-    Above a condition number of 2^levels the iteration runs for a raised threshold: small singular values shrink,
+    The number of steps is fixed. Above a condition number of 2^levels the iteration runs for a raised threshold: small singular values shrink,
     none grows. Where `active` (B,) int32 is 0 the result is undefined.
     """
     gram, square, bound = _bounded(y, active)
+    # The threshold at which the condition number 1 + bound / c^2 is 2^levels.
     trusted = torch.maximum(c, (bound / (2.0**levels - 1)).sqrt())
     level = torch.log2(1 + bound / (trusted * trusted)).ceil()
     # Matrices that are not active may hold NaN, which has no integer.
@@ -156,6 +163,7 @@ def _iterate(
     y = _product(identity_plus(q, (p, gram)).to(gram.dtype), z, active)
     for k in range(1, steps.shape[1]):
         t = _polynomial(_product(z, y, active), steps[:, k], active)
+        # The last Y is not used.
         y = _product(y, t, active) if k + 1 < steps.shape[1] else y
         z = _product(t, z, active)
     return z
@@ -211,11 +219,12 @@ def best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
 
 @functools.lru_cache(maxsize=512)
 def schedule(level: int, iterations: int | None) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients of each step for condition numbers up to 2^level, each optimal for the interval the last one left.
+    """Return the coefficients of each step for condition numbers up to 2^level.
 
-    Without `iterations`, the fewest steps that bring sqrt(P) within TOLERANCE / 2 of 1. The last step is divided by its
+    Each step is optimal for the interval that the last one left. Without `iterations`, the fewest steps that bring sqrt(P) within TOLERANCE / 2 of 1. The last step is divided by its
     largest value, so a singular value ends in [1 - TOLERANCE, 1] times the exact one and never above the threshold.
     """
+    # The steps act on sqrt(P), whose eigenvalues are in [2^(-level / 2), 1].
     low, high = 2.0 ** (-level / 2), 1.0
     steps: list[tuple[float, float, float]] = []
     while True:
@@ -230,12 +239,13 @@ def schedule(level: int, iterations: int | None) -> tuple[tuple[float, float, fl
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _coefficients(iterations: int | None, levels: int, device: torch.device) -> Tensor:
-    """Schedules of the first levels, (levels, K, 3), all with the number of steps of the last."""
+    """Return the schedules of the first levels, (levels, K, 3), all equally long."""
     return _coefficients_on(iterations, levels, device)
 
 
 @functools.lru_cache(maxsize=64)
 def _coefficients_on(iterations: int | None, levels: int, device: torch.device) -> Tensor:
     # Cached because a copy to a GPU is a host sync, which a CUDA graph refuses.
+    # All with the number of steps of the hardest level, so that the shape depends on no value.
     count = iterations or len(schedule(levels, None))
     return torch.tensor([schedule(level, count) for level in range(1, levels + 1)], dtype=torch.float64, device=device)
