@@ -1,4 +1,4 @@
-"""Read TOML and JSON into frozen dataclasses with checked keys and types, and write files safely.
+"""Read TOML and JSON into checked frozen dataclasses, and write files safely.
 
 Names of configs follow one rule: `kjv` means `configs/data/kjv.toml`; anything with a slash or a suffix is a path.
 """
@@ -108,6 +108,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a table, written as [{where.split()[-1]}], got {value!r}.")
         return from_table(value, hint, where=where)
+    # TOML writes 1 for 1.0; a bool is an int in Python, but not a number in a config.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
@@ -128,6 +129,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
                 f"{where}: kind {kind!r} is unknown{nearest(kind, kinds)}; choose from {', '.join(kinds)}."
             )
         return from_table({k: v for k, v in value.items() if k != "kind"}, kinds[kind], where=where)
+    # The last choice is tried outside of the loop, so that its error is raised.
     for choice in choices[:-1]:
         try:
             return _convert(value, choice, where)
@@ -193,6 +195,7 @@ def replaced(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
+            # Otherwise a crash of the machine may leave the new name with an empty file.
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -210,6 +213,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        # A folder cannot be replaced in one step: for a moment neither exists.
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     finally:
@@ -217,15 +221,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that readers see the old content or the new, never half of it."""
+    """Write a file; readers see the old content or the new, never half of it."""
     with replaced(path) as temporary:
         temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 def model_path(name_or_path: str | Path) -> Path:
-    """Return the JSON file of a model, given by name, by `.json` file or by a folder with a `config.json`.
+    """Return the JSON file of a model.
 
-    Raises ValueError with the nearest existing name.
+    The model is given by name, by `.json` file or by a folder with a `config.json`. Raises ValueError with the nearest existing name.
     """
     given = str(name_or_path)
     if (isinstance(name_or_path, Path) or "/" in given) and Path(given).is_dir():

@@ -112,7 +112,7 @@ def run_triton() -> None:
 
 
 def run_ranks() -> None:
-    """Raise if an all-reduce is wrong, or one step of Muon differs from that of one process."""
+    """Raise if an all-reduce is wrong, or Muon's step differs from one process's."""
     import torch
 
     from epochal.distributed.first_step_check import ShardedUpdateCheck

@@ -1,7 +1,7 @@
-"""Names of jobs, derived from what they mean: every field that differs from the base of the scale is in the name.
+"""Names of jobs: every field that differs from the base of the scale is in the name.
 
-Two different jobs of one campaign therefore never share a name, and editing a recipe or a grid cannot give an old name a
-new meaning. What all runs of a campaign share (batch, precision, model files) is guarded by `run.fingerprint` instead.
+Two different jobs of one campaign never share a name, and editing a recipe or a grid cannot give an old name a new
+meaning. What all runs of a campaign share (batch, precision, model files) is guarded by `run.fingerprint` instead.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ def named_run(run: Run, base: Run) -> Run:
     changes = "-".join([*_optimizer_parts(optimizer, base.optimizer), *_differing(run, base, skip=IN_STEM)])
     if len(changes) > LONGEST_CHANGES:
         changes = digest(changes)
+    # Seeds come last, so that runs of one setting share a stem; see `run.without_seed`.
     seeds = f"s{run.init_seed}" if run.init_seed == run.order_seed else f"i{run.init_seed}-o{run.order_seed}"
     parts = [Path(run.model).stem, short_count(run.unique_tokens), *point, *([changes] if changes else []), seeds]
     return replace(run, name="-".join(parts))
@@ -48,6 +49,7 @@ def named_ensemble(runs: tuple[str, ...], average: str, **options: Any) -> Ensem
     """Return the ensemble of the named runs; `options` are further fields of `Ensemble`."""
     ensemble = Ensemble(name="unnamed", runs=runs, average=average, **options)
     stems, seeds = {without_seed(run) for run in runs}, [_seed(run) for run in runs]
+    # Consecutive seeds of one setting read well; any other set of members becomes a digest.
     if len(stems) == 1 and None not in seeds and seeds == list(range(seeds[0] or 0, (seeds[0] or 0) + len(seeds))):
         members = f"{stems.pop()}-s{seeds[0]}" + (f"-{seeds[-1]}" if len(seeds) > 1 else "")
     else:
@@ -102,7 +104,7 @@ def _optimizer_parts(optimizer: Any, base: Any) -> list[str]:
 
 
 def _described(value: Any) -> list[str]:
-    """Name a nested value by its kind and the fields that differ from the defaults of its class."""
+    """Name a nested value by its kind and the fields that differ from its defaults."""
     parts = [type(value).__name__.lower()]
     for field in fields(value):
         item = getattr(value, field.name)
@@ -142,6 +144,7 @@ def _text(value: Any, field: str = "") -> str:
     if isinstance(value, bool | None):
         return str(value).lower()
     if isinstance(value, int | float):
+        # 12 digits: 0.1 stays 0.1, and values of a grid stay distinct.
         return f"{value:.12g}".replace("+", "")  # 1e+20
     if isinstance(value, tuple):
         return digest(*map(repr, value))

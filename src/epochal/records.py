@@ -1,7 +1,7 @@
 """Records: the small JSON a finished job leaves, and the only state a campaign has.
 
 A record says what ran (`job`, `fingerprint`), what came out (`status`, `results`), from which inputs (`inputs`: name to
-fingerprint) and where, with what and how fast (`provenance`). Heavy outputs lie in the work folder and can be made again.
+fingerprint) and where, with what and how fast (`provenance`). Heavy outputs are in the work folder and can be computed again.
 """
 
 import functools
@@ -83,6 +83,7 @@ class Records:
         self.workspace = workspace
         self._records = {record.job.name: record for record in records}
         self.problems = tuple(problems)
+        # Fingerprints hash model and data files, so each job is checked once.
         self._checked: dict[str, Job] = {}
 
     def __iter__(self) -> Iterator[Record]:
@@ -101,6 +102,7 @@ class Records:
             return record
         if record.fingerprint != fingerprint(job):
             raise ValueError(_mismatch(self.workspace, job, record))
+        # The record is of this job; it must also come from the inputs as they are recorded now.
         self._check_inputs(record)
         self._checked[job.name] = job
         return record
@@ -159,13 +161,15 @@ def load_record(workspace: Workspace, name: str) -> Record | None:
 
 
 def _read(path: Path) -> Record:
-    """Read a record, or return the one read before if the file has not been replaced since."""
+    """Read a record; a file that has not been replaced since is not read again."""
+    # Workers plan from all records after each job, and there may be thousands.
     stat = path.stat()
     return _read_version(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=100_000)
 def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
+    # NaN and Infinity are not JSON, though Python reads and writes them.
     table = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     if not isinstance(table, dict):
         raise ValueError("must be a JSON object")
@@ -235,7 +239,7 @@ def write_record(workspace: Workspace, record: Record) -> Path:
 
 
 def _mismatch(workspace: Workspace, job: Job, record: Record) -> str:
-    """Say which fields differ between a job and the record under its name, and the two ways out."""
+    """Describe how a job differs from the record under its name, and what to do."""
     ours, theirs = to_table(job), to_table(record.job)
     differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)] or ["a model or data file"]
     path = workspace.records / f"{job.name}.json"
@@ -246,7 +250,7 @@ def _mismatch(workspace: Workspace, job: Job, record: Record) -> str:
 
 
 def input_fingerprints(job: Job, records: Records) -> dict[str, str]:
-    """Return the fingerprints of the finished jobs that a job reads, including the members of ensembles.
+    """Return the fingerprints of the finished jobs that a job reads, with members of ensembles.
 
     Raises ValueError if one has no record, or diverged and so has no weights.
     """

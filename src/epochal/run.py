@@ -255,9 +255,9 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """Soft next-token targets of a Run or an Ensemble over the training text, for students that read a cache.
+    """Soft next-token targets of a Run or an Ensemble, for students that read a cache.
 
-    The first `unique_tokens` training tokens, cut into sequences of `sequence_length`. Members are averaged, and `keep`
+    They cover the training text: the first `unique_tokens` training tokens, cut into sequences of `sequence_length`. Members are averaged, and `keep`
     tokens of each position stay: the most probable ones, and a sample that stands for the rest (`epochal.generation.soft_targets`).
     """
 
@@ -359,7 +359,7 @@ def _hash_config(path: Path, inode: int, mtime_ns: int, size: int) -> str:
 
 
 def averaging(job: Job) -> tuple[str, tuple[float, ...] | None]:
-    """Return how a Run or an Ensemble averages the models that it stands for, and their weights (None: equal).
+    """Return how a job averages its models, and their weights (None: equal).
 
     Raises ValueError for an average of weights: that is one model, which is nowhere saved.
     """

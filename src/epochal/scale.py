@@ -123,6 +123,7 @@ class Scale:
             )
         if self.standard_wd not in self.grid.wd:
             raise ValueError(f"standard_wd {self.standard_wd} is not in grid.wd; add it there.")
+        # Spectra wraps a base optimizer, which has the rates.
         inner = self.optimizer.base if isinstance(self.optimizer, Spectra) else self.optimizer
         if (inner.lr, inner.wd) != (type(inner)().lr, type(inner)().wd):
             raise ValueError(
@@ -138,7 +139,7 @@ class Scale:
 
     @functools.cached_property
     def base(self) -> Run:
-        """The run whose fields every other run of this campaign has unless its name says otherwise."""
+        """The run whose fields all others of this campaign have, unless their name differs."""
         return Run(
             name="base",
             model=self.ladder[0].model,
@@ -156,10 +157,14 @@ class Scale:
 
     def check_budget(self, tokens: int) -> None:
         """Raise ValueError for a budget that is not a multiple of the batch."""
+        # Run checks it.
         replace(self.base, unique_tokens=tokens)
 
     def check_models(self, where: str, *models: str, started: bool = False) -> None:
-        """Raise ValueError for a model that is not on the ladder, or with `started` has no lr and epochs there."""
+        """Raise ValueError for a model that is not on the ladder.
+
+        With `started` it must also have lr and epochs there.
+        """
         for model in models:
             if model not in self.models:
                 raise ValueError(f"{where}: model {model!r} is not on the ladder {list(self.models)}; add it there.")
@@ -234,7 +239,8 @@ def member_point(point: Point) -> Point:
 
 
 def decay_for_window(tau: float, *, lr: float, steps_per_epoch: int, grid: tuple[float, ...]) -> float:
-    """Return the grid's weight decay whose averaging window 1 / (lr wd steps_per_epoch) is nearest to tau epochs."""
+    """Return the grid's weight decay whose averaging window is nearest to tau epochs."""
+    # AdamW averages its updates over about 1 / (lr wd) steps; the window is that, in epochs.
     ideal = 1.0 / (tau * lr * steps_per_epoch)
     return min(grid, key=lambda wd: abs(math.log(wd / ideal)) if wd > 0 else math.inf)
 
@@ -247,7 +253,7 @@ def with_rates(optimizer: Optimizer, lr: float, wd: float) -> Optimizer:
 
 
 def with_field(run: Run, name: str, value: Any) -> Run:
-    """Return a Run with another value of one of its fields or of its optimizer's, given by name.
+    """Return a Run with another value of one field, its own or its optimizer's.
 
     A dotted name reaches inside: `optimizer.clip`, `optimizer.base.beta2`. Raises ValueError for an unknown field.
     """

@@ -2,7 +2,7 @@
 
 An `Arm` is one row of a comparison: a label, what it changes in the scale's base run, and what is tuned with it. A `Study`
 answers questions about arms from the records: where an arm was tuned to, which runs are its seeds, what they reached.
-Answers are memoised, because a plan asks the same ones many times. A missing result is one value, `NOTHING`.
+Answers are memoized, because a plan asks the same ones many times. A missing result is one value, `NOTHING`.
 """
 
 import functools
@@ -98,7 +98,8 @@ NOTHING = Result()
 
 
 def memoised(method: F) -> F:
-    """Keep the answers of a Study's method, which depend on its arguments and on records that do not change."""
+    """Keep the answers of a Study's method."""
+    # They depend on its arguments and on records that do not change. Not functools.cache, which would keep every Study.
 
     @functools.wraps(method)
     def ask(self: "Study", *args: Any) -> Any:
@@ -144,7 +145,8 @@ class Study:
 
     @memoised
     def run(self, arm: Arm, model: str, tokens: int, point: Point, seed: int = 0) -> Run:
-        """Return the run of an arm at a point, which is in the arm's own lr and wd."""
+        """Return the run of an arm at a point."""
+        # The point is in the arm's own lr and wd, after its `lr_factor`.
         changes = dict(arm.run)
         inner = {name: changes.pop(name) for name in arm.run if "." in name}
         if arm.optimizer is not None:
@@ -158,7 +160,7 @@ class Study:
         return None if record is None else record.loss
 
     def finite(self, jobs: Mapping[int, Job]) -> dict[int, Record]:
-        """Return the records of those jobs that have run and did not diverge, under the same keys."""
+        """Return the records of the jobs that did not diverge, under the same keys."""
         records = {key: self.records.get(job) for key, job in jobs.items()}
         return {key: record for key, record in records.items() if record is not None and math.isfinite(record.loss)}
 
@@ -170,6 +172,7 @@ class Study:
         start = self.scale.start(self.scale.rung(model), tokens, wd=arm.wd)
         if start is None:
             smaller = self.tuned(arm, self.scale.smaller(model), tokens)
+            # Only from a certified optimum: a start that moves later would change every run of this search.
             start = smaller.best if smaller.certified else None
         elif arm.grids:
             start = Point(start.lr, start.epochs, start.wd, tuple((name, g[0]) for name, g in arm.grids.items()))
@@ -203,7 +206,7 @@ class Study:
 
     @memoised
     def best(self, arm: Arm, model: str, tokens: int) -> Result:
-        """Return the best known point of a descent with the records of all the scale's seeds there."""
+        """Return the best known point of a descent, with the records of all seeds there."""
         search = self.search(arm, model, tokens)
         point, certificate = search.descent.best, search.certificate()
         if point is None or certificate is None:
@@ -227,16 +230,19 @@ class Study:
         points = self.points(arm, sweep)
         losses = {point: self.loss(self.run(arm, sweep.model, sweep.tokens, point)) for point in points}
         known = {point: loss for point, loss in losses.items() if loss is not None}
+        # Ties are broken by the point, so that a plan does not depend on the order of records.
         best = min(known, key=lambda point: (known[point], point), default=None)
         if best is None or len(known) < len(points) or not math.isfinite(known[best]):
             return NOTHING
         values = {name: sorted({point.get(name) for point in points}) for name in ("lr", "wd")}
+        # An optimum at the end of a grid may be outside of it; claims mention this.
         edges = tuple(n for n, v in values.items() if len(v) > 1 and best.get(n) in (v[0], v[-1]))
         return self._result(arm, sweep.model, sweep.tokens, best, sweep.seeds, True, edges, len(points))
 
     def sweep_jobs(self, arm: Arm, sweep: Sweep) -> list[Job]:
         """Return the runs of a sweep: the whole grid, then seeds at the best point once the grid is complete."""
         grid: list[Job] = [self.run(arm, sweep.model, sweep.tokens, point) for point in self.points(arm, sweep)]
+        # The first seed at the best point is in the grid already.
         return [*grid, *self.swept(arm, sweep).runs[1:]]
 
     def seeds(self, arm: Arm, model: str, tokens: int, point: Point, count: int) -> tuple[Run, ...]:
@@ -264,6 +270,6 @@ def _rounded(value: float) -> float:
 
 
 def mean_curve(record: Record) -> dict[int, float]:
-    """Return the mean loss of an ensemble's record over all its subsets of K members, by K."""
+    """Return the mean loss of an ensemble over its subsets of K members, by K."""
     assert isinstance(record.job, Ensemble)
     return {int(k): statistics.fmean(losses) for k, losses in record.results["curve"].items()}

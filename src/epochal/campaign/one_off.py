@@ -40,7 +40,10 @@ def described(run: Run, like: Run) -> str:
 
 
 def differences(run: Run, like: Run) -> dict[str, tuple[Any, Any]]:
-    """Return the fields whose values differ, seeds apart, as dotted name to (value in `like`, value in `run`)."""
+    """Return the fields whose values differ, as dotted name to (old, new); seeds apart.
+
+    The old value is that of `like`, the new that of `run`.
+    """
     values, old = flat_table(to_table(run)), flat_table(to_table(like))
     names = [name for name in {**old, **values} if name not in NOT_MEANING]
     return {name: (old.get(name), values.get(name)) for name in names if old.get(name) != values.get(name)}

@@ -42,6 +42,7 @@ def write_shard(index: Path, sequences: Iterator[Sequence], vocab_size: int) -> 
         w = _normalized(weights).astype(np.float64)
         missing.append(sequence.negentropy - float((w * np.log(w, where=w > 0, out=np.zeros_like(w))).sum()))
         kept_mass.append(sequence.kept_mass)
+    # Written to memory first, because the file must appear as a whole.
     data = io.BytesIO()
     np.savez_compressed(data, missing=np.array(missing), **arrays)
     write_atomic(_shard_of(index), data.getvalue())
@@ -91,7 +92,10 @@ class TargetStore:
         return cls(meta, tuple(shards), tuple(shard["missing"] for shard in shards))
 
     def sequence(self, number: int) -> tuple[Tokens, Tokens, float]:
-        """Return (ids (T - 1, k) int32, weights (T - 1, k) float32, missing part of the KL divergence) of a sequence."""
+        """Return (ids, weights, missing part of the KL divergence) of a sequence.
+
+        ids are (T - 1, k) int32, weights (T - 1, k) float32.
+        """
         shard, row = divmod(number, self.meta["sequences_per_shard"])
         ids, weights = (self.shards[shard][f"{row}.{name}"] for name in ("ids", "weights"))
         return ids.astype(np.int32), _normalized(weights), float(self.missing[shard][row])

@@ -1,4 +1,7 @@
-"""Load a tokenizer from a path, the hub, a package or another token store, or train one."""
+"""Load a tokenizer, or train one.
+
+Tokenizers come from a path, the hub, a package or another token store.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +89,7 @@ def _byte_level(model: Any) -> Any:
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
     tokenizer = Tokenizer(model)
+    # As GPT-2: no space is added in front of a document.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

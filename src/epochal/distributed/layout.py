@@ -109,6 +109,7 @@ def locate_rows(entries: Sequence[Entry], rank: int, world: int) -> Located:
         if not isinstance(parameter, DTensor) or tuple(parameter.placements) != (Shard(0),):
             return [], f"{entry.name} is placed as {getattr(parameter, 'placements', 'a plain tensor')}, not by rows"
         length, row = parameter.to_local().numel(), entry.shape[1:].numel()
+        # torch.chunk rounds the rows of a part up, so the last ranks may have fewer rows or none.
         start = rank * -(-entry.shape[0] // world) * row
         if length:
             spans.append(Span(index, start, start + length, offset))
@@ -117,7 +118,7 @@ def locate_rows(entries: Sequence[Entry], rank: int, world: int) -> Located:
 
 
 def coverage_problems(layout: list[list[Span]], entries: Sequence[Entry]) -> list[str]:
-    """List the parameters of a layout whose elements are not each held exactly once, as sentences."""
+    """Return one sentence for each parameter whose elements are not each held once."""
     spans_of: dict[int, list[Span]] = {}
     for spans in layout:
         for span in spans:

@@ -27,9 +27,9 @@ BATCH = 256
 
 
 def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
-    """Sample the tokens of a Samples job, from each member or from their average, and write `samples.npy`.
+    """Sample the tokens of a Samples job and write `samples.npy`.
 
-    The file holds one flat array of tokens, each text from its start token to its end token (or `max_length` tokens).
+    Texts come from each member or from their average. The file holds one flat array of tokens, each text from its start token to its end token (or `max_length` tokens).
     Raises ValueError if the source is not a finished model.
     """
     members = member_records(samples.source, records)
@@ -74,6 +74,7 @@ def _draw_all(
         if not share:
             continue
         model = load()
+        # A generator per model, on the CPU: a model's texts depend neither on the device nor on the other models.
         generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
         rows = min(BATCH, math.ceil(share / samples.max_length))
         texts = draw(model, samples, rows, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
@@ -113,7 +114,7 @@ def _loaders(samples: Samples, members: list[Record], workspace: Workspace, reco
 def draw(
     model: Any, samples: Samples, batch: int, *, context: int, bos: int, eos: int, generator: torch.Generator
 ) -> Iterator[Tokens]:
-    """Yield an infinite stream of sampled texts, each from `bos` to `eos` or of `max_length` tokens.
+    """Yield sampled texts without end, each from `bos` to `eos` or of `max_length` tokens.
 
     `batch` texts are sampled in parallel; those that end leave the batch after half a `context` of tokens.
     """
@@ -132,7 +133,8 @@ def draw(
 def _extend(
     model: Any, rows: torch.Tensor, samples: Samples, *, context: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Append up to half a context of tokens to each row (b, t), given at most half a context before them."""
+    """Append up to half a context of tokens to each row (b, t)."""
+    # Given at most half a context before them, so that a text may be longer than the context.
     half = max(1, context // 2)
     window = rows[:, -half:]
     count = min(context - window.shape[1], samples.max_length - rows.shape[1])
@@ -142,6 +144,7 @@ def _extend(
         check_stop()
         output = model(input_ids=new.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
+        # On the CPU, where the generator is.
         probabilities = torch.softmax(output.logits[:, -1].float().cpu() / samples.temperature, dim=-1)
         new = torch.multinomial(probabilities, 1, generator=generator)
         drawn.append(new)

@@ -1,10 +1,8 @@
-"""Compute soft targets: k weighted tokens of a teacher's distribution at every position of the training text.
+"""Compute soft targets: k weighted tokens of a teacher's distribution at each position.
 
 Members are averaged here, so the cost of a student's step does not depend on K. The k tokens are a VarOpt sample (Cohen
 et al., arXiv 0803.0473): tokens with a probability above a threshold are kept as they are; each of the others is kept
-with a chance proportional to its probability, with the threshold as weight. The loss is then unbiased, unlike with a
-top-k cut: for small models on little text the top 64 tokens hold only two thirds of the mass. (Sampled targets beat
-top-k ones: arXiv 2503.16870.)
+with a chance proportional to its probability, with the threshold as weight.
 
 n tokens, V vocabulary, T sequence length, k kept tokens.
 """
@@ -94,7 +92,7 @@ def training_sequences(job: Targets, store: TokenStore) -> Tokens:
 
 
 def _prepare(folder: Path, meaning: dict[str, Any]) -> Path:
-    """Return the temporary folder, with the shards of an interrupted job if that had the same `meaning`."""
+    """Return the temporary folder, with the shards of an interrupted job of the same `meaning`."""
     temporary = folder.with_name(".targets.tmp")
     mark = temporary / "meaning.json"
     if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != meaning:
@@ -134,6 +132,8 @@ def _sample(p: torch.Tensor, keep: int, generator: torch.Generator) -> Sequence:
     """Draw `keep` tokens of each row of p (T - 1, V), float64."""
     p = p.clamp(min=1e-30)  # softmax may round to 0, and then fewer than `keep` tokens could be drawn
     p = p / p.sum(1, keepdim=True)
+    # Sampled, not cut at the top k: the loss is then unbiased. For small models on little text the top 64
+    # tokens hold only two thirds of the mass. (Sampled targets beat top-k ones: arXiv 2503.16870.)
     ids, weights = varopt(p, keep, generator)
     exact = torch.where(p.gather(1, ids) == weights, weights, 0.0)
     kept_mass, negentropy = float(exact.sum(1).mean()), float(torch.xlogy(p, p).sum())
@@ -147,6 +147,7 @@ def varopt(p: torch.Tensor, keep: int, generator: torch.Generator) -> tuple[torc
     The threshold is such that the chances sum to `keep`. Systematic sampling: one random number per row.
     """
     highest, order = torch.topk(p, keep, dim=1)
+    # The mass outside of the top `keep` tokens.
     lower = p.scatter(1, order, 0.0).sum(1, keepdim=True)
     # If the j most probable tokens are exact, the other keep - j share the remaining mass: that is their threshold.
     remaining = lower + highest.flip(1).cumsum(1).flip(1)
@@ -166,7 +167,10 @@ def varopt(p: torch.Tensor, keep: int, generator: torch.Generator) -> tuple[torc
 def averaged_probabilities(
     models: list[Any], tokens: torch.Tensor, *, average: str, shares: tuple[float, ...] | None
 ) -> torch.Tensor:
-    """Return the teacher's distribution at each of the n = b (T - 1) predictions of (b, T) tokens: (n, V) float32."""
+    """Return the teacher's distribution at each prediction of (b, T) tokens, (n, V) float32.
+
+    n = b (T - 1).
+    """
     shares = shares or (1.0 / len(models),) * len(models)
     total: torch.Tensor | None = None
     for share, model in zip(shares, models, strict=True):

@@ -64,9 +64,9 @@ def read_config(
 
 
 def check_config(config: Mapping[str, Any], *, where: str = "Model config") -> None:
-    """Raise a ValueError that starts with `where` unless `config` is a Llama that `build_model` can build.
+    """Raise a ValueError unless `config` is a Llama that `build_model` can build.
 
-    Checked: known and required keys, sizes, divisibility by the number of heads, initialisation, no biases.
+    The message starts with `where`. Checked: known and required keys, sizes, divisibility by the number of heads, initialisation, no biases.
     """
     _check_keys(config, where)
     for key in (*_SIZES, *_OPTIONAL_SIZES):

@@ -1,8 +1,6 @@
 """Build a transformers Llama with random weights that depend on a seed alone.
 
-Every parameter is drawn on the CPU, in float32, from its own generator seeded by (seed, parameter name). The weights
-therefore do not depend on the global random state, the device, the number of ranks or the order of parameters, and
-adding a layer leaves the other layers unchanged.
+The weights do not depend on the global random state, the device, the number of ranks or the order of parameters.
 
 Shapes: a matrix is (out, in) as torch stores it, so fan_in is its second size; the embedding is (V, h).
 """
@@ -93,7 +91,7 @@ def build_model(
 
 
 def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
-    """Return the model of `config` on torch's meta device, which has shapes and names but needs no memory."""
+    """Return the model of `config` on torch's meta device: shapes and names without memory."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
@@ -153,11 +151,12 @@ def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace) -> None:
 def next_token(
     model: Any, tokens: torch.Tensor, embeddings: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (hidden (n, d), targets (n,)) for the n = b (T - 1) predictions in (b, T) sequences.
+    """Return hidden states (n, d) and targets (n,) for the predictions in (b, T) sequences.
 
-    `embeddings` (b, T, d) replace the embeddings of the tokens, if given.
+    n = b (T - 1). `embeddings` (b, T, d) replace the embeddings of the tokens, if given.
     """
     inputs = {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
+    # The decoder without the head: the loss forms logits in chunks (`epochal.loss`).
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
     return hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
 
@@ -227,6 +226,7 @@ def _draw(shape: tuple[int, ...], rule: WeightRule, *, seed: int, name: str) -> 
     weight = torch.empty(shape, dtype=torch.float32, device="cpu")
     if rule.std == 0.0:
         return weight.fill_(1.0)
+    # A generator for each parameter, seeded by its name: adding a layer leaves the other layers unchanged.
     generator = torch.Generator(device="cpu").manual_seed(_parameter_seed(seed, name))
     weight.normal_(0.0, rule.std, generator=generator)
     # Rejection sampling rather than torch.nn.init.trunc_normal_, whose algorithm differs between torch versions.

@@ -44,9 +44,9 @@ def load_model(workspace: Workspace, name: str) -> Any:
 
 
 def load_source(name: str, workspace: Workspace, records: Records) -> Any:
-    """Load the finished run or ensemble `name` as one transformers model, on the GPU if there is one.
+    """Load the finished run or ensemble `name` as one transformers model.
 
-    Raises ValueError if it has no record or the weights of a member are missing.
+    It is on the GPU if there is one. Raises ValueError if it has no record or the weights of a member are missing.
     """
     members = member_records(name, records)
     record = records.named(name)

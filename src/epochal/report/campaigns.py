@@ -21,7 +21,7 @@ class CampaignReport:
 
 
 def compare_campaigns(first: CampaignReport, second: CampaignReport) -> list[Section]:
-    """Return the claims of both campaigns side by side, then laws that compare `second` with `first`.
+    """Return the claims of both campaigns side by side, then laws that compare them.
 
     Raises ValueError when both have one name.
     """
@@ -33,6 +33,7 @@ def compare_campaigns(first: CampaignReport, second: CampaignReport) -> list[Sec
 
 
 def _claims_section(first: CampaignReport, second: CampaignReport) -> Section:
+    # By section and text, not by id: claims of an older report have none.
     by_place: list[dict[tuple[str, str], Claim]] = [
         {(section.title, claim.text): claim for section in side.sections for claim in section.claims}
         for side in (first, second)

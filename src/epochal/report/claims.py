@@ -86,7 +86,10 @@ def tally(claims: Iterable[Claim]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimRow(Claim):
-    """A claim in claims.json, with its verdict, its section, and its scale or the title of the report."""
+    """A claim in claims.json, with its verdict and its place.
+
+    `scale` is the scale, or the title of a report without one.
+    """
 
     scale: str
     section: str

@@ -1,7 +1,6 @@
 """Arms of one experiment compared by seed: a table of all arms, and a claim for each pair of interest.
 
-Runs of one seed start from the same weights and read the same batches, so their difference has less noise than either
-loss. All intervals are therefore Student's 90% intervals of the mean of paired differences.
+All intervals are Student's 90% intervals of the mean of paired differences.
 """
 
 import statistics
@@ -30,7 +29,7 @@ class ArmLosses:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The claim that one arm has a lower loss than another, both given by their labels.
+    """The claim that one arm has a lower loss than another, both named by label.
 
     `id` and `paper` are those of the Claim. `text` replaces "BETTER has a lower loss than WORSE". With a `tolerance`
     (nats) the claim is instead that the two losses differ by less than that, so `text` must be given.
@@ -64,10 +63,11 @@ def difference_claim(
 ) -> Claim:
     """Claim that the mean of differences is above zero, or within `tolerance` of it.
 
-    `differences` are in nats, one for each seed. The claim is provisional for every one of `caveats`, with a single seed,
-    and while its interval contains zero; the latter does not count against a claim of equality.
+    `differences` are in nats, one for each seed. The claim is provisional with any of `caveats`, with a single seed, and
+    while its interval contains zero; the latter does not count against a claim of equality.
     """
     mean = statistics.fmean(differences)
+    # An interval that contains zero supports equality, not against it.
     noise = [caveat for caveat in seed_caveats(differences) if tolerance is None or caveat == "one seed"]
     return Claim(
         id=id,
@@ -92,6 +92,8 @@ def pair_claims(
     claims = []
     for pair in pairs:
         better, worse = _arm(arms, pair.better), _arm(arms, pair.worse)
+        # Paired: runs of one seed start from the same weights and read the same batches, so their difference has
+        # less noise than either loss.
         gains = list(gains_by_seed(better.losses, worse.losses).values())
         if not gains:
             continue

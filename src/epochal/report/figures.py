@@ -83,9 +83,9 @@ def draw_series(
     color: str | None = None,
     join: bool = True,
 ) -> Any:
-    """Draw measured points as a line with markers, sorted by x, with a band from `low` to `high`.
+    """Draw measured points as a line with markers, with a band from `low` to `high`.
 
-    None and nan leave a gap. With `join=False` the points are not connected and the band is drawn as bars, for points
+    Points are sorted by x; None and nan leave a gap. With `join=False` the points are not connected and the band is drawn as bars, for points
     next to a law. Returns the line; pass its color to `draw_law`. Raises ValueError for sequences of different lengths.
     """
     import numpy as np
@@ -164,9 +164,9 @@ def draw_bars(
     low: Sequence[float | None] | None = None,
     high: Sequence[float | None] | None = None,
 ) -> Any:
-    """Draw one vertical bar for each name, labeled with its value, with an optional 90% interval.
+    """Draw one vertical bar for each name, labeled with its value.
 
-    None leaves a gap. Returns the bars. Raises ValueError for sequences of different lengths.
+    `low` and `high` are optional 90% intervals; None leaves a gap. Returns the bars. Raises ValueError for sequences of different lengths.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Laws through points of loss, along model size N, members K and data D, as sections of a report."""
+"""Laws through losses along size N, members K and data D, for a report."""
 
 import math
 import statistics
@@ -51,7 +51,7 @@ class AxisLaw:
 
 
 def fit_axis(points: Sequence[LossPoint], axis: Axis) -> list[AxisLaw]:
-    """Fit E + A / x**alpha to every group of points that differ along one axis only.
+    """Fit E + A / x**alpha to points that differ along one axis only.
 
     Groups with fewer than three places on the axis are left out. Along D each budget counts with its best loss over
     sizes and members (spec section 8), averaged over seeds.
@@ -81,6 +81,7 @@ def _best_at_each_budget(points: Sequence[LossPoint]) -> list[LossPoint]:
         settings.setdefault((point.recipe, point.D, point.N, point.K), []).append(point.loss)
     best: dict[tuple[str, float], float] = {}
     for (recipe, budget, *_), losses in settings.items():
+        # Averaged over seeds before the minimum, which would otherwise favor settings with many seeds.
         best[recipe, budget] = min(best.get((recipe, budget), math.inf), statistics.fmean(losses))
     return [LossPoint(recipe, loss, D=budget) for (recipe, budget), loss in best.items()]
 
@@ -97,9 +98,9 @@ def _count(value: float) -> str:
 
 
 def point_sections(points: Sequence[LossPoint], *, reference: str | None = None) -> list[Section]:
-    """Return sections with laws along N, K and D, each recipe compared with `reference`, and data efficiency.
+    """Return sections with laws along N, K and D, and data efficiency.
 
-    The reference is the first recipe by default. Raises ValueError for one that has no points.
+    Each recipe is compared with `reference`. The reference is the first recipe by default. Raises ValueError for one that has no points.
     """
     recipes = list(dict.fromkeys(point.recipe for point in points))
     base = recipes[0] if reference is None else reference
@@ -151,6 +152,7 @@ def _limit_claims(axis: Axis, laws: Sequence[AxisLaw], references: Mapping[str, 
         if probability is None:
             yield Claim(text=text, value=f"{value}, no interval", provisional=("the points have no interval",))
             continue
+        # Between the two the limits may be equal, so the claim stays open.
         sure = max(probability, 1 - probability) >= MIN_PROBABILITY
         yield Claim(
             text=text, value=f"{value} (probability {probability:.2f})", holds=probability > 0.5 if sure else None

@@ -1,4 +1,4 @@
-"""Losses as points over model size, data and members, from a CSV or from the records of a campaign.
+"""Losses as points over model size, data and members, from a CSV or from records.
 
 The CSV has one row for each measurement. The columns `recipe` (a name) and `loss` (nats per token) are required;
 `N_params`, `D_tokens` and `K` (parameters, distinct training tokens, members) are optional. Their cells may be written
@@ -39,6 +39,7 @@ def read_points(path: Path) -> tuple[list[LossPoint], tuple[str, ...]]:
     Raises ValueError for a file that cannot be read as CSV, lacks a required column, or has no usable row.
     """
     try:
+        # utf-8-sig: spreadsheets put a byte-order mark in front of the first column name.
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
             missing = [name for name in ("recipe", "loss") if name not in (table.fieldnames or ())]
@@ -51,6 +52,7 @@ def read_points(path: Path) -> tuple[list[LossPoint], tuple[str, ...]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as CSV ({error}); give a table with commas in UTF-8.") from None
     points, problems = [], []
+    # Line 1 has the names.
     for number, row in enumerate(rows, start=2):
         try:
             points.append(_point(row))
@@ -104,6 +106,7 @@ def _single_points(records: Records, recipe: str) -> list[LossPoint]:
         losses = [record.loss for record in setting]
         if isinstance(run, Run) and not inputs(run) and size and all(map(math.isfinite, losses)):
             place = (float(size), run.unique_tokens)
+            # All seeds of the best setting, not the best seed, whose loss is too low by selection.
             best[place] = min(best.get(place, [math.inf]), losses, key=statistics.fmean)
     return [LossPoint(recipe, loss, N, D, 1) for (N, D), losses in best.items() for loss in losses]
 

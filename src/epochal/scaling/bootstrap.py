@@ -34,7 +34,8 @@ def bootstrap_interval(law: PowerLaw, *, draws: int = 1000, seed: int = 0) -> di
 
 
 def _independent_points(law: PowerLaw) -> tuple[Array, Array, Array]:
-    """The points, or the mean of each size where the noise estimate rests on sizes alone."""
+    """Return the points, or the mean of each size if seeds are not independent."""
+    # The latter where the noise estimate rests on sizes alone; see `noise_variance`.
     if law.dof >= len(law.x) - law.parameters:
         return law.x, law.y, law.weights
     sizes = np.unique(law.x)

@@ -69,13 +69,17 @@ def aicc(residuals: npt.ArrayLike, parameters: int, weights: npt.ArrayLike | Non
     n, k = len(r), parameters + 1
     if n - k - 1 <= 0:
         return math.inf
+    # Normal likelihood with the variance at its optimum, rss / n; weights are inverse variances.
     rss = float(np.sum(w * r**2))
     likelihood = n * math.log(max(rss, np.finfo(float).tiny) / n) - float(np.sum(np.log(w)))
     return likelihood + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
 def choose(laws: Mapping[str, PowerLaw]) -> Choice:
-    """Choose between laws fitted to the same points, for example a free and a fixed exponent, by AICc."""
+    """Choose between laws fitted to the same points by AICc.
+
+    For example between a free and a fixed exponent. Raises ValueError without laws, or for unequal points.
+    """
     if not laws:
         raise ValueError("No laws were given: pass at least one, by name.")
     if len({len(law.y) for law in laws.values()}) > 1:

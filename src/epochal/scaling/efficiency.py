@@ -104,6 +104,7 @@ def _interval(
 ) -> tuple[Interval | None, str]:
     """The interval of the equivalent tokens, and a note on what it does not cover."""
     ends = (loss, loss) if loss_interval is None else loss_interval
+    # A higher loss needs less data, so the ends swap.
     by_loss = (_invert(law, ends[1]), _invert(law, ends[0]))
     if law.interval is None:
         if law.y.size:
@@ -114,7 +115,8 @@ def _interval(
 
 
 def _combined(center: float, first: float, second: float, *, end: int) -> float:
-    """The lower (0) or upper (1) end from two independent errors, added as squares on the log scale."""
+    """Combine two independent errors into the lower (0) or upper (1) end."""
+    # Added as squares, on the log scale, because multiples of data are ratios.
     if end == 0 and (math.isinf(center) or 0.0 in (first, second)):
         return min(first, second)
     if end == 1 and math.inf in (center, first, second):

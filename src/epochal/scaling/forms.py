@@ -1,8 +1,7 @@
-"""Fit laws in more than one size, such as Chinchilla's `E + A/N**alpha + B/D**beta` (Hoffmann et al. 2022).
+"""Fit laws in more than one size, such as Chinchilla's `E + A/N**alpha + B/D**beta`.
 
-A `Form` is linear in its coefficients at given shape constants, `offset + basis @ coefficients`. The coefficients (>= 0)
-come from non-negative least squares, and only the shapes are searched, from a grid of starts (variable projection).
-Written for tens to hundreds of points.
+Chinchilla: Hoffmann et al. 2022. A `Form` is linear in its coefficients at given shape constants,
+`offset + basis @ coefficients`. Written for tens to hundreds of points.
 
 Shapes: n points, c coefficients, s shape constants; `offset` (n,), `basis` (n, c).
 """
@@ -84,9 +83,9 @@ JOINT = power_sum("N", "K")
 
 
 def fit_surface(form: Form, loss: npt.ArrayLike, *, objective: str = "squares", **sizes: npt.ArrayLike) -> SurfaceLaw:
-    """Fit a form to losses (n,) in nats per token, for example `fit_surface(CHINCHILLA, loss, N=N, D=D)`.
+    """Fit a form to losses (n,) in nats per token.
 
-    Each size is (n,) and may be inf. `objective="squares"` gives a 90% interval of E by profile likelihood with Student
+    For example `fit_surface(CHINCHILLA, loss, N=N, D=D)`. Each size is (n,) and may be inf. `objective="squares"` gives a 90% interval of E by profile likelihood with Student
     quantiles; "huber" minimizes Huber's loss of log residuals (Chinchilla's third approach) and gives none. Raises
     ValueError for values that cannot be used.
     """
@@ -135,6 +134,7 @@ def _linear(offset: Array, basis: Array, y: Array) -> tuple[Array, Array]:
     rest = y - offset
     if basis.shape[1] == 0:
         return np.empty(0), rest
+    # Columns differ by many orders of magnitude, and nnls stops at an absolute tolerance.
     scale = np.linalg.norm(basis, axis=0)
     scale[scale == 0] = 1.0
     coefficients = nnls(basis / scale, rest)[0] / scale
@@ -154,7 +154,7 @@ def _grid(form: Form) -> list[Array]:
 
 
 def _search(form: Form, data: Data, y: Array, starts: list[Array] | None = None, fixed_E: float | None = None) -> Array:
-    """Minimize the sum of squares over the log shapes, with E fixed if `fixed_E` is given."""
+    """Minimize the sum of squares over the log shapes, with E fixed at `fixed_E`."""
     from scipy.optimize import least_squares
 
     low, high = _bounds(form)
@@ -162,10 +162,12 @@ def _search(form: Form, data: Data, y: Array, starts: list[Array] | None = None,
     def residual(log_shapes: Array) -> Array:
         offset, basis = form.model(np.exp(log_shapes), data)
         if fixed_E is not None:
+            # E is the first coefficient of a form with a limit.
             offset, basis = offset + fixed_E, basis[:, 1:]
         return _linear(offset, basis, y)[1]
 
     if starts is None:
+        # Variable projection: coefficients come from non-negative least squares, so only the shapes need starts.
         starts = sorted(_grid(form), key=lambda point: float(np.sum(residual(point) ** 2)))[:REFINED]
     fits = [
         least_squares(residual, np.clip(s, low + 1e-9, high - 1e-9), bounds=(low, high), xtol=1e-12, ftol=1e-12)
@@ -196,6 +198,7 @@ def _huber(form: Form, data: Data, y: Array, log_shapes: Array) -> tuple[Array, 
 
     # Huber's loss is flat far from the optimum and has more basins than least squares, so one start is not enough.
     starts = [start(np.clip(log_shapes, low + 1e-9, high - 1e-9)), *sorted(map(start, _grid(form)), key=cost)[:REFINED]]
+    # Coefficients are searched by their logarithms, which keeps them positive.
     unbounded = np.full(len(form.coefficients), np.inf)
     ends = np.append(low, -unbounded), np.append(high, unbounded)
     fits = [
@@ -209,22 +212,26 @@ def _huber(form: Form, data: Data, y: Array, log_shapes: Array) -> tuple[Array, 
 
 
 def _profile_limit(form: Form, data: Data, y: Array, log_shapes: Array, E: float, dof: int) -> Interval:
-    """Fix E, refit the rest, and solve for where the sum of squares crosses the F threshold on both sides."""
+    """Give the 90% profile interval of E."""
+    # Fix E, refit the rest, and solve for where the sum of squares crosses the threshold on both sides.
     from scipy.optimize import brentq
     from scipy.special import stdtrit
 
     least = float(np.sum(_linear(*form.model(np.exp(log_shapes), data), y)[1] ** 2))
     threshold = least * (1.0 + float(stdtrit(dof, TAILS[1])) ** 2 / dof)
+    # Points exactly on the law: the region is rounding noise.
     if threshold <= 1e-24 * float(np.sum(y**2)):
         return E, E
 
     def excess(value: float) -> float:
+        # Started at the optimum and next to it: a full grid of starts for each E would be slow.
         shapes = _search(form, data, y, [log_shapes, log_shapes - 0.5, log_shapes + 0.5], value)
         level, columns = form.model(np.exp(shapes), data)
         return float(np.sum(_linear(level + value, columns[:, 1:], y)[1] ** 2)) - threshold
 
     ends = []
     for sign in (-1.0, 1.0):
+        # Bracket the crossing by doubling, then bisect.
         inner, step = E, 4.0 * math.sqrt(threshold / len(y))
         outer = max(E + sign * step, 0.0)
         while excess(outer) < 0 and outer > 0 and step < 1e3:

@@ -1,6 +1,6 @@
 """The double limit of members and size: K -> inf, then N -> inf.
 
-Section 7 of the companion notes to "Pre-training under infinite compute": fit a law in K at every N, take the limits, and
+Source: section 7 of the companion notes to "Pre-training under infinite compute": fit a law in K at every N, take the limits, and
 fit a law in N through them.
 """
 
@@ -39,9 +39,9 @@ def fit_joint(
     sigma_dof: int = 0,
     alpha_K: float | None = None,
 ) -> JointLaw:
-    """Fit the limit K -> inf, then N -> inf, of ensemble losses in nats per token.
+    """Fit the double limit, K -> inf and then N -> inf, of ensemble losses.
 
-    N: parameters per member in any unit; K: members; loss; all (n,). K = `math.inf` marks a loss that already is a limit
+    N: parameters per member in any unit; K: members; loss in nats per token; all (n,). K = `math.inf` marks a loss that already is a limit
     in K; `sigma` are standard errors of such limits in nats, with `sigma_dof` degrees of freedom in all (`fit_members`
     gives both). Losses of subsets of one set of members are not independent: pass their limits instead.
     `alpha_K` fixes the exponent of the laws in K (1.0: independent members). Each N needs at least three K (two with
@@ -65,6 +65,7 @@ def fit_joint(
     if len(limits) < 2:
         raise ValueError("Fewer than two N have a limit in K: give three K (or K = inf) for two or more N.")
     if len(limits) < 3:
+        # A law in N has three constants.
         note = f"Only {len(limits)} sizes have a limit, too few for a law in N; E is the lowest limit in K."
         return JointLaw(lowest, None, note, inner, None)
     if lowest <= 0:
@@ -94,6 +95,8 @@ def _inner_limits(
     for size in np.unique(Ns).tolist():
         given, rows = (Ns == size) & np.isinf(Ks), (Ns == size) & np.isfinite(Ks)
         if given.any():
+            # Given limits are preferred: `fit_members` knows that subsets share members, a fit of raw losses does
+            # not.
             limits[size] = float(np.mean(losses[given]))
         elif len(np.unique(Ks[rows])) >= (2 if alpha_K is not None else 3):
             laws[size] = fit_power_law(Ks[rows], losses[rows], exponent=alpha_K)
@@ -102,7 +105,7 @@ def _inner_limits(
 
 
 def _inner_sigma(laws: list[PowerLaw]) -> tuple[Array, int]:
-    """Standard errors of the limits of laws with intervals, and their degrees of freedom in all."""
+    """Give standard errors of the limits of laws, and their degrees of freedom in all."""
     from scipy.special import stdtrit
 
     # One curve alone estimates its noise badly (two or three degrees of freedom), so all curves share one variance.
@@ -111,6 +114,7 @@ def _inner_sigma(laws: list[PowerLaw]) -> tuple[Array, int]:
     sigma = []
     for law in laws:
         low, high = law.quantiles(TAILS, np.inf)
+        # Half of the interval divided by its quantile, then rescaled to the shared variance.
         error = (high - low) / (2 * float(stdtrit(law.dof, TAILS[1])))
         sigma.append(error * np.sqrt(pooled / law.variance) if law.variance > 0 else 0.0)
     return np.maximum(sigma, SMALLEST_SIGMA), dof

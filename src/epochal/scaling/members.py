@@ -1,8 +1,7 @@
-"""The limit of adding members, `E + A / K`, from losses of subsets of one set of members.
+"""The limit of adding members, `E + A / K`, from losses of subsets.
 
-Losses of 1, 2, ..., K members are not independent points: all come from the same K models, so their scatter about the
-law does not show how much another draw of members would differ. Intervals from that scatter covered the limit in 0% to
-24% of simulated ensembles (`naive_E` in `benchmarks/laws.csv`). The interval here is a jackknife over members.
+Losses of 1, 2, ..., K members are not independent points: all come from one set of K models. The interval here is a
+jackknife over members.
 """
 
 import math
@@ -78,6 +77,9 @@ def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
     elif not curves:
         note = "No interval: all K share members, and the losses without each member are not known."
     else:
+        # The scatter about the law does not show how much another draw of members would differ: intervals from it
+        # covered the limit in 0% to 24% of simulated ensembles (`naive_E` in benchmarks/laws.csv). Leaving members
+        # out does.
         fits = [_fit(curve) for curve in curves]
         replicates = np.array([[fit.E, fit.A] for fit in fits])
         errors = _jackknife_error(replicates.T)
@@ -85,6 +87,7 @@ def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
         interval = {
             "E": (law.E - half_E, law.E + half_E),
             "A": (law.A - half_A, law.A + half_A),
+            # Fixed, not estimated.
             "alpha": (EXPONENT,) * 2,
         }
         return MembersLaw(law, interval, "", count - 1, float(errors[0]), replicates)

@@ -24,7 +24,7 @@ EXCESS_FLOOR = 0.05
 def noise_variance(
     x: Array, residuals: Array, weights: Array, parameters: int, sigma_dof: int, pooling: float
 ) -> tuple[float, int, str]:
-    """Give the variance of a point of weight 1, its degrees of freedom, and a note.
+    """Give the variance at weight 1, its degrees of freedom, and a note.
 
     Repeated seeds (or known errors, with `sigma_dof` degrees of freedom) measure seed noise. The deviation of sizes from
     the law also contains what seeds cannot show: tuning on a grid, model shape. Where it is significantly larger, seeds
@@ -38,7 +38,9 @@ def noise_variance(
     for group in groups:
         w, r = weights[group], residuals[group]
         within += float(np.sum(w * (r - np.sum(w * r) / np.sum(w)) ** 2))
+    # One-way analysis of variance: between sizes (about the law) and within sizes (about their means).
     dof_between, dof_within = len(groups) - parameters, len(x) - len(groups) + sigma_dof
+    # Nothing to compare: either no repeated seeds, or as many constants as sizes.
     if dof_between <= 0 or dof_within == 0:
         dof = max(len(x) + sigma_dof - parameters, 0)
         return total / max(dof, 1), dof, ""
@@ -50,7 +52,8 @@ def noise_variance(
 
 
 def shrinking_weights(log_x: Array, y: Array, exponent: float | None) -> Array:
-    """Give weights for noise proportional to the excess over the limit, by iterated reweighting."""
+    """Give weights for noise proportional to the excess over the limit."""
+    # Iterated reweighting: the excess depends on the fit, and the fit on the weights.
     weights = np.ones_like(y)
     for _ in range(EXCESS_ROUNDS):
         _, A, alpha, _ = solve(log_x, y[None], weights, alpha=exponent)
@@ -73,4 +76,5 @@ def seeds_prefer(x: Array, y: Array, weights: Array) -> bool:
         weight = float(np.mean(weights[group]))
         dof, log_weights = dof + free, log_weights + free * math.log(weight)
         even, weighted = even + squares, weighted + weight * squares
+    # Normal log-likelihoods with the variance at its optimum, which leaves the logarithm of the sums.
     return even > 0 and (dof * math.log(even / weighted) + log_weights) / 2 > SHRINKING_EVIDENCE

@@ -1,6 +1,6 @@
-"""Fit the power law with a limit, `loss = E + A / x**alpha`, and intervals of its constants.
+"""Fit the power law with a limit, `loss = E + A / x**alpha`.
 
-The form of "Pre-training under infinite compute" (sections 3 to 5): x is parameters N, members K or tokens D, and E is
+The form is that of "Pre-training under infinite compute" (sections 3 to 5): x is parameters N, members K or tokens D, and E is
 the asymptote by which recipes are compared. The paper fits three constants to four points and gives no interval. The
 intervals here are by profile likelihood with Student quantiles; `benchmarks/laws.csv` has their measured coverage.
 """
@@ -65,7 +65,7 @@ class PowerLaw:
         return _profile_quantiles(self, levels.ravel(), sizes.ravel()).reshape(levels.shape)
 
     def predict_interval(self, x: npt.ArrayLike) -> tuple[Array, Array]:
-        """Give both ends of the pointwise 90% band of the law at x, nan without an interval."""
+        """Give both ends of the pointwise 90% band at x, nan without an interval."""
         return self.quantiles(TAILS[0], x), self.quantiles(TAILS[1], x)
 
 
@@ -77,9 +77,9 @@ def fit_power_law(
     sigma: npt.ArrayLike | None = None,
     sigma_dof: int = 0,
 ) -> PowerLaw:
-    """Fit `y = E + A / x**alpha` with E, A >= 0 by bounded least squares, with 90% intervals.
+    """Fit `y = E + A / x**alpha` by least squares, with 90% intervals.
 
-    x: sizes in any unit; y: losses in nats per token; both (n,). Seeds of one size are points with the same x. Points
+    E and A are at least 0. x: sizes in any unit; y: losses in nats per token; both (n,). Seeds of one size are points with the same x. Points
     must be independent: losses of nested ensembles are not (see `fit_members`).
     `exponent` fixes alpha (1.0 for an ensemble of independent members, section 4 of the paper).
     `sigma` are standard errors of y in nats known from elsewhere (say, limits of other fits), estimated with `sigma_dof`
@@ -91,6 +91,7 @@ def fit_power_law(
     if sigma is not None:
         if sigma_dof < 1:
             raise ValueError(f"sigma_dof must be at least 1 where sigma is given, got {sigma_dof}.")
+        # Weights are inverse variances.
         weights = checked("sigma", sigma) ** -2.0
     constant = fit_constants(x, y, weights=weights, exponent=exponent, sigma_dof=sigma_dof)
     shortage = _shortage(constant, sigma_dof)
@@ -179,12 +180,14 @@ def checked(name: str, values: npt.ArrayLike, *, positive: bool = True) -> Array
 
 
 def _centered_logs(x: Array) -> tuple[Array, float]:
+    # Centered, because x of 1e9 to a power leaves E and A almost collinear.
     center = float(np.mean(np.log(x)))
     return np.log(x) - center, center
 
 
 def _shortage(law: PowerLaw, sigma_dof: int) -> str:
     """Why the points cannot carry an interval, empty if they can."""
+    # Repeated seeds add degrees of freedom, but only distinct sizes determine the curve.
     sizes, dof = len(np.unique(law.x)), len(law.x) + sigma_dof - law.parameters
     what = f"{law.parameters} constants"
     if law.fixed_alpha is not None:
@@ -221,7 +224,8 @@ def _profile_interval(law: PowerLaw) -> dict[str, Interval]:
 
 
 def _profile_quantiles(law: PowerLaw, probability: Array, x: Array, *, coefficient: bool = False) -> Array:
-    """Where the profile's sum of squares meets Student's quantile, for the law at x or (`coefficient`) for A."""
+    """Give the quantiles of the law at x, or of A with `coefficient`."""
+    # An end is where the profile's sum of squares reaches Student's quantile.
     log_x, center = _centered_logs(law.x)
     ends = profile(
         log_x,

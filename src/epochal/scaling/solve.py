@@ -54,7 +54,8 @@ class Moments:
 
 
 def linear(alphas: Array, log_x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Give the best E >= 0 and A >= 0 at each exponent and the weighted sum of squares, in closed form."""
+    """Give the best E, A >= 0 and the weighted sum of squares at each exponent."""
+    # Closed form: weighted linear regression of y on u, with the bounds applied afterwards.
     u = np.exp(-alphas[..., None] * log_x)
     free = Moments(u, y, weights)
     A = np.maximum(free.A, 0.0)
@@ -68,6 +69,7 @@ def linear(alphas: Array, log_x: Array, y: Array, weights: Array) -> tuple[Array
 def search(objective: Callable[[Array], Array], low: Array, high: Array) -> Array:
     """Minimize `objective(alphas (G, B)) -> (G, B)` over alpha in [low, high], (B,) each."""
     column = np.arange(len(low))
+    # Even in the logarithm: exponents span three decades.
     grid = low * (high / low) ** np.linspace(0.0, 1.0, GRID)[:, None]
     for _ in range(ZOOMS):
         best = np.argmin(objective(grid), axis=0)
@@ -79,7 +81,7 @@ def search(objective: Callable[[Array], Array], low: Array, high: Array) -> Arra
 
 
 def solve(log_x: Array, y: Array, weights: Array, *, alpha: float | None) -> tuple[Array, Array, Array, Array]:
-    """Give E, A, alpha and the sum of squares of the best law per row of `y` (B, n)."""
+    """Give E, A, alpha and the sum of squares for each row of `y` (B, n)."""
     if alpha is not None:
         alphas = np.full(len(y), alpha)
     else:
@@ -90,7 +92,8 @@ def solve(log_x: Array, y: Array, weights: Array, *, alpha: float | None) -> tup
 
 
 def alpha_range(log_x: Array, y: Array, weights: Array, best: float, ceiling: Array) -> tuple[Array, Array]:
-    """Give the lowest and highest exponents with a sum of squares below each ceiling (L,), within ALPHA_BOUNDS."""
+    """Give the lowest and highest exponents with a sum of squares below each ceiling (L,)."""
+    # The grid spans ALPHA_BOUNDS: an interval that reaches a bound ends there.
     grid = np.unique(np.append(np.geomspace(*ALPHA_BOUNDS, 4 * GRID), best))
     inside = linear(grid, log_x, y, weights)[2] <= ceiling[:, None]
     inside[:, np.searchsorted(grid, best)] = True  # rounding must not exclude the optimum itself
@@ -107,9 +110,9 @@ def alpha_range(log_x: Array, y: Array, weights: Array, best: float, ceiling: Ar
 
 
 def _extreme(free: Moments, ceiling: Array, of_level: Array, of_A: Array, sign: Array) -> Array:
-    """Maximize (sign 1) or minimize (-1) `of_level * E + of_A * A` over E, A >= 0 with a sum of squares <= ceiling.
+    """Give the extreme of `of_level * E + of_A * A` below a ceiling.
 
-    Gives -inf times sign where no law is below the ceiling.
+    It is taken over E, A >= 0 with a sum of squares <= ceiling. The maximum for sign 1, the minimum for sign -1. Gives -inf times sign where no law is below the ceiling.
     """
     room = ceiling - free.rss
     room = np.where(room > -1e-9 * ceiling, np.maximum(room, 0.0), room)  # rounding must not exclude the optimum
@@ -133,6 +136,7 @@ def _extreme(free: Moments, ceiling: Array, of_level: Array, of_A: Array, sign: 
         half = np.sqrt(np.maximum(ceiling - lowest, 0.0) / curvature)
         for end in (center - half, center + half):
             values.append(np.where((ceiling >= lowest) & (end >= 0), factor * end, -np.inf * sign))
+    # The multiplication by the sign turns the minimum into a maximum, and back.
     extreme: Array = np.max(np.stack(values) * sign, axis=0) * sign
     return extreme
 
@@ -149,7 +153,9 @@ def profile(
     alpha: float | None,
     coefficient: bool,
 ) -> Array:
-    """Give ends of profile intervals of the prediction at `exp(log_target)` (inf: the limit E), or of A.
+    """Give ends of profile intervals of a prediction, of the limit E, or of A.
+
+    The prediction is at `exp(log_target)`; at inf it is E.
 
     One problem per entry of `ceiling`, `log_target` and `sign`, all (L,); `y` and `weights` are (n,). `best` is the
     fitted exponent. With `coefficient`, `log_target` is where A is the whole excess: log_x of x = 1.

@@ -1,6 +1,6 @@
-"""Coordinate descent on a grid, as a pure function of the results so far (spec section 5).
+"""Coordinate descent on a grid (spec section 5).
 
-`CoordinateDescent` asks for points in rounds and moves its center to the best known point after each. It ends when every
+It is a pure function of the results so far. `CoordinateDescent` asks for points in rounds and moves its center to the best known point after each. It ends when every
 neighbor of the center was run and none is better. Its mode decides the size of a round:
 
 `sequential` evaluates one neighbor at a time and submits the remaining neighbors together once only verification is
@@ -64,6 +64,7 @@ class CoordinateDescent:
         return min(self.losses, key=self._rank, default=None)
 
     def _rank(self, point: Point) -> tuple[float, bool, Point]:
+        # Ties keep the center, or the search could move back and forth; then the order of fields decides.
         return self.losses[point], point != self.center, point
 
     def _finish_round(self) -> None:
@@ -72,8 +73,10 @@ class CoordinateDescent:
         # between seeds afterwards. A threshold would make the runs of a campaign depend on how many seeds have finished.
         if self.losses[leader] < self.losses[self.center]:
             self.center, self.direction = leader, self._round[leader]
+            # A move settles its field for now: the others are searched at the new center first.
             self.open_fields.discard(self.direction[0])
         untried = self._untried_neighbors()
+        # A field without untried neighbors is settled too.
         self.open_fields &= {field for field, _ in untried.values()}
         self._round = self._next_round(untried)
         self.asked += self._round
@@ -102,9 +105,9 @@ class CoordinateDescent:
 
 @dataclass(frozen=True)
 class Descent:
-    """State of a search: the best known point, the points without a result, and all points asked for so far.
+    """State of a search: the best known point, and the points asked for.
 
-    `best` is None before the first result.
+    `best` is None before the first result. `wanted` are the points without a result, `visited` all points so far.
     """
 
     best: Point | None
@@ -118,7 +121,7 @@ class Descent:
 
     @property
     def tried(self) -> int:
-        """Number of points with results, which is the cost of the search in runs of the first seed."""
+        """Number of points with results: the cost of the search in runs of the first seed."""
         return len(self.visited) - len(self.wanted)
 
 
@@ -154,7 +157,7 @@ def neighbors(point: Point, grid: Grid) -> list[Point]:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of the loss between seeds, pooled over settings with several seeds, and its degrees of freedom."""
+    """Standard deviation of the loss between seeds, and its degrees of freedom."""
 
     sd: float
     freedom: int
@@ -166,6 +169,7 @@ def pooled_noise(groups: Iterable[Iterable[float]]) -> Noise | None:
     for group in groups:
         losses = [loss for loss in group if math.isfinite(loss)]
         mean = sum(losses) / len(losses) if losses else 0.0
+        # Each group has its own mean, so settings of different losses can be pooled.
         squares += sum((loss - mean) ** 2 for loss in losses)
         freedom += max(0, len(losses) - 1)
     return Noise(math.sqrt(squares / freedom), freedom) if freedom else None
@@ -187,7 +191,8 @@ class Certificate:
 
     @property
     def ties(self) -> tuple[Point, ...]:
-        """Neighbors within two standard deviations of a difference, which is 2 sqrt(2) sd, of the best point."""
+        """Neighbors within two standard deviations of the best point."""
+        # The difference of two losses has the standard deviation sqrt(2) sd.
         limit = 2 * math.sqrt(2) * self.noise.sd if self.noise else 0.0
         return tuple(point for point, margin in self.margins.items() if margin < limit)
 
@@ -215,6 +220,7 @@ def certify(loss_of: LossOf, descent: Descent, grid: Grid, noise: Noise | None =
     edges = [
         field
         for field, values in grid.items()
+        # A fixed field, with one value, has no edge.
         if len(values) > 1 and None in (neighbor(best, field, -1, grid), neighbor(best, field, 1, grid))
     ]
     return Certificate(best, missing, margins, noise, tuple(edges))
@@ -240,6 +246,7 @@ def possible_gain(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None
     for field in grid:
         sides = [loss_of(point) for point in neighbors(best, {field: grid[field]})]
         known = [other for other in sides if other is not None]
+        # A field with both neighbors known has nothing to gain: neither is better.
         if len(known) < len(sides):
             if not known or not math.isfinite(known[0]):
                 return None
@@ -248,7 +255,9 @@ def possible_gain(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None
 
 
 def between_points(loss_of: LossOf, descent: Descent, grid: Grid) -> float | None:
-    """How much a finer grid could gain by the quadratic through the best point and its neighbors (nats).
+    """Return how much a finer grid could gain, by a quadratic fit (nats).
+
+    The quadratic goes through the best point and its neighbors.
 
     Fields at an end of the grid or with a diverged neighbor count as 0; None without a finite best loss.
     """
@@ -262,6 +271,7 @@ def between_points(loss_of: LossOf, descent: Descent, grid: Grid) -> float | Non
         low, high = (math.inf if side is None else side for side in sides) if len(sides) == 2 else (math.inf, math.inf)
         slope, curvature = (high - low) / 2, high + low - 2 * loss
         if math.isfinite(curvature) and curvature > 0:
+            # The depth of the vertex below the center, for unit steps. Fields are taken as separable.
             total += slope**2 / (2 * curvature)
     return total
 
@@ -270,12 +280,13 @@ def between_points(loss_of: LossOf, descent: Descent, grid: Grid) -> float | Non
 
 
 def members_limit(curve: Mapping[int, float]) -> float:
-    """Least-squares E of the law E + A / K through losses by number of members K (spec section 6).
+    """Return the least-squares E of the law E + A / K through losses by K.
 
-    Raises ValueError for fewer than two K.
+    K is the number of members (spec section 6). Raises ValueError for fewer than two K.
     """
     if len(curve) < 2:
         raise ValueError(f"The limit needs losses for two or more numbers of members, got {len(curve)}.")
+    # E + A / K is a line in 1 / K, so a linear regression suffices; K -> inf is its value at 0.
     inverse = [1 / k for k in curve]
     x, y = sum(inverse) / len(inverse), sum(curve.values()) / len(curve)
     spread = sum((value - x) ** 2 for value in inverse)

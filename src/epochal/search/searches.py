@@ -1,4 +1,4 @@
-"""Searches of a campaign: coordinate descent over the jobs of one size and budget, and how certain its optimum is.
+"""Searches of a campaign: coordinate descent over jobs, and how certain its optimum is.
 
 Everything here is a pure function of the records; no torch.
 """
@@ -55,11 +55,11 @@ class Search:
 
     @property
     def finer(self) -> float | None:
-        """What a finer grid around the best point could gain by the quadratic through its star (nats)."""
+        """What a finer grid around the best point could gain, by a quadratic fit (nats)."""
         return between_points(self.loss_of, self.descent, self.grid)
 
     def certificate(self, noise: Noise | None = None) -> Certificate | None:
-        """Return what is known about the neighbours of the best point."""
+        """Return what is known about the neighbors of the best point."""
         return certify(self.loss_of, self.descent, self.grid, noise)
 
 
@@ -67,7 +67,7 @@ class Search:
 
 
 def seed_noise(records: Records, model: str, tokens: int) -> Noise | None:
-    """Pool the spread of the loss between runs that differ in their seeds only, of one size and budget.
+    """Pool the spread of the loss between seeds, of one size and budget.
 
     With fewer than FEWEST_FREEDOM degrees of freedom there, of all sizes and budgets.
     """
@@ -77,6 +77,7 @@ def seed_noise(records: Records, model: str, tokens: int) -> Noise | None:
         everywhere.append(losses)
         if isinstance(run, Run) and (run.model, run.unique_tokens) == (model, tokens):
             here.append(losses)
+    # Noise differs between sizes, but an estimate from two or three runs is worse than one from other sizes.
     own = pooled_noise(here)
     return own if own is not None and own.freedom >= FEWEST_FREEDOM else pooled_noise(everywhere)
 
@@ -86,9 +87,9 @@ def seed_noise(records: Records, model: str, tokens: int) -> Noise | None:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """What comparing runs at a share of their steps would have done in the stars of finished searches.
+    """What comparing runs at a share of their steps would have chosen.
 
-    `same` of `stars` would have kept the same best point; `worst` is the most it would have cost (nats).
+    A star is the best point of a finished search with its neighbors. `same` of `stars` would have kept the same best point; `worst` is the most it would have cost (nats).
     """
 
     share: float
@@ -98,9 +99,9 @@ class EarlyStop:
 
 
 def early_stops(records: Records, searches: Sequence[Search]) -> list[EarlyStop]:
-    """Judge early stopping on real curves: in each certified star, who leads at a share of the steps, and who in the end.
+    """Judge early stopping on real curves.
 
-    Heavy decay keeps the loss high until the schedule ends (spec section 5), so a leader half-way says little.
+    In each certified star, compare the leader at a share of the steps with that in the end. Heavy decay keeps the loss high until the schedule ends (spec section 5), so a leader half-way says little.
     """
     stars = [
         curves for search in searches if search.descent.certified for curves in [_curves(records, search)] if curves
@@ -118,7 +119,7 @@ Curve = list[tuple[float, float]]  # share of the run's steps, loss
 
 
 def _curves(records: Records, search: Search) -> list[Curve]:
-    """Return the loss curves of the best point and its neighbours that finished."""
+    """Return the loss curves of the best point and its neighbors that finished."""
     best = search.descent.best
     certificate = search.certificate()
     if best is None or certificate is None:
@@ -133,7 +134,10 @@ def _curves(records: Records, search: Search) -> list[Curve]:
 
 
 def _cost_of_stopping(curves: list[Curve], share: float) -> float | None:
-    """Return what keeping only the leader at a share of the steps costs in the end; None without such evaluations."""
+    """Return what keeping only the leader at a share of the steps costs.
+
+    None if a curve has no evaluation near that share.
+    """
     pairs = []
     for curve in curves:
         there = [loss for at, loss in curve if abs(at - share) < 0.02]

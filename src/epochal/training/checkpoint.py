@@ -53,9 +53,9 @@ def save_checkpoint(
     *,
     group: Group = ALONE,
 ) -> Path:
-    """Write the checkpoint of a step, delete all but the last two, and return its folder. A collective.
+    """Write the checkpoint of a step and return its folder. A collective.
 
-    `weights` and `average` are whole tensors by name, used on rank 0 only; `optimizer` is the named state of this process;
+    All but the last two checkpoints are deleted. `weights` and `average` are whole tensors by name, used on rank 0 only; `optimizer` is the named state of this process;
     `state` is JSON. Raises OSError on every process if one of them could not write; the incomplete files are deleted.
     """
     # Written under another name and renamed when complete, so that a killed process leaves no incomplete checkpoint.
@@ -74,7 +74,7 @@ def save_checkpoint(
 
 
 def _on_all(group: Group, write: Callable[..., Any] | None, *arguments: Any) -> None:
-    """Call `write` on the processes that have one, and raise its failure on all of them."""
+    """Call `write` on the processes that have one; a failure is raised on all."""
     # A process that failed alone would leave the others blocked in the next collective.
     problem = None
     try:

@@ -21,8 +21,7 @@ from epochal.run import Job, Run, SoftTargetDistillation, Targets, averaging
 class OnlineTeacher:
     """The models of a Run or an Ensemble, run on every micro-batch of the student.
 
-    Memory on every rank: the weights of K models and their hidden states (n, d_k) for one micro-batch. All logits are
-    never in memory (`epochal.loss`).
+    Memory on every rank: the weights of K models and their hidden states (n, d_k) for one micro-batch.
     """
 
     def __init__(
@@ -107,6 +106,7 @@ class CachedTeacher:
             weight=self.teach.kd_weight,
             normaliser=normaliser,
         )
+        # KL needs sum p log p of the whole distribution; the cache has what the kept tokens lack of it.
         return loss + self.teach.kd_weight * math.fsum(missing) / normaliser
 
 
@@ -116,7 +116,7 @@ Teacher = OnlineTeacher | CachedTeacher
 def load_teacher(
     run: Run, batches: Batches, store: TokenStore, workspace: Workspace, records: Records
 ) -> Teacher | None:
-    """Return the teacher of a Run on this rank's device, or None if it has none.
+    """Return the teacher of a Run, on this rank's device; None without one.
 
     Raises ValueError if the source has no weights or another tokenizer, or its targets belong to another text.
     """

@@ -40,7 +40,7 @@ def soft_spectral_clip(
     iterations: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Map every singular value s of x (..., m, n) to s / sqrt(1 + s^2 / c^2).
+    """Map each singular value s of x to s / sqrt(1 + s^2 / c^2).
 
     The result has x's dtype. `c` > 0 is in units of x, one number or one per matrix. `iterations` (minimax, newton_schulz) sets the number of
     steps; `dtype` sets the arithmetic (default: bfloat16 for newton_schulz, else by condition number).
@@ -127,7 +127,7 @@ def _prefers_exact(x: Tensor) -> bool:
 
 
 def _prepare(x: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return wide scaled matrices (B, m, n), their thresholds (B,) and the unit (B,) of both."""
+    """Return wide scaled matrices (B, m, n), their thresholds (B,) and units (B,)."""
     # Wide, so that X X^T is the smaller of the two Gram matrices.
     rows, columns = x.shape[-2:]
     batch = x.reshape(-1, rows, columns)

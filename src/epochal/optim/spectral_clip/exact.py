@@ -56,7 +56,7 @@ def clip(
 
 
 def _factor(squared: Tensor, c: Tensor, hard: bool) -> Tensor:
-    """Return the factor on a singular value, from its square (B, m) and c (B, 1)."""
+    """Return the factor on singular values from their squares (B, m) and c (B, 1)."""
     return c / torch.sqrt(torch.maximum(c * c, squared) if hard else c * c + squared)
 
 

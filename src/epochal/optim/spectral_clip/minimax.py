@@ -61,9 +61,9 @@ def clip(
     dtype: torch.dtype | None = None,
     update: WeightUpdate | None = None,
 ) -> Tensor:
-    """Clip X (B, m, n), m <= n, softly at c (B,), or update weights by the result.
+    """Clip X (B, m, n) softly at c (B,), or update weights by the result.
 
-    X is float32 or float64, c float64. `iterations` overrides the number of steps, `dtype` the arithmetic.
+    m <= n; X is float32 or float64, c float64. `iterations` overrides the number of steps, `dtype` the arithmetic.
     """
     kernels = uses_kernels(x.device)
     chosen = iterations is not None or dtype is not None
