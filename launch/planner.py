@@ -34,6 +34,7 @@ def main(path: Path) -> int:
         print(f"{path.name} is gone: the campaign is over or was stopped.")
         return 0
     with _planner_lock(campaign):
+        # Before anything else: if this planner is killed, the next one is already in the queue.
         successor = _successor(campaign)
         try:
             return _round(campaign, successor)
@@ -84,6 +85,7 @@ def _round(campaign: ClusterCampaign, successor: str) -> int:
     if ready:  # all claimed outside this queue: look again later
         slurm.update(successor, Dependency="", StartTime=f"now+{WAIT_SECONDS}")
         return 0
+    # Tells planners and tasks that the campaign is over; see `ensure_planner`.
     campaign.path.unlink(missing_ok=True)
     slurm.cancel(successor)
     print("the campaign is complete" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -91,7 +93,7 @@ def _round(campaign: ClusterCampaign, successor: str) -> int:
 
 
 def _ready_and_failed(campaign: ClusterCampaign) -> tuple[list[Job], list[str]]:
-    """Return the ready jobs, most urgent first, and the names of those that used up their retries."""
+    """Return the ready jobs, most urgent first, and the names of those without retries."""
     config = campaign.config
     records = load_records(config.workspace)
     jobs = ready_jobs(campaign_jobs(config.recipes, records, load_scale(config.scale)), records)
@@ -100,13 +102,15 @@ def _ready_and_failed(campaign: ClusterCampaign) -> tuple[list[Job], list[str]]:
 
 
 def _is_claimed(campaign: ClusterCampaign, job: Job) -> bool:
-    """Whether a process outside this queue runs the job, such as a worker on a login node."""
+    """Whether a process outside this queue runs the job."""
+    # Such as a worker on a login node. The claim is released immediately: only the task will hold it.
     with claim(campaign.config.workspace, job) as claimed:
         return not claimed
 
 
 def arrays(campaign: ClusterCampaign, jobs: Sequence[Job]) -> Iterator[tuple[list[list[str]], int]]:
-    """Yield the job names of each task of an array and the nodes of a task: multi-node runs apart from the rest."""
+    """Yield the job names of each task of an array, and the nodes of a task."""
+    # Tasks of one array have equal resources, so multi-node runs get an array separate from the rest.
     nodes, pack = campaign.cluster.nodes, campaign.cluster.pack
     wide = [job.name for job in jobs if nodes > 1 and isinstance(job, Run)]
     narrow = [job.name for job in jobs if job.name not in wide]
@@ -119,6 +123,7 @@ def _submit_arrays(campaign: ClusterCampaign, jobs: Sequence[Job]) -> list[str]:
     """Submit jobs as arrays; returns the ids of all tasks."""
     task_ids = []
     for tasks, nodes in arrays(campaign, jobs):
+        # The rest is submitted by a later planner.
         tasks = tasks[: slurm.ARRAY_TASKS]
         batch = write_batch(campaign, tasks, nodes=nodes)
         job_id = slurm.submit(slurm.array_script(campaign, batch, len(tasks), nodes=nodes), campaign.folder)

@@ -62,9 +62,11 @@ def render(
                 f"cluster {cluster.name!r}: Slurm option {key!r} is unknown to submitit{nearest(key, known)}; "
                 "correct it, or put sbatch's own name for it under additional_parameters."
             )
+    # requeue: a task whose node fails starts again, from its checkpoint.
     extra = dict(options.pop("additional_parameters", {}))
     extra |= {"requeue": True, **({"comment": comment} if comment else {})}
     if tasks:
+        # B: the signal goes to the batch shell, which is the task itself after `exec`.
         extra["signal"] = f"B:USR1@{round(seconds(cluster.grace))}"
     text: str = slurm._make_sbatch_string(
         command="exec " + shlex.join(command),
@@ -134,7 +136,8 @@ def cancel(*job_ids: str) -> None:
 
 
 def after_any(tasks: list[str]) -> str:
-    """Return a dependency that is satisfied when the first of these tasks ends, successfully or not."""
+    """Return a dependency that is satisfied when the first of these tasks ends."""
+    # "?" is Slurm's "or"; afterany does not ask for success.
     # The first hundred are enough: they were submitted first, and the next planner sees all that ended.
     return "?".join(f"afterany:{task}" for task in tasks[:100])
 
@@ -160,5 +163,6 @@ def call(command: list[str], text: str | None = None) -> str:
 
 
 def _clean_environment() -> dict[str, str]:
-    """The environment without the SLURM_* variables of the current allocation, which sbatch would read as options."""
+    """Return the environment without the SLURM_* variables of the current allocation."""
+    # sbatch would read them as options. SLURM_CONF names the configuration of the cluster.
     return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}

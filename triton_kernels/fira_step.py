@@ -5,8 +5,7 @@
               low_squares_j = ||R_j||^2,  direction_squares_j = ||N_j||^2
     update    W <- decay W - P (lowrank_scale N - projection_coef_j R_j) - residual_scale_j G_j
 
-The few numbers per column or matrix between the passes are computed by epochal.optim.fira and kept on the device: there
-is no host sync, and a CUDA graph can capture a step.
+The few numbers per column or matrix between the passes are computed by epochal.optim.fira and stay on the device.
 
 Shapes: B matrices, rank r. W, G (B, a, b), any strides (pass transposed views to project the other side); P (B, a, r);
 R, M, V, N (B, r, b), M and V with the same strides; squares, projection_coef and residual_scale (B, b), one number per
@@ -88,6 +87,7 @@ def _fira_adam_kernel(
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    # Loaded, not passed as numbers: a schedule would recompile the kernel, and a CUDA graph would freeze them.
     mean_weight, square_weight = tl.load(w_b2 + batch * 2), tl.load(w_b2 + batch * 2 + 1)
     eps = tl.load(eps_1)
     low_squares = tl.zeros([BLOCK_N], tl.float32)
@@ -130,6 +130,7 @@ def _fira_update_kernel(
         ranks = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         mask = (ranks[:, None] < R) & (columns[None, :] < N)
         at = batch * r_sb + ranks[:, None] * r_sr + columns[None, :] * r_sn
+        # Both low-rank terms share the product with P, and the residual is never stored.
         x = lowrank_scale * tl.load(n_brb + at, mask=mask, other=0.0)
         x -= projection_coef[None, :] * tl.load(low_brb + at, mask=mask, other=0.0)
         p_mask = (rows[:, None] < A) & (ranks[None, :] < R)
@@ -147,7 +148,9 @@ def _fira_update_kernel(
 
 @torch.library.custom_op("epochal_kernels::fira_project", mutates_args=())
 def fira_project(gradient: Tensor, basis: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R (B, r, b), with the strides of `like` (a moment), and the squared norms of G's columns (B, b).
+    """Return R (B, r, b) and the squared norms of G's columns (B, b).
+
+    R has the strides of `like` (a moment).
 
     Raises:
         ValueError: for shapes that do not fit together.

@@ -1,4 +1,4 @@
-"""Loss against the K stored probabilities of each token, one bucket for the rest, and the hard label.
+"""Loss against stored probabilities of each token, one bucket for the rest, and the label.
 
     soft_i = sum_k p_ik (log p_ik - log q_i[id_ik]) + t_i (log t_i - log q_i[rest]),    q = softmax(z)
     t_i    = max(1 - sum_k p_ik, 0), and 0 if the rest is empty;  q_i[rest] = sum of q_i over the tokens not stored
@@ -12,9 +12,6 @@ and p = 0.
 
 Shapes: N rows (tokens), V vocabulary, K stored. z (N, V) float16, bfloat16, float32 (float64 in torch only); y (N,)
 int64; ids (N, K) int64, distinct in a row; p (N, K) any float. A row with ``y = ignore_index`` has loss and gradient 0.
-
-The kernel saves the stored logits and replaces them by -inf, so both passes over z see only the rest. Its sum then does
-not suffer from cancellation, as 1 - (sum of the stored) would, and no position is compared with K ids.
 
 Bytes moved: z is read twice and written once, as in softmax_loss.py; the targets are K / V of a dense teacher.
 """
@@ -92,6 +89,9 @@ def _sparse_loss_kernel(
             hot = tl.where(place < K, hot, float("-inf"))
             tl.store(hot_nk + row * K + place, hot, mask=place < K)
             tl.debug_barrier()  # all reads before the first write
+            # The stored logits are saved and replaced by -inf, so both passes over z see only the rest. Its sum
+            # then does not suffer from cancellation, as 1 - (sum of the stored) would, and no position is compared
+            # with K ids.
             tl.store(z_row + ids, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=known)
             hot_m, hot_s = online(hot_m, hot_s, hot)
         tl.debug_barrier()  # all writes before the first read

@@ -127,7 +127,7 @@ def _hours(cost: "Cost", hardware: "Hardware") -> str:
 
 
 def _search_lines(searches: "Sequence[SearchState]", hardware: "Hardware", *, all_searches: bool) -> list[str]:
-    """Format the state of each search, the cost of its next round and a bound on the gain."""
+    """Format each search: its state, the cost of its next round, a bound on the gain."""
     if not searches:
         return []
     certified, new = sum(search.certified for search in searches), sum(not search.begun for search in searches)
@@ -457,7 +457,7 @@ def _read_run_json(path: Path) -> "tuple[Job, WorkerConfig]":
 
 
 def _find_job(name: str, scale: str, results: Path, work: Path) -> "Job":
-    """Return a job by its name, from its record or from today's plan of all recipes."""
+    """Return a job by its name, from its record or from the plan of all recipes."""
     from epochal.campaign.plan import campaign_jobs, recipe_names
 
     setting, records = _load(scale, results, work, problems=False)
@@ -597,7 +597,10 @@ def export(
     results: Results = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """Write a finished run or ensemble to FOLDER as a Hugging Face model, with its model card and record."""
+    """Write a finished run or ensemble to FOLDER as a Hugging Face model.
+
+    The folder also gets a model card and the record.
+    """
     from epochal.export.huggingface import export as write
 
     _, records = _finished(name, scale, results, work)

@@ -279,7 +279,7 @@ def _launch(run: Run, config: WorkerConfig) -> None:
 
 
 def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds: float) -> None:
-    """Ask the processes of a run to save and stop, then terminate any that did not."""
+    """Ask the processes of a run to save and stop; terminate any that do not."""
     # A file reaches ranks on other nodes too. A signal to the launcher would leave them only 30 seconds (torchrun's
     # own limit), too short for a large checkpoint.
     note.touch()

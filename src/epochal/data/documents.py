@@ -98,7 +98,8 @@ def package_folder(package: str, install: str | None) -> Path:
 
 
 def _join(rows: Iterator[dict[str, Any]], source: Source, where: str) -> Iterator[str]:
-    """Yield the text of each row, or of each group of adjacent rows, joined by newlines."""
+    """Yield the text of each row, or of each group of adjacent rows."""
+    # The rows of a group are the lines of one document, such as the verses of a chapter.
     if not source.group:
         for row in rows:
             yield _column(row, source.text, where)

@@ -136,7 +136,7 @@ def _dtype(tokenizer: Any) -> np.dtype[Any]:
 
 
 def _split_of(digest: int, config: SplitConfig, written: dict[str, int]) -> str:
-    """Choose the split of a document from its hash, or from the tokens `written` so far."""
+    """Choose the split of a document by its hash, or by the tokens `written` so far."""
     if config.by == "stream":
         if written["validation"] < config.validation_tokens:
             return "validation"

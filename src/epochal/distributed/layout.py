@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Elements [start, stop) of the parameter numbered `entry`, at `offset` in the shard of a rank."""
+    """Elements [start, stop) of parameter number `entry`, at `offset` in a rank's shard."""
 
     entry: int
     start: int

@@ -452,7 +452,7 @@ class Sharded(Distributed):
     def _scatter(
         self, bucket: Bucket, updates: dict[int, tuple[Tensor, Tensor]], matrices: Shards, device: torch.device
     ) -> None:
-        """Send every piece of an update, with its decay factor, to the rank that holds the elements.
+        """Send every piece of an update, with its decay factor, to its rank.
 
         Each rank applies what arrives to its shard.
         """

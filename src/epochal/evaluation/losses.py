@@ -30,9 +30,9 @@ LOGITS = 2**20
 
 @torch.no_grad()
 def target_log_probs(members: Sequence[Loader], sequences: Tokens) -> torch.Tensor:
-    """Return log p(target) in nats of each member, (K, r * (T - 1)) float32 on the CPU.
+    """Return log p(target) in nats of each member, on the CPU.
 
-    `sequences` is (r, T).
+    `sequences` is (r, T), the result (K, r * (T - 1)) float32.
     """
     table = torch.empty(len(members), sequences.shape[0] * (sequences.shape[1] - 1), dtype=torch.float32)
     for row, load in zip(table, members, strict=True):
