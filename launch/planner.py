@@ -23,8 +23,8 @@ from epochal.run import Job, Run
 from epochal.scale import load_scale
 from launch import slurm
 
+# Delay of the next planner if there is no task to wait for: jobs run outside Slurm, or this round failed.
 WAIT_SECONDS = 60
-"""Delay of the next planner if there is no task to wait for: jobs run outside Slurm, or this round failed."""
 
 
 def main(path: Path) -> int:
@@ -109,7 +109,7 @@ def _is_claimed(campaign: ClusterCampaign, job: Job) -> bool:
 
 
 def arrays(campaign: ClusterCampaign, jobs: Sequence[Job]) -> Iterator[tuple[list[list[str]], int]]:
-    """Yield the job names of each task of an array, and the nodes of a task."""
+    """Yield arrays: the job names of each task, and the nodes of a task."""
     # Tasks of one array have equal resources, so multi-node runs get an array separate from the rest.
     nodes, pack = campaign.cluster.nodes, campaign.cluster.pack
     wide = [job.name for job in jobs if nodes > 1 and isinstance(job, Run)]

@@ -16,11 +16,11 @@ from typing import Any
 from epochal.campaign.cluster import ClusterCampaign
 from epochal.config import REPOSITORY, nearest, seconds
 
+# Most tasks in one array: Slurm's default MaxArraySize of 1,001 allows indices 0 to 1,000.
 ARRAY_TASKS = 1000
-"""Most tasks in one array: Slurm's default MaxArraySize of 1,001 allows indices 0 to 1,000."""
 
+# Attempts, and seconds between them, while the Slurm controller does not answer (restarting or busy).
 TRIES, TRY_SECONDS = 6, 10.0
-"""Attempts, and seconds between them, while the Slurm controller does not answer (restarting or busy)."""
 
 
 class SlurmError(RuntimeError):

@@ -19,8 +19,8 @@ from epochal.scale import Scale
 from launch import slurm
 from launch.planner import names_of
 
+# Running, queued and failed jobs that are listed by name.
 MAX_LISTED = 30
-"""Running, queued and failed jobs that are listed by name."""
 
 
 def watch(recipes: Sequence[str], workspace: Workspace, scale: Scale, *, every: float) -> None:

@@ -1,5 +1,6 @@
 """One file per question: its arms, its settings, the jobs it plans and the section of the report it writes."""
 
+# The order of a report, in which each recipe builds on those before; recipes of a working folder follow by name.
 ORDER = (
     "epoching",
     "heavy_weight_decay",
@@ -13,4 +14,3 @@ ORDER = (
     "optimizers_at_scale",
     "one_off_runs",
 )
-"""The order of a report, in which each recipe builds on those before; recipes of a working folder follow by name."""

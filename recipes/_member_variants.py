@@ -1,8 +1,6 @@
 """Variants of ensemble members at equal training cost, compared with independent members by `ensembling`.
 
-Cost is counted in passes of one member over its text. A chained member also reads its teacher (a third of a pass more) and
-trains for three quarters of the epochs instead. Masked inputs add a second pass, so the member trains for half of the
-epochs. Held-out tokens count as bought but are not trained on.
+Cost is counted in passes of one member over its text. Held-out tokens count as bought but are not trained on.
 """
 
 import math
@@ -20,8 +18,8 @@ from epochal.scale import Scale
 from epochal.scaling import seed_interval
 from epochal.study import Study
 
+# From a seed to the independent member of that seed.
 MakeMember = Callable[[int], Run]
-"""From a seed to the independent member of that seed."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ VARIANTS = {
     for variant in (
         Variant("independent", "independent: other weights and order"),
         Variant("init", "other weights, same order", shared=("order_seed",)),
+        # Sharing one of the two seeds shows which of them makes members differ.
         Variant("order", "same weights, other order", shared=("init_seed",)),
         Variant(
             "snapshot",
@@ -57,6 +56,8 @@ VARIANTS = {
             continues=True,
             run={"wd_schedule": "antiphase"},
         ),
+        # Reading the teacher costs a third of a pass more, so a chained member trains for three quarters of the
+        # epochs.
         # Weight and temperature are NanoGPT Slowrun's.
         Variant(
             "chain", "chain: each learns from the one before", teach={"kd_weight": 0.5, "temperature": 1.0}, epochs=0.75
@@ -64,6 +65,7 @@ VARIANTS = {
         Variant("ema", "EMA of the weights", run={"weight_averaging": "ema"}),
         Variant("swa", "SWA of the weights", run={"weight_averaging": "swa"}),
         Variant("dropout", "dropout", run={"dropout": 0.1}),
+        # Masked inputs add a second pass, so the member trains for half of the epochs.
         # arXiv 2606.06888
         Variant("masked", "masked inputs and plain ones", run={"input_mask_prob": 0.5}, epochs=0.5),
         Variant("holdout", "a slice held out, equal weights"),
@@ -106,7 +108,8 @@ def plan(study: Study, settings: Settings | None, independent: MakeMember | None
 
 
 def members(study: Study, settings: Settings, independent: MakeMember, variant: Variant, repetition: int) -> list[Run]:
-    """Return the members of one variant and repetition, each a change of the independent member of its seed."""
+    """Return the members of one variant and repetition."""
+    # Each is a change of the independent member of its seed, so variants can be compared by seed.
     runs: list[Run] = []
     first = repetition * settings.count
     for seed in range(first, first + settings.count):
@@ -128,6 +131,7 @@ def members(study: Study, settings: Settings, independent: MakeMember, variant: 
 
 def cost(runs: list[Run]) -> float:
     """Return the training cost of runs of one size in tokens of plain training."""
+    # A forward pass of the teacher is a third of a forward and backward pass.
     extra = [1.0 + (1.0 if run.input_mask_prob else 0.0) + (1.0 / 3.0 if run.teach else 0.0) for run in runs]
     return math.fsum(run.tokens * factor for run, factor in zip(runs, extra, strict=True))
 
@@ -140,6 +144,7 @@ def ensemble(
     equal = named_ensemble(runs, average)
     if not variant.weighs:
         return equal
+    # The ensemble of equal weights learns them on the held-out slice; its record has both.
     record = study.records.get(equal)
     learned = record.results.get("holdout") if record is not None else None
     if learned is None:
@@ -179,7 +184,7 @@ def rows(study: Study, settings: Settings | None, independent: MakeMember | None
 
 
 def gains(rows: Rows, label: str, average: str) -> list[float]:
-    """Return the gains over independent members of the same average, one for each repetition that has both."""
+    """Return the gains over independent members of the same average, by repetition."""
     row, baseline = rows.get((label, average)), rows.get(("independent", average))
     return [] if row is None or baseline is None else list(gains_by_seed(row.losses, baseline.losses).values())
 

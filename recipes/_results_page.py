@@ -86,7 +86,7 @@ def _replication(original: list[ClaimRow], replication: list[ClaimRow]) -> list[
 
 
 def main_results(scale_name: str) -> str:
-    """Render the whole chain of one scale as a table with up to three figures, for README.md."""
+    """Render the whole chain of one scale, with up to three figures, for README.md."""
     scale = load_scale(scale_name)
     records = load_records(Workspace(scale_name, RESULTS, Path("work")))
     tables: tuple[Table, ...] = load_recipe("distillation").report(Study(records, scale)).tables

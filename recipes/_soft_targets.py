@@ -1,7 +1,6 @@
 """Ways to teach one small student at equal student cost, and students of several sizes: rows of `distillation`.
 
-All ways take the steps of a student of sampled text, epochs / (1 - fraction) times those of the real text. The teacher's
-cost is not counted: it is paid once and depends on the way (models that read every batch, or one pass).
+The teacher's cost is not counted: it is paid once and depends on the way (models that read every batch, or one pass).
 """
 
 import statistics
@@ -31,8 +30,8 @@ SOFT = {
     "self": "one member, online",
 }
 WAYS = TEXT | SOFT
+# (way, baseline); the cache should equal the models that it was computed from.
 PAIRS = (("probs", "samples"), ("cached", "probs"), ("average", "samples"), ("self", "self-samples"))
-"""(way, baseline); the cache should equal the models that it was computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,8 @@ class Student:
 def text_student(
     study: Study, text: Student, model: str, source: str, seed: int, draw: str = "members"
 ) -> tuple[Job, Run]:
-    """Return the Samples of a source and a student that learns from them. Students of all seeds read the same text."""
+    """Return the Samples of a source and a student that learns from them."""
+    # Samples have no seed of the student: students of all seeds read the same text.
     samples = named_samples(source, text.pool_tokens, text.max_length, draw=draw)
     distill = SequenceDistillation(samples=samples.name, fraction=text.fraction)
     return samples, study.scale.run(model, study.scale.unique_tokens[0], text.point, seed=seed, distill=distill)
@@ -84,7 +84,10 @@ def teachers(study: Study, soft: Settings) -> dict[str, Ensemble]:
 
 
 def student(study: Study, text: Student, soft: Settings, way: str, seed: int, model: str = "") -> tuple[Job, ...]:
-    """Return the student of one way, seed and size (by default the members'), after what it reads; none if unknown."""
+    """Return the student of one way, seed and size, after what it reads.
+
+    The size is by default that of the members. Nothing before the teachers are known.
+    """
     by_average, scale = teachers(study, soft), study.scale
     if not by_average:
         return ()
@@ -92,6 +95,8 @@ def student(study: Study, text: Student, soft: Settings, way: str, seed: int, mo
     if way in TEXT:
         source = ensemble.runs[0] if way == "self-samples" else ensemble.name
         return text_student(study, text, model, source, seed, draw="average" if way == "average" else "members")
+    # All ways take the steps of a student of sampled text, epochs / (1 - fraction) times those of the real
+    # text.
     # Instead of sampled text the student sees the real text more often, in an order that keeps the cut of the sequences.
     point = Point(lr=text.lr, epochs=round(text.epochs / (1 - text.fraction)), wd=soft.wd)
     if way == "cached":
@@ -131,7 +136,7 @@ class Headroom:
 
 
 def headroom(study: Study, soft: Settings) -> Headroom | None:
-    """Return the best single model of the students' size and the mean of probabilities of its members."""
+    """Return what students can gain, from the best single model to the ensemble (probs)."""
     own = heavy_weight_decay.best(study, soft.model, study.scale.unique_tokens[0])
     job = teachers(study, soft).get("probs")
     ensemble = study.records.get(job) if job is not None else None
@@ -152,6 +157,7 @@ def claims(study: Study, text: Student, soft: Settings, caveats: tuple[str, ...]
             worse=baseline,
             id=f"distillation.way.{way}-{baseline}",
             text=f"at equal student cost, {WAYS[way]}: {'as good as' if way == 'cached' else 'better than'} {WAYS[baseline]}",
+            # The cache is a sample of the same distribution, so the claim is equality.
             tolerance=0.01 if way == "cached" else None,
         )
         for way, baseline in PAIRS
@@ -177,7 +183,7 @@ def notes(study: Study, text: Student, soft: Settings) -> list[str]:
 
 
 def tables(study: Study, text: Student, soft: Settings) -> list[Table]:
-    """Return the ways to teach, the best first, and the sizes taught by the cache, the largest first."""
+    """Return tables of the ways to teach and of the sizes taught by the cache."""
     room = headroom(study, soft)
     if room is None:
         return []

@@ -43,7 +43,10 @@ class Settings:
     base: str = ""
 
     def check(self, scale: Scale) -> None:
-        """Refuse anything but two batch sizes, a base that is not a path, and a model that is not on the ladder."""
+        """Raise ValueError for other than two batch sizes, a wrong base or a wrong model.
+
+        A base must be a path, and the model must be on the ladder.
+        """
         if len(self.batch_sizes) != 2:
             raise ValueError(f"batch_sizes is {self.batch_sizes}; give two, the default and the small one.")
         if self.base and "/" not in self.base:
@@ -101,11 +104,12 @@ def continuation(study: Study) -> Continuation | None:
     if settings.base:
         return Continuation(study, settings, settings.base)
     tuned = heavy_weight_decay.best(study, settings.model, study.scale.unique_tokens[0])
+    # Only once tuned: another base would change every run.
     return Continuation(study, settings, tuned.runs[0].name) if tuned.settled else None
 
 
 def plan(study: Study) -> list[Job]:
-    """Return the search of the base, then all steps, members and full passes, and the ensembles on both texts."""
+    """Return the search of the base, then all runs, and the ensembles on both texts."""
     settings, here = study.settings(Settings), continuation(study)
     if settings is None:
         return []
@@ -116,7 +120,7 @@ def plan(study: Study) -> list[Job]:
 
 
 def report(study: Study) -> Section:
-    """Report what each step gains on the second text, and what it costs on the first."""
+    """Report what each step gains on the second text and costs on the first."""
     title, question = "Continued pre-training", "Which recipes still pay when a model continues on a second text?"
     here = continuation(study)
     if here is None:
@@ -139,6 +143,7 @@ def _rows(here: Continuation) -> list[Row]:
     jobs: list[Run | Ensemble] = [*here.steps(), *here.ensembles()]
     names = (*STEPS, *(f"{here.settings.members} members, mean {average}" for average in AVERAGES))
     get = here.study.records.get
+    # A base from elsewhere was trained on another text, so forgetting cannot be measured.
     back = [get(job) for job in here.on_first_text()] or [None] * len(jobs)
     rows = [(what, get(job), first) for what, job, first in zip(names, jobs, back, strict=True)]
     return [(what, record, first) for what, record, first in rows if record is not None]
@@ -207,7 +212,8 @@ def _ensemble_claims(here: Continuation) -> list[Claim]:
 
 
 def _worth_claim(here: Continuation, reached: float) -> list[Claim]:
-    """Report how much text the default recipe needs for the ensemble's loss, as the paper's 17.5x: a lower bound."""
+    """Report how much text the default recipe needs for the ensemble's loss."""
+    # A lower bound, as the paper's 17.5x: the largest budget whose single pass is still worse.
     passes, tokens = here.full_passes(), here.settings.unique_tokens
     losses = {run.unique_tokens: loss for run in passes if (loss := here.study.loss(run)) is not None}
     if not losses or len(losses) < len(passes):

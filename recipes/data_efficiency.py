@@ -20,15 +20,16 @@ from epochal.search.searches import Search
 from epochal.study import Study
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
+# A law of three constants over fewer budgets says nothing.
 FEWEST_BUDGETS = 3
-"""A law of three constants over fewer budgets says nothing."""
 
+# The data set on whose validation tokens the Slowrun's table holds.
 SLOWRUN_DATA = "fineweb"
-"""The data set on whose validation tokens the Slowrun's table holds."""
 
 
 def plan(study: Study) -> list[Job]:
-    """Return what the other recipes run, and seeds of the best standard run of every budget, which show its noise."""
+    """Return what the other recipes run, and seeds of the best standard run per budget."""
+    # The seeds show the noise of the reference, which the interval of its law needs.
     return [*distillation.plan(study), *(run for tokens in epoching.budgets(study) for run in seeds(study, tokens))]
 
 
@@ -45,12 +46,16 @@ def searches(study: Study) -> list[Search]:
 def standard_losses(study: Study, tokens: int) -> list[float]:
     """Return the best standard loss of one budget: of every seed that has run, or of the search's alone."""
     losses = [loss for run in seeds(study, tokens) if (loss := study.loss(run)) is not None]
+    # Before the seeds are planned, the search has the first seed.
     losses = losses or [epoching.first_loss(study, epoching.best_standard(study, tokens))]
     return [loss for loss in losses if math.isfinite(loss)]
 
 
 def standard_law(study: Study) -> PowerLaw | None:
-    """Fit E + A / D**alpha to the best standard losses (D in tokens, all seeds); None with fewer than three budgets."""
+    """Fit E + A / D**alpha to the best standard losses of all seeds.
+
+    D is in tokens. None with fewer than three budgets.
+    """
     points = [(tokens, loss) for tokens in epoching.budgets(study) for loss in standard_losses(study, tokens)]
     if len({tokens for tokens, _ in points}) < FEWEST_BUDGETS:
         return None
@@ -105,6 +110,7 @@ def report(study: Study) -> Section:
         }
         for budget, values in losses.items()
     }
+    # Losses on another validation text cannot be looked up in the Slowrun's table.
     slowrun = (_slowrun_table(losses),) if scale.data == SLOWRUN_DATA else ()
     return Section(
         title="Data efficiency",
@@ -180,7 +186,8 @@ def _table(found: dict[int, Multiples], losses: dict[int, dict[str, Reached]]) -
 
 
 def _slowrun_table(losses: dict[int, dict[str, Reached]]) -> Table:
-    """Return the Slowrun's own multiple, which is measured against one-pass runs and not against a law."""
+    """Return the Slowrun's own multiple of each loss."""
+    # Measured against one-pass runs and not against a law, so a limit, which no run reached, has none.
     rows = [
         (budget, what, value.loss, slowrun_multiple(value.loss))
         for budget, values in losses.items()

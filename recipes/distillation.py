@@ -27,12 +27,12 @@ TEACHERS = {"ensemble": "the ensemble", "self": "one member of its own size"}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(_soft_targets.Student):
-    """The student of sampled text, and the ways to teach with soft targets where they are compared."""
+    """The student of sampled text, and optionally other ways to teach."""
 
     soft_targets: _soft_targets.Settings | None = None
 
     def check(self, scale: Scale) -> None:
-        """Refuse a student that is not on the ladder, or soft targets of a size without an ensemble."""
+        """Refuse a student outside of the ladder, or soft targets without an ensemble."""
         scale.check_models("model", self.model)
         ensembled = scale.tables.get("ensembling", {}).get("models", [])
         if self.soft_targets is not None and self.soft_targets.model not in ensembled:
@@ -70,6 +70,7 @@ def student(study: Study, teacher: str, seed: int = 0) -> tuple[Job, ...]:
         ensembles = ensembling.ensembles(study, settings.model, tokens)
     if not ensembles:
         return ()
+    # Any average will do: Samples draw from the members one by one.
     source = ensembles[0].name if teacher == "ensemble" else ensembles[0].runs[0]
     return _soft_targets.text_student(study, settings, settings.model, source, seed)
 

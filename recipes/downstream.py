@@ -28,10 +28,10 @@ from epochal.study import Study
 from recipes import distillation, ensembling, epoching, heavy_weight_decay
 
 KINDS = {"standard": "standard decay", "tuned": "tuned decay", "members": "members together", "student": "students"}
+# Draws of the questions behind an interval.
 RESAMPLES = 2000
-"""Draws of the questions behind an interval."""
+# Models below which an order says nothing.
 FEWEST = 4
-"""Models below which an order says nothing."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -71,7 +71,7 @@ class Entry:
 
 
 def entries(study: Study) -> list[Entry]:
-    """Return what answers, at the first budget: single models of every size, K members for every K, students."""
+    """Return what answers: single models, K members for every K, students."""
     tokens, found = study.scale.unique_tokens[0], list[Entry]()
     for model in study.scale.models:
         standard = study.best(epoching.standard(study), model, tokens)
@@ -191,7 +191,7 @@ def report(study: Study) -> Section:
 
 @dataclass(frozen=True)
 class Order:
-    """How the answers of some models to one task (or the mean of all) follow their losses."""
+    """How well the answers of some models to one task follow their losses."""
 
     models: str
     number: int
@@ -201,7 +201,8 @@ class Order:
 
 
 def _orders(found: list[Answered], draws: dict[str, Floats]) -> list[Order]:
-    """Rank all models, those of tuned decay with members, and each kind, where there are enough for an order."""
+    """Rank all models, those of tuned decay with members, and each kind."""
+    # Groups of fewer than FEWEST models are left out.
     groups = {"all": tuple(KINDS), "tuned decay and members": ("tuned", "members")}
     groups |= {words: (kind,) for kind, words in KINDS.items()}
     losses = np.array([one.record.loss for one in found])

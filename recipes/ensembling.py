@@ -1,4 +1,4 @@
-"""How low is the loss of K independent models together, and in which limit does it end? (Spec sections 6 and 7.)
+"""How low is the loss of K independent models together, and in which limit? (Spec 6, 7.)
 
 Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members trained twice
 as long with half the decay make a better ensemble although each is worse alone. If that fails at this scale, members are
@@ -28,14 +28,14 @@ from epochal.study import Study, mean_curve
 from recipes import _member_variants, heavy_weight_decay
 from recipes.heavy_weight_decay import TUNED
 
+# A three-constant law in N needs at least three sizes.
 FEWEST_SIZES = 3
-"""A three-constant law in N needs at least three sizes."""
 
+# A free exponent in K needs at least four numbers of members.
 FEWEST_COUNTS = 4
-"""A free exponent in K needs at least four numbers of members."""
 
+# Nats; equal members would make an error of zero, which would weigh infinitely in a fit.
 SMALLEST_ERROR = 1e-6
-"""Nats; equal members would make an error of zero, which would weigh infinitely in a fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,8 @@ def ensembles(study: Study, model: str, tokens: int) -> list[Ensemble]:
 
 
 def single_point_ensembles(study: Study, tokens: int) -> dict[str, Ensemble]:
-    """Return, by size, the ensemble of the seeds that were run at the best single model's point anyway."""
+    """Return, by size, the ensemble of the seeds at the best single model's point."""
+    # These seeds were run anyway, so this comparison costs no training.
     results = {model: study.best(TUNED, model, tokens) for model in settings(study).models if study.scale.seeds > 1}
     return {
         model: named_ensemble(tuple(run.name for run in result.runs), "logits")
@@ -254,6 +255,7 @@ def joint_law(done: Finished) -> JointLaw | None:
     }
     if len(laws) < FEWEST_SIZES or any(law.E <= 0 for law in laws.values()):
         return None
+    # Errors of some limits only would weigh the others arbitrarily.
     known = all(law.interval for law in laws.values())
     return fit_joint(
         list(laws),
@@ -332,7 +334,7 @@ def _claims(study: Study, tokens: int, done: Finished) -> list[Claim]:
 
 
 def _exponent_claims(study: Study, tokens: int, done: Finished) -> list[Claim]:
-    """Fit a free exponent in K to the mean losses of every size whose members, averaged in logits, have run."""
+    """Fit a free exponent in K to each size's mean losses (logits)."""
     curves = {model: mean_curve(record) for model, ensemble, record in done if ensemble.average == "logits"}
     laws = {m: fit_power_law(list(c), list(c.values())) for m, c in curves.items() if len(c) >= FEWEST_COUNTS}
     return [
@@ -350,7 +352,10 @@ def _exponent_claims(study: Study, tokens: int, done: Finished) -> list[Claim]:
 
 
 def _both_points(study: Study, model: str, tokens: int) -> tuple[Record | None, Record | None]:
-    """Return the records of the rule's members and of as many as there are seeds at the single model's point (logits)."""
+    """Return the records of members by the rule and at the single model's point.
+
+    Both are averaged in logits; the second has as many members as there are seeds.
+    """
     rule, plain = _rule_point(study, model, tokens), single_point_ensembles(study, tokens).get(model)
     if rule is None or plain is None:
         return None, None
@@ -358,13 +363,17 @@ def _both_points(study: Study, model: str, tokens: int) -> tuple[Record | None, 
 
 
 def _both_losses(by_rule: Record, plain: Record) -> tuple[float, float] | None:
-    """Return the losses of K members by the rule (mean over subsets) and at the single model's point; None without that K."""
+    """Return the losses of K members by the rule and at the single model's point.
+
+    None if the first record has no subsets of that K.
+    """
+    # The rule has more members than there are seeds, so subsets of equal K are compared.
     curve = by_rule.results.get("curve", {}).get(str(len(inputs(plain.job))), [])
     return (statistics.fmean(curve), plain.loss) if curve else None
 
 
 def _settings_claims(study: Study, tokens: int) -> list[Claim]:
-    """Compare the rule's members with as many at the best single model's point, for every size that has both."""
+    """Compare members by the rule with as many at the best single model's point."""
     claims = []
     for model in single_point_ensembles(study, tokens):
         by_rule, plain = _both_points(study, model, tokens)
@@ -388,7 +397,7 @@ def _settings_claims(study: Study, tokens: int) -> list[Claim]:
 
 
 def _joint_claim(study: Study, tokens: int, done: Finished) -> list[Claim]:
-    """The double limit, K first and then N (spec section 7), where three sizes or more have ensembles."""
+    """Report the double limit, K first and then N, of three or more sizes."""
     law = joint_law(done)
     if law is None:
         return []
@@ -407,7 +416,7 @@ def _joint_claim(study: Study, tokens: int, done: Finished) -> list[Claim]:
 
 
 def _limit_notes(study: Study, tokens: int, done: Finished) -> list[str]:
-    """Report how probable it is that members in their limit are lower than single models in theirs."""
+    """Report the probability that the limit of members is below that of single models."""
     single = heavy_weight_decay.size_law(study, tokens)
     if single is None or not done:
         return []

@@ -73,7 +73,7 @@ def searches(study: Study) -> list[Search]:
 
 
 def sweep(study: Study) -> list[Run]:
-    """Return one size at every number of epochs of the grid, everything else at its standard start."""
+    """Return one size at every number of epochs of the grid, at its standard start."""
     model, tokens = settings(study).sweep_model, study.scale.unique_tokens[0]
     if not model:
         return []
@@ -88,7 +88,8 @@ def _at_epochs(study: Study, model: str, tokens: int, epochs: int) -> tuple[Run,
 
 
 def repeats(study: Study) -> list[Run]:
-    """Return all seeds of the runs that the two claims compare, once the searches and the sweep have ended."""
+    """Return all seeds of the runs that the two claims compare."""
+    # Not before the searches and the sweep have ended: until then other runs may be the ones to compare.
     tokens, arm, swept = study.scale.unique_tokens[0], standard(study), sweep(study)
     searched = all(study.tuned(arm, model, tokens).certified for model in study.scale.models)
     if not searched or len(_curve(study, swept)) < len(swept):
@@ -96,18 +97,19 @@ def repeats(study: Study) -> list[Run]:
     return [run for pair in (_sweep_ends(study), _size_ends(study)) for runs in pair for run in runs]
 
 
+# Two settings to compare, each with every seed; two empty tuples before both are known.
 Pair = tuple[tuple[Run, ...], tuple[Run, ...]]
-"""Two settings to compare, each with every seed; two empty tuples before both are known."""
 
 
 def rises(study: Study, pair: Pair) -> list[float]:
-    """Return how far the second setting is above the first, in nats, for each seed that has both."""
+    """Return how far the second setting is above the first, in nats, by seed."""
     before, after = (study.finite(dict(enumerate(runs))) for runs in pair)
     return [after[seed].loss - before[seed].loss for seed in before if seed in after]
 
 
 def best_standard(study: Study, tokens: int) -> Result:
-    """Return the best standard result of one budget over all sizes, by the loss of the first seed."""
+    """Return the best standard result of one budget over all sizes."""
+    # By the loss of the first seed, which every size has; further seeds are run for the best size only.
     arm, best = standard(study), NOTHING
     for model in budgets(study)[tokens]:
         result = study.best(arm, model, tokens)
@@ -173,7 +175,7 @@ def _epochs_claim(study: Study) -> tuple[Claim, ...]:
 
 
 def _size_ends(study: Study) -> Pair:
-    """Return the smallest and the largest size at the most epochs that every size was run for."""
+    """Return the smallest and largest size at the most epochs that all sizes have."""
     tokens, models = study.scale.unique_tokens[0], study.scale.models
     complete = [epochs for epochs in study.scale.grid.epochs if len(_losses_at(study, tokens, epochs)) == len(models)]
     if not complete or len(models) < 2:
@@ -198,7 +200,8 @@ def _size_claim(study: Study) -> tuple[Claim, ...]:
 
 
 def _losses_at(study: Study, tokens: int, epochs: int) -> dict[str, float]:
-    """Return the finite losses of all sizes at one number of epochs, each at the lr its search starts from."""
+    """Return the finite losses of all sizes at one number of epochs."""
+    # Each at the lr that its search starts from.
     runs = {model: _at_epochs(study, model, tokens, epochs)[:1] for model in study.scale.models}
     losses = {model: study.loss(run) for model, pair in runs.items() for run in pair}
     return {model: loss for model, loss in losses.items() if loss is not None and math.isfinite(loss)}

@@ -18,17 +18,18 @@ from epochal.search.searches import EarlyStop, Search, early_stops, seed_noise
 from epochal.study import Arm, Result, Study
 from recipes import epoching
 
+# lr, epochs and decay tuned together, decay first because it matters most, then epochs (spec section 12).
 TUNED = Arm("tuned")
-"""lr, epochs and decay tuned together, decay first because it matters most, then epochs (spec section 12)."""
 
+# A three-constant law in N needs at least three sizes.
 FEWEST_SIZES = 3
-"""A three-constant law in N needs at least three sizes."""
 
 
 def plan(study: Study) -> list[Job]:
     """Return every job that can be named: the standard searches to compare with, the joint searches, and their seeds."""
     jobs: list[Job] = [*epoching.plan(study), *(job for search in joint_searches(study) for job in search.jobs)]
     for result in (best(study, model, tokens) for tokens in study.scale.unique_tokens for model in study.scale.models):
+        # Seeds only at certified points, which do not move any more.
         jobs += result.runs if result.settled else ()
     return jobs
 
@@ -50,7 +51,10 @@ def best(study: Study, model: str, tokens: int) -> Result:
 
 
 def best_single(study: Study, tokens: int) -> tuple[Result, str]:
-    """Return the tuned result with the lowest seed mean over all sizes, and its size ("" before any result)."""
+    """Return the tuned result with the lowest seed mean, and its size.
+
+    The size is "" before any result.
+    """
     model = min(study.scale.models, key=lambda m: best(study, m, tokens).mean)
     result = best(study, model, tokens)
     return result, model if result else ""

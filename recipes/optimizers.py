@@ -138,7 +138,7 @@ def report(study: Study) -> Section:
 
 
 def losses(study: Study, arm: Arm, sweep: Sweep) -> ArmLosses:
-    """Return the losses of an arm at its best point by seed, with what they lack for a final verdict."""
+    """Return the losses of an arm at its best point by seed, with their caveats."""
     result = study.swept(arm, sweep)
     return ArmLosses(label=arm.label, losses=result.losses, caveats=caveats(result, arm.label, sweep))
 
@@ -231,12 +231,14 @@ def _cost_claims(study: Study, name: str, sweep: Sweep) -> list[Claim]:
 
 
 def _overhead(*pair: list[Record]) -> float | None:
-    """How much longer a step is with the first optimizer than with the second, if model passes take the same time."""
+    """Return how much longer a step is with the first optimizer than with the second."""
+    # Both steps relative to the model passes, which take the same time: a step is 1 / (1 - the optimizer's share) of them.
     steps = []
     for records in pair:
         shares = [float(s) for record in records if (s := record.provenance.get("optimizer_share")) is not None]
         if not shares:
             return None
+        # The smallest share over seeds is the least disturbed by other processes.
         steps.append(1 / (1 - min(shares)))
     return steps[0] / steps[1] - 1
 

@@ -29,17 +29,18 @@ from recipes._member_variants import VARIANTS, MakeMember
 from recipes.ensembling import members_law
 
 BASE = "AdamW"
+# The variants that are compared with independent members of the same optimizer.
 COMPARED = ("chain", "snapshot")
-"""The variants that are compared with independent members of the same optimizer."""
+# Sizes below which a three-constant law in N has no interval.
 FEWEST_SIZES = 4
-"""Sizes below which a three-constant law in N has no interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Arms of the recipe `optimizers` by label, in its setting `setting`, tuned at every size of `models`.
+    """Arms of the recipe `optimizers`, in its setting `setting`, tuned at every size.
 
-    At the comparison's own size `members` of each are ensembled, and chained members and snapshots in groups of `group`.
+    `optimizers` are labels of arms, `models` the sizes. At the comparison's own size `members` of each are ensembled,
+    and chained members and snapshots in groups of `group`.
     """
 
     setting: str
@@ -121,7 +122,7 @@ def comparison(study: Study) -> Comparison | None:
 
 
 def plan(study: Study) -> list[Job]:
-    """Return each optimizer's grid and seeds at each size, its members of every variant, and their ensembles."""
+    """Return each optimizer's grid and seeds at each size, its members and ensembles."""
     here, jobs = comparison(study), list[Job]()
     for label in here.settings.optimizers if here else ():
         assert here is not None
@@ -173,13 +174,14 @@ def size_law(here: Comparison, label: str) -> PowerLaw | None:
 
 
 def best_decay(here: Comparison, label: str, model: str) -> float | None:
-    """Return the best decay of one optimizer at one size, in AdamW's terms (times its factor)."""
+    """Return the best decay of one optimizer at one size, in AdamW's terms."""
+    # Times its factor, since an arm's decays are those of the grid divided by it.
     point = here.tuned(label, model).point
     return None if point is None else float(f"{point.wd * optimizers.arm(label).lr_factor:.6g}")
 
 
 def _tuned_claims(here: Comparison, label: str) -> list[Claim]:
-    """Is it lower at every size, does that last with size, and does it want the same decay?"""
+    """Claim that it is lower at every size, lastingly, and at the same decay."""
     models, key = here.settings.models, label.lower()
     gains = {model: here.gains(label, model) for model in models}
     small, large = gains[models[0]], gains[models[-1]]
@@ -357,7 +359,7 @@ def _member_table(here: Comparison) -> Table:
 
 
 def variant_gains(here: Comparison, label: str, variant: str) -> list[float]:
-    """Return how far groups of one variant are below independent ones of the same optimizer, by repetition."""
+    """Return how far groups of one variant are below independent ones, by repetition."""
     return list(gains_by_seed(here.group_losses(label, variant), here.group_losses(label, "independent")).values())
 
 

@@ -177,7 +177,8 @@ def test_the_map_of_the_readme_matches_the_disk() -> None:
 
 
 PRIVATE_LANGUAGE = (
-    r"\bfor ever\b", r"\bbeside\b", r"\bin turn\b", r"\bin other hands\b", r"\bin (no|nobody's) hands\b", r"\bnobody\b", r"\bwhoever\b",
+    r"\bfor ever\b", r"\bbeside\b",
+    r"\bin turn\b", r"\bin other hands\b", r"\bin (no|nobody's) hands\b", r"\bnobody\b", r"\bwhoever\b",
     r"\banew\b", r"\blies? under\b", r"\bwithout a word\b", r"\blast word\b", r"\bspeaks? (together|as one)\b", r"\bgoes on\b",
     r"\bis no (multiple|number|text|duration|model|table|record|kind|list|name)\b", r"\bare no (models|numbers|matrices)\b",
     r"\bwhat is left\b", r"\bits own\b.*\bits own\b", r"\bfar and wide\b", r"\bto hand\b", r"\bby nature\b",

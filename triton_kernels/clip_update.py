@@ -64,7 +64,8 @@ def _clip_update_kernel(
 def clip_update(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> Tensor:
     """Return factors[:, 0] W + factors[:, 1] Z X in the dtype of W.
 
-    W (B, m, n), Z (B, m, m), X (B, m, n), factors (B, 2). Raises ValueError if the shapes do not match or Z and X have different dtypes.
+    W (B, m, n), Z (B, m, m), X (B, m, n), factors (B, 2). Raises ValueError if the shapes do not match or Z and X have
+    different dtypes.
     """
     _check(weight, z, x, factors)
     out = torch.empty_like(weight)
@@ -74,7 +75,7 @@ def clip_update(weight: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> Tensor
 
 @torch.library.custom_op("epochal_kernels::clip_update_where_", mutates_args=("out",))
 def clip_update_where_(out: Tensor, weight: Tensor, z: Tensor, x: Tensor, factors: Tensor, active: Tensor) -> None:
-    """Write the result of `clip_update` into `out` where `active` (B,) int32 is not 0."""
+    """Write the result of `clip_update` into `out` where `active` (B,) int32 is nonzero."""
     _check(weight, z, x, factors)
     _launch(out, weight, z, x, factors, active)
 

@@ -1,4 +1,4 @@
-"""Running maximum and sum of exponentials (online softmax), for log sum exp in one pass over the logits.
+"""Running maximum and sum of exponentials (online softmax): log sum exp in one pass.
 
     m' = max(m, z);  s' = s exp(m - m') + exp(z - m');      at the end log sum exp(z) = m + log s
 

@@ -11,10 +11,6 @@ Shapes: N rows (tokens), V vocabulary. z (N, V) float16, bfloat16, float32 (floa
 p (N, V) float32. Sums are float32 whatever z is.
 
 Bytes moved: z and p are read twice and z is written once; torch makes about eight passes over (N, V).
-
-Written portably (plain loads, BLOCK <= 4096) so that Triton's interpreter can test it on a CPU. A one-pass kernel with
-larger blocks would be faster: this one measured 1.73 of 3.35 TB/s on an H100 at 4096 x 50304
-(benchmarks/kernels_gpu.csv), quack reports about 90% of peak.
 """
 
 # Kernel arguments are Triton pointers and scalars, which have no Python type.
@@ -59,6 +55,9 @@ def softmax_loss_reference(
     return loss.masked_fill_(~kept.squeeze(1), 0.0), gradient.masked_fill_(~kept, 0.0)
 
 
+# Written portably (plain loads, BLOCK <= 4096) so that Triton's interpreter can test it on a CPU. A one-pass
+# kernel with larger blocks would be faster: this one measured 1.73 of 3.35 TB/s on an H100 at 4096 x 50304
+# (benchmarks/kernels_gpu.csv), quack reports about 90% of peak.
 @jit
 def _softmax_loss_kernel(
     z_nv, y_n, p_nv, loss_n, z_stride, p_stride, V, weight, temperature, ignore_index,

@@ -1,4 +1,4 @@
-"""Loss against stored probabilities of each token, one bucket for the rest, and the label.
+"""Loss against K stored probabilities per token, one bucket for the rest, and the label.
 
     soft_i = sum_k p_ik (log p_ik - log q_i[id_ik]) + t_i (log t_i - log q_i[rest]),    q = softmax(z)
     t_i    = max(1 - sum_k p_ik, 0), and 0 if the rest is empty;  q_i[rest] = sum of q_i over the tokens not stored

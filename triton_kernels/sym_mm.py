@@ -27,8 +27,8 @@ from torch import Tensor
 
 from triton_kernels.backend import INTERPRETED, backend, jit, tl, triton
 
+# (rows, inner) of a tile: fits the registers of an 8-warp program; not tuned per GPU.
 TILES = {torch.float16: (128, 64), torch.bfloat16: (128, 64), torch.float32: (64, 32)}
-"""(rows, inner) of a tile: fits the registers of an 8-warp program; not tuned per GPU."""
 
 
 def sym_mm_reference(a: Tensor, b: Tensor, c: Tensor | None = None, coefficients: Tensor | None = None) -> Tensor:
@@ -112,11 +112,12 @@ def sym_mm(
     active: Tensor | None = None,
     whole: bool = False,
 ) -> Tensor:
-    """Return alpha A B^T + beta C + delta I, (b, m, m) in the dtype of ``a``; without coefficients A B^T.
+    """Return alpha A B^T + beta C + delta I, (b, m, m).
 
-    A B^T and C must be symmetric, because the kernel computes one triangle and mirrors it bit by bit; with `whole` it
-    computes both. With `active` (b,) int32 only matrices whose entry is not 0 are computed, the others are undefined.
-    Raises ValueError if shapes or dtypes do not match, or for a C without coefficients.
+    The result has the dtype of ``a``; without coefficients it is A B^T. A B^T and C must be symmetric, because the
+    kernel computes one triangle and mirrors it bit by bit; with `whole` it computes both. With `active` (b,) int32 only
+    matrices whose entry is not 0 are computed, the others are undefined. Raises ValueError if shapes or dtypes do not
+    match, or for a C without coefficients.
     """
     _check(a, b, c, coefficients)
     batch, m, k = a.shape

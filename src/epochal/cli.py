@@ -457,7 +457,7 @@ def _read_run_json(path: Path) -> "tuple[Job, WorkerConfig]":
 
 
 def _find_job(name: str, scale: str, results: Path, work: Path) -> "Job":
-    """Return a job by its name, from its record or from the plan of all recipes."""
+    """Return a job by name, from its record or the plan of all recipes."""
     from epochal.campaign.plan import campaign_jobs, recipe_names
 
     setting, records = _load(scale, results, work, problems=False)

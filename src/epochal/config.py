@@ -229,7 +229,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def model_path(name_or_path: str | Path) -> Path:
     """Return the JSON file of a model.
 
-    The model is given by name, by `.json` file or by a folder with a `config.json`. Raises ValueError with the nearest existing name.
+    The model is given by name, by `.json` file or by a folder with a `config.json`. Raises ValueError with the nearest
+    existing name.
     """
     given = str(name_or_path)
     if (isinstance(name_or_path, Path) or "/" in given) and Path(given).is_dir():

@@ -24,14 +24,14 @@ from triton_kernels.softmax_add import softmax_add_
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
 
+# (hidden (N, d_k), head (V, d_k)) of one teacher.
 Teacher = tuple[Tensor, Tensor]
-"""(hidden (N, d_k), head (V, d_k)) of one teacher."""
 
+# Elements of a chunk's (C, V) buffer: 64 MiB in float32 on a CPU, enough rows to fill a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-"""Elements of a chunk's (C, V) buffer: 64 MiB in float32 on a CPU, enough rows to fill a GPU."""
 
+# Elements per block of rows in the plain torch path, so that a block stays in a core's cache.
 _CACHE_ELEMENTS = 2**18
-"""Elements per block of rows in the plain torch path, so that a block stays in a core's cache."""
 
 
 def backend(device: torch.device | str = "cpu") -> str:
@@ -177,8 +177,8 @@ class _Options:
 
     weight: float
     ignore_index: int
+    # Of the matrix products.
     dtype: torch.dtype
-    """Of the matrix products."""
     chunk_tokens: int
     hidden_gradient: bool
     head_gradient: bool

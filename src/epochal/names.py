@@ -15,6 +15,7 @@ from epochal.run import Ensemble, Run, Samples, Targets, without_seed
 IN_STEM = ("name", "model", "unique_tokens", "epochs", "optimizer", "init_seed", "order_seed")
 REFERENCES = ("samples", "source", "init_from")
 LONGEST_CHANGES = 100  # characters; names of jobs that read the run add theirs, and a file name ends at 255
+# Fields whose values need another word in front of them than the name of the field, or none.
 SHORT = {
     "distill": "text",
     "fraction": "",
@@ -29,7 +30,6 @@ SHORT = {
     "input_mask_prob": "mask",
     "holdout_tokens": "holdout",
 }
-"""Fields whose values need another word in front of them than the name of the field, or none."""
 
 
 def named_run(run: Run, base: Run) -> Run:

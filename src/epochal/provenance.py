@@ -13,8 +13,8 @@ from epochal.config import REPOSITORY
 
 PACKAGES = ("epochal", "torch", "transformers", "accelerate", "numpy", "tokenizers", "deepspeed", "triton")
 
+# Peak dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Peak dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets."""
 
 
 @functools.cache

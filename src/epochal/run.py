@@ -257,8 +257,9 @@ class Samples:
 class Targets:
     """Soft next-token targets of a Run or an Ensemble, for students that read a cache.
 
-    They cover the training text: the first `unique_tokens` training tokens, cut into sequences of `sequence_length`. Members are averaged, and `keep`
-    tokens of each position stay: the most probable ones, and a sample that stands for the rest (`epochal.generation.soft_targets`).
+    They cover the training text: the first `unique_tokens` training tokens, cut into sequences of `sequence_length`.
+    Members are averaged, and `keep` tokens of each position stay: the most probable ones, and a sample that stands for
+    the rest (`epochal.generation.soft_targets`).
     """
 
     name: str

@@ -13,8 +13,8 @@ from epochal.config import find_config, from_table, nearest, read_toml
 from epochal.names import named_run
 from epochal.run import AdamW, Optimizer, Run, Spectra
 
+# sequential: one neighbor at a time, fewest runs; parallel: all neighbors at once, fewest rounds (`search.descent`).
 SEARCH_MODES = ("sequential", "parallel")
-"""sequential: one neighbor at a time, fewest runs; parallel: all neighbors at once, fewest rounds (`search.descent`)."""
 
 Value = float | int
 

@@ -21,8 +21,8 @@ from epochal.scale import Scale
 from epochal.search.searches import Search, seed_noise
 from epochal.study import Study
 
+# Model folders hold float32 weights.
 BYTES_PER_WEIGHT = 4
-"""Model folders hold float32 weights."""
 
 
 def recipe_folders() -> list[Path]:

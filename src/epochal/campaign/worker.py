@@ -30,14 +30,14 @@ from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_rea
 
 POLL_SECONDS = 0.5
 
+# Give up on a job after this many crashes without an error message or a new checkpoint.
 MAX_SILENT_CRASHES = 3
-"""Give up on a job after this many crashes without an error message or a new checkpoint."""
 
+# A file in a run's folder that asks its processes to stop.
 STOP_NOTE = "stop"
-"""A file in a run's folder that asks its processes to stop."""
 
+# Sends one event to the parent process.
 Emit = Callable[[dict[str, Any]], None]
-"""Sends one event to the parent process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +290,8 @@ def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds
         process.wait()
 
 
+# A file in a run's folder with the error of the first of its processes that failed, for the worker that launched them.
 ERROR_FILE = "error.txt"
-"""A file in a run's folder with the error of the first of its processes that failed, for the worker that launched them."""
 
 
 def write_error_file(folder: Path, error: BaseException) -> None:

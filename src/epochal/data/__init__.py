@@ -1,4 +1,4 @@
-"""From text files to a token store, and from it to the batch at step t."""
+"""From text files to a token store, and from there to batches."""
 
 from epochal.data.store import TokenStore
 

@@ -1,6 +1,7 @@
 """Read documents from files, from an installed package, or from a hub data set.
 
-Files are text, JSON lines, JSON or parquet. `read_documents` streams them in a fixed order and can be called again for a second pass.
+Files are text, JSON lines, JSON or parquet. `read_documents` streams them in a fixed order and can be called again for
+a second pass.
 """
 
 import glob

@@ -18,11 +18,11 @@ from epochal.data.tokenizer import TokenizerConfig, load_tokenizer, save_tokeniz
 from epochal.records import file_hash
 from epochal.run import config_hash
 
+# Documents per call of the tokenizer.
 CHUNK = 512
-"""Documents per call of the tokenizer."""
 
+# Upper bound on the average length of a token of prose; typical are 4 to 5.
 MAX_CHARACTERS_PER_TOKEN = 16
-"""Upper bound on the average length of a token of prose; typical are 4 to 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def _dtype(tokenizer: Any) -> np.dtype[Any]:
 
 
 def _split_of(digest: int, config: SplitConfig, written: dict[str, int]) -> str:
-    """Choose the split of a document by its hash, or by the tokens `written` so far."""
+    """Choose the split of a document by its hash or the tokens `written`."""
     if config.by == "stream":
         if written["validation"] < config.validation_tokens:
             return "validation"

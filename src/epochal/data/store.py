@@ -1,6 +1,7 @@
 """The token store and the batch at step t.
 
-The global batch at step t is a pure function of (order seed, t). T is the sequence length, B the sequences per batch, D the unique training tokens.
+The global batch at step t is a pure function of (order seed, t). T is the sequence length, B the sequences per batch, D
+the unique training tokens.
 """
 
 import json
@@ -32,7 +33,8 @@ class TokenStore:
     def open(cls, folder: Path, *, config_hash: str | None = None) -> "TokenStore":
         """Open a store after checking its files and splits.
 
-        File hashes must match, and no document may be in two splits. Raises ValueError if it is missing, damaged, or was built from another config than `config_hash`.
+        File hashes must match, and no document may be in two splits. Raises ValueError if it is missing, damaged, or
+        was built from another config than `config_hash`.
         """
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

@@ -22,8 +22,8 @@ from epochal.distributed.processes import Processes
 
 log = logging.getLogger(__name__)
 
+# Largest difference allowed, as a share of the parameter's largest movement; rounding of the update gives about 1e-6.
 TOLERANCE = 1e-3
-"""Largest difference allowed, as a share of the parameter's largest movement; rounding of the update gives about 1e-6."""
 
 
 class Before(NamedTuple):

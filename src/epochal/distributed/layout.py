@@ -1,8 +1,8 @@
 """Which rank owns which matrix, and which elements of which parameter a rank holds.
 
-A layout is a list of spans per rank. Under ZeRO and FSDP2 it is derived without DeepSpeed's private attributes: from storage offsets for
-ZeRO-1 and -2, from the public `safe_get_local_fp32_param` for ZeRO-3, from placements for FSDP2. It is checked twice:
-by value (the shard equals the model's elements) and by coverage (each element is held exactly once).
+A layout is a list of spans per rank. Under ZeRO and FSDP2 it is derived without DeepSpeed's private attributes: from
+storage offsets for ZeRO-1 and -2, from the public `safe_get_local_fp32_param` for ZeRO-3, from placements for FSDP2. It
+is checked twice: by value (the shard equals the model's elements) and by coverage (each element is held exactly once).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def matrix_cost(shape: Sequence[int]) -> int:
     return int(torch.Size(shape).numel()) * min(shape[-2:])
 
 
+# The spans of this rank, and what is wrong with them (None: nothing).
 Located = tuple[list[Span], str | None]
-"""The spans of this rank, and what is wrong with them (None: nothing)."""
 
 
 def locate_flat(shard: Tensor, members: list[tuple[int, Entry]], rank: int) -> Located:

@@ -43,13 +43,13 @@ ZERO_KEYS = {
 }
 OFFLOAD_KEYS = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
 
+# Keys that follow from the Run; a preset leaves them out or sets them to "auto".
 FROM_THE_RUN = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
-"""Keys that follow from the Run; a preset leaves them out or sets them to "auto"."""
 
 REASONS = {
     "optimizer": "the Run names the optimizer",

@@ -32,11 +32,11 @@ class Processes:
     clip_norm: the largest L2 norm of the averaged gradient. Raises ValueError for a preset that would change a result.
     """
 
+    # The model with its loss, wrapped by the backend (DistributedDataParallel, DeepSpeedEngine).
     wrapped: Any
-    """The model with its loss, wrapped by the backend (DistributedDataParallel, DeepSpeedEngine)."""
     optimizer: Distributed
+    # The L2 norm of the last averaged gradient, before clipping.
     norm: Tensor
-    """The L2 norm of the last averaged gradient, before clipping."""
 
     def __init__(
         self, *, clip_norm: float, micro_batch: int = 1, trackers: Sequence[str] = (), folder: Path | None = None

@@ -38,8 +38,8 @@ from epochal.distributed.layout import (
 )
 from epochal.optim.base import Group, MatrixOptimizer
 
+# Classes of torch that may step a piece of a parameter; any other that is not a `MatrixOptimizer` is refused.
 ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-"""Classes of torch that may step a piece of a parameter; any other that is not a `MatrixOptimizer` is refused."""
 
 
 class SavedState(Protocol):
@@ -73,11 +73,11 @@ class Bucket(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
+# From a span of this rank to its (values, gradient), flat; writing to the values changes the shard.
 View = Callable[[Span], tuple[Tensor, Tensor]]
-"""From a span of this rank to its (values, gradient), flat; writing to the values changes the shard."""
 
+# (values, gradient) of each of this rank's spans of a bucket.
 Shards = dict[Span, tuple[Tensor, Tensor]]
-"""(values, gradient) of each of this rank's spans of a bucket."""
 
 
 def rebind(optimizer: torch.optim.Optimizer, params: Mapping[Tensor, Tensor]) -> torch.optim.Optimizer:
@@ -118,8 +118,8 @@ class Distributed(torch.optim.Optimizer):
         # messages.
         self.entries = self._entries({p: name for name, p in names})
         self.local_params: dict[int, LocalParam] = {}
+        # Matrices that this rank has stepped since the set was last cleared.
         self.stepped: set[int] = set()
-        """Matrices that this rank has stepped since the set was last cleared."""
         _check_grad_clip(optimizer, self.world)
 
     def add_param_group(self, param_group: Group) -> None:

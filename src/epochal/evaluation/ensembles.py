@@ -69,8 +69,8 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
 def member_log_probs(names: Sequence[str], workspace: Workspace, sequences: Tokens) -> torch.Tensor:
     """Return log p(target) in nats of finished runs for (r, T) sequences, on the CPU.
 
-    The result is (K, r * (T - 1)) float32. Row k is run `names[k]`; columns are the next tokens of each sequence in order. Raises ValueError if the weights of a
-    run are missing.
+    The result is (K, r * (T - 1)) float32. Row k is run `names[k]`; columns are the next tokens of each sequence in
+    order. Raises ValueError if the weights of a run are missing.
     """
     return target_log_probs([partial(load_model, workspace, name) for name in names], sequences)
 

@@ -18,14 +18,14 @@ from epochal.models.llama import next_token
 from epochal.models.load import Loader, average_parameters
 from epochal.stopping import check_stop
 
+# Tokens for which all members are loaded once; their hidden states are on disk together.
 PASS_TOKENS = 2**18
-"""Tokens for which all members are loaded once; their hidden states are on disk together."""
 
+# Memory for a block of all members' hidden states, and for one of their heads; more if a member is larger.
 BLOCK_BYTES = 2**24
-"""Memory for a block of all members' hidden states, and for one of their heads; more if a member is larger."""
 
+# Elements of the logits of all members, and of the means of some subsets, in memory at a time.
 LOGITS = 2**20
-"""Elements of the logits of all members, and of the means of some subsets, in memory at a time."""
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def logit_losses(
 ) -> torch.Tensor:
     """Return the losses of averaged logits for each row of shares, (S,) float64.
 
-    The loss is the mean of -log softmax(sum_k w_k z_k)(target) over tokens. `sequences` is (r, T), shares (S, K). `scratch` is the folder for the temporary files of `OnDiskLogits`, by default
-    the system's.
+    The loss is the mean of -log softmax(sum_k w_k z_k)(target) over tokens. `sequences` is (r, T), shares (S, K).
+    `scratch` is the folder for the temporary files of `OnDiskLogits`, by default the system's.
     """
     totals = torch.zeros(len(shares), dtype=torch.float64)
     for part in split_sequences(sequences, PASS_TOKENS):
@@ -85,8 +85,8 @@ def logit_losses(
 def parameter_losses(members: Sequence[Loader], sequences: Tokens, shares: torch.Tensor) -> torch.Tensor:
     """Return the losses of averaged parameters for each row of shares, (S,) float64 in nats.
 
-    The model has the parameters sum_k w_k W_k. `sequences` is (r, T), shares (S, K). Two models are in memory at a time. Raises ValueError if members differ in
-    shape.
+    The model has the parameters sum_k w_k W_k. `sequences` is (r, T), shares (S, K). Two models are in memory at a
+    time. Raises ValueError if members differ in shape.
     """
     tables = [target_log_probs([partial(average_parameters, members, row)], sequences) for row in shares.tolist()]
     return torch.stack([-table.double().mean() for table in tables])

@@ -18,12 +18,12 @@ from epochal.models.llama import next_token
 from epochal.models.load import Loader
 from epochal.stopping import check_stop
 
+# Elements of the logits of all members in memory at a time.
 CHUNK_ELEMENTS = 2**23
-"""Elements of the logits of all members in memory at a time."""
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
+# Loss in nats and gradient (K,) at weights (K,).
 Objective = Callable[[Vector], tuple[float, Vector]]
-"""Loss in nats and gradient (K,) at weights (K,)."""
 
 
 @dataclass(frozen=True)

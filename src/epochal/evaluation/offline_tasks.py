@@ -23,10 +23,10 @@ from epochal.data.store import TokenStore
 TASKS = ("cloze", "next_passage")
 CHOICES = 4
 MAX_QUESTIONS = 2000
+# Candidates considered for the wrong choices of a question.
 DRAWS = 64
-"""Candidates considered for the wrong choices of a question."""
+# Shorter passages are not used.
 MIN_WORDS = 4
-"""Shorter passages are not used."""
 
 
 @dataclass(frozen=True)

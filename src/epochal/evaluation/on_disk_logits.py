@@ -11,8 +11,8 @@ from epochal.data.store import Tokens
 from epochal.models.llama import next_token
 from epochal.models.load import Loader
 
+# Tokens of one forward pass of a member.
 FORWARD_TOKENS = 2**13
-"""Tokens of one forward pass of a member."""
 
 
 class OnDiskLogits:
@@ -24,8 +24,8 @@ class OnDiskLogits:
     def __init__(self, members: Sequence[Loader], sequences: Tokens | torch.Tensor, folder: Path) -> None:
         self.vocabulary, self.device = 0, torch.device("cpu")
         self._folder, self._widths, self._largest_member = folder, list[int](), 0
+        # Logit of each target token, (K, n) float32 on the CPU.
         self.target_logits = torch.stack([self._write(load(), sequences, k) for k, load in enumerate(members)])
-        """Logit of each target token, (K, n) float32 on the CPU."""
 
     @property
     def tokens(self) -> int:

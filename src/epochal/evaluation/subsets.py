@@ -25,7 +25,8 @@ class Curve:
     def intervals(self) -> dict[int, tuple[float, float]]:
         """Return the 90% interval of the mean loss of k new members, by k.
 
-        A k without enough replicates is left out. The interval covers the random draw of the members, not that of the held-out text.
+        A k without enough replicates is left out. The interval covers the random draw of the members, not that of the
+        held-out text.
         """
         count = max(self.losses)
         intervals = {}

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Token types of GGUF: text, special, and unused rows of the embedding.
 NORMAL, CONTROL, UNUSED = 1, 3, 5
-"""Token types of GGUF: text, special, and unused rows of the embedding."""
 
 
 def write_gguf(folder: Path, path: Path, *, name: str) -> None:

@@ -22,15 +22,15 @@ from epochal.records import Record, Records, Workspace, input_fingerprints
 from epochal.run import Ensemble, Run, Samples, fingerprint
 from epochal.stopping import check_stop
 
+# Texts sampled in parallel; fewer if fewer texts of maximal length give enough tokens.
 BATCH = 256
-"""Texts sampled in parallel; fewer if fewer texts of maximal length give enough tokens."""
 
 
 def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
     """Sample the tokens of a Samples job and write `samples.npy`.
 
-    Texts come from each member or from their average. The file holds one flat array of tokens, each text from its start token to its end token (or `max_length` tokens).
-    Raises ValueError if the source is not a finished model.
+    Texts come from each member or from their average. The file holds one flat array of tokens, each text from its start
+    token to its end token (or `max_length` tokens). Raises ValueError if the source is not a finished model.
     """
     members = member_records(samples.source, records)
     store, texts = _draw_all(samples, members, workspace, records)

@@ -30,11 +30,11 @@ from epochal.stopping import check_stop
 
 log = logging.getLogger(__name__)
 
+# Approximate positions in a shard; an interrupted job recomputes at most one shard.
 SHARD_POSITIONS = 2**20
-"""Approximate positions in a shard; an interrupted job recomputes at most one shard."""
 
+# Elements of the (n, V) buffer of the mixture.
 CHUNK_ELEMENTS = 2**24
-"""Elements of the (n, V) buffer of the mixture."""
 
 
 def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Record:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from epochal.config import model_path, nearest
 
+# Values of the key ``initialisation``; see `epochal.models.llama.weight_rule`.
 INITIALISATIONS = ("infinite-compute", "normal", "gpt2")
-"""Values of the key ``initialisation``; see `epochal.models.llama.weight_rule`."""
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -66,7 +66,8 @@ def read_config(
 def check_config(config: Mapping[str, Any], *, where: str = "Model config") -> None:
     """Raise a ValueError unless `config` is a Llama that `build_model` can build.
 
-    The message starts with `where`. Checked: known and required keys, sizes, divisibility by the number of heads, initialisation, no biases.
+    The message starts with `where`. Checked: known and required keys, sizes, divisibility by the number of heads,
+    initialisation, no biases.
     """
     _check_keys(config, where)
     for key in (*_SIZES, *_OPTIONAL_SIZES):

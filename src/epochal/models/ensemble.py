@@ -54,7 +54,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
 class EnsembleCache(Cache):  # type: ignore[misc]
     """All tokens so far, (b, length), their positions, and the KV cache of each member.
 
-    The cache of a member may cover fewer tokens. With `one_member`, a forward pass samples one member for each text instead of averaging all.
+    The cache of a member may cover fewer tokens. With `one_member`, a forward pass samples one member for each text
+    instead of averaging all.
     """
 
     def __init__(self, configs: Sequence[Any]) -> None:

@@ -68,8 +68,8 @@ def load_ensemble(ensemble: Ensemble, members: list[Record], workspace: Workspac
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+# Loads one member in evaluation mode; callers drop the member before they load the next.
 Loader = Callable[[], Any]
-"""Loads one member in evaluation mode; callers drop the member before they load the next."""
 
 
 @torch.no_grad()
@@ -93,5 +93,5 @@ def average_parameters(members: Sequence[Loader], shares: Sequence[float]) -> An
     return mean
 
 
+# File name of the record in an exported folder.
 RECORD = "epochal_record.json"
-"""File name of the record in an exported folder."""

@@ -356,7 +356,7 @@ class Fira(MatrixOptimizer):
         return other
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
-        """Return zero moments, and for a projected matrix a zero basis, which the first step fills."""
+        """Return zero moments, and a zero basis that the first step fills."""
         if "rank" not in group:
             return new_state(parameter, "exp_avg", "exp_avg_sq")
         _check_matrix(parameter)

@@ -269,7 +269,7 @@ def _soft_clip(x: Tensor, c: Tensor, group: Group) -> Tensor:
 
 
 def _in_blocks(tensor: Tensor, group: Group) -> tuple[Tensor, float]:
-    """View (B, ..., rows, columns) as (B, k, rows / blocks, columns), and give its alpha."""
+    """Return (B, ..., rows, columns) as k blocks (B, k, ...), and their alpha."""
     rows, columns = tensor.shape[-2] // group["blocks"], tensor.shape[-1]
     # alpha is that of the blocks: a fused QKV weight takes the same step as three separate matrices.
     return tensor.reshape(len(tensor), -1, rows, columns), math.sqrt(max(1.0, rows / columns))

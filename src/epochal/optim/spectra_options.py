@@ -122,7 +122,7 @@ def check_patterns(groups: list[Group]) -> None:
 
 
 def check_group(group: Group) -> None:
-    """Raise ValueError for an option that is unknown, out of range or unfit for its group."""
+    """Raise ValueError for an unknown, wrong or unfit option of a group."""
     choices = {"operator": OPERATORS, "method": METHODS, "clip_decay": DECAYS, "pre_clip_curve": ("constant", *CURVES)}
     for name, allowed in choices.items():
         if group[name] not in allowed:

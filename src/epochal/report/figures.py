@@ -85,8 +85,9 @@ def draw_series(
 ) -> Any:
     """Draw measured points as a line with markers, with a band from `low` to `high`.
 
-    Points are sorted by x; None and nan leave a gap. With `join=False` the points are not connected and the band is drawn as bars, for points
-    next to a law. Returns the line; pass its color to `draw_law`. Raises ValueError for sequences of different lengths.
+    Points are sorted by x; None and nan leave a gap. With `join=False` the points are not connected and the band is
+    drawn as bars, for points next to a law. Returns the line; pass its color to `draw_law`. Raises ValueError for
+    sequences of different lengths.
     """
     import numpy as np
 
@@ -166,7 +167,8 @@ def draw_bars(
 ) -> Any:
     """Draw one vertical bar for each name, labeled with its value.
 
-    `low` and `high` are optional 90% intervals; None leaves a gap. Returns the bars. Raises ValueError for sequences of different lengths.
+    `low` and `high` are optional 90% intervals; None leaves a gap. Returns the bars. Raises ValueError for sequences of
+    different lengths.
     """
     import numpy as np
 

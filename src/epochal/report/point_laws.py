@@ -100,7 +100,8 @@ def _count(value: float) -> str:
 def point_sections(points: Sequence[LossPoint], *, reference: str | None = None) -> list[Section]:
     """Return sections with laws along N, K and D, and data efficiency.
 
-    Each recipe is compared with `reference`. The reference is the first recipe by default. Raises ValueError for one that has no points.
+    Each recipe is compared with `reference`. The reference is the first recipe by default. Raises ValueError for one
+    that has no points.
     """
     recipes = list(dict.fromkeys(point.recipe for point in points))
     base = recipes[0] if reference is None else reference

@@ -15,11 +15,11 @@ from epochal.scaling.power import TAILS, Interval, PowerLaw
 SEARCH_DECADES = 30.0
 ROUNDS, POINTS = 5, 200  # (1 / 199) ** 5 of sixty decades is 4e-10, well below printed precision
 
+# Distinct tokens of the Slowrun's training text (FineWeb, GPT-2 tokenizer).
 SLOWRUN_TOKENS = 1e8
-"""Distinct tokens of the Slowrun's training text (FineWeb, GPT-2 tokenizer)."""
 
+# Tokens of one pass, and the lowest validation loss of nanochat d12, d20 and d26 (Slowrun's data_eff/README).
 SLOWRUN_TABLE = ((2e8, 3.703), (4e8, 3.370), (6e8, 3.200), (8e8, 3.123), (1e9, 3.046), (2e9, 2.892))
-"""Tokens of one pass, and the lowest validation loss of nanochat d12, d20 and d26 (Slowrun's data_eff/README)."""
 
 
 @dataclass(frozen=True)

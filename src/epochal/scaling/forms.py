@@ -85,9 +85,9 @@ JOINT = power_sum("N", "K")
 def fit_surface(form: Form, loss: npt.ArrayLike, *, objective: str = "squares", **sizes: npt.ArrayLike) -> SurfaceLaw:
     """Fit a form to losses (n,) in nats per token.
 
-    For example `fit_surface(CHINCHILLA, loss, N=N, D=D)`. Each size is (n,) and may be inf. `objective="squares"` gives a 90% interval of E by profile likelihood with Student
-    quantiles; "huber" minimizes Huber's loss of log residuals (Chinchilla's third approach) and gives none. Raises
-    ValueError for values that cannot be used.
+    For example `fit_surface(CHINCHILLA, loss, N=N, D=D)`. Each size is (n,) and may be inf. `objective="squares"` gives
+    a 90% interval of E by profile likelihood with Student quantiles; "huber" minimizes Huber's loss of log residuals
+    (Chinchilla's third approach) and gives none. Raises ValueError for values that cannot be used.
     """
     y = checked("loss", loss)
     if set(sizes) != set(form.sizes):

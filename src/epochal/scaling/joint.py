@@ -41,11 +41,11 @@ def fit_joint(
 ) -> JointLaw:
     """Fit the double limit, K -> inf and then N -> inf, of ensemble losses.
 
-    N: parameters per member in any unit; K: members; loss in nats per token; all (n,). K = `math.inf` marks a loss that already is a limit
-    in K; `sigma` are standard errors of such limits in nats, with `sigma_dof` degrees of freedom in all (`fit_members`
-    gives both). Losses of subsets of one set of members are not independent: pass their limits instead.
-    `alpha_K` fixes the exponent of the laws in K (1.0: independent members). Each N needs at least three K (two with
-    `alpha_K`), or K = inf.
+    N: parameters per member in any unit; K: members; loss in nats per token; all (n,). K = `math.inf` marks a loss that
+    already is a limit in K; `sigma` are standard errors of such limits in nats, with `sigma_dof` degrees of freedom in
+    all (`fit_members` gives both). Losses of subsets of one set of members are not independent: pass their limits
+    instead. `alpha_K` fixes the exponent of the laws in K (1.0: independent members). Each N needs at least three K
+    (two with `alpha_K`), or K = inf.
 
     Raises ValueError for values that cannot be used and fewer than two N with a limit.
     """

@@ -79,8 +79,8 @@ def fit_power_law(
 ) -> PowerLaw:
     """Fit `y = E + A / x**alpha` by least squares, with 90% intervals.
 
-    E and A are at least 0. x: sizes in any unit; y: losses in nats per token; both (n,). Seeds of one size are points with the same x. Points
-    must be independent: losses of nested ensembles are not (see `fit_members`).
+    E and A are at least 0. x: sizes in any unit; y: losses in nats per token; both (n,). Seeds of one size are points
+    with the same x. Points must be independent: losses of nested ensembles are not (see `fit_members`).
     `exponent` fixes alpha (1.0 for an ensemble of independent members, section 4 of the paper).
     `sigma` are standard errors of y in nats known from elsewhere (say, limits of other fits), estimated with `sigma_dof`
     degrees of freedom in all; they weight the points and contribute to the noise estimate as repeated seeds would.

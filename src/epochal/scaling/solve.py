@@ -54,7 +54,7 @@ class Moments:
 
 
 def linear(alphas: Array, log_x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Give the best E, A >= 0 and the weighted sum of squares at each exponent."""
+    """Give the best E, A >= 0 and their sum of squares at each exponent."""
     # Closed form: weighted linear regression of y on u, with the bounds applied afterwards.
     u = np.exp(-alphas[..., None] * log_x)
     free = Moments(u, y, weights)
@@ -81,7 +81,7 @@ def search(objective: Callable[[Array], Array], low: Array, high: Array) -> Arra
 
 
 def solve(log_x: Array, y: Array, weights: Array, *, alpha: float | None) -> tuple[Array, Array, Array, Array]:
-    """Give E, A, alpha and the sum of squares for each row of `y` (B, n)."""
+    """Give E, A, alpha and sum of squares per row of `y` (B, n)."""
     if alpha is not None:
         alphas = np.full(len(y), alpha)
     else:
@@ -112,7 +112,8 @@ def alpha_range(log_x: Array, y: Array, weights: Array, best: float, ceiling: Ar
 def _extreme(free: Moments, ceiling: Array, of_level: Array, of_A: Array, sign: Array) -> Array:
     """Give the extreme of `of_level * E + of_A * A` below a ceiling.
 
-    It is taken over E, A >= 0 with a sum of squares <= ceiling. The maximum for sign 1, the minimum for sign -1. Gives -inf times sign where no law is below the ceiling.
+    It is taken over E, A >= 0 with a sum of squares <= ceiling. The maximum for sign 1, the minimum for sign -1. Gives
+    -inf times sign where no law is below the ceiling.
     """
     room = ceiling - free.rss
     room = np.where(room > -1e-9 * ceiling, np.maximum(room, 0.0), room)  # rounding must not exclude the optimum

@@ -1,7 +1,8 @@
 """Coordinate descent on a grid (spec section 5).
 
-It is a pure function of the results so far. `CoordinateDescent` asks for points in rounds and moves its center to the best known point after each. It ends when every
-neighbor of the center was run and none is better. Its mode decides the size of a round:
+It is a pure function of the results so far. `CoordinateDescent` asks for points in rounds and moves its center to the
+best known point after each. It ends when every neighbor of the center was run and none is better. Its mode decides the
+size of a round:
 
 `sequential` evaluates one neighbor at a time and submits the remaining neighbors together once only verification is
 left (fewest runs). `parallel` always submits all neighbors (fewest rounds, for more workers than searches).
@@ -14,14 +15,14 @@ from dataclasses import dataclass
 
 from epochal.scale import Point, Value
 
+# The ascending values of each tuned field, in the order in which fields are searched.
 Grid = Mapping[str, tuple[Value, ...]]
-"""The ascending values of each tuned field, in the order in which fields are searched."""
 
+# The loss of a point: infinite if it diverged, None if it has not run.
 LossOf = Callable[[Point], float | None]
-"""The loss of a point: infinite if it diverged, None if it has not run."""
 
+# A field and a step along its grid, +1 or -1.
 Direction = tuple[str, int]
-"""A field and a step along its grid, +1 or -1."""
 
 
 class CoordinateDescent:
@@ -125,8 +126,8 @@ class Descent:
         return len(self.visited) - len(self.wanted)
 
 
+# A search that waits for the optimum of the next smaller size.
 NOT_STARTED = Descent(None, (), ())
-"""A search that waits for the optimum of the next smaller size."""
 
 
 def descend(loss_of: LossOf, start: Point, grid: Grid, mode: str = "sequential") -> Descent:
@@ -280,9 +281,9 @@ def between_points(loss_of: LossOf, descent: Descent, grid: Grid) -> float | Non
 
 
 def members_limit(curve: Mapping[int, float]) -> float:
-    """Return the least-squares E of the law E + A / K through losses by K.
+    """Return E of the law E + A / K through losses by K.
 
-    K is the number of members (spec section 6). Raises ValueError for fewer than two K.
+    A least-squares fit; K is the number of members (spec section 6). Raises ValueError for fewer than two K.
     """
     if len(curve) < 2:
         raise ValueError(f"The limit needs losses for two or more numbers of members, got {len(curve)}.")

@@ -22,8 +22,8 @@ from epochal.search.descent import (
     possible_gain,
 )
 
+# Below so many degrees of freedom the noise of one size and budget is replaced by that of the whole campaign.
 FEWEST_FREEDOM = 4
-"""Below so many degrees of freedom the noise of one size and budget is replaced by that of the whole campaign."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def seed_noise(records: Records, model: str, tokens: int) -> Noise | None:
 class EarlyStop:
     """What comparing runs at a share of their steps would have chosen.
 
-    A star is the best point of a finished search with its neighbors. `same` of `stars` would have kept the same best point; `worst` is the most it would have cost (nats).
+    A star is the best point of a finished search with its neighbors. `same` of `stars` would have kept the same best
+    point; `worst` is the most it would have cost (nats).
     """
 
     share: float
@@ -101,7 +102,8 @@ class EarlyStop:
 def early_stops(records: Records, searches: Sequence[Search]) -> list[EarlyStop]:
     """Judge early stopping on real curves.
 
-    In each certified star, compare the leader at a share of the steps with that in the end. Heavy decay keeps the loss high until the schedule ends (spec section 5), so a leader half-way says little.
+    In each certified star, compare the leader at a share of the steps with that in the end. Heavy decay keeps the loss
+    high until the schedule ends (spec section 5), so a leader half-way says little.
     """
     stars = [
         curves for search in searches if search.descent.certified for curves in [_curves(records, search)] if curves

@@ -55,8 +55,9 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of a step and return its folder. A collective.
 
-    All but the last two checkpoints are deleted. `weights` and `average` are whole tensors by name, used on rank 0 only; `optimizer` is the named state of this process;
-    `state` is JSON. Raises OSError on every process if one of them could not write; the incomplete files are deleted.
+    All but the last two checkpoints are deleted. `weights` and `average` are whole tensors by name, used on rank 0
+    only; `optimizer` is the named state of this process; `state` is JSON. Raises OSError on every process if one of
+    them could not write; the incomplete files are deleted.
     """
     # Written under another name and renamed when complete, so that a killed process leaves no incomplete checkpoint.
     path, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"

@@ -38,11 +38,11 @@ from epochal.training.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
+# Steps between lines of metrics.jsonl, checks for a non-finite loss and, at most, polls of stop requests.
 LOG_STEPS = 10
-"""Steps between lines of metrics.jsonl, checks for a non-finite loss and, at most, polls of stop requests."""
 
+# Tokens of one forward pass of an evaluation.
 EVALUATION_TOKENS = 2**14
-"""Tokens of one forward pass of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class ModelWithLoss(torch.nn.Module):
 def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptions()) -> Record | None:
     """Train one Run to its end and return its record.
 
-    Only the main process gets a record, the others None. Resumes from the newest intact checkpoint. Raises ValueError for a Run that does not fit its data, model or
-    processes, and Stopped, after saving, when a stop was requested. A non-finite loss ends the run with a record of
-    status "diverged".
+    Only the main process gets a record, the others None. Resumes from the newest intact checkpoint. Raises ValueError
+    for a Run that does not fit its data, model or processes, and Stopped, after saving, when a stop was requested. A
+    non-finite loss ends the run with a record of status "diverged".
     """
     # --- processes -------------------------------------------------------------------------------------------------
     processes = _processes(run, workspace, options)

@@ -1,6 +1,7 @@
 """Regularization by noise: dropout on the residual stream, and a second forward pass on masked inputs.
 
-Masks do not depend on processes, micro-batches and restarts; they do depend on the kind of device. b sequences of T tokens, width d.
+Masks do not depend on processes, micro-batches and restarts; they do depend on the kind of device. b sequences of T
+tokens, width d.
 
 Dropout: Transformer, section 5.4 (on the embeddings and on the outputs of attention and MLP).
 Masked inputs: arXiv 2606.06888 and its published code. Each sequence masks a share of its inputs, uniform between 0 and
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 
+# Modules of Llama whose outputs are the residual stream's start and its additions.
 DROPOUT_SITES = ("embed_tokens", "o_proj", "down_proj")
-"""Modules of Llama whose outputs are the residual stream's start and its additions."""
 
+# Weight of the next-token loss on masked inputs, relative to the plain one (published code).
 MASKED_WEIGHT = 0.4
-"""Weight of the next-token loss on masked inputs, relative to the plain one (published code)."""
 
 
 class Noise:

@@ -6,8 +6,8 @@ import math
 def multiplier(step: int, steps: int, *, warmup: float) -> float:
     """Return lr(step) / peak lr of a cosine schedule with linear warm-up.
 
-    `warmup` is the share of the steps that warm up. The multiplier is exactly 0 at step 0 (with a warm-up) and at `steps`, and 1 at the end of the warm-up. Source: docs/infinite_compute.md,
-    section 3.
+    `warmup` is the share of the steps that warm up. The multiplier is exactly 0 at step 0 (with a warm-up) and at
+    `steps`, and 1 at the end of the warm-up. Source: docs/infinite_compute.md, section 3.
     """
     rise = round(warmup * steps)
     if step < rise:

@@ -42,12 +42,12 @@ def soft_spectral_clip(
 ) -> Tensor:
     """Map each singular value s of x to s / sqrt(1 + s^2 / c^2).
 
-    The result has x's dtype. `c` > 0 is in units of x, one number or one per matrix. `iterations` (minimax, newton_schulz) sets the number of
-    steps; `dtype` sets the arithmetic (default: bfloat16 for newton_schulz, else by condition number).
-    minimax reads values back on a CPU only. On a GPU and under torch.compile a CUDA graph can hold it, after one earlier
-    call that builds the table of coefficients. With Triton all matrices run in float16, those with a condition number
-    above 256 again in float32; without Triton, or with `dtype` or `iterations`, all run in one arithmetic, and above a
-    condition number of 2^20 (float16: 2^12, bfloat16: 2^8) small singular values shrink.
+    The result has x's dtype. `c` > 0 is in units of x, one number or one per matrix. `iterations` (minimax,
+    newton_schulz) sets the number of steps; `dtype` sets the arithmetic (default: bfloat16 for newton_schulz, else by
+    condition number). minimax reads values back on a CPU only. On a GPU and under torch.compile a CUDA graph can hold
+    it, after one earlier call that builds the table of coefficients. With Triton all matrices run in float16, those
+    with a condition number above 256 again in float32; without Triton, or with `dtype` or `iterations`, all run in one
+    arithmetic, and above a condition number of 2^20 (float16: 2^12, bfloat16: 2^8) small singular values shrink.
     exact reads values back; compiled, it runs in float64.
     Raises ValueError for a tensor with fewer than two axes, c <= 0, an unknown method, or an option that the method
     does not have. Source: section 1.2 of the SPECTRA paper; newton_schulz follows the published code.

@@ -122,8 +122,8 @@ def _minimax_graphable(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (Z, factor, bound) with factor Z X the clip, without reading a value back.
 
-    The number of steps is fixed. Above a condition number of 2^levels the iteration runs for a raised threshold: small singular values shrink,
-    none grows. Where `active` (B,) int32 is 0 the result is undefined.
+    The number of steps is fixed. Above a condition number of 2^levels the iteration runs for a raised threshold: small
+    singular values shrink, none grows. Where `active` (B,) int32 is 0 the result is undefined.
     """
     gram, square, bound = _bounded(y, active)
     # The threshold at which the condition number 1 + bound / c^2 is 2^levels.
@@ -221,8 +221,9 @@ def best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
 def schedule(level: int, iterations: int | None) -> tuple[tuple[float, float, float], ...]:
     """Return the coefficients of each step for condition numbers up to 2^level.
 
-    Each step is optimal for the interval that the last one left. Without `iterations`, the fewest steps that bring sqrt(P) within TOLERANCE / 2 of 1. The last step is divided by its
-    largest value, so a singular value ends in [1 - TOLERANCE, 1] times the exact one and never above the threshold.
+    Each step is optimal for the interval that the last one left. Without `iterations`, the fewest steps that bring
+    sqrt(P) within TOLERANCE / 2 of 1. The last step is divided by its largest value, so a singular value ends in [1 -
+    TOLERANCE, 1] times the exact one and never above the threshold.
     """
     # The steps act on sqrt(P), whose eigenvalues are in [2^(-level / 2), 1].
     low, high = 2.0 ** (-level / 2), 1.0

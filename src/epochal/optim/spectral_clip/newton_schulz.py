@@ -15,7 +15,8 @@ from epochal.optim.spectral_clip._common import gram_bound, identity_plus
 def clip(x: Tensor, c: Tensor, *, iterations: int = 10, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Clip X (B, m, n) softly at c (B,) float64, as the published code.
 
-    m <= n. Two redundant products are left out. Before convergence, s becomes h_c(s) f^K(sqrt((1 + s^2 / c^2) / a)) with f(x) = 1.5 x - 0.5 x^3 for K iterations.
+    m <= n. Two redundant products are left out. Before convergence, s becomes h_c(s) f^K(sqrt((1 + s^2 / c^2) / a))
+    with f(x) = 1.5 x - 0.5 x^3 for K iterations.
     """
     y = x.to(dtype)
     gram = y @ y.mT
