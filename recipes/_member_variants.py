@@ -24,21 +24,18 @@ MakeMember = Callable[[int], Run]
 
 @dataclass(frozen=True)
 class Variant:
-    """How members differ from independent ones.
-
-    `run`: fields of the Run that differ. `shared`: seeds that all members take from the first. `epochs`: factor that keeps
-    the training cost equal. `continues`: each member starts from the weights of the previous one. `teach`: each member
-    learns from the previous one, with these settings. `weighs`: the members are those of "holdout", with weights learned on
-    the held-out slice, or only those that were selected there.
-    """
+    """How members differ from independent ones."""
 
     label: str
     title: str
-    run: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    shared: tuple[str, ...] = ()
-    epochs: float = 1.0
-    continues: bool = False
+    run: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of the Run that differ
+    shared: tuple[str, ...] = ()  # seeds that all members take from the first
+    epochs: float = 1.0  # factor that keeps the training cost equal
+    continues: bool = False  # each member starts from the weights of the previous one
+    # each member learns from the previous one, with these settings
     teach: Mapping[str, Any] | None = field(default=None, hash=False)
+    # The members are those of "holdout", with weights learned on the held-out slice, or only those that were
+    # selected there.
     weighs: str = ""
 
 

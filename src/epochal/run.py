@@ -83,40 +83,35 @@ class SoftTargetDistillation:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that determines one model's weights.
-
-    `unique_tokens` is D, `batch_size` counts sequences of `sequence_length` tokens in one optimizer step over all
-    processes, `warmup` is a share of all steps. `wd_schedule` moves the decay over the run (`epochal.training.schedule`).
-    `holdout_tokens` of D are bought but not trained on: on
-    them the weights of an ensemble's members can be learned. `init_from` names the Run whose final weights this one begins
-    with, or is the path of a model folder from elsewhere, with a slash in it (else they are drawn from `init_seed`).
-    `weight_averaging`: "last" keeps the final weights; "ema" decays by a factor e per `averaging_window` (a share of the run);
-    "swa" is the mean over the last `averaging_window`. `dropout` and `input_mask_prob`: see `epochal.training.noise`.
-    """
+    """Everything that determines one model's weights."""
 
     name: str
-    model: str
-    data: str
-    unique_tokens: int
+    model: str  # a name from configs/models, or a path
+    data: str  # a name from configs/data
+    unique_tokens: int  # D, the tokens of one epoch
     epochs: int
-    batch_size: int
-    sequence_length: int
+    batch_size: int  # sequences in one optimizer step, over all processes
+    sequence_length: int  # tokens
     optimizer: Optimizer
-    warmup: float = 0.01
-    clip_norm: float = 1.0
-    data_order: str = "documents"
-    init_seed: int = 0
-    order_seed: int = 0
+    warmup: float = 0.01  # share of all steps
+    clip_norm: float = 1.0  # largest L2 norm of the gradient
+    data_order: str = "documents"  # see `epochal.data.store.Stream`
+    init_seed: int = 0  # draws the weights
+    order_seed: int = 0  # orders the data and draws the noise
     precision: str = "bf16"
-    num_evals: int = 20
-    distill: SequenceDistillation | None = None
-    wd_schedule: str = "constant"
-    teach: SoftTargetDistillation | None = None
+    num_evals: int = 20  # evenly spaced, the last one after the last step
+    distill: SequenceDistillation | None = None  # sampled text mixed into the data
+    wd_schedule: str = "constant"  # moves the decay over the run (`epochal.training.schedule`)
+    teach: SoftTargetDistillation | None = None  # soft targets next to the labels
+    # The Run whose final weights this one begins with, or the path of a model folder from elsewhere, with a slash
+    # in it; without it weights are drawn from `init_seed`.
     init_from: str | None = None
+    # Tokens of D that are bought but not trained on: the weights of an ensemble's members can be learned on them.
     holdout_tokens: int = 0
+    # "last" keeps the final weights; "ema" decays by a factor e per window; "swa" is the mean over the last window.
     weight_averaging: str = "last"
-    averaging_window: float = 0.1
-    dropout: float = 0.0
+    averaging_window: float = 0.1  # share of the run
+    dropout: float = 0.0  # this and the next: see `epochal.training.noise`
     input_mask_prob: float = 0.0
 
     def __post_init__(self) -> None:
@@ -130,6 +125,7 @@ class Run:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; give a share of the steps from 0 to below 1.")
         if self.unique_tokens % self.batch_tokens:
+            # Whole steps per epoch: otherwise an epoch would end within a batch.
             low = max(1, self.unique_tokens // self.batch_tokens) * self.batch_tokens
             raise ValueError(
                 f"unique_tokens {self.unique_tokens} must be a multiple of the batch of {self.batch_size} x "
@@ -181,6 +177,7 @@ class Run:
     def steps(self) -> int:
         """All steps of the run, those on sampled text included (spec section 9: divided by 1 - w)."""
         share = 1.0 - (self.distill.fraction if self.distill else 0.0)
+        # The real tokens are seen `epochs` times whatever share of the batches is sampled.
         return round(self.steps_per_epoch * self.epochs / share)
 
     @property
@@ -199,18 +196,18 @@ class Run:
 class Ensemble:
     """Runs evaluated together: the mean of their logits, or of their probabilities.
 
-    There is no default for `average`: the two have different limits. "parameters" is the mean of the members' weights, one
-    model (a soup): of use only where all members started from the same weights (spec sections 10 and 11).
-    `data` names another data set, of the same tokenizer, on whose held-out text to judge them. `tasks` are multiple-choice
-    tasks that they answer as well (`epochal.evaluation.downstream`); an ensemble of one is how a single model answers.
+    "parameters" is the mean of the members' weights, one model (a soup). An ensemble of one is how a single model answers
+    tasks.
     """
 
     name: str
-    runs: tuple[str, ...]
+    runs: tuple[str, ...]  # names of the members
+    # No default: logits and probabilities have different limits. "parameters" is of use only where all members
+    # started from the same weights (spec sections 10 and 11).
     average: str
-    member_weights: tuple[float, ...] | None = None
-    data: str | None = None
-    tasks: tuple[str, ...] = ()
+    member_weights: tuple[float, ...] | None = None  # summing to one; None: equal
+    data: str | None = None  # another data set, of the same tokenizer, on whose held-out text to judge them
+    tasks: tuple[str, ...] = ()  # multiple-choice tasks that they answer as well (`epochal.evaluation.downstream`)
 
     def __post_init__(self) -> None:
         _check_name(self.name)

@@ -45,15 +45,14 @@ class Point:
 class Rung:
     """One model of the ladder, and where its searches start.
 
-    Without `wd` the search starts from the decay whose averaging window is `Scale.tau` epochs. Without `lr` and `epochs`
-    it waits for the optimum of the next smaller size and starts there.
+    Without `lr` and `epochs` a search waits for the optimum of the next smaller size and starts there.
     """
 
     model: str
     lr: float | None = None
     epochs: int | None = None
-    wd: float | None = None
-    standard_lr: float | None = None
+    wd: float | None = None  # without it, the decay whose averaging window is `Scale.tau` epochs
+    standard_lr: float | None = None  # this and the next: the start at the standard decay, where it differs
     standard_epochs: int | None = None
 
 
@@ -77,34 +76,31 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """One campaign.
-
-    `unique_tokens` lists the budgets D; recipes that need one budget use the first. `optimizer` is the kind and options of
-    every run that no recipe gives another one; its lr and wd come from searches. `recipes` names the recipes of the
-    campaign, empty for all. Seeds count from `first_seed`: a campaign with another one repeats everything, searches
-    included, on independent draws. `tables` are the settings of recipes, by recipe.
-    """
+    """One campaign."""
 
     name: str = ""
     data: str
-    unique_tokens: tuple[int, ...]
+    unique_tokens: tuple[int, ...]  # budgets D; recipes that need one budget use the first
     sequence_length: int
-    batch_size: int
-    ladder: tuple[Rung, ...]
+    batch_size: int  # sequences
+    ladder: tuple[Rung, ...]  # smallest size first
     grid: Grid
     hardware: Hardware
+    # Of every run that no recipe gives another one; its lr and wd come from searches.
     optimizer: Optimizer = field(default_factory=AdamW)
-    recipes: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()  # of the campaign; empty for all
     precision: str = "bf16"
     data_order: str = "documents"
     warmup: float = 0.01
-    num_evals: int = 20
-    tau: float = 0.35
-    standard_wd: float = 0.1
-    seeds: int = 1
+    num_evals: int = 20  # per run
+    tau: float = 0.35  # averaging window of AdamW in epochs, for starts without wd
+    standard_wd: float = 0.1  # of the baseline
+    seeds: int = 1  # of every optimum
+    # Seeds count from here: a campaign with another one repeats everything, searches included, on independent
+    # draws.
     first_seed: int = 0
     search_mode: str = "sequential"
-    tables: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict)  # settings of recipes, by recipe
 
     def __post_init__(self) -> None:
         for what, values in (

@@ -27,19 +27,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Arm:
     """One row of a comparison.
 
-    `optimizer` replaces the scale's (its lr and wd are tuned). Its learning rates are `lr_factor` times those of the grid
-    and its decays 1 / `lr_factor` of them, so that lr * wd is the same for all arms. `run` names further fields of the Run
-    that differ; dotted names reach into the optimizer. `tune` are the fields that a descent tunes, `grids` the values of
-    those that are not lr, epochs or wd; the first value is the start. `wd` fixes the decay.
+    It has a label, what it changes in the scale's base run, and what is tuned with it.
     """
 
     label: str
-    optimizer: Optimizer | None = None
+    optimizer: Optimizer | None = None  # replaces the scale's; its lr and wd are tuned
+    # Learning rates are those of the grid times this, and decays divided by it, so that lr * wd is the same for all
+    # arms.
     lr_factor: float = 1.0
+    # further fields of the Run that differ; dotted names reach into the optimizer
     run: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    tune: tuple[str, ...] = ("wd", "epochs", "lr")
+    tune: tuple[str, ...] = ("wd", "epochs", "lr")  # the fields that a descent tunes, in this order
+    # Values of tuned fields other than lr, epochs and wd; the first value is the start.
     grids: Mapping[str, tuple[Value, ...]] = field(default_factory=dict, hash=False)
-    wd: float | None = None
+    wd: float | None = None  # fixes the decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +63,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Result:
-    """The best known point of an arm: its runs, finite records by seed, and how it was found.
-
-    `settled`: the grid is complete, or every neighbor of the point was run and is not better. `edges`: tuned fields whose
-    grid ends at the point. `tried`: runs of the first seed that the search cost. Falsy while there is no finite record.
-    """
+    """The best known point of an arm, with its runs; falsy while there is no finite record."""
 
     point: Point | None = None
-    runs: tuple[Run, ...] = ()
-    records: Mapping[int, Record] = field(default_factory=dict)
-    settled: bool = False
-    edges: tuple[str, ...] = ()
-    tried: int = 0
+    runs: tuple[Run, ...] = ()  # all seeds at the point
+    records: Mapping[int, Record] = field(default_factory=dict)  # finite ones, by seed
+    settled: bool = False  # The grid is complete, or every neighbor of the point was run and is not better.
+    edges: tuple[str, ...] = ()  # tuned fields whose grid ends at the point
+    tried: int = 0  # runs of the first seed that the search cost
 
     def __bool__(self) -> bool:
         return bool(self.records)

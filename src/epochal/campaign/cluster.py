@@ -15,29 +15,20 @@ from epochal.config import find_config, from_table, load_toml, seconds, to_table
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Settings of one cluster.
-
-    preset: parallelism preset (configs/accelerate) of one node; without it a Run is one process.
-    nodes: machines per Run. pack: jobs side by side in one allocation (above 1 only with nodes = 1).
-    parallel: allocations running at the same time.
-    time_limit: of one allocation. grace: a run is told to save a checkpoint this long before it.
-    retries: how often a failed job is tried again.
-    slurm: sbatch options, by submitit's names. planner: those that differ for the planner job.
-    setup: shell lines that run first.
-    """
+    """Settings of one cluster."""
 
     name: str = ""
-    preset: str | None = None
-    nodes: int = 1
-    pack: int = 1
-    parallel: int = 64
-    time_limit: str = "4h"
-    grace: str = "2m"
-    retries: int = 2
-    micro_batch: int | None = None
-    setup: tuple[str, ...] = ()
-    slurm: dict[str, Any] = field(default_factory=dict)
-    planner: dict[str, Any] = field(default_factory=dict)
+    preset: str | None = None  # parallelism preset (configs/accelerate) of one node; without it a Run is one process
+    nodes: int = 1  # machines per Run
+    pack: int = 1  # jobs in parallel in one allocation (above 1 only with nodes = 1)
+    parallel: int = 64  # allocations running at the same time
+    time_limit: str = "4h"  # of one allocation
+    grace: str = "2m"  # a run gets a request to save a checkpoint this long before the limit
+    retries: int = 2  # of a failed job
+    micro_batch: int | None = None  # sequences per forward pass and process
+    setup: tuple[str, ...] = ()  # shell lines that run first
+    slurm: dict[str, Any] = field(default_factory=dict)  # sbatch options, by submitit's names
+    planner: dict[str, Any] = field(default_factory=dict)  # those that differ for the planner job
 
     def __post_init__(self) -> None:
         for key in ("nodes", "pack", "parallel"):

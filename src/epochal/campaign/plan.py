@@ -247,10 +247,10 @@ class SearchState:
     finer: gain of a finer grid around the optimum, by a quadratic fit to its neighbors (nats, or None).
     """
 
-    what: str
+    what: str  # title of the search
     state: str
-    begun: bool
-    certified: bool
+    begun: bool  # some point has a result
+    certified: bool  # every neighbor of the best point was run and is not better
     next_round: Cost
     gain: float | None
     finer: float | None

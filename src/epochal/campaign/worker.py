@@ -42,34 +42,24 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """Which campaign a worker runs, and with which resources; nothing here changes a result.
+    """Which campaign a worker runs, and with which resources; nothing here changes a result."""
 
-    session: id of one `epochal run`; a job that failed is tried again in the next session.
-    preset: an accelerate YAML; each Run is then trained by the processes it launches.
-    micro_batch: sequences per forward pass and process.
-    seconds_left: time limit. parent: process id of the parent; the worker stops when the parent ends.
-    only: names of the jobs the worker may take (empty: all).
-    nodes: machines per Run, above 1 inside a Slurm allocation only.
-    retries: how often a failed job is tried again in the same session.
-    grace_seconds: time a job gets to save a checkpoint before it is killed.
-    """
-
-    session: str
+    session: str  # id of one `epochal run`; a job that failed is tried again in the next session
     scale: str
     recipes: tuple[str, ...]
     results: str
     work: str
-    threads: int
-    preset: str | None = None
-    micro_batch: int | None = None
+    threads: int  # of torch, on a CPU
+    preset: str | None = None  # an accelerate YAML; each Run is then trained by the processes it launches
+    micro_batch: int | None = None  # sequences per forward pass and process
     trackers: tuple[str, ...] = ()
     checkpoint_seconds: float = 300.0
-    seconds_left: float | None = None
-    parent: int | None = None
-    only: tuple[str, ...] = ()
-    nodes: int = 1
-    retries: int = 0
-    grace_seconds: float = 8.0
+    seconds_left: float | None = None  # time limit
+    parent: int | None = None  # process id; the worker stops when its parent ends
+    only: tuple[str, ...] = ()  # names of the jobs the worker may take (empty: all)
+    nodes: int = 1  # machines per Run, above 1 inside a Slurm allocation only
+    retries: int = 0  # of a failed job in the same session
+    grace_seconds: float = 8.0  # time a job gets to save a checkpoint before it is killed
 
     @property
     def workspace(self) -> Workspace:

@@ -26,20 +26,19 @@ from epochal.config import nearest
 class Source:
     """Source of documents: exactly one of `files` (paths or globs), `package` or `hub`.
 
-    `text` names the column of JSON lines, parquet or hub rows. Adjacent rows with equal values in the columns `group` are
-    joined by newlines into one document. A .txt file is one document, or is split at lines equal to `separator`.
-    `install` is the pip requirement of `package`, for error messages.
+    A .txt file is one document, or is split at lines equal to `separator`.
     """
 
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # paths or globs
     package: str | None = None
-    file: str | None = None
-    install: str | None = None
-    hub: str | None = None
+    file: str | None = None  # path inside the package
+    install: str | None = None  # pip requirement of the package, for error messages
+    hub: str | None = None  # name of a data set on the hub
     subset: str | None = None
     revision: str | None = None
     split: str = "train"
-    text: str = "text"
+    text: str = "text"  # column of JSON lines, parquet or hub rows
+    # Adjacent rows with equal values in these columns are joined by newlines into one document.
     group: tuple[str, ...] = ()
     separator: str | None = None
 

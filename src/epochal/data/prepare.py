@@ -29,15 +29,14 @@ MAX_CHARACTERS_PER_TOKEN = 16
 class SplitConfig:
     """Split of documents into training, validation and test.
 
-    by="hash": by content hash, with the fractions `test` and `validation` of all documents, so that a document keeps
-    its split when text is added. by="stream": the first whole documents that reach `validation_tokens` are validation,
-    the next that reach `test_tokens` are test, the rest is training.
+    by="hash": by content hash. by="stream": the first whole documents that reach `validation_tokens` are validation, the
+    next that reach `test_tokens` are test, the rest is training.
     """
 
     by: str = "hash"
-    validation: float = 0.05
+    validation: float = 0.05  # this and the next: fractions of all documents, for "hash"
     test: float = 0.05
-    validation_tokens: int = 0
+    validation_tokens: int = 0  # this and the next: for "stream"
     test_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -55,22 +54,20 @@ class SplitConfig:
 class DataConfig:
     """One data set, `configs/data/<name>.toml`: the documents of `source`, then of each source in `more`.
 
-    `before` and `after` are put around each document and may contain special tokens; special tokens in the text itself
-    are encoded as plain text. Reading stops once the training split holds `train_tokens` (0: read everything).
-    `shuffle=False` keeps the order of the source. `sha256` is the expected hash of the training token file, if known.
+    Special tokens in the text itself are encoded as plain text.
     """
 
     licence: str
     source: Source
     tokenizer: TokenizerConfig
-    more: tuple[Source, ...] = ()
+    more: tuple[Source, ...] = ()  # further sources, read after the first
     split: SplitConfig = field(default_factory=SplitConfig)
-    before: str = "<|bos|>"
-    after: str = "<|eos|>"
-    train_tokens: int = 0
-    shuffle: bool = True
+    before: str = "<|bos|>"  # put in front of each document; may contain special tokens
+    after: str = "<|eos|>"  # the same, behind each document
+    train_tokens: int = 0  # reading stops once the training split holds so many (0: read everything)
+    shuffle: bool = True  # False keeps the order of the source
     shuffle_seed: int = 0
-    sha256: str | None = None
+    sha256: str | None = None  # expected hash of the training token file, if known
 
 
 def prepare(name: str, data_folder: Path) -> TokenStore:

@@ -13,22 +13,17 @@ from epochal.data.documents import package_folder
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Origin of a tokenizer: exactly one of `path`, `package`, `store` and `train`.
+    """Origin of a tokenizer: exactly one of `path`, `package`, `store` and `train`."""
 
-    `path`: a folder, a tokenizer.json or a hub name. `package`: an installed package with GPT-2 style files `vocabulary`
-    and `merges`. `store`: the name of another data set whose tokenizer is shared, for continued pre-training. `train`:
-    the vocabulary size of a byte-level BPE to train. Missing `specials` are added to the vocabulary; sampled text starts
-    with the first one.
-    """
-
-    path: str | None = None
-    revision: str | None = None
-    package: str | None = None
-    install: str | None = None
-    vocabulary: str | None = None
+    path: str | None = None  # a folder, a tokenizer.json or a hub name
+    revision: str | None = None  # of a hub name
+    package: str | None = None  # an installed package with GPT-2 style files
+    install: str | None = None  # pip requirement of the package, for error messages
+    vocabulary: str | None = None  # this and the next: files inside the package
     merges: str | None = None
-    store: str | None = None
-    train: int | None = None
+    store: str | None = None  # another data set whose tokenizer is shared, for continued pre-training
+    train: int | None = None  # vocabulary size of a byte-level BPE to train
+    # added to the vocabulary if missing; sampled text starts with the first one
     specials: tuple[str, ...] = ("<|bos|>", "<|eos|>")
 
     def __post_init__(self) -> None:

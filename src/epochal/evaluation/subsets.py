@@ -19,8 +19,8 @@ class Curve:
     trained without member i, for k < K. Both weight members equally.
     """
 
-    losses: dict[int, list[float]]
-    leave_one_out: dict[int, list[float]]
+    losses: dict[int, list[float]]  # by k: one loss for each subset
+    leave_one_out: dict[int, list[float]]  # by k: one mean for each member left out
 
     def intervals(self) -> dict[int, tuple[float, float]]:
         """Return the 90% interval of the mean loss of k new members, by k.

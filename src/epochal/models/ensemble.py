@@ -30,20 +30,16 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.t
 
 
 class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Config of an ensemble: the member models and how their predictions are averaged.
-
-    `members` are hub names or paths, relative to the ensemble's folder if they exist there. `average` is "logits" or
-    "probs", `weights` sum to one (None: equal), `temperature` divides every member's logits before averaging. The other
-    fields are taken from the members.
-    """
+    """Config of an ensemble: the member models and how their predictions are averaged."""
 
     model_type = "epochal_ensemble"
 
+    # hub names or paths, relative to the ensemble's folder if they exist there
     members: list[str] | tuple[str, ...] = ()
-    average: str = ""
-    weights: list[float] | tuple[float, ...] | None = None
-    temperature: float = 1.0
-    vocab_size: int = 0
+    average: str = ""  # "logits" or "probs"
+    weights: list[float] | tuple[float, ...] | None = None  # summing to one (None: equal)
+    temperature: float = 1.0  # divides every member's logits before averaging
+    vocab_size: int = 0  # this and all that follow are taken from the members
     max_position_embeddings: int = 0
     num_hidden_layers: int = 0
     bos_token_id: int | None = None

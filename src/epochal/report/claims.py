@@ -18,26 +18,22 @@ OPEN, UNTESTABLE = "open", "not testable at this scale"
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One sentence that the records support or not.
+    """One sentence that the records support or not."""
 
-    `id` names the claim in tables and tests, whatever its wording: lower-case words joined by dashes and dots, such as
-    "optimizers.one-pass.fira-galore". `value` is the measured number with its unit ("0.27 nats"), `interval` its 90%
-    interval or None, `seeds` the number of independent seeds behind it, `holds` None while it cannot be judged.
-    `provisional` lists what is missing (neighbors, seeds, points). `paper` is what the paper reports for the same
-    sentence, with its place ("0.27 nats, section 5"), empty for a claim that no paper makes. `untestable` says why this
-    scale cannot test the sentence. `command` produces the records behind it.
-    """
-
+    # Names the claim in tables and tests, whatever its wording: lower-case words joined by dashes and dots, such as
+    # "optimizers.one-pass.fira-galore".
     id: str = ""
     text: str
-    value: str
-    interval: tuple[float, float] | None = None
-    seeds: int = 1
-    holds: bool | None = None
-    provisional: tuple[str, ...] = ()
+    value: str  # the measured number with its unit ("0.27 nats")
+    interval: tuple[float, float] | None = None  # 90%, of `value`
+    seeds: int = 1  # independent seeds behind the number
+    holds: bool | None = None  # None while it cannot be judged
+    provisional: tuple[str, ...] = ()  # what is missing (neighbors, seeds, points)
+    # What the paper reports for the same sentence, with its place ("0.27 nats, section 5"); empty for a claim that
+    # no paper makes.
     paper: str = ""
-    untestable: str = ""
-    command: str = ""
+    untestable: str = ""  # why this scale cannot test the sentence
+    command: str = ""  # produces the records behind it
 
     def __post_init__(self) -> None:
         if self.id and not re.fullmatch(ID, self.id):

@@ -21,18 +21,14 @@ Curve = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True, eq=False)
 class MembersLaw:
-    """The law in K of one set of members.
+    """The law in K of one set of members."""
 
-    `law` is the fit to the means at each K, without an interval. `interval` maps E, A and alpha to 90% jackknife
-    intervals, or is None, and `note` says why. `error` is the standard error of E in nats with `dof` = K - 1, nan where
-    unknown. `replicates` (K, 2) holds E and A refitted without each member.
-    """
-
-    law: PowerLaw
-    interval: dict[str, Interval] | None
-    note: str
-    dof: int
-    error: float = math.nan
+    law: PowerLaw  # the fit to the means at each K, without an interval
+    interval: dict[str, Interval] | None  # E, A and alpha to their 90% jackknife intervals, or None
+    note: str  # why there is no interval
+    dof: int  # K - 1
+    error: float = math.nan  # standard error of E in nats; nan where unknown
+    # (K, 2): E and A refitted without each member
     replicates: Array = field(default_factory=lambda: np.empty((0, 2)), repr=False)
 
     @property

@@ -25,8 +25,7 @@ Interval = tuple[float, float]
 class PowerLaw:
     """A fitted law `E + A / x**alpha`: losses in nats per token, x in the unit of the fit.
 
-    `interval` maps E, A and alpha to 90% intervals; it is None if there are too few points, and `note` says why.
-    `variance` is that of a point of weight 1 and `dof` its degrees of freedom.
+    All arrays are (n,).
     """
 
     E: float
@@ -34,12 +33,12 @@ class PowerLaw:
     alpha: float
     x: Array = field(repr=False)
     y: Array = field(repr=False)
-    weights: Array = field(repr=False)
+    weights: Array = field(repr=False)  # inverse variances, up to a factor
     residuals: Array = field(repr=False)
-    interval: dict[str, Interval] | None
-    note: str
-    variance: float
-    dof: int
+    interval: dict[str, Interval] | None  # E, A and alpha to their 90% intervals; None with too few points
+    note: str  # why there is no interval, or what to know about it
+    variance: float  # of a point of weight 1
+    dof: int  # degrees of freedom of `variance`
     fixed_alpha: float | None = None
 
     @property

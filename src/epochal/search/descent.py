@@ -178,17 +178,13 @@ def pooled_noise(groups: Iterable[Iterable[float]]) -> Noise | None:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The evidence that `best` is a minimum of the grid.
-
-    `missing` are neighbors without a result; `margins` how much worse each other neighbor is (nats, equal seeds);
-    `noise` the spread between seeds, None before any point has two; `edges` the fields whose grid ends at `best`.
-    """
+    """The evidence that `best` is a minimum of the grid."""
 
     best: Point
-    missing: tuple[Point, ...]
-    margins: dict[Point, float]
-    noise: Noise | None
-    edges: tuple[str, ...]
+    missing: tuple[Point, ...]  # neighbors without a result
+    margins: dict[Point, float]  # how much worse each other neighbor is (nats, equal seeds)
+    noise: Noise | None  # spread between seeds; None before any point has two
+    edges: tuple[str, ...]  # fields whose grid ends at `best`
 
     @property
     def ties(self) -> tuple[Point, ...]:

@@ -47,14 +47,11 @@ EVALUATION_TOKENS = 2**14
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """Options that change the speed of a run and never its result.
+    """Options that change the speed of a run and never its result."""
 
-    micro_batch: sequences in one forward pass of a process (None: its whole share of the batch).
-    """
-
-    micro_batch: int | None = None
-    trackers: tuple[str, ...] = ()
-    checkpoint_seconds: float = 300.0
+    micro_batch: int | None = None  # sequences in one forward pass of a process (None: its whole share of the batch)
+    trackers: tuple[str, ...] = ()  # names of accelerate's trackers
+    checkpoint_seconds: float = 300.0  # longest time between two checkpoints
     preset: str = "here"
 
 
