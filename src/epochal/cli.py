@@ -397,6 +397,7 @@ def train(
     config = WorkerConfig(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
     launched = like is None and arguments[0].endswith(".json")
     runs: list[Job]
+    note: dict[str, str] = {}
     if launched:
         run, config = _read_run_json(Path(arguments[0]))
         runs = [run]
