@@ -77,9 +77,9 @@ class Settings:
     """`count` members of one size, in `seeds` repetitions, on the first budget; `holdout_tokens` for "holdout"."""
 
     model: str
-    count: int
-    seeds: int
-    holdout_tokens: int
+    count: int  # members of an ensemble
+    seeds: int  # repetitions
+    holdout_tokens: int  # of the variants that hold text out
 
     def __post_init__(self) -> None:
         if self.count < 2 or self.seeds < 1:
@@ -155,9 +155,9 @@ def ensemble(
 class Row:
     """What one variant reached with one average: losses by repetition, its members' mean loss, its relative cost."""
 
-    losses: dict[int, float]
-    member: float
-    cost: float
+    losses: dict[int, float]  # of the ensembles, by repetition
+    member: float  # mean loss of one member
+    cost: float  # of training, relative to independent members
 
 
 Rows = dict[tuple[str, str], Row]

@@ -36,18 +36,14 @@ PAIRS = (("probs", "samples"), ("cached", "probs"), ("average", "samples"), ("se
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`seeds` students of the size `model` each way, from the ensemble of that size.
+    """Students of soft targets, from the ensemble of their own size."""
 
-    Of soft targets: `kd_weight` of the teacher next to the text, `wd`, `keep` as in `Targets`. `sizes` are further sizes of
-    student, taught by the cache.
-    """
-
-    model: str
-    kd_weight: float
+    model: str  # of the students and of the members
+    kd_weight: float  # of the teacher; the rest is that of the text
     wd: float
-    keep: int = 64
-    seeds: int = 1
-    sizes: tuple[str, ...] = ()
+    keep: int = 64  # tokens kept at each position; see `Targets`
+    seeds: int = 1  # students each way
+    sizes: tuple[str, ...] = ()  # further sizes of student, taught by the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +51,12 @@ class Student:
     """How a student of the size `model` learns from sampled text: its share, its pool, and the student's point."""
 
     model: str
-    fraction: float
-    pool_tokens: int
-    epochs: int
+    fraction: float  # of sampled text
+    pool_tokens: int  # sampled in all
+    epochs: int  # of the real text
     lr: float
     wd: float
-    max_length: int
+    max_length: int  # tokens of one sampled text
 
     @property
     def point(self) -> Point:

@@ -27,20 +27,19 @@ AVERAGES = ("logits", "probs", "parameters")
 class Settings:
     """Continued pre-training of the size `model` on a second data set.
 
-    It starts from the tuned run of that size on the first budget, or from the model folder `base`. `batch_sizes` are the
-    default and the small one, in sequences; `more_tokens` budgets for further single passes of the default.
+    It starts from the tuned run of that size on the first budget, or from the model folder `base`.
     """
 
-    data: str
+    data: str  # the second data set
     model: str
     unique_tokens: int
-    batch_sizes: tuple[int, ...]
-    epochs: int
+    batch_sizes: tuple[int, ...]  # the default and the small one, in sequences
+    epochs: int  # of the repeated text
     lr: float
     wd: float
     members: int
-    more_tokens: tuple[int, ...] = ()
-    base: str = ""
+    more_tokens: tuple[int, ...] = ()  # budgets for further single passes of the default
+    base: str = ""  # path of a model folder
 
     def check(self, scale: Scale) -> None:
         """Raise ValueError for other than two batch sizes, a wrong base or a wrong model.

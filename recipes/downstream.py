@@ -193,10 +193,10 @@ def report(study: Study) -> Section:
 class Order:
     """How well the answers of some models to one task follow their losses."""
 
-    models: str
-    number: int
-    task: str
-    correlation: float | None
+    models: str  # which
+    number: int  # how many
+    task: str  # or "mean"
+    correlation: float | None  # rank correlation of accuracy with minus the loss
     interval: tuple[float, float] | None
 
 

@@ -40,14 +40,12 @@ SMALLEST_ERROR = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Which sizes get ensembles and of how many members.
+    """Which sizes get ensembles and of how many members."""
 
-    With `search_members` (2 or more) epochs and decay of members are tuned for the limit K to infinity, fitted from that
-    many members a point; 0 takes the rule of twice the epochs and half the decay.
-    """
-
-    models: tuple[str, ...]
-    count: int
+    models: tuple[str, ...]  # sizes that get ensembles
+    count: int  # members of each
+    # 2 or more: epochs and decay of members are tuned for the limit K to infinity, fitted from that many members a
+    # point. 0: the rule of twice the epochs and half the decay.
     search_members: int = 0
     member_variants: _member_variants.Settings | None = None
 

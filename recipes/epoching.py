@@ -21,15 +21,13 @@ from epochal.study import NOTHING, Arm, Result, Study
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`sweep_model` also runs every number of epochs of the grid.
+    """What runs in addition to the searches."""
 
-    At the budgets `data_scaling_tokens` only the standard recipe runs, with the sizes `data_scaling_models`: further points
-    for its law in D at a fraction of the cost of a whole budget.
-    """
-
-    sweep_model: str = ""
+    sweep_model: str = ""  # a size that also runs every number of epochs of the grid
+    # Budgets at which only the standard recipe runs: further points for its law in D at a fraction of the cost of a
+    # whole budget.
     data_scaling_tokens: tuple[int, ...] = ()
-    data_scaling_models: tuple[str, ...] = ()
+    data_scaling_models: tuple[str, ...] = ()  # sizes of the standard recipe at these budgets
 
     def check(self, scale: Scale) -> None:
         """Refuse models without a start and budgets that the batch does not divide."""

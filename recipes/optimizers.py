@@ -55,12 +55,12 @@ PAIRS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """One way to feed the optimizers: how much text, how many epochs, and the rates and decays that AdamW is tried with."""
+    """One way to feed the optimizers: how much text, how many epochs, and a grid."""
 
     name: str
-    tokens: int
+    tokens: int  # D
     epochs: int
-    lr: tuple[float, ...]
+    lr: tuple[float, ...]  # this and the next: as AdamW is tried; other arms have a factor
     wd: tuple[float, ...]
 
 

@@ -43,11 +43,11 @@ class Settings:
     and chained members and snapshots in groups of `group`.
     """
 
-    setting: str
-    optimizers: tuple[str, ...]
-    models: tuple[str, ...]
-    members: int
-    group: int = 3
+    setting: str  # of the recipe `optimizers`
+    optimizers: tuple[str, ...]  # labels of its arms
+    models: tuple[str, ...]  # sizes at which they are tuned
+    members: int  # of each optimizer, at the comparison's own size
+    group: int = 3  # chained members and snapshots are compared in groups of this size
 
     def check(self, scale: Scale) -> None:
         """Refuse groups that are larger than the number of members."""

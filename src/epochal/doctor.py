@@ -66,6 +66,7 @@ def examine() -> int:
 def _check(title: str, arguments: list[str], environment: dict[str, str], remedy: str) -> bool:
     """Run a module in its own process and print whether it works."""
     try:
+        # In a separate process: a crash of a driver must not end the doctor.
         result = subprocess.run(
             [sys.executable, "-m", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

@@ -70,9 +70,9 @@ class AdEMAMix(Decoupled):
 
     beta1: float = 0.9
     beta2: float = 0.999
-    beta3: float = 0.999
-    alpha: float = 8.0
-    warmup: float = 1.0
+    beta3: float = 0.999  # of the slow average
+    alpha: float = 8.0  # final weight of the slow average
+    warmup: float = 1.0  # share of the steps over which alpha and beta3 rise
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
@@ -87,8 +87,8 @@ class Mars(Decoupled):
 
     beta1: float = 0.95
     beta2: float = 0.99
-    gamma: float = 0.025
-    vector_lr_scale: float = 1 / 3
+    gamma: float = 0.025  # strength of the variance reduction
+    vector_lr_scale: float = 1 / 3  # of the learning rate of vectors
     eps: float = 1e-8
 
 
@@ -109,38 +109,28 @@ class Muon(Decoupled):
 
     momentum: float = 0.95
     nesterov: bool = True
-    iterations: int = 5
-    beta1: float = 0.9
+    iterations: int = 5  # Newton-Schulz steps
+    beta1: float = 0.9  # this and all below: of AdamW
     beta2: float = 0.95
     eps: float = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fira(Decoupled):
-    """Fira for the matrices whose name contains one of `patterns`, Adam for all else.
-
-    Attributes:
-        rank: of the subspace; None for a quarter of the model's width, the published choice.
-        gap: steps between two refreshes of the subspace.
-        alpha: scale of the low-rank update; None for 0.25 below 1e9 parameters and 0.0625 above, as published.
-        variant: "code", "paper" or "galore" (docs/fira.md section 1).
-        gamma: growth allowed to the residual per step, None for no limit.
-        scaling: of the residual, one factor per "column" or one for the whole "matrix".
-        refresh, rotate_states, stagger: see `epochal.optim.fira.Fira`.
-        patterns: parts of parameter names.
-    """
+    """Fira for the matrices whose name contains one of `patterns`, Adam for all else."""
 
     wd: float = 0.0
-    rank: int | None = None
-    gap: int = 200
+    rank: int | None = None  # of the subspace; None for a quarter of the model's width, the published choice
+    gap: int = 200  # steps between two refreshes of the subspace
+    # Scale of the low-rank update; None for 0.25 below 1e9 parameters and 0.0625 above, as published.
     alpha: float | None = None
-    variant: str = "code"
-    gamma: float | None = 1.01
-    scaling: str = "column"
-    refresh: str = "gram"
+    variant: str = "code"  # "code", "paper" or "galore" (docs/fira.md section 1)
+    gamma: float | None = 1.01  # growth allowed to the residual per step, None for no limit
+    scaling: str = "column"  # of the residual: one factor per "column", or one for the whole "matrix"
+    refresh: str = "gram"  # this and the next two: see `epochal.optim.fira.Fira`
     rotate_states: bool = False
     stagger: bool = False
-    patterns: tuple[str, ...] = ("attn", "mlp")
+    patterns: tuple[str, ...] = ("attn", "mlp")  # parts of parameter names
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-6
@@ -159,26 +149,20 @@ SpectraBase = AdamW | Signum | AdEMAMix | Mars | Lion
 
 @dataclass(frozen=True, kw_only=True)
 class Spectra:
-    """A base optimizer whose update has its singular values clipped at `clip`; lr and wd are the base's.
-
-    Attributes:
-        clip: the threshold; follows the Run's warm-up.
-        apply_to: "2d" (every matrix, embedding and head too), "all" (also vectors, by their norm), or regular
-            expressions searched in parameter names.
-        operator: "soft", "hard" or "normalize".
-        clip_decay, clip_decay_fraction: how the threshold decays over that last share of the steps.
-        pre_clip: threshold on the singular values of the gradients. The paper's README advises against using it
-            together with `clip`.
-        iterations: that many of the published Newton-Schulz steps in bfloat16, instead of a clip accurate to 1%.
-    """
+    """A base optimizer whose update has its singular values clipped at `clip`; lr and wd are the base's."""
 
     base: SpectraBase
-    clip: float = 10.0
+    clip: float = 10.0  # the threshold; follows the Run's warm-up
+    # "2d" (every matrix, embedding and head too), "all" (also vectors, by their norm), or regular expressions
+    # searched in parameter names.
     apply_to: str | tuple[str, ...] = "2d"
-    operator: str = "soft"
-    clip_decay: str = "constant"
-    clip_decay_fraction: float = 0.2
+    operator: str = "soft"  # "soft", "hard" or "normalize"
+    clip_decay: str = "constant"  # how the threshold decays over the last steps
+    clip_decay_fraction: float = 0.2  # the share of the steps over which it decays
+    # Threshold on the singular values of the gradients. The paper's README advises against using it together with
+    # `clip`.
     pre_clip: float | None = None
+    # That many of the published Newton-Schulz steps in bfloat16, instead of a clip accurate to 1%.
     iterations: int | None = None
 
     def __post_init__(self) -> None:

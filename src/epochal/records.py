@@ -1,7 +1,6 @@
 """Records: the small JSON a finished job leaves, and the only state a campaign has.
 
-A record says what ran (`job`, `fingerprint`), what came out (`status`, `results`), from which inputs (`inputs`: name to
-fingerprint) and where, with what and how fast (`provenance`). Heavy outputs are in the work folder and can be computed again.
+Heavy outputs are in the work folder and can be computed again.
 """
 
 import functools
@@ -27,12 +26,12 @@ SEED_FIELDS = ("name", "init_seed", "order_seed")
 class Record:
     """One finished job. `results["loss"]` is validation nats per token; None when the run diverged."""
 
-    job: Job
-    fingerprint: str
-    status: str
-    results: dict[str, Any]
-    inputs: dict[str, str] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    job: Job  # what ran
+    fingerprint: str  # hash of the job with its model and data files
+    status: str  # "done" or "diverged"
+    results: dict[str, Any]  # what came out
+    inputs: dict[str, str] = field(default_factory=dict)  # jobs that were read, by name, to their fingerprints
+    provenance: dict[str, Any] = field(default_factory=dict)  # where, with what and how fast it ran
 
     @property
     def loss(self) -> float:

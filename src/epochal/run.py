@@ -49,8 +49,8 @@ class SequenceDistillation:
     Total steps = steps_per_epoch * epochs / (1 - fraction), so the real tokens are seen `epochs` times all the same.
     """
 
-    samples: str
-    fraction: float
+    samples: str  # name of the Samples
+    fraction: float  # share of the stream that is sampled text
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
@@ -61,15 +61,13 @@ class SequenceDistillation:
 class SoftTargetDistillation:
     """Learn from soft targets too: (1 - weight) CE + weight T^2 KL(teacher at T || student at T).
 
-    mode "online": `source` is a Run or an Ensemble, whose models run on every batch of the student. "cached": it is
-    the Targets computed once over the training text, at temperature 1; that needs an order that keeps the cut of the
-    sequences.
+    "cached" targets need an order that keeps the cut of the sequences.
     """
 
-    source: str
-    kd_weight: float = 0.5
-    temperature: float = 1.0
-    mode: str = "online"
+    source: str  # A Run or an Ensemble, or the Targets computed once over the training text, at temperature 1.
+    kd_weight: float = 0.5  # of the divergence, 1 minus that of the labels
+    temperature: float = 1.0  # T, of teacher and student
+    mode: str = "online"  # "online" runs the models of `source` on every batch of the student; "cached" reads Targets.
 
     def __post_init__(self) -> None:
         choose("mode", self.mode, MODES)
@@ -228,17 +226,17 @@ class Ensemble:
 class Samples:
     """Tokens drawn from a Run, or from an Ensemble (spec section 9).
 
-    draw "members": from the members one by one, each in proportion to its weight (equal parts, as in the paper, where
-    the ensemble has none); "average": every token from the averaged distribution. Unconditional: each text begins with
-    the tokenizer's start token and ends at its end token or at `max_length` tokens.
+    Unconditional: each text begins with the tokenizer's start token and ends at its end token or at `max_length` tokens.
     """
 
     name: str
-    source: str
-    tokens: int
-    max_length: int
+    source: str  # name of a Run or an Ensemble
+    tokens: int  # in all
+    max_length: int  # tokens of one text
     seed: int = 0
     temperature: float = 1.0
+    # "members": from the members one by one, each in proportion to its weight (equal parts, as in the paper, where
+    # the ensemble has none); "average": every token from the averaged distribution.
     draw: str = "members"
 
     def __post_init__(self) -> None:
@@ -260,10 +258,10 @@ class Targets:
     """
 
     name: str
-    source: str
+    source: str  # name of a Run or an Ensemble
     unique_tokens: int
     sequence_length: int
-    keep: int = 64
+    keep: int = 64  # tokens kept at each position
 
     def __post_init__(self) -> None:
         _check_name(self.name)

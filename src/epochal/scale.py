@@ -23,10 +23,10 @@ Value = float | int
 class Point:
     """One setting of the tuned fields; `more` holds further fields of a Run or of its optimizer, by name."""
 
-    lr: float
+    lr: float  # peak learning rate
     epochs: int
-    wd: float
-    more: tuple[tuple[str, Value], ...] = ()
+    wd: float  # decoupled weight decay
+    more: tuple[tuple[str, Value], ...] = ()  # further fields of a Run or of its optimizer, by name
 
     def get(self, field: str) -> Value:
         """Return the value of one field."""
@@ -70,7 +70,7 @@ class Hardware:
     """What `plan` prices with: the device by name, the training FLOP/s of all of it, and the number of devices."""
 
     device: str
-    flops: float
+    flops: float  # training FLOP/s of all devices together
     devices: int = 1
 
 

@@ -48,11 +48,11 @@ class Sweep:
     """A full grid for one size and budget: every lr with every wd at a fixed number of epochs, then seeds at the best."""
 
     model: str
-    tokens: int
+    tokens: int  # D
     epochs: int
-    lr: tuple[float, ...]
+    lr: tuple[float, ...]  # every one is run with every wd
     wd: tuple[float, ...]
-    seeds: int = 3
+    seeds: int = 3  # at the best point
 
     @property
     def title(self) -> str:

@@ -71,6 +71,7 @@ def last_metrics(workspace: Workspace, name: str) -> tuple[str, ...]:
     path = workspace.folder(name) / "metrics.jsonl"
     try:
         with path.open("rb") as file:
+            # Only the end of the file: it has a line for every ten steps of the run.
             file.seek(max(0, os.fstat(file.fileno()).st_size - 512))
             lines = file.read().splitlines()
     except OSError:

@@ -48,6 +48,7 @@ def run_campaign(config: WorkerConfig, *, jobs: int, progress: Progress, log_pre
     log_folder.mkdir(parents=True, exist_ok=True)
     events: queue.Queue[dict[str, Any]] = queue.Queue()
     status = CampaignStatus()
+    # Workers stop when their parent ends, even if it is killed.
     config = replace(config, parent=os.getpid())
     workers = [
         _start(config, number, jobs, log_folder / f"{log_prefix}worker-{number}.log", events) for number in range(jobs)
@@ -65,6 +66,7 @@ def run_campaign(config: WorkerConfig, *, jobs: int, progress: Progress, log_pre
         event = events.get()
         _update(status, event)
         progress(status, event)
+    # Events that arrived while the workers stopped are reported above.
     codes = [worker.returncode for worker in workers]
     if stop_reason() is not None or EXIT_STOPPED in codes:
         return EXIT_STOPPED
@@ -77,6 +79,7 @@ def _start(config: WorkerConfig, number: int, jobs: int, log_path: Path, events:
     """Start one worker process and a thread that reads its events."""
     environment = {**os.environ, **_gpus(number, jobs, launches=config.preset is not None)}
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Set before numpy and torch are imported, which read it once.
     environment["OMP_NUM_THREADS"] = str(config.threads)
     with log_path.open("w") as log:
         worker: Any = subprocess.Popen(
@@ -90,6 +93,7 @@ def _start(config: WorkerConfig, number: int, jobs: int, log_path: Path, events:
     assert worker.stdin is not None and worker.stdout is not None
     with worker.stdin as pipe:
         json.dump(asdict(config), pipe)
+    # A thread for each worker: a full pipe would block the worker.
     worker.reader = threading.Thread(target=_listen_to, args=(worker.stdout, events), daemon=True)
     worker.reader.start()
     return worker

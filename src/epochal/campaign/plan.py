@@ -183,9 +183,9 @@ class Cost:
     """Cost of jobs: training FLOPs, device-hours at the scale's measured speed, bytes kept on disk."""
 
     jobs: int
-    flops: float
-    hours: float
-    disk: int
+    flops: float  # of training
+    hours: float  # device-hours at the scale's measured speed
+    disk: int  # bytes of models, samples and targets
 
 
 def flops_of(job: Job, vocab_size: int | None = None, jobs: Mapping[str, Job] | None = None) -> float:
@@ -258,18 +258,13 @@ class SearchState:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Status and cost of a campaign.
-
-    today: cost of the unfinished jobs that are planned now.
-    later: cost of the jobs still to be planned, assuming that each search is already at its optimum.
-    largest: the run with the most text on each data set, planned now or later.
-    """
+    """Status and cost of a campaign."""
 
     status: JobStatus
-    today: Cost
-    later: Cost
+    today: Cost  # unfinished jobs that are planned now
+    later: Cost  # jobs still to be planned, if each search is already at its optimum
     searches: tuple[SearchState, ...]
-    largest: tuple[Run, ...]
+    largest: tuple[Run, ...]  # the run with the most text on each data set, planned now or later
 
 
 def cost_estimate(

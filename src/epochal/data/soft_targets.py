@@ -23,10 +23,10 @@ from epochal.records import file_hash
 class Sequence:
     """Targets of one sequence: ids (T - 1, k), weights (T - 1, k), sum of p log p over all positions, mean kept mass."""
 
-    ids: Tokens
-    weights: Tokens
-    negentropy: float
-    kept_mass: float
+    ids: Tokens  # (T - 1, k)
+    weights: Tokens  # (T - 1, k)
+    negentropy: float  # sum of p log p over all positions
+    kept_mass: float  # mean over positions
 
 
 def write_shard(index: Path, sequences: Iterator[Sequence], vocab_size: int) -> None:

@@ -85,9 +85,9 @@ REASONS = {
 class Preset:
     """How the processes of a launch share a model: replicated, zero1, zero2, zero3 or fsdp2."""
 
-    backend: str = "replicated"
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    reshard_after_forward: bool = True
+    backend: str = "replicated"  # replicated, zero1, zero2, zero3 or fsdp2
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's config; empty for the others
+    reshard_after_forward: bool = True  # of FSDP2
 
 
 def read_preset(environment: Mapping[str, str]) -> Preset:

@@ -88,10 +88,10 @@ class Accuracy:
     `right` has a "1" or "0" for each question in the task's order, for paired comparisons between models.
     """
 
-    value: float
-    error: float
+    value: float  # share of correct answers
+    error: float  # standard error over questions
     questions: int
-    right: str
+    right: str  # "1" or "0" for each question, for paired comparisons
 
 
 def score(

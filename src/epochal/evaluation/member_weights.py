@@ -33,11 +33,11 @@ class Learned:
     `selected` are, in ascending order, the members whose equal average is best, selected greedily (Caruana et al. 2004).
     """
 
-    weights: tuple[float, ...]
-    selected: tuple[int, ...]
-    loss: float
-    selected_loss: float
-    equal_loss: float
+    weights: tuple[float, ...]  # (K,), summing to one
+    selected: tuple[int, ...]  # members whose equal average is best, ascending
+    loss: float  # held-out, with `weights`
+    selected_loss: float  # of the selected members
+    equal_loss: float  # of all members
 
 
 def learn(members: Sequence[Loader], sequences: Tokens, *, average: str) -> Learned:

@@ -22,6 +22,7 @@ def export(name: str, folder: Path, workspace: Workspace, records: Records, *, g
     record = records.named(name)
     if record is None or isinstance(record.job, Samples):
         raise ValueError(f"{name!r} is not a finished model; name a run or an ensemble.")
+    # An exported folder may be published already, so it is never overwritten.
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder.")
     if gguf and isinstance(record.job, Ensemble) and record.job.average != SOUP:

@@ -15,32 +15,27 @@ from epochal.scaling import seed_caveats, seed_interval
 
 @dataclass(frozen=True, kw_only=True)
 class ArmLosses:
-    """The results of one arm.
-
-    `losses` are finite losses in nats per token by seed, empty before the first result. `cells` are the arm's values in
-    further columns of the table. `caveats` are reasons why claims about this arm are provisional, such as "seeds of Fira".
-    """
+    """The results of one arm."""
 
     label: str
-    losses: Mapping[int, float]
-    cells: tuple[Cell, ...] = ()
-    caveats: tuple[str, ...] = ()
+    losses: Mapping[int, float]  # finite ones, nats per token, by seed; empty before the first result
+    cells: tuple[Cell, ...] = ()  # the arm's values in further columns of the table
+    caveats: tuple[str, ...] = ()  # why claims about this arm are provisional, such as "seeds of Fira"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """The claim that one arm has a lower loss than another, both named by label.
 
-    `id` and `paper` are those of the Claim. `text` replaces "BETTER has a lower loss than WORSE". With a `tolerance`
-    (nats) the claim is instead that the two losses differ by less than that, so `text` must be given.
+    With a `tolerance` the claim is instead that the two losses differ by less than that, so `text` must be given.
     """
 
-    better: str
-    worse: str
-    id: str = ""
-    text: str = ""
-    paper: str = ""
-    tolerance: float | None = None
+    better: str  # label of an arm
+    worse: str  # label of an arm
+    id: str = ""  # of the claim
+    text: str = ""  # replaces "BETTER has a lower loss than WORSE"
+    paper: str = ""  # of the claim
+    tolerance: float | None = None  # in nats
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not self.text:

@@ -27,11 +27,11 @@ NESTED_NOTE = (
 class Axis:
     """One quantity that grows: a field of LossPoint, with the fields that stay fixed along it."""
 
-    field: str
-    title: str
+    field: str  # of LossPoint
+    title: str  # of the section
     question: str
-    label: str
-    fixed: tuple[str, ...]
+    label: str  # of the axis in figures
+    fixed: tuple[str, ...]  # fields that stay fixed along the axis
 
 
 SIZE = Axis("N", "Size", "Where does each recipe end as models grow?", "parameters N", ("D", "K"))
@@ -44,7 +44,7 @@ class AxisLaw:
     """The law of one recipe along one axis, with its points; `place` names the fixed fields ("D = 1,000, K = 1")."""
 
     recipe: str
-    place: str
+    place: str  # the fixed fields: "D = 1,000, K = 1"
     xs: tuple[float, ...]
     ys: tuple[float, ...]
     law: PowerLaw

@@ -24,17 +24,14 @@ SLOWRUN_TABLE = ((2e8, 3.703), (4e8, 3.370), (6e8, 3.200), (8e8, 3.123), (1e9, 3
 
 @dataclass(frozen=True)
 class DataEfficiency:
-    """`multiple` times the data: the reference needs `equivalent` tokens for the loss.
+    """How much data a loss is worth, in terms of a reference law."""
 
-    `interval` is the 90% interval of the multiple from the band of the reference law and the interval of the loss; inf
-    as upper end if the band never reaches the loss, None (with a `note`) if the law has points but no interval.
-    `extrapolated` is True if `equivalent` is outside the data sizes of the law, None if these are unknown.
-    """
-
-    multiple: float
-    equivalent: float
+    multiple: float  # `equivalent` over the tokens used
+    equivalent: float  # tokens that the reference needs for the loss
+    # 90%, of the multiple, from the band of the law and the interval of the loss; the upper end is inf if the band
+    # never reaches the loss; None (with a `note`) if the law has points but no interval.
     interval: Interval | None
-    extrapolated: bool | None
+    extrapolated: bool | None  # whether `equivalent` is outside the data sizes of the law; None if these are unknown
     note: str
 
 

@@ -27,30 +27,26 @@ HUBER_DELTA = 1e-3  # of log residuals, as in Chinchilla's third approach
 class Form:
     """A family of laws: names of its sizes, coefficients (>= 0) and shapes, and its `model`.
 
-    `model(shapes, data)` gives (offset, basis). `shapes` maps names to search ranges. A form with a limit has E as its
-    first coefficient.
+    A form with a limit has E as its first coefficient.
     """
 
     name: str
-    sizes: tuple[str, ...]
-    coefficients: tuple[str, ...]
-    shapes: Mapping[str, Interval]
-    model: Callable[[Array, Data], tuple[Array, Array]]
+    sizes: tuple[str, ...]  # names, such as N and D
+    coefficients: tuple[str, ...]  # names; all are at least 0
+    shapes: Mapping[str, Interval]  # names to search ranges
+    model: Callable[[Array, Data], tuple[Array, Array]]  # (shapes, data) -> (offset, basis)
 
 
 @dataclass(frozen=True, eq=False)
 class SurfaceLaw:
-    """A fitted Form.
-
-    `constants` are by name and `residuals` (n,) in nats; `interval` has the 90% profile interval of E, or is None.
-    """
+    """A fitted Form."""
 
     form: Form
-    constants: dict[str, float]
-    residuals: Array = field(repr=False)
-    interval: dict[str, Interval] | None
+    constants: dict[str, float]  # coefficients and shapes, by name
+    residuals: Array = field(repr=False)  # (n,) in nats
+    interval: dict[str, Interval] | None  # 90% profile interval of E, or None
     note: str
-    dof: int
+    dof: int  # degrees of freedom
 
     @property
     def E(self) -> float:  # noqa: N802 - named like the constant

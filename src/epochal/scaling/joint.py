@@ -18,16 +18,13 @@ SMALLEST_SIGMA = 1e-9  # nats; noiseless curves would otherwise get infinite wei
 
 @dataclass(frozen=True, eq=False)
 class JointLaw:
-    """The double limit E with its 90% interval, or None and a note.
-
-    `inner` are the laws in K by N; `outer` is the law in N through their limits, None if there are too few.
-    """
+    """The double limit E with its 90% interval, or None and a note."""
 
     E: float
     interval: dict[str, Interval] | None
     note: str
-    inner: Mapping[float, PowerLaw] = field(repr=False)
-    outer: PowerLaw | None = field(repr=False)
+    inner: Mapping[float, PowerLaw] = field(repr=False)  # laws in K, by N
+    outer: PowerLaw | None = field(repr=False)  # law in N through their limits; None if there are too few
 
 
 def fit_joint(

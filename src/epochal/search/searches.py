@@ -30,12 +30,12 @@ FEWEST_FREEDOM = 4
 class Search:
     """One search of one size and budget: its title, its descent, and how a point becomes a loss and jobs."""
 
-    what: str
+    what: str  # title
     model: str
-    tokens: int
+    tokens: int  # D
     grid: Grid
-    loss_of: LossOf
-    jobs_of: Callable[[Point], tuple[Job, ...]]
+    loss_of: LossOf  # the loss of a point, from the records
+    jobs_of: Callable[[Point], tuple[Job, ...]]  # the jobs of a point
     descent: Descent
 
     @property
@@ -93,10 +93,10 @@ class EarlyStop:
     point; `worst` is the most it would have cost (nats).
     """
 
-    share: float
+    share: float  # of the steps
     stars: int
-    same: int
-    worst: float
+    same: int  # stars that would have kept the same best point
+    worst: float  # the most that it would have cost, in nats
 
 
 def early_stops(records: Records, searches: Sequence[Search]) -> list[EarlyStop]:
