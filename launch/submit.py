@@ -23,6 +23,7 @@ def submit(campaign: ClusterCampaign) -> str:
             return f"already submitted (planner {planners[0].job_id}); to change it, stop it first (--stop)."
         # Slurm also checks the array now: otherwise only the planner's log would say that it is refused.
         slurm.check(slurm.array_script(campaign, Path("batch.json"), 1, nodes=nodes))
+        # Only now, so that a refused campaign leaves no file behind.
         campaign.save()
         job_id = slurm.submit(script, campaign.folder)
     logs = campaign.folder / "logs"
@@ -31,6 +32,7 @@ def submit(campaign: ClusterCampaign) -> str:
 
 def stop(campaign: ClusterCampaign) -> str:
     """Stop a campaign: cancel its jobs, which save checkpoints, and submit nothing more."""
+    # First: a planner that starts in the meantime sees that the campaign is over.
     campaign.path.unlink(missing_ok=True)
     with _slurm_errors(campaign):
         tasks = slurm.queue(campaign.planner_name, campaign.runs_name)

@@ -72,6 +72,7 @@ def _queued(workspace: Workspace) -> tuple[dict[str, slurm.Task], list[str]]:
         try:
             tasks = slurm.queue(campaign.planner_name, campaign.runs_name)
         except slurm.SlurmError as error:
+            # The controller may be busy; the rest of the state comes from files.
             lines.append(f"  planner  unknown: {error}")
             continue
         planners = ", ".join(

@@ -63,6 +63,7 @@ def plan(study: Study) -> list[Job]:
 def changed_runs(study: Study, label: str, change: Arm, grid: Sweep) -> tuple[Run, ...]:
     """Return the seeds of one change; none before the optimizer's best point is known."""
     point = study.swept(optimizers.arm(label), grid).point
+    # At the optimum of the unchanged optimizer: searching each change again would cost a grid each.
     return () if point is None else study.seeds(change, grid.model, grid.tokens, point, grid.seeds)
 
 

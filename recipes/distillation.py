@@ -133,6 +133,7 @@ def _student_claims(study: Study, size: str, teacher: str, missing: tuple[str, .
     ]
     ensemble = ensembling.best_ensemble(study, study.scale.unique_tokens[0])
     if teacher == "ensemble" and ensemble is not None and single.mean > ensemble.loss:
+        # 0: as good as the best single model; 1: as good as the ensemble.
         share = (single.mean - loss) / (single.mean - ensemble.loss)
         claims.append(
             Claim(

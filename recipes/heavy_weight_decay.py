@@ -137,6 +137,7 @@ def _claims(study: Study, tokens: int, law: PowerLaw | None) -> list[Claim]:
                 value=(" > " if falls else ", ").join(shown),
                 paper="monotone over four sizes, section 5",
                 seeds=seeds,
+                # Open until every size has a result.
                 holds=falls if all(math.isfinite(loss) for loss in losses) else None,
                 provisional=caveats,
             )
@@ -151,6 +152,7 @@ def _claims(study: Study, tokens: int, law: PowerLaw | None) -> list[Claim]:
                 paper="3.43 at 200M tokens, alpha 1.02 (best standard 3.75), section 5",
                 interval=interval,
                 seeds=seeds,
+                # Not the fitted value alone: the whole interval must be below the best standard loss.
                 holds=None if interval is None else interval[1] < base,
                 provisional=caveats if law.interval else (*caveats, law.note.rstrip(".")),
             )

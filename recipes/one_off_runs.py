@@ -25,8 +25,10 @@ def report(study: Study) -> Section | None:
     for record in study.records:
         if not isinstance(record.job, Run) or not math.isfinite(record.loss):
             continue
+        # Runs of several seeds share this name.
         name = without_seed(record.job.name)
         losses.setdefault(name, {})[record.job.init_seed] = record.loss
+        # Written by `epochal train --like`.
         if "like" in record.provenance:
             like = without_seed(record.provenance["like"]["name"])
             groups.setdefault(like, {})[record.provenance["like"]["changes"]] = name

@@ -157,6 +157,7 @@ def comparisons(study: Study, name: str, sweep: Sweep) -> list[Claim]:
             better=pair.better,
             worse=pair.worse,
             id=f"optimizers.{name}.{pair.better}-{pair.worse}".lower(),
+            # The papers report one pass over fresh text only.
             paper=pair.paper if sweep.epochs == 1 else "",
         )
         for pair in PAIRS

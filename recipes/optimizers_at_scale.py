@@ -184,6 +184,7 @@ def _tuned_claims(here: Comparison, label: str) -> list[Claim]:
     """Claim that it is lower at every size, lastingly, and at the same decay."""
     models, key = here.settings.models, label.lower()
     gains = {model: here.gains(label, model) for model in models}
+    # Paired by seed at both sizes, so the change has an interval too.
     small, large = gains[models[0]], gains[models[-1]]
     change = [large[seed] - small[seed] for seed in large if seed in small]
     if not all(gains.values()) or not change:
@@ -327,6 +328,7 @@ def _average_claims(here: Comparison, label: str) -> list[Claim]:
         return []
     above, below = mean_curve(logits), mean_curve(probs)
     gaps = {k: above[k] - below[k] for k in sorted(above) if k in below and k > 1}
+    # At K = 1 both averages are the same model.
     if len(gaps) < 2:
         return []
     first, last = min(gaps), max(gaps)

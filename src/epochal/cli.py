@@ -192,6 +192,7 @@ def run(
         recipes=tuple(recipes or recipe_names(load_scale(scale))),
         results=str(results),
         work=str(work),
+        # Cores that this process may use, which may be fewer than the machine has.
         threads=max(1, len(os.sched_getaffinity(0)) // jobs),
         preset=None if preset is None else str(find_config("accelerate", preset, ".yaml")),
         micro_batch=micro_batch,
@@ -199,6 +200,7 @@ def run(
         checkpoint_seconds=seconds(checkpoint_every),
         seconds_left=None if time_limit is None else seconds(time_limit),
     )
+    # Before any worker starts: an error in a config should show in seconds, not in a log.
     estimate = _check_campaign(config)
     if cluster is not None:
         _run_on_cluster(config, cluster, dry_run=dry_run, stop=stop)
@@ -213,6 +215,7 @@ def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
     setting, records = _load(config.scale, Path(config.results), Path(config.work))
     estimate = _estimate(config.recipes, records, setting)
     for run in estimate.largest:
+        # Opening checks the hashes; the largest run shows whether there is enough text.
         store = open_store(run.data, records.workspace)
         store.training_stream(run)
         store.sequences("validation", run.sequence_length)
@@ -408,6 +411,7 @@ def train(
     if not runs:
         return
     folder = config.workspace.folder(runs[0].name)
+    # Processes on other nodes get no signal, but see the file.
     listen(stop_file=folder / STOP_NOTE if launched else None)
     try:
         for run in runs:
@@ -417,6 +421,7 @@ def train(
         _exit(EXIT_STOPPED)
     except Exception as error:
         if launched:
+            # The worker that launched these processes reports the error.
             write_error_file(folder, error)
         if not isinstance(error, ValueError):
             raise
@@ -581,6 +586,7 @@ def generate(
         max_length=max(2, tokens),
         seed=seed,
         temperature=temperature,
+        # The distribution of the ensemble itself; text for students comes from its members.
         draw="average",
     )
     if prompt is None:

@@ -62,7 +62,7 @@ def cross_entropy(
     total = _linear_loss(
         hidden, head, targets, [], [], teacher_weights=[1.0], average="logits", temperature=1.0, **vars(options)
     )[0]
-    return _normalise(total, targets, ignore_index, normaliser)
+    return _normalize(total, targets, ignore_index, normaliser)
 
 
 def distillation_loss(
@@ -110,7 +110,7 @@ def distillation_loss(
         temperature=float(temperature),
         **vars(options),
     )[0]
-    return _normalise(total, targets, ignore_index, normaliser)
+    return _normalize(total, targets, ignore_index, normaliser)
 
 
 def cached_distillation_loss(
@@ -142,7 +142,7 @@ def cached_distillation_loss(
     options = _options(hidden, head, weight, ignore_index, chunk_tokens)
     # The temperature is 1: probabilities were stored at 1, and another T needs the logits.
     total = _linear_sparse_loss(hidden, head, targets, ids.detach(), probs.detach(), **vars(options))[0]
-    return _normalise(total, targets, ignore_index, normaliser)
+    return _normalize(total, targets, ignore_index, normaliser)
 
 
 @torch.no_grad()
@@ -427,7 +427,7 @@ def _(gradient: Tensor, factor: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
 
 def _refuse(ctx: Any, gradient: Tensor) -> None:
     raise RuntimeError(
-        "epochal.loss has no second derivative because its gradient is formed in the forward pass; use a materialised "
+        "epochal.loss has no second derivative because its gradient is formed in the forward pass; use a materialized "
         "loss such as torch.nn.functional.cross_entropy to differentiate a gradient."
     )
 
@@ -453,7 +453,8 @@ def _rows(hidden: Tensor, head: Tensor, chunk_tokens: int | None) -> int:
     return chunk_tokens
 
 
-def _normalise(total: Tensor, targets: Tensor, ignore_index: int, normaliser: float | Tensor | None) -> Tensor:
+def _normalize(total: Tensor, targets: Tensor, ignore_index: int, normaliser: float | Tensor | None) -> Tensor:
+    # At least 1, so that a batch without any target gives 0 instead of NaN.
     if normaliser is None:
         # A tensor, so that a GPU need not be read.
         normaliser = (targets != ignore_index).sum().clamp(min=1)
@@ -470,10 +471,12 @@ def _check_student(hidden: Tensor, head: Tensor, targets: Tensor, ignore_index: 
             f"targets {tuple(targets.shape)} {targets.dtype} do not match hidden {tuple(hidden.shape)}; "
             f"pass int64 indices of shape ({hidden.shape[0]},)."
         )
+    # Under autocast both are cast to one dtype.
     if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != head.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} but head is {head.dtype}; cast one of them or run under torch.autocast."
         )
+    # Last, because it is the only check that reads values.
     wrong = _outside(targets, head, ignore_index)
     if wrong is not None:
         raise ValueError(

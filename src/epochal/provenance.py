@@ -22,6 +22,7 @@ def commit() -> dict[str, Any]:
     """Return {"commit", "dirty"} of the repository; both None outside a git checkout."""
     try:
         head = _git("rev-parse", "HEAD")
+        # Untracked files do not count: records and reports appear while a campaign runs.
         return {"commit": head, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}

@@ -306,7 +306,7 @@ def without_seed(name: str) -> str:
 def fingerprint(job: Job) -> str:
     """Hash what the job means: its non-default fields without the name, and the model and data files it names.
 
-    A new field whose default keeps the behaviour changes no fingerprint.
+    A new field whose default keeps the behavior changes no fingerprint.
     """
     meaning = {"kind": type(job).__name__, **_non_defaults(job)}
     meaning.pop("name")

@@ -28,6 +28,7 @@ def listen(*, deadline: float = float("inf"), parent: int | None = None, stop_fi
     deadline: in `time.monotonic()` seconds. parent: stop when this process id is no longer the parent. stop_file: stop when
     it exists.
     """
+    # Module state, because a signal handler is global to the process too.
     global _reason, _deadline, _parent, _stop_file
     _reason, _deadline, _parent, _stop_file = None, deadline, parent, stop_file
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -36,6 +37,7 @@ def listen(*, deadline: float = float("inf"), parent: int | None = None, stop_fi
 
 def _on_signal(number: int, frame: object) -> None:
     global _reason
+    # Only noted: a handler may run in the middle of a step or of a write.
     _reason = signal.Signals(number).name
 
 

@@ -94,7 +94,7 @@ class Result:
 NOTHING = Result()
 
 
-def memoised(method: F) -> F:
+def memoized(method: F) -> F:
     """Keep the answers of a Study's method."""
     # They depend on its arguments and on records that do not change. Not functools.cache, which would keep every Study.
 
@@ -109,7 +109,7 @@ def memoised(method: F) -> F:
 
 
 class Study:
-    """The records and the scale of one campaign, with memoised answers about arms."""
+    """The records and the scale of one campaign, with memoized answers about arms."""
 
     def __init__(self, records: Records, scale: Scale) -> None:
         self.records = records
@@ -124,7 +124,7 @@ class Study:
         recipe = cls.__module__.rpartition(".")[2].lstrip("_")
         return cast("T | None", self._settings(recipe, cls))
 
-    @memoised
+    @memoized
     def _settings(self, recipe: str, cls: Any) -> Any:
         table = self.scale.tables.get(recipe)
         if table is None:
@@ -140,7 +140,7 @@ class Study:
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    @memoised
+    @memoized
     def run(self, arm: Arm, model: str, tokens: int, point: Point, seed: int = 0) -> Run:
         """Return the run of an arm at a point."""
         # The point is in the arm's own lr and wd, after its `lr_factor`.
@@ -163,7 +163,7 @@ class Study:
 
     # --- tuned by coordinate descent, from the start that the ladder gives --------------------------------------------
 
-    @memoised
+    @memoized
     def search(self, arm: Arm, model: str, tokens: int) -> Search:
         """Return the search of one size and budget; it starts at the smaller size's optimum if the rung gives no start."""
         start = self.scale.start(self.scale.rung(model), tokens, wd=arm.wd)
@@ -201,7 +201,7 @@ class Study:
         """Return where the search of one size and budget stands."""
         return self.search(arm, model, tokens).descent
 
-    @memoised
+    @memoized
     def best(self, arm: Arm, model: str, tokens: int) -> Result:
         """Return the best known point of a descent, with the records of all seeds there."""
         search = self.search(arm, model, tokens)
@@ -221,7 +221,7 @@ class Study:
             for wd in sweep.wd
         ]
 
-    @memoised
+    @memoized
     def swept(self, arm: Arm, sweep: Sweep) -> Result:
         """Return the best point of a complete grid with the records of all seeds there; `NOTHING` before it is complete."""
         points = self.points(arm, sweep)

@@ -17,6 +17,7 @@ def write_checksums(workspace: Workspace, job: Job) -> None:
     """Write the hashes of the files that a job has just produced."""
     output = workspace.output(job)
     if output is not None and output.exists():
+        # An output is a file or a folder.
         paths = sorted(path for path in [output, *output.rglob("*")] if path.is_file())
         hashes = {str(path.relative_to(output.parent)): file_hash(path) for path in paths}
         write_atomic(workspace.folder(job.name) / "checksums.json", json.dumps(hashes, indent=1))
@@ -34,6 +35,7 @@ def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
         aside = output.with_name(f"{output.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
+        # Renamed, not deleted: the file may show what went wrong. The plan sees that the output is missing.
         output.rename(aside)
         messages.append(f"{output} is damaged ({damage}): moved to {aside.name}, it will be recomputed.")
     return messages

@@ -28,6 +28,7 @@ def runs_like(like: Run, assignments: Sequence[str], seeds: int, scale: Scale) -
     run = from_table(table, Run, where=f"--like {like.name}")
     if not differences(run, like):
         raise ValueError(f"nothing differs from {like.name!r}; change a field, for example optimizer.clip=5.")
+    # One run keeps the seed of `like`, so the two can be compared as a pair.
     if seeds == 1:
         return [named_run(run, scale.base)]
     numbers = range(scale.first_seed, scale.first_seed + seeds)

@@ -278,6 +278,7 @@ def cost_estimate(
     future = campaign_jobs(recipes, AssumeAllDone(records), scale)
     later = [job for job in future if job.name not in by_name and records.named(job.name) is None]
     by_name = {job.name: job for job in future} | by_name
+    # Ascending, so that the last run of each data set, the largest, remains in the dict.
     runs = sorted((job for job in by_name.values() if isinstance(job, Run)), key=lambda run: run.unique_tokens)
     largest = {run.data: run for run in runs}
     return CostEstimate(

@@ -238,6 +238,7 @@ class _Writer:
 def _write_meta(
     config: DataConfig, folder: Path, path: Path, tokenizer: Any, writers: dict[str, _Writer], counts: dict[str, int]
 ) -> None:
+    # Before meta.json is written, which cannot contain its hash.
     files = sorted(item for item in folder.rglob("*") if item.is_file())
     meta = {
         "version": META_VERSION,

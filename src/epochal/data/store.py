@@ -46,9 +46,11 @@ class TokenStore:
             raise ValueError(
                 f"{folder} has version {meta.get('version')}, not {META_VERSION}; delete it and build it again."
             )
+        # Comments and layout of a config do not count; see `run.config_hash`.
         if config_hash is not None and meta["config_hash"] != config_hash:
             raise ValueError(f"{folder} was built from another version of its config; delete it and build it again.")
         store = cls(folder, meta)
+        # Every open checks all hashes: a damaged store would silently change every result.
         store._check_files()
         store._check_disjoint()
         return store

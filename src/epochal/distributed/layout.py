@@ -123,6 +123,7 @@ def coverage_problems(layout: list[list[Span]], entries: Sequence[Entry]) -> lis
     for spans in layout:
         for span in spans:
             spans_of.setdefault(span.entry, []).append(span)
+        # Two parameters must not share elements of a shard.
         ordered = sorted(spans, key=lambda span: span.offset)
         for one, other in pairwise(ordered):
             if one.offset + one.stop - one.start > other.offset:
@@ -130,6 +131,7 @@ def coverage_problems(layout: list[list[Span]], entries: Sequence[Entry]) -> lis
     problems = []
     for index, spans in spans_of.items():
         end = 0
+        # Over all ranks the spans of a parameter must join without gap or overlap.
         for span in sorted(spans, key=lambda span: span.start):
             if span.start != end:
                 break

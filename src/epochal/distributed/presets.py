@@ -67,9 +67,9 @@ REASONS = {
     "zenflow": "it steps parameters with a second optimizer",
     "super_offload": "it steps parameters with a second optimizer",
     "zero_hpz_partition_size": "it is not tested with matrix optimizers",
-    "zero_quantized_weights": "quantised weights change the result",
-    "zero_quantized_gradients": "quantised gradients change the result",
-    "zero_quantized_nontrainable_weights": "quantised weights change the result",
+    "zero_quantized_weights": "quantized weights change the result",
+    "zero_quantized_gradients": "quantized gradients change the result",
+    "zero_quantized_nontrainable_weights": "quantized weights change the result",
     "mics_shard_size": "it is not tested with matrix optimizers",
     "parameter_alignment": "it is not tested with matrix optimizers",
     "pipeline": "pipeline parallelism is not supported",
@@ -99,11 +99,13 @@ def read_preset(environment: Mapping[str, str]) -> Preset:
     def on(name: str) -> bool:
         return environment.get(name, "false").lower() in ("true", "1")
 
+    # Autocast is inside the wrapped model; accelerate must not add a second one.
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":
         raise ValueError(
             f"the preset sets mixed_precision to {precision!r}, but the Run sets the precision; write 'no'."
         )
+    # The batch is the Run's; only its split into micro-batches is a matter of speed.
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
         raise ValueError("the preset sets gradient_accumulation_steps; leave it out and give --micro-batch instead.")
     if environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto") not in ("auto", "none"):
@@ -162,6 +164,7 @@ def check_deepspeed(table: dict[str, Any], where: str) -> None:
 
 def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
     for key, value in table.items():
+        # A key that is switched off changes nothing, even if it is unknown.
         off = value in (False, None, 0, {}) or (isinstance(value, dict) and value.get("enabled") is False)
         if key not in known and not off:
             raise ValueError(

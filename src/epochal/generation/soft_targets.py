@@ -50,6 +50,7 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
     folder = workspace.folder(job.name) / "targets"
     temporary = _prepare(folder, {"job": fingerprint(job), "inputs": marks})
     _check_room(job, store.vocab_size, temporary)
+    # All members in memory: each batch of text needs all of them.
     models = [load_model(workspace, member.job.name) for member in members]
     average, shares = averaging(source.job)
     per_shard = max(1, SHARD_POSITIONS // job.sequence_length)
@@ -57,6 +58,7 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
     for number, start in enumerate(range(0, len(sequences), per_shard)):
         rows = sequences[start : start + per_shard]
         index = temporary / f"shard-{number:05d}.json"
+        # Resume: shards of an interrupted job are kept.
         if not shard_is_complete(index):
             drawn = _draw(job, models, rows, average, shares, first=start)
             write_shard(index, drawn, store.vocab_size)
@@ -64,6 +66,7 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
     meta = {"vocab_size": store.vocab_size, "keep": min(job.keep, store.vocab_size), "sequences_per_shard": per_shard}
     write_atomic(temporary / "meta.json", json.dumps({**meta, "sequence_length": job.sequence_length}))
     size = sum(file.stat().st_size for file in temporary.iterdir())
+    # All shards are complete: now they replace what an older job left.
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return Record(

@@ -46,8 +46,10 @@ def build_optimizer(
     keywords = _keywords(choice, steps)
     match choice:
         case optimizer_config.AdamW():
+            # One kernel for all parameters; otherwise the step of a small model is bound by launches.
             keywords["fused"] = True
         case optimizer_config.Spectra():
+            # The threshold has a schedule, which follows the Run's.
             keywords.update(warmup_steps=warmup_steps, total_steps=steps)
     optimizer: torch.optim.Optimizer = getattr(optim, type(choice).__name__)(groups, lr=choice.lr, **keywords)
     return optimizer
@@ -73,6 +75,7 @@ def parameter_groups(
             "decay_scale": scale,
             "matrix": is_matrix,
         }
+        # Sorted, so that the order of groups, and with it of optimizer state, is the same for every model.
         for (is_matrix, scale), members in sorted(named.items(), key=lambda item: item[0], reverse=True)
     ]
 
@@ -118,6 +121,7 @@ def _keywords(choice: optimizer_config.Optimizer, steps: int) -> dict[str, Any]:
                 del keywords[name]
         case optimizer_config.Spectra():
             keywords["base"] = type(choice.base).__name__.lower()
+            # The number of steps belongs to the published method only.
             if choice.iterations is not None:
                 keywords["method"] = "newton_schulz"
             keywords.update(_keywords(choice.base, steps))  # the wrapper takes the hyper-parameters of its base too

@@ -187,6 +187,7 @@ def draw_bars(
     axes.set_xticks(places, [textwrap.fill(name, 16) for name in names])
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
+    # Above the interval, or above the bar without one.
     for place, value, top in zip(places, ys, np.fmax(ys, highs), strict=True):
         text, height = (f"{value:.4g}", max(top, 0.0)) if math.isfinite(value) else ("–", 0.0)
         axes.annotate(text, (place, height), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)

@@ -27,6 +27,7 @@ def render_html(
     parts = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(line)}</p>" for line in summary)]
     parts += ["<h2>All claims</h2>", f"<p>{_text(tally(claims))}</p>"]
     if claims:
+        # Column 4 is the number of seeds.
         parts.append(_table("", CLAIM_COLUMNS, [claim_cells(claim) for claim in claims], numeric={4}))
     for section in sections:
         parts += _section(section, figures)

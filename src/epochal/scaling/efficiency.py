@@ -91,6 +91,7 @@ def data_efficiency(
         extrapolated = not smallest <= equivalent <= largest
         if extrapolated:
             note = f"Extrapolated: the reference law was fitted from {smallest:g} to {largest:g}. {note}".strip()
+    # The reference has a limit above the loss.
     if math.isinf(equivalent):
         note = f"No amount of data brings the reference below its limit {reference_law.E:.4f}."
     return DataEfficiency(equivalent / D, equivalent, interval, extrapolated, note)

@@ -92,12 +92,14 @@ def fit_surface(form: Form, loss: npt.ArrayLike, *, objective: str = "squares", 
         raise ValueError(f"objective must be 'squares' or 'huber', got {objective!r}.")
     data = {name: _size(name, sizes[name], len(y)) for name in form.sizes}
     try:
+        # Shapes are searched by their logarithm, since their ranges span decades.
         log_shapes = _search(form, data, y)
     except (ValueError, RuntimeError, FloatingPointError) as error:
         ends = ", ".join(f"{name} from {np.min(values):g} to {np.max(values):g}" for name, values in data.items())
         raise ValueError(
             f"{form.name} could not be fitted ({error}); its values overflow at {ends}: give sizes in a larger unit."
         ) from None
+    # The optimum of least squares is the first start.
     if objective == "huber":
         log_shapes, coefficients = _huber(form, data, y, log_shapes)
     else:

@@ -391,7 +391,7 @@ def _step(
     clock.mark()
     tokens = torch.from_numpy(rows).to(processes.device)
     parts = torch.split(tokens, micro_batch or len(tokens))
-    # Normalised by the targets of this process: gradients and losses are then averaged over processes.
+    # Normalized by the targets of this process: gradients and losses are then averaged over processes.
     targets = len(tokens) * (run.sequence_length - 1)
     loss = torch.zeros((), device=processes.device)
     for number, part in enumerate(parts, start=1):
