@@ -28,6 +28,7 @@ def main(batch: Path) -> int:
         return 0
     task = int(os.environ["SLURM_ARRAY_TASK_ID"])
     names = tuple(table["tasks"][task])
+    # One worker for each packed job; each may take any job of this task.
     config = replace(campaign.config, only=names, nodes=table["nodes"], threads=_threads(len(names)))
     prefix = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}-"
     with Display(Console(width=200), config.workspace, done=0, flops_to_do=0.0) as display:

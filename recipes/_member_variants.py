@@ -151,6 +151,9 @@ def ensemble(
     return named_ensemble(tuple(runs[k] for k in learned["selected"]), average)
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Row:
     """What one variant reached with one average: losses by repetition, its members' mean loss, its relative cost."""

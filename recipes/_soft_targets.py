@@ -116,6 +116,9 @@ def records(study: Study, text: Student, soft: Settings, way: str) -> dict[int, 
     return study.finite({seed: found[-1] for seed, found in jobs.items() if found})
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Headroom:
     """What a student can gain: the loss of the best single model of its size, and of the ensemble that teaches it."""

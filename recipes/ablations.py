@@ -70,6 +70,9 @@ def changed_runs(study: Study, label: str, change: Arm, grid: Sweep) -> tuple[Ru
 Losses = dict[Arm, dict[int, float]]
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 def report(study: Study) -> Section:
     """Report what every change does to the loss."""
     title, question, grid = "Ablations", "Which parts of SPECTRA and Fira matter?", sweep(study)

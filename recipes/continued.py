@@ -95,6 +95,9 @@ class Continuation:
         return [*(named_ensemble((run.name,), "logits", data=first) for run in self.steps()), *self.ensembles(first)]
 
 
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
 def continuation(study: Study) -> Continuation | None:
     """Return the runs that continue; None without a table, or before the base is tuned."""
     settings = study.settings(Settings)
@@ -116,6 +119,9 @@ def plan(study: Study) -> list[Job]:
     if here is not None:
         jobs += [*here.steps(), *here.members(), *here.full_passes(), *here.ensembles(), *here.on_first_text()]
     return jobs
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
 def report(study: Study) -> Section:

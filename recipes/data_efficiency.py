@@ -62,6 +62,9 @@ def standard_law(study: Study) -> PowerLaw | None:
     return fit_power_law([tokens for tokens, _ in points], [loss for _, loss in points])
 
 
+# --- what was reached -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Reached:
     """A loss in nats per token, its 90% interval (over seeds or members; None for one seed), and whether it was trained."""
@@ -92,6 +95,9 @@ def reached(study: Study, tokens: int) -> dict[str, Reached]:
     if students and tokens == study.scale.unique_tokens[0]:
         found["student of the ensemble"] = Reached(statistics.fmean(students), seed_interval(students))
     return {what: value for what, value in found.items() if math.isfinite(value.loss) and value.loss > 0}
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
 def report(study: Study) -> Section:

@@ -86,6 +86,9 @@ def student_records(study: Study, teacher: str) -> list[Record]:
     return list(study.finite(students(study, teacher)).values())
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 def report(study: Study) -> Section:
     """Compare students with the best single model of their size and with their teachers."""
     title, question = "Distillation", "How much of an ensemble's gain can one small student keep?"
@@ -172,6 +175,9 @@ def _teacher_claim(study: Study, missing: tuple[str, ...]) -> list[Claim]:
             provisional=_caveats(missing, losses),
         )
     ]
+
+
+# --- the whole chain --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

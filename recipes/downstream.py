@@ -96,6 +96,9 @@ def _entry(study: Study, kind: str, what: str, runs: tuple[Run, ...]) -> Entry:
     return Entry(kind, what, named_ensemble(tuple(run.name for run in runs), "logits", tasks=tasks(study)))
 
 
+# --- answers, and resampled questions ---------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Answered:
     """An entry that has answered: its record, and for each task a 1 or 0 a question."""
@@ -162,6 +165,9 @@ def _interval(draws: Floats) -> tuple[float, float] | None:
         return None
     low, high = np.quantile(draws, [0.05, 0.95])
     return float(low), float(high)
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
 def report(study: Study) -> Section:

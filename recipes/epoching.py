@@ -130,6 +130,9 @@ def missing(study: Study, tokens: int) -> tuple[str, ...]:
     )
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 def report(study: Study) -> Section:
     """Report whether more epochs and larger models overfit at the standard decay."""
     return Section(

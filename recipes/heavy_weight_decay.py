@@ -75,6 +75,9 @@ def missing(study: Study, tokens: int) -> tuple[str, ...]:
     return (*(f"neighbors of {model}" for model in models), *(("one seed",) if study.scale.seeds < 2 else ()))
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 def report(study: Study) -> Section:
     """Compare tuned with standard, and extrapolate in N."""
     claims: list[Claim] = []

@@ -113,6 +113,9 @@ def plan(study: Study) -> list[Job]:
     return [job for sweep in sweeps(study).values() for arm in ARMS for job in study.sweep_jobs(arm, sweep)]
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 def report(study: Study) -> Section:
     """Compare the optimizers in each setting, each at its own optimum."""
     claims: list[Claim] = []

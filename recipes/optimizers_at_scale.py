@@ -139,6 +139,9 @@ def plan(study: Study) -> list[Job]:
     return jobs
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 def report(study: Study) -> Section:
     """Compare every optimizer with AdamW: tuned, in the limits, and as members."""
     title, question = "Optimizers at scale", "Do SPECTRA, Fira and Muon move the limits when text is repeated?"

@@ -33,6 +33,7 @@ def _clip_update_kernel(
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     wanted = tl.program_id(0) >= 0
+    # Inactive matrices exit here, without a value being read by the host.
     if HAS_ON:
         wanted = tl.load(on_b + batch) != 0
     if wanted:
@@ -47,12 +48,14 @@ def _clip_update_kernel(
             z = tl.load(z_tile + k[None, :] * z_sn, mask=(rows[:, None] < M) & (k[None, :] < M), other=0.0)
             x_mask = (k[:, None] < M) & (columns[None, :] < N)
             x = tl.load(x_tile + k[:, None].to(tl.int64) * x_sm, mask=x_mask, other=0.0)
+            # The interpreter silently multiplies bfloat16 wrongly.
             if UPCAST:
                 z = z.to(tl.float32)
                 x = x.to(tl.float32)
             total = tl.dot(z, x, total, input_precision="ieee")
         inside = (rows[:, None] < M) & (columns[None, :] < N)
         w_tile = w_bmn + batch * w_sb + rows[:, None].to(tl.int64) * w_sm + columns[None, :].to(tl.int64) * w_sn
+        # The epilogue: weight decay and step size are applied to the product in float32.
         keep = tl.load(f_b2 + batch * 2)
         add = tl.load(f_b2 + batch * 2 + 1)
         w = keep * tl.load(w_tile, mask=inside, other=0.0).to(tl.float32) + add * total

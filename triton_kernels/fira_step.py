@@ -67,6 +67,7 @@ def _fira_project_kernel(
     squares = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, A, BLOCK_A):
         a = (start + tl.arange(0, BLOCK_A)).to(tl.int64)
+        # One read of G serves both results.
         g_mask = (a[:, None] < A) & (columns[None, :] < N)
         g = tl.load(g_bab + batch * g_sb + a[:, None] * g_sa + columns[None, :] * g_sn, mask=g_mask, other=0.0)
         p_mask = (ranks[:, None] < R) & (a[None, :] < A)

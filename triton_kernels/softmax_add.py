@@ -37,6 +37,7 @@ def _softmax_add_kernel(
     z_row = z_nv + row * z_stride
     total_row = total_nv + row * total_stride
     columns = tl.arange(0, BLOCK)
+    # First pass: maximum and sum of exponentials. Second pass: normalize and add.
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
@@ -53,6 +54,7 @@ def _softmax_add_kernel(
         tl.store(total_row + start + columns, value, mask=inside)
 
 
+# A custom op must not have arguments that share memory.
 def softmax_add_(total: Tensor, logits: Tensor, weight: float, temperature: float, accumulate: bool) -> None:
     """`softmax_add` without operator registration, so that ``logits`` may be ``total``."""
     if total.shape != logits.shape or total.ndim != 2:

@@ -79,6 +79,8 @@ def _softmax_loss_kernel(
         # An index outside the vocabulary gives NaN, which is noticed without a host sync.
         z_y = tl.load(z_row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
         base = tl.where(z_y == float("-inf"), 0.0, z_y)  # differences of large numbers would lose digits
+        # First pass: the normalizers at T = 1 and at T, and the cross-entropy against the teacher. Each lane has
+        # one maximum and sum, see `online`.
         m_1 = tl.full([BLOCK], float("-inf"), tl.float32)
         m_t = tl.full([BLOCK], float("-inf"), tl.float32)
         s_1 = tl.zeros([BLOCK], tl.float32)
@@ -104,6 +106,7 @@ def _softmax_loss_kernel(
             if not SAME:
                 top_t, total_t = online_end(m_t, s_t)
                 log_t = tl.log(total_t)
+            # KL = sum p log p - sum p z / T + (sum p) log-normalizer; `cross` holds the first two terms.
             divergence = tl.sum(cross, 0) + tl.sum(mass, 0) * (top_t - base * inverse + log_t)
             loss += weight * temperature * temperature * divergence
         tl.store(loss_n + row, loss)
@@ -112,6 +115,7 @@ def _softmax_loss_kernel(
                 inside = start + columns < V
                 z = tl.load(z_row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
                 hot = tl.where(start + columns == y, 1.0, 0.0)
+                # Second pass: the gradient replaces the logits, which are not needed any more.
                 gradient = (1.0 - weight) * (tl.exp(z - top_1 - log_1) - hot)
                 if HAS_TEACHER:
                     p = tl.load(p_row + start + columns, mask=inside, other=0.0)

@@ -95,6 +95,7 @@ def _sparse_loss_kernel(
             tl.store(z_row + ids, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=known)
             hot_m, hot_s = online(hot_m, hot_s, hot)
         tl.debug_barrier()  # all writes before the first read
+        # First pass over the rest.
         rest_m = tl.full([BLOCK], float("-inf"), tl.float32)
         rest_s = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
@@ -114,9 +115,11 @@ def _sparse_loss_kernel(
         for start in range(0, V, BLOCK):
             index = start + columns
             z = tl.load(z_row + index, mask=index < V, other=float("-inf")).to(tl.float32)
+            # Second pass over the rest: the gradient of a token that is not stored.
             gradient = tl.exp(z - top) * factor - tl.where(index == y, 1.0 - weight, 0.0)
             tl.store(z_row + index, gradient, mask=index < V)
         tl.debug_barrier()  # the stored positions are written last
+        # The stored tokens: divergence and gradient.
         soft = tl.zeros([BLOCK_K], tl.float32)
         for start in range(0, K, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)

@@ -66,6 +66,7 @@ def _sym_mm_kernel(
         b_tile = b_bmk + batch * b_sb + columns[None, :].to(tl.int64) * b_sm + inner[:, None] * b_sk
         total = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
         for start in range(0, K, BLOCK_K):
+            # The last block of columns may be incomplete.
             left = K - start
             a = tl.load(a_tile, mask=(rows[:, None] < M) & (inner[None, :] < left), other=0.0)
             b = tl.load(b_tile, mask=(columns[None, :] < M) & (inner[:, None] < left), other=0.0)
@@ -79,6 +80,7 @@ def _sym_mm_kernel(
         if HAS_W:
             total = total * tl.load(w_b3 + batch * 3)
             if HAS_C:
+                # The epilogue: C and the identity are added before the tile is rounded and stored.
                 c_tile = c_bmm + batch * c_sb + rows[:, None].to(tl.int64) * c_sm + columns[None, :] * c_sn
                 total += tl.load(w_b3 + batch * 3 + 1) * tl.load(c_tile, mask=inside, other=0.0).to(tl.float32)
             total += tl.where(rows[:, None] == columns[None, :], tl.load(w_b3 + batch * 3 + 2), 0.0)

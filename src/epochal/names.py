@@ -75,6 +75,9 @@ def named_targets(source: str, unique_tokens: int, sequence_length: int, keep: i
     return Targets(name=name, source=source, unique_tokens=unique_tokens, sequence_length=sequence_length, keep=keep)
 
 
+# --- parts of names ---------------------------------------------------------------------------------------------------
+
+
 def short_count(tokens: int) -> str:
     """Shorten a count without loss: 24576 -> 24.576k, 200000000 -> 200m."""
     for size, letter in ((10**9, "b"), (10**6, "m"), (10**3, "k")):

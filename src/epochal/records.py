@@ -140,6 +140,9 @@ class Records:
                 )
 
 
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
 def load_records(workspace: Workspace) -> Records:
     """Read all records of a campaign; malformed files are listed in `problems`, not raised."""
     records, problems = [], []
@@ -218,6 +221,9 @@ def _check_results(record: Record) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# --- writing, and errors ----------------------------------------------------------------------------------------------
 
 
 def write_record(workspace: Workspace, record: Record) -> Path:

@@ -74,6 +74,9 @@ class Hardware:
     devices: int = 1
 
 
+# --- the scale --------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """One campaign."""
@@ -227,6 +230,9 @@ def load_scale(name: str) -> Scale:
     settings = {key: value for key, value in table.items() if key not in own and isinstance(value, dict)}
     scale = from_table({key: value for key, value in table.items() if key not in settings}, Scale, where=str(path))
     return replace(scale, name=path.stem, tables=settings)
+
+
+# --- points and runs with other values --------------------------------------------------------------------------------
 
 
 def member_point(point: Point) -> Point:

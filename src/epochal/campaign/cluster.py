@@ -72,6 +72,7 @@ class ClusterCampaign:
     @property
     def planner_name(self) -> str:
         """Slurm job name of the planners of this campaign."""
+        # The digest of the folders keeps two checkouts of one user apart.
         return f"epochal-plan-{self._suffix}-{_digest(*sorted(self.config.recipes))}"
 
     @property

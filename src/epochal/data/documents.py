@@ -121,6 +121,9 @@ def _column(row: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
+# --- one reader for each file type ------------------------------------------------------------------------------------
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a plain, gzip or zstandard file for reading bytes; damaged data raises ValueError, also while reading."""

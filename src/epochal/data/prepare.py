@@ -70,6 +70,9 @@ class DataConfig:
     sha256: str | None = None  # expected hash of the training token file, if known
 
 
+# --- the build --------------------------------------------------------------------------------------------------------
+
+
 def prepare(name: str, data_folder: Path) -> TokenStore:
     """Build the token store of a data config, or open it if it exists.
 
@@ -191,6 +194,9 @@ def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"],
             break
     tokenizer.encode_special_tokens = False
     return counts
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 class _Writer:

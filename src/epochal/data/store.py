@@ -63,6 +63,7 @@ class TokenStore:
                 raise ValueError(f"{path} is {state}; delete {self.folder} and build it again with epochal data.")
 
     def _check_disjoint(self) -> None:
+        # By content hash: the same text in two splits would make held-out losses too low.
         hashes = {split: np.load(self.folder / f"{split}.hashes.npy") for split in SPLITS}
         for one, other in combinations(SPLITS, 2):
             shared = np.intersect1d(hashes[one], hashes[other])
@@ -132,6 +133,9 @@ def open_store(data: str, workspace: Workspace) -> TokenStore:
     """Open the token store of a data config; raises ValueError if it is missing, damaged or out of date."""
     path = find_config("data", data, ".toml")
     return TokenStore.open(workspace.data / path.stem, config_hash=config_hash(path))
+
+
+# --- sequences and batches --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

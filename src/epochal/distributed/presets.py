@@ -90,6 +90,9 @@ class Preset:
     reshard_after_forward: bool = True  # of FSDP2
 
 
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
 def read_preset(environment: Mapping[str, str]) -> Preset:
     """Return the preset that `accelerate launch` put into the environment.
 

@@ -81,6 +81,9 @@ def _store_of(folder: Path, workspace: Workspace) -> TokenStore | None:
     return None
 
 
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Share of correct answers, its standard error over questions, and each answer.

@@ -48,6 +48,7 @@ class OnDiskLogits:
     def _write(self, model: Any, sequences: Tokens | torch.Tensor, k: int) -> torch.Tensor:
         """Write the files of one member and return its target logits, (n,)."""
         head = model.lm_head.weight.detach().float()
+        # Written once, read many times: a block of the vocabulary is needed for every block of tokens.
         head.cpu().numpy().tofile(self._folder / f"{k}.head")
         self._widths.append(head.shape[1])
         self.vocabulary, self.device = head.shape[0], model.device

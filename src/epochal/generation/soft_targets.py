@@ -116,6 +116,9 @@ def _check_room(job: Targets, vocab_size: int, folder: Path) -> None:
         )
 
 
+# --- targets of one sequence ------------------------------------------------------------------------------------------
+
+
 def _draw(
     job: Targets, models: list[Any], rows: Tokens, average: str, shares: tuple[float, ...] | None, *, first: int
 ) -> Iterator[Sequence]:

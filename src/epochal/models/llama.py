@@ -161,6 +161,9 @@ def next_token(
     return hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
 
 
+# --- initialisation ---------------------------------------------------------------------------------------------------
+
+
 def weight_rule(
     initialisation: str, role: str, *, fan_in: int, layers: int, initializer_range: float = 0.02
 ) -> WeightRule:

@@ -32,6 +32,7 @@ def slow_decay(step: Tensor, beta1: float, beta3: float, warmup: int | None) -> 
 
     done = torch.clamp(step.double() / warmup, max=1.0) if warmup else torch.ones_like(step, dtype=torch.float64)
     now = (1 - done) * half_life(beta1) + done * half_life(beta3)
+    # Exactly b3 after the warm-up, whatever the rounding of exp and log.
     return torch.where(done < 1, torch.exp(math.log(0.5) / (now + 1)), beta3)
 
 

@@ -50,6 +50,7 @@ def mars_update(
         mars_type: "mars-adamw" or "mars-lion".
         eps: added to the corrected root.
     """
+    # A batch of vectors has two axes.
     if gradient.ndim < 3:
         update, state = adamw_update(gradient, state, betas=vector_betas, eps=eps)
         return vector_lr_scale * update, state
@@ -61,6 +62,7 @@ def mars_update(
     corrected = corrected / per_item(norm.clamp(min=1.0), corrected)
     mean = torch.lerp(state["exp_avg"], corrected, 1 - beta1)
     square = torch.addcmul(state["exp_avg_sq"] * beta2, corrected, corrected, value=1 - beta2)
+    # The plain gradient is remembered, not the corrected one.
     new = {"step": step, "exp_avg": mean, "exp_avg_sq": square, "previous": gradient}
     if mars_type == "mars-lion":
         return mean.sign(), new

@@ -115,6 +115,7 @@ def compare_limits(
         if law.interval is None:
             sentence = f"Whether {second} is lower than {first}{where} is unknown: {name} has no interval"
             return Comparison(None, difference, f"{sentence} ({law.note.rstrip('.')}).")
+    # 400 quantiles of each distribution stand for draws from it.
     levels = (np.arange(400) + 0.5) / 400
     qa, qb = a.quantiles(levels, math.inf), b.quantiles(levels, math.inf)
     # The share of pairs with B below A; ties (both limits on their bound) count half.
