@@ -242,7 +242,6 @@ def _overhead(*pair: list[Record]) -> float | None:
         shares = [float(s) for record in records if (s := record.provenance.get("optimizer_share")) is not None]
         if not shares:
             return None
-        # The smallest share over seeds is the least disturbed by other processes.
         steps.append(1 / (1 - min(shares)))
     return steps[0] / steps[1] - 1
 

@@ -140,7 +140,7 @@ def _deepspeed_preset(name: str) -> Preset:
 
 def check_deepspeed(table: dict[str, Any], where: str) -> None:
     """Raise ValueError for a DeepSpeed config that would change a result or is not tested."""
-    # An allow-list: DeepSpeed has several hundred keys, and a new one must not slip through.
+    # An allow-list, so that a key of a newer DeepSpeed cannot slip through.
     zero = table.get("zero_optimization", {})
     _check_keys(table, DEEPSPEED_KEYS, where)
     _check_keys(zero, ZERO_KEYS, f"{where}: zero_optimization")

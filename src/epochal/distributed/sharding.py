@@ -484,7 +484,7 @@ class Sharded(Distributed):
 
         They come in order of ranks and are cut by `sizes`.
         """
-        # float32 in both directions, so that bfloat16 shards do not round the update twice.
+        # float32 in both directions, whatever the dtype of the shard.
         wire = device if self.world == 1 else _wire(device)
         counts = [sum(piece.numel() for piece in pieces) for pieces in send]
         everything = [piece.to(wire, torch.float32) for piece in chain.from_iterable(send)]

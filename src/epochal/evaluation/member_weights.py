@@ -70,7 +70,7 @@ def minimize_on_simplex(objective: Objective, count: int) -> Vector:
     """Return the `count` non-negative weights that sum to one and minimize a convex objective."""
     from scipy.optimize import minimize
 
-    # Convex, so any start leads to the optimum; the equal weights are close to it.
+    # Convex, so any start leads to the optimum.
     result = minimize(
         objective,
         np.full(count, 1.0 / count),

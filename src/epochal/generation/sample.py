@@ -74,7 +74,7 @@ def _draw_all(
         if not share:
             continue
         model = load()
-        # A generator per model, on the CPU: a model's texts depend neither on the device nor on the other models.
+        # A generator per model, on the CPU: its random numbers depend neither on the device nor on the other models.
         generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
         rows = min(BATCH, math.ceil(share / samples.max_length))
         texts = draw(model, samples, rows, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
