@@ -5,6 +5,9 @@ JOBS ?= 2
 # The scales whose records are committed; the demo's are not.
 COMMITTED := $(filter-out demo,$(sort $(notdir $(patsubst %/records,%,$(wildcard recipes/results/*/records)))))
 
+# Without cached byte code every process compiles torch and transformers again: 18 s of processor time instead of 7.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check bench report clean
 
 demo: .venv/demo

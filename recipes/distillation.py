@@ -89,6 +89,19 @@ def student_records(study: Study, teacher: str) -> list[Record]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
+def roles(study: Study) -> dict[str, Record]:
+    """Return the results that people use by a short name, for `epochal export`, `eval`, `generate`."""
+    tokens = study.scale.unique_tokens[0]
+    single, _ = heavy_weight_decay.best_single(study, tokens)
+    students = student_records(study, "ensemble")
+    results = {
+        "single": next(iter(single.records.values()), None),
+        "ensemble": ensembling.best_ensemble(study, tokens),
+        "student": students[0] if students else None,
+    }
+    return {role: record for role, record in results.items() if record is not None}
+
+
 def report(study: Study) -> Section:
     """Compare students with the best single model of their size and with their teachers."""
     title, question = "Distillation", "How much of an ensemble's gain can one small student keep?"
@@ -103,9 +116,9 @@ def report(study: Study) -> Section:
         claims += _soft_targets.claims(study, settings, soft, missing)
         tables, notes = _soft_targets.tables(study, settings, soft), _soft_targets.notes(study, settings, soft)
     steps = chain(study)
-    if steps:
-        names = "; ".join(f"{step.what}: {step.records[0].job.name}" for step in steps)
-        notes.append(f"Names for epochal export, eval and generate: {names}.")
+    names = [f"{role}: {record.job.name}" for role, record in roles(study).items()]
+    if names:
+        notes.append(f"Names for epochal export, eval and generate: {'; '.join(names)}.")
     return Section(
         title=title,
         question=question,

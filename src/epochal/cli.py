@@ -531,7 +531,7 @@ def _print_losses(name: str, scale: str, results: Path, work: Path) -> None:
     from epochal.run import Ensemble, Run
 
     record, records = _finished(name, scale, results, work)
-    job = record.job
+    name, job = record.job.name, record.job
     if isinstance(job, Run):
         job = Ensemble(name=name, runs=(name,), average="probs")
     if not isinstance(job, Ensemble):
@@ -553,7 +553,8 @@ def _print_accuracies(
     if (Path(name) / "config.json").is_file():
         _, records = _load(scale, results, work, problems=False)
     else:
-        _, records = _finished(name, scale, results, work)
+        record, records = _finished(name, scale, results, work)
+    name = record.job.name
     model, tokenizer, store = open_model(name, records.workspace, records)
     accuracies = score(model, tokenizer, tasks, store=store, task_folder=task_folder, limit=limit)
     for task, accuracy in accuracies.items():
@@ -578,7 +579,8 @@ def generate(
     from epochal.generation.sample import sample_texts
     from epochal.run import Samples
 
-    _, records = _finished(name, scale, results, work)
+    record, records = _finished(name, scale, results, work)
+    name = record.job.name
     samples = Samples(
         name="text",
         source=name,
@@ -610,7 +612,8 @@ def export(
     """
     from epochal.export.huggingface import export as write
 
-    _, records = _finished(name, scale, results, work)
+    record, records = _finished(name, scale, results, work)
+    name = record.job.name
     write(name, folder, records.workspace, records, gguf=gguf)
     print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
@@ -652,14 +655,19 @@ def _estimate(recipes: "Sequence[str]", records: "Records", setting: "Scale") ->
 
 
 def _finished(name: str, scale: str, results: Path, work: Path) -> "tuple[Record, Records]":
-    """Return the record of a finished job, and all records; raises ValueError with the nearest name."""
-    _, records = _load(scale, results, work, problems=False)
+    """Return the record of a finished job, or of a role such as "student", and all records."""
+    from epochal.campaign.plan import named_roles
+
+    setting, records = _load(scale, results, work, problems=False)
     record = records.named(name)
     if record is None:
-        known = [record.job.name for record in records]
-        raise ValueError(
-            f"{records.workspace.records} has no record {name!r}{nearest(name, known)}; see epochal plan --jobs."
-        )
+        roles = named_roles(records, setting)
+        if name not in roles:
+            known = [*roles, *(record.job.name for record in records)]
+            raise ValueError(
+                f"{records.workspace.records} has no record {name!r}{nearest(name, known)}; see epochal plan --jobs."
+            )
+        record = roles[name]
     return record, records
 
 

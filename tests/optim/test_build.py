@@ -116,7 +116,7 @@ def as_a_run_steps(choice: Optimizer) -> tuple[torch.nn.Module, Replicated]:
 )
 def test_every_kind_builds_its_class_and_finds_its_matrices(choice: Optimizer, expected: type, matrices: int) -> None:
     _, shared = as_a_run_steps(choice)
-    assert type(shared.inner) is expected
+    assert type(shared._inner) is expected
     assert len(shared.matrices) == matrices
 
 

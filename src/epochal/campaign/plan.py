@@ -100,6 +100,13 @@ def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> lis
     return list(jobs.values())
 
 
+def named_roles(records: Records, scale: Scale) -> dict[str, Record]:
+    """Return the results that recipes give a short name, such as "student"."""
+    study = Study(records, scale)
+    modules = [module for module in map(load_recipe, recipe_names(scale)) if hasattr(module, "roles")]
+    return {role: record for module in modules for role, record in module.roles(study).items()}
+
+
 @dataclass(frozen=True)
 class JobStatus:
     """Jobs by status: `done`, `ready` (all inputs exist), `waiting` (job name to the inputs it lacks)."""
