@@ -655,7 +655,7 @@ def _estimate(recipes: "Sequence[str]", records: "Records", setting: "Scale") ->
 
 
 def _finished(name: str, scale: str, results: Path, work: Path) -> "tuple[Record, Records]":
-    """Return the record of a finished job, or of a role such as "student", and all records."""
+    """Return the record of a finished job or role ("student"), and all records."""
     from epochal.campaign.plan import named_roles
 
     setting, records = _load(scale, results, work, problems=False)
