@@ -15,8 +15,9 @@ demo: .venv/demo
 	$(BIN)/epochal run --scale demo --jobs $(JOBS) --tracker none
 	$(BIN)/epochal report --scale demo
 
+# A file of tests stays in one process, which keeps what its tests share.
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: .venv/test
 	$(BIN)/ruff check .

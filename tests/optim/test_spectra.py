@@ -285,7 +285,7 @@ def model() -> torch.nn.Module:
         ({"apply_to": "all"}, {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"}),
         ({"apply_to": [r"^2\.w", "^1"]}, {"2.weight", "1.weight", "1.bias"}),
     ],
-    ids=str,
+    ids=("matrices", "all", "patterns"),
 )
 def test_apply_to_selects_what_is_clipped(options: dict[str, Any], expected: set[str]) -> None:
     clipped, plain = model(), model()

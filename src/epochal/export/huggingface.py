@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from epochal.config import find_config, flat_table, load_toml, to_table
+from epochal.config import find_config, flat_table, load_toml, replaced_folder, to_table
 from epochal.data.prepare import DataConfig
 from epochal.export.gguf import write_gguf
 from epochal.models.ensemble import copy_tokenizer
@@ -27,9 +27,7 @@ def export(name: str, folder: Path, workspace: Workspace, records: Records, *, g
         raise ValueError(f"{folder} exists; name a new folder.")
     if gguf and isinstance(record.job, Ensemble) and record.job.average != SOUP:
         raise ValueError("GGUF does not support ensembles; export a member or a student, or leave --gguf out.")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with replaced_folder(folder) as temporary:
         _write_weights(record, temporary, workspace, records)
         source = workspace.records / f"{name}.json"
         shutil.copy(source, temporary / RECORD)
@@ -37,9 +35,6 @@ def export(name: str, folder: Path, workspace: Workspace, records: Records, *, g
             write_gguf(temporary, temporary / "model.gguf", name=name)
         card = model_card(record, member_records(name, records), record_hash=file_hash(source))
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_weights(record: Record, folder: Path, workspace: Workspace, records: Records) -> None:
@@ -57,7 +52,7 @@ def _write_weights(record: Record, folder: Path, workspace: Workspace, records: 
     source = workspace.folder(name) / "model"
     if not source.is_dir():
         raise ValueError(f"{source} does not exist; run {name!r} again to make its weights.")
-    shutil.copytree(source, folder)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def model_card(record: Record, members: list[Record], *, record_hash: str) -> str:
