@@ -20,6 +20,11 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the tests of Slurm first: they mostly wait, so other files run in the meantime."""
+    items.sort(key=lambda item: "test_slurm" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, its data config `tiny.toml` and the finished token store `work/data/tiny`."""

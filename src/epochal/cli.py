@@ -554,7 +554,7 @@ def _print_accuracies(
         _, records = _load(scale, results, work, problems=False)
     else:
         record, records = _finished(name, scale, results, work)
-    name = record.job.name
+        name = record.job.name
     model, tokenizer, store = open_model(name, records.workspace, records)
     accuracies = score(model, tokenizer, tasks, store=store, task_folder=task_folder, limit=limit)
     for task, accuracy in accuracies.items():
