@@ -17,7 +17,7 @@ demo: .venv/demo
 
 # A file of tests stays in one process, which keeps what its tests share.
 test: .venv/test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/test
 	$(BIN)/ruff check .

@@ -193,8 +193,8 @@ def claims(rows: Rows, settings: Settings, caveats: tuple[str, ...]) -> list[Cla
     """Return one claim per variant: its mean of probabilities against independent members, paired by repetition."""
     return [
         difference_claim(
-            f"{settings.count} {settings.model} members at equal training cost, {variant.title}: "
-            "better than independent ones (probs)",
+            f"{settings.count} {settings.model} members ({variant.title}) have a lower loss than independent ones at equal "
+            "training cost (probs)",
             values,
             id=f"ensembling.variant.{label}",
             caveats=caveats,

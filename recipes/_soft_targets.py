@@ -155,7 +155,8 @@ def claims(study: Study, text: Student, soft: Settings, caveats: tuple[str, ...]
             better=way,
             worse=baseline,
             id=f"distillation.way.{way}-{baseline}",
-            text=f"at equal student cost, {WAYS[way]}: {'as good as' if way == 'cached' else 'better than'} {WAYS[baseline]}",
+            text=f"students of {WAYS[way]} {'equal' if way == 'cached' else 'have a lower loss than'} students of "
+            f"{WAYS[baseline]}, at equal student cost",
             # The cache is a sample of the same distribution, so the claim is equality.
             tolerance=0.01 if way == "cached" else None,
         )

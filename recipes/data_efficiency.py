@@ -154,7 +154,7 @@ def _claim(what: str, value: DataEfficiency, loss: Reached, tokens: int, scale: 
         reasons = (*reasons, "the interval is that of the law alone")
     return Claim(
         id=f"data-efficiency.{CLAIM_IDS.get(what, 'ensemble')}",
-        text=f"D = {tokens:,}: {what} is worth more than its data",
+        text=f"D = {tokens:,}: {what}: the standard recipe needs more data for the same loss",
         value=f"{value.multiple:.2f}x",
         paper=PAPER.get(what, ""),
         interval=value.interval,

@@ -371,7 +371,7 @@ def variant_gains(here: Comparison, label: str, variant: str) -> list[float]:
 def _variant_claims(here: Comparison, label: str, variant: str) -> list[Claim]:
     gains = variant_gains(here, label, variant)
     title = VARIANTS[variant].title
-    text = f"members with {label} at equal training cost, {title}: better than independent ones (probs)"
+    text = f"members with {label} ({title}) have a lower loss than independent ones at equal training cost (probs)"
     return [difference_claim(text, gains, id=f"optimizers-at-scale.{label.lower()}.{variant}")] if gains else []
 
 
