@@ -91,7 +91,7 @@ def rows(*texts: str, column: str = "text") -> bytes:
         ("a.jsonl", b'{"text": 3}\n', "must hold text"),
         ("a.jsonl", b"", "has no documents"),
         ("a.parquet", b"PAR", "parquet"),
-        ("a.jsonl.gz", gzip.compress(rows("x", column="body")), "has no column 'text'"),
+        ("a.jsonl.gz", gzip.compress(rows("x", column="body"), mtime=0), "has no column 'text'"),
         ("a.docx", b"abc", "unknown file type"),
     ],
 )
