@@ -71,11 +71,14 @@ def _fail(message: str, code: int) -> None:
 def data(config: str, work: Work = WORK) -> None:
     """Turn text into a token store: CONFIG is a name from configs/data or a path."""
     from epochal.data.prepare import prepare
+    from epochal.data.text import sentences
 
     store = prepare(config, work / "data")
     counts = ", ".join(f"{split} {count:,}" for split, count in store.meta["tokens"].items())
     dropped = ", ".join(f"{count} {what}" for what, count in store.meta["dropped"].items())
     print(f"{store.folder}: vocabulary {store.vocab_size:,}; tokens: {counts}; dropped: {dropped}")
+    for line in (*sentences(store.meta["changed"], store.meta["first"]), *store.meta["notes"]):
+        print(f"  {line}")
 
 
 @app.command()

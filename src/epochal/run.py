@@ -351,7 +351,24 @@ def _hash_config(path: Path, inode: int, mtime_ns: int, size: int) -> str:
         import tomllib
 
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+        _settle_readers(table)
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _settle_readers(table: dict[str, Any]) -> None:
+    """Write the reader of .json files into a data config that is hashed."""
+    # "api" read every .json file before the key existed: it has the hash of a config without one, so that records stay
+    # valid, and "records" has another.
+    more = table.get("more")
+    for source in [table.get("source"), *(more if isinstance(more, list) else ())]:
+        if not isinstance(source, dict):
+            continue
+        reader, names = (
+            source.pop("reader", "records"),
+            [str(source.get("file", "")), *map(str, source.get("files") or ())],
+        )
+        if reader != "api" and any(".json" in name.replace(".jsonl", "") for name in names):
+            source["reader"] = reader
 
 
 def averaging(job: Job) -> tuple[str, tuple[float, ...] | None]:

@@ -6,7 +6,6 @@ Pure functions of the records, without torch.
 import functools
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -323,9 +322,11 @@ def _state(search: Search, records: Records, scale: Scale, vocab_size: int | Non
 
 
 def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:
-    """Return the vocabulary size of the prepared token store, or None without a store."""
-    path = workspace.data / find_config("data", scale.data, ".toml").stem / "meta.json"
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
-    except (OSError, ValueError, KeyError):
-        return None
+    """Return the vocabulary size of the prepared token store, or None without a store.
+
+    Raises ValueError if the store's meta.json is damaged, edited or of another version.
+    """
+    from epochal.data.store import read_meta
+
+    folder = workspace.data / find_config("data", scale.data, ".toml").stem
+    return int(read_meta(folder)["vocab_size"]) if folder.is_dir() else None

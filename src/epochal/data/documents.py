@@ -20,16 +20,26 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from epochal.config import nearest
+from epochal.data.text import BYTE_ORDER_MARK, Reading, clean, decode
+
+READERS = ("records", "api")
+
+# Endings of files that can be read; the first three also compressed.
+TEXT, LINES, TREE, PARQUET = ".txt", (".jsonl", ".ndjson"), ".json", ".parquet"
+ENDINGS = ".txt, .jsonl, .json (also .gz, .zst) or .parquet"
+
+# A row of a file: where it is, for messages, and its columns.
+Row = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Source of documents: exactly one of `files` (paths or globs), `package` or `hub`.
+    """Source of documents: exactly one of `files` (paths, folders or globs), `package` or `hub`.
 
-    A .txt file is one document, or is split at lines equal to `separator`.
+    A .txt file is one document, or is split at lines equal to `separator`. In all other files each row is a document.
     """
 
-    files: tuple[str, ...] = ()  # paths or globs
+    files: tuple[str, ...] = ()  # paths, folders or globs
     package: str | None = None
     file: str | None = None  # path inside the package
     install: str | None = None  # pip requirement of the package, for error messages
@@ -37,55 +47,107 @@ class Source:
     subset: str | None = None
     revision: str | None = None
     split: str = "train"
-    text: str = "text"  # column of JSON lines, parquet or hub rows
+    text: str = "text"  # column of JSON lines, parquet or hub rows; data.content is a column of a column
     # Adjacent rows with equal values in these columns are joined by newlines into one document.
     group: tuple[str, ...] = ()
     separator: str | None = None
+    # Of .json files. "records": an array of objects, each a document. "api": a tree of API descriptions, whose strings
+    # under the key `text` become one document for each file, without markup, line breaks, and strings of earlier files.
+    reader: str = "records"
 
     def __post_init__(self) -> None:
         if sum([bool(self.files), self.package is not None, self.hub is not None]) != 1:
             raise ValueError("a source needs exactly one of files, package and hub; set one of them.")
         if self.package is not None and self.file is None:
             raise ValueError(f"package {self.package!r} needs the key file, a path inside the package.")
+        if self.reader not in READERS:
+            raise ValueError(f"reader must be {' or '.join(READERS)}, got {self.reader!r}.")
+        if self.separator is not None and len(self.separator.splitlines()) > 1:
+            raise ValueError(
+                f"separator must be one line, got {self.separator!r}; an empty one stands for a blank line."
+            )
 
 
-def read_documents(source: Source) -> Iterator[str]:
-    """Yield the documents of a source in order.
+def read_documents(source: Source, reading: Reading | None = None) -> Iterator[str]:
+    """Yield the documents of a source in order; what is changed or left out is counted in `reading`.
 
-    Raises ValueError for a missing file, package or column, and for invalid UTF-8 or JSON, with file and line.
+    A null in the text column is an empty document. Raises ValueError for a missing file, package or column, and for
+    invalid UTF-8 or JSON, with file and row.
     """
+    reading = Reading() if reading is None else reading
     if source.hub is not None:
-        yield from _join(_read_hub(source), source, source.hub)
+        yield from _documents(_read_hub(source), source, reading)
         return
     seen: set[str] = set()  # strings of earlier .json files
-    for path in source_paths(source):
-        name = path.name.removesuffix(".gz").removesuffix(".zst")
-        if name.endswith(".txt"):
-            yield from _read_text(path, source.separator)
-        elif name.endswith((".jsonl", ".ndjson")):
-            yield from _join(_read_json_lines(path), source, str(path))
-        elif name.endswith(".json"):
-            yield from _read_api_text(path, source.text, seen)
-        elif name.endswith(".parquet"):
-            yield from _join(_read_parquet(path, source), source, str(path))
+    separators = 0
+    for path in source_paths(source, reading):
+        ending = _ending(path)
+        if ending == TEXT and source.reader == "records":
+            for text, separated in _read_text(path, source.separator, reading):
+                separators += separated
+                yield text
+        elif source.reader == "api":
+            if ending != TREE:
+                raise ValueError(f'{path} is not a .json file, which reader = "api" needs; remove the key or the file.')
+            yield from _read_api_text(path, source.text, seen, reading)
+        elif ending in LINES:
+            yield from _documents(_read_json_lines(path), source, reading)
+        elif ending == TREE:
+            yield from _documents(_read_json(path, source.text), source, reading)
+        elif ending == PARQUET:
+            yield from _documents(_read_parquet(path, source), source, reading)
         else:
-            raise ValueError(f"{path} has an unknown file type; use .txt, .jsonl, .json (also .gz, .zst) or .parquet.")
+            raise ValueError(f"{path} has an unknown file type; use {ENDINGS}.")
+    if source.separator is not None and not separators:
+        # The files are then one document each, which is hardly what was meant.
+        reading.note("separators that occur nowhere", f"{', '.join(_patterns(source))}: {source.separator!r}")
 
 
-def source_paths(source: Source) -> list[Path]:
-    """Return the sorted files of a local source; raises ValueError if a pattern matches none."""
-    if source.package is not None:
-        patterns = [str(package_folder(source.package, source.install) / str(source.file))]
-    else:
-        patterns = list(source.files)
-    paths: list[Path] = []
-    for pattern in patterns:
-        names = glob.glob(pattern, recursive=True)  # noqa: PTH207  # patterns may be absolute
-        matches = sorted(path for path in map(Path, names) if path.is_file())
-        if not matches:
+def source_paths(source: Source, reading: Reading | None = None) -> list[Path]:
+    """Return the files of a local source, each once; raises ValueError if an entry matches none.
+
+    An entry is a file, else a folder, whose files are taken at any depth, else a pattern; each gives its files sorted.
+    """
+    paths: dict[Path, None] = {}
+    for pattern in _patterns(source):
+        found = _matches(pattern, reading)
+        if not found:
             raise ValueError(f"{pattern} matches no file; check the path.")
-        paths += matches
-    return paths
+        paths |= dict.fromkeys(found)
+    return list(paths)
+
+
+def _patterns(source: Source) -> list[str]:
+    if source.package is not None:
+        return [str(package_folder(source.package, source.install) / str(source.file))]
+    return list(source.files)
+
+
+def _matches(pattern: str, reading: Reading | None) -> list[Path]:
+    path = Path(pattern).expanduser()
+    # Literally first: a file may be called "book [draft].txt".
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item.relative_to(path)))
+        known = [item for item in files if _ending(item) in (TEXT, *LINES, TREE, PARQUET)]
+        if reading is not None and len(known) < len(files):
+            other = next(item for item in files if item not in known)
+            reading.note("files of other types in a folder, not read", str(other), len(files) - len(known))
+        if files and not known:
+            raise ValueError(f"{pattern} is a folder without a file that can be read; use {ENDINGS}.")
+        return known
+    names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # patterns may be absolute
+    return sorted(match for match in map(Path, names) if match.is_file())
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _ending(path: Path) -> str:
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def package_folder(package: str, install: str | None) -> Path:
@@ -97,28 +159,42 @@ def package_folder(package: str, install: str | None) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _join(rows: Iterator[dict[str, Any]], source: Source, where: str) -> Iterator[str]:
+# --- from rows to documents -------------------------------------------------------------------------------------------
+
+
+def _documents(rows: Iterator[Row], source: Source, reading: Reading) -> Iterator[str]:
     """Yield the text of each row, or of each group of adjacent rows."""
     # The rows of a group are the lines of one document, such as the verses of a chapter.
     if not source.group:
-        for row in rows:
-            yield _column(row, source.text, where)
+        for where, row in rows:
+            yield _text(row, source.text, where, reading)
         return
-    for _, group in groupby(rows, key=lambda row: tuple(str(_field(row, name, where)) for name in source.group)):
-        yield "\n".join(_column(row, source.text, where) for row in group)
+    for _, group in groupby(rows, key=lambda row: tuple(str(_field(row[1], name, row[0])) for name in source.group)):
+        yield "\n".join(_text(row, source.text, where, reading) for where, row in group)
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
-    if name not in row:
-        raise ValueError(f"{where} has no column {name!r}{nearest(name, row)}; its columns are {', '.join(row)}.")
-    return row[name]
+    """Return a column; a dotted name that is not a column itself is a path into nested columns."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if value is None:  # a null on the way: the row has no text
+            return None
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"{where} has no column {name!r}{nearest(name, row)}; its columns are {', '.join(row)}.")
+        value = value[part]
+    return value
 
 
-def _column(row: dict[str, Any], name: str, where: str) -> str:
+def _text(row: dict[str, Any], name: str, where: str, reading: Reading) -> str:
     value = _field(row, name, where)
+    if value is None:
+        reading.note("nulls instead of text", where)
+        return ""
     if not isinstance(value, str):
         raise ValueError(f"{where}: column {name!r} must hold text, got {type(value).__name__}; name a text column.")
-    return value
+    return clean(value, reading, where)
 
 
 # --- one reader for each file type ------------------------------------------------------------------------------------
@@ -128,14 +204,14 @@ def _column(row: dict[str, Any], name: str, where: str) -> str:
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a plain, gzip or zstandard file for reading bytes; damaged data raises ValueError, also while reading."""
     with path.open("rb") as raw:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             try:
                 with gzip.open(raw) as file:
                     yield file  # type: ignore[misc]  # GzipFile reads like a BinaryIO
             # Also raised while the caller reads, since the `yield` is inside of the try.
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} is not a complete gzip file ({error}); download it again.") from None
-        elif path.suffix == ".zst":
+        elif path.suffix.lower() == ".zst":
             try:
                 import zstandard
             except ModuleNotFoundError:
@@ -149,53 +225,95 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield raw
 
 
-def _read_text(path: Path, separator: str | None) -> Iterator[str]:
+def _read_text(path: Path, separator: str | None, reading: Reading) -> Iterator[tuple[str, bool]]:
+    """Yield each document of a text file, and whether its file holds the separator."""
     with _open(path) as file:
-        data = file.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from None
+        text = decode(file.read(), str(path))
     if separator is None:
-        yield text
-    else:
-        # Split at whole lines, so that the separator may occur inside of a line.
-        yield from text.split(f"\n{separator}\n")
+        yield clean(text, reading, str(path)), False
+        return
+    document: list[str] = []
+    number, separated = 1, False
+    # Split at whole lines, whatever their ends are, so that the separator may occur inside of a line.
+    for line in io.StringIO(text, newline=""):
+        if line.removeprefix(BYTE_ORDER_MARK).rstrip() != separator.rstrip():
+            document.append(line)
+            continue
+        # A file may begin with a separator: no document stands before it.
+        if document or separated:
+            # The line end before a separator belongs to the separator.
+            yield clean("".join(document), reading, f"{path}, document {number}").removesuffix("\n"), True
+            number += 1
+        document, separated = [], True
+    if document or not separated:
+        yield clean("".join(document), reading, f"{path}, document {number}"), separated
 
 
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json_lines(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            where = f"{path}, line {number}"
+            text = decode(line, where).lstrip(BYTE_ORDER_MARK)  # joined files have a mark at each start
+            if not text.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8.") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); correct that line.") from None
+            row = _parse(text, where)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object; write one object per line.")
-            yield row
+                raise ValueError(f"{where}: not a JSON object; write one object per line.")
+            yield where, row
 
 
-def _read_api_text(path: Path, key: str, seen: set[str]) -> Iterator[str]:
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f" in line {error.lineno}" * (error.lineno > 1)
+        raise ValueError(f"{where}: not JSON ({error.msg}{place}, column {error.colno}); correct it.") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply to be read; correct it.") from None
+
+
+def _load_json(path: Path) -> Any:
+    with _open(path) as file:
+        text = decode(file.read(), str(path)).lstrip(BYTE_ORDER_MARK)
+    try:
+        return _parse(text, str(path))
+    except ValueError as error:
+        if "Extra data" in str(error):
+            raise ValueError(f"{path} holds several JSON values; rename it to .jsonl if each line is one.") from None
+        raise
+
+
+def _read_json(path: Path, column: str) -> Iterator[Row]:
+    """Yield the objects of a JSON array; strings count as objects with one column."""
+    rows = _load_json(path)
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{path} must hold an array of objects, got {type(rows).__name__}; write one, one object per line (.jsonl), or "
+            'set reader = "api" for trees of API descriptions.'
+        )
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, item {number}"
+        if isinstance(row, str):
+            row = {column: row}
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: must be an object or a string, got {type(row).__name__}; correct it.")
+        yield where, row
+
+
+def _read_api_text(path: Path, key: str, seen: set[str], reading: Reading) -> Iterator[str]:
     """Yield the strings under `key` in a JSON file as one document, without markup."""
     # At any depth: such files are trees of API descriptions.
-    with _open(path) as file:
-        try:
-            tree = json.loads(file.read().decode("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); correct the file.") from None
     strings = []
-    for text in _strings_under(tree, key):
+    for text in _strings_under(_load_json(path), key):
         plain = html.unescape(re.sub(r"<[^>]*>", " ", text))
         plain = re.sub(r"\s+", " ", plain).strip()
-        if plain and plain not in seen:  # API descriptions are repeated from file to file
+        if plain in seen:  # API descriptions are repeated from file to file
+            reading.note("strings of API descriptions that an earlier file or line has too, left out", str(path))
+        elif plain:
             seen.add(plain)
             strings.append(plain)
     if strings:
-        yield "\n".join(strings)
+        yield clean("\n".join(strings), reading, str(path))
 
 
 def _strings_under(tree: Any, key: str) -> Iterator[str]:
@@ -210,28 +328,30 @@ def _strings_under(tree: Any, key: str) -> Iterator[str]:
             yield from _strings_under(value, key)
 
 
-def _read_parquet(path: Path, source: Source) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path, source: Source) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
         raise ValueError(f"{path} needs the package pyarrow; run pip install pyarrow.") from None
     try:
         file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file ({error}); check the file.") from None
-    columns = [source.text, *source.group]
-    known = file.schema_arrow.names
-    for name in columns:
-        if name not in known:
-            raise ValueError(
-                f"{path} has no column {name!r}{nearest(name, known)}; its columns are {', '.join(known)}."
-            )
-    # Row groups one after another, so a large file is never in memory whole.
-    for batch in file.iter_batches(columns=columns):
-        yield from batch.to_pylist()
+        known = file.schema_arrow.names
+        for name in (source.text, *source.group):
+            if name not in known and name.split(".")[0] not in known:
+                raise ValueError(
+                    f"{path} has no column {name!r}{nearest(name, known)}; its columns are {', '.join(known)}."
+                )
+        number = 0
+        # Row groups one after another, so a large file is never in memory whole.
+        for batch in file.iter_batches(columns=[source.text, *source.group]):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a parquet file that can be read ({error}); check the file.") from None
 
 
-def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
+def _read_hub(source: Source) -> Iterator[Row]:
     try:
         import datasets
     except ModuleNotFoundError:
@@ -240,8 +360,10 @@ def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
         rows = datasets.load_dataset(
             source.hub, source.subset, revision=source.revision, split=source.split, streaming=True
         )
-    except (OSError, ValueError) as error:
+    # RuntimeError: a data set that comes as a script, which `datasets` does not run.
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"hub data set {source.hub!r} cannot be read ({error}); check its name and the network."
         ) from None
-    yield from rows
+    for number, row in enumerate(rows, start=1):
+        yield f"{source.hub}, row {number}", row

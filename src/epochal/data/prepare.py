@@ -1,9 +1,9 @@
 """Build a token store from text (`epochal data CONFIG`): deduplicate, split by document, tokenize, shuffle once."""
 
 import fcntl
-import hashlib
-import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from epochal.config import find_config, load_toml, replaced_folder, to_table
-from epochal.data.documents import Source, read_documents
-from epochal.data.store import META_VERSION, SPLITS, TokenStore
-from epochal.data.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer
+from epochal.data.documents import Source, read_documents, source_paths
+from epochal.data.store import META_VERSION, SPLITS, TokenStore, write_meta
+from epochal.data.text import Reading, content_hash, normal_form
+from epochal.data.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer, vocab_size, vocabulary_hash
 from epochal.records import file_hash
 from epochal.run import config_hash
 
@@ -76,30 +77,61 @@ class DataConfig:
 def prepare(name: str, data_folder: Path) -> TokenStore:
     """Build the token store of a data config, or open it if it exists.
 
-    Raises ValueError for bad input. An interrupted build leaves nothing behind.
+    Raises ValueError for bad input, and if the files of the config are not those the store was built from. An interrupted
+    build leaves no store behind. Of several starts one builds, the others wait for it.
     """
     path = find_config("data", name, ".toml")
-    folder = data_folder / path.stem
-    if folder.exists():
-        return TokenStore.open(folder, config_hash=config_hash(path))
-    config = load_toml(path, DataConfig)
-    data_folder.mkdir(parents=True, exist_ok=True)
-    lock_path = data_folder / f".{path.stem}.lock"
-    with lock_path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first, then opens its store
-        try:
+    config, folder = load_toml(path, DataConfig), data_folder / path.stem
+    if not folder.exists():
+        data_folder.mkdir(parents=True, exist_ok=True)
+        with _claimed(data_folder / ".locks" / f"{path.stem}.lock"):
             if not folder.exists():
                 with replaced_folder(folder) as temporary:
                     _build(config, temporary, path)
-        finally:
-            lock_path.unlink(missing_ok=True)
-    return TokenStore.open(folder, config_hash=config_hash(path))
+    store = TokenStore.open(folder, config_hash=config_hash(path))
+    _check_sources(config, store)
+    return store
 
 
-def content_hash(text: str) -> int:
-    """Return 64 bits of the SHA-256 of a document's text."""
-    # "surrogatepass": text from JSON may contain unpaired surrogates, which are not valid UTF-8.
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Wait for the exclusive claim on a store, and hold it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # As for jobs: the kernel releases a lock when its process ends, and the file is never deleted, since otherwise two
+    # processes could lock two files of the same name.
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {path.stem}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be locked ({error.strerror}), so two processes could write one store; prepare the data in a "
+                "folder on a local disk, then copy it."
+            ) from None
+        yield
+
+
+def _sizes(config: DataConfig) -> dict[str, int]:
+    """Return the sizes of the files named by a config; those of packages and the hub have a version instead."""
+    local = [source for source in (config.source, *config.more) if source.files]
+    return {str(path): path.stat().st_size for source in local for path in source_paths(source)}
+
+
+def _check_sources(config: DataConfig, store: TokenStore) -> None:
+    """Raise ValueError if the files of a config are other ones than those in the store."""
+    try:
+        now = _sizes(config)
+    except (OSError, ValueError):
+        return  # a machine may have the store without the text
+    before = store.meta["sources"]
+    for name in sorted(now.keys() | before.keys()):
+        if now.get(name) != before.get(name):
+            what = "is new" if name not in before else "is gone" if name not in now else "has another size"
+            raise ValueError(
+                f"{store.folder} was built from other files: {name} {what}; delete {store.folder} and build it again."
+            )
 
 
 def _build(config: DataConfig, folder: Path, path: Path) -> None:
@@ -108,10 +140,12 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
+    sizes, notes = _sizes(config), list[str]()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{path.stem}: reading", total=None)
-        tokenizer = load_tokenizer(config.tokenizer, _training_texts(config), folder.parent)
-        progress.update(task, description=f"{path.stem}: tokenizing")
+        texts = _advancing(_training_texts(config), lambda: progress.advance(task))
+        tokenizer = load_tokenizer(config.tokenizer, texts, folder.parent, notes)
+        progress.update(task, description=f"{path.stem}: tokenizing", completed=0)
         writers = {split: _Writer(folder, split, _dtype(tokenizer)) for split in SPLITS}
         counts = _tokenize(config, tokenizer, writers, lambda n: progress.advance(task, n))
         for split in SPLITS:
@@ -121,8 +155,17 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
     if not writers["train"].lengths or not writers["validation"].lengths:
         empty = "training" if not writers["train"].lengths else "validation"
         raise ValueError(f"{path}: the {empty} split has no documents; give more text or change the split.")
+    # Text is read twice, for the tokenizer and for the tokens.
+    if _sizes(config) != sizes:
+        raise ValueError(f"{path}: its files changed while they were read; run again when they are complete.")
     save_tokenizer(tokenizer, folder / "tokenizer", bos=config.tokenizer.specials[0], eos=_eos(config))
-    _write_meta(config, folder, path, tokenizer, writers, counts)
+    _write_meta(config, folder, path, tokenizer, writers, {**counts, "sources": sizes, "notes": notes})
+
+
+def _advancing(texts: Iterator[str], advance: Callable[[], None]) -> Iterator[str]:
+    for text in texts:
+        advance()
+        yield text
 
 
 def _eos(config: DataConfig) -> str | None:
@@ -132,7 +175,7 @@ def _eos(config: DataConfig) -> str | None:
 
 def _dtype(tokenizer: Any) -> np.dtype[Any]:
     # Half the disk for vocabularies of at most 65,536 tokens.
-    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+    return np.dtype(np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32)
 
 
 def _split_of(digest: int, config: SplitConfig, written: dict[str, int]) -> str:
@@ -148,52 +191,67 @@ def _split_of(digest: int, config: SplitConfig, written: dict[str, int]) -> str:
     return "validation" if uniform < config.test + config.validation else "train"
 
 
-def _unique(config: DataConfig, counts: dict[str, int]) -> Iterator[tuple[int, str]]:
-    """Yield (content hash, text) of each distinct document; add blank ones and duplicates to `counts`."""
+@dataclass(frozen=True)
+class _Document:
+    """A document as it is tokenized, and two hashes: that of its text, and that of what its copies have in common."""
+
+    text: str
+    digest: int
+    normal: int
+
+
+def _unique(config: DataConfig, dropped: dict[str, int], reading: Reading) -> Iterator[_Document]:
+    """Yield the first of all documents with the same normal form; add blank ones and copies to `dropped`."""
     seen: set[int] = set()
-    for text in chain.from_iterable(read_documents(source) for source in (config.source, *config.more)):
-        digest = content_hash(text)
-        if not text.strip():
-            counts["blank"] += 1
-        elif digest in seen:
-            counts["duplicates"] += 1
+    for text in chain.from_iterable(read_documents(source, reading) for source in (config.source, *config.more)):
+        normal = normal_form(text)
+        key = content_hash(normal)
+        if not normal:
+            dropped["blank"] += 1
+        elif key in seen:
+            dropped["duplicates"] += 1
         else:
-            seen.add(digest)
-            yield digest, text
+            seen.add(key)
+            # The split follows the text as it is: committed stores keep their splits.
+            yield _Document(text, content_hash(text), key)
 
 
 def _training_texts(config: DataConfig) -> Iterator[str]:
     """Yield the training documents, the only ones a tokenizer is trained on."""
-    split, counts = config.split, {"blank": 0, "duplicates": 0}
+    split, dropped = config.split, {"blank": 0, "duplicates": 0}
     by_stream = split.by == "stream"
     # Tokens cannot be counted without a tokenizer, so skip more characters than the held-out tokens can hold.
     skip = MAX_CHARACTERS_PER_TOKEN * (split.validation_tokens + split.test_tokens) if by_stream else 0
-    for digest, text in _unique(config, counts):
+    for document in _unique(config, dropped, Reading()):
         if skip > 0:
-            skip -= len(text)
-        elif by_stream or _split_of(digest, split, {}) == "train":
-            yield text
+            skip -= len(document.text)
+        elif by_stream or _split_of(document.digest, split, {}) == "train":
+            yield document.text
 
 
-def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"], advance: Any) -> dict[str, int]:
-    """Encode all documents and append each to its split; return the counts of dropped documents."""
-    counts = {"blank": 0, "duplicates": 0}
+def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"], advance: Any) -> dict[str, Any]:
+    """Encode all documents and append each to its split; return the counts of what was changed and dropped."""
+    dropped, reading = {"blank": 0, "duplicates": 0}, Reading()
     before = tokenizer.encode(config.before, add_special_tokens=False).ids if config.before else []
     after = tokenizer.encode(config.after, add_special_tokens=False).ids if config.after else []
+    unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
     tokenizer.encode_special_tokens = True  # special tokens in a text are encoded as plain text
-    documents = _unique(config, counts)
+    documents = _unique(config, dropped, reading)
     while chunk := list(islice(documents, CHUNK)):
-        encodings = tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
-        for (digest, _), encoding in zip(chunk, encodings, strict=True):
+        encodings = tokenizer.encode_batch([document.text for document in chunk], add_special_tokens=False)
+        for document, encoding in zip(chunk, encodings, strict=True):
             # Counted in the inner loop: a split may fill up within a chunk.
             written = {split: writer.tokens for split, writer in writers.items()}
-            split = _split_of(digest, config.split, written)
-            writers[split].append(digest, [*before, *encoding.ids, *after])
+            split = _split_of(document.digest, config.split, written)
+            ids = encoding.ids
+            if unknown is not None and unknown in ids:
+                reading.note("characters that the tokenizer has no token for", f"the {split} split", ids.count(unknown))
+            writers[split].append(document.normal, [*before, *ids, *after])
         advance(len(chunk))
         if config.train_tokens and writers["train"].tokens >= config.train_tokens:
             break
     tokenizer.encode_special_tokens = False
-    return counts
+    return {"dropped": dropped, "changed": dict(reading.counts), "first": reading.first}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -242,7 +300,7 @@ class _Writer:
 
 
 def _write_meta(
-    config: DataConfig, folder: Path, path: Path, tokenizer: Any, writers: dict[str, _Writer], counts: dict[str, int]
+    config: DataConfig, folder: Path, path: Path, tokenizer: Any, writers: dict[str, _Writer], counts: dict[str, Any]
 ) -> None:
     # Before meta.json is written, which cannot contain its hash.
     files = sorted(item for item in folder.rglob("*") if item.is_file())
@@ -253,12 +311,13 @@ def _write_meta(
         "config_hash": config_hash(path),
         "licence": config.licence,
         "dtype": str(_dtype(tokenizer)),
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocab_size(tokenizer),
+        "vocabulary": vocabulary_hash(tokenizer),
         "bos": tokenizer.token_to_id(config.tokenizer.specials[0]),
         "eos": tokenizer.token_to_id(_eos(config) or config.tokenizer.specials[0]),
         "documents": {split: len(writer.lengths) for split, writer in writers.items()},
         "tokens": {split: writer.tokens for split, writer in writers.items()},
-        "dropped": counts,
+        **counts,
         "files": {str(item.relative_to(folder)): file_hash(item) for item in files},
     }
     if config.sha256 is not None and meta["files"]["train.bin"] != config.sha256:
@@ -266,4 +325,4 @@ def _write_meta(
             f"{path}: sha256 of the training tokens must be {config.sha256}, got {meta['files']['train.bin']}; "
             "the source or the tokenizer differs from the published one."
         )
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    write_meta(folder, meta)

@@ -4,6 +4,7 @@ The global batch at step t is a pure function of (order seed, t). T is the seque
 the unique training tokens.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from epochal.config import find_config
+from epochal.data.tokenizer import open_tokenizer
 from epochal.records import Workspace, file_hash
 from epochal.run import Run, config_hash
 
 SPLITS = ("train", "validation", "test")
-META_VERSION = 1
+META_VERSION = 2
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -36,16 +38,7 @@ class TokenStore:
         File hashes must match, and no document may be in two splits. Raises ValueError if it is missing, damaged, or
         was built from another config than `config_hash`.
         """
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{folder} is not a token store; build it with epochal data {folder.name}.") from None
-        except ValueError:
-            raise ValueError(f"{folder}/meta.json is damaged; delete {folder} and build it again.") from None
-        if meta.get("version") != META_VERSION:
-            raise ValueError(
-                f"{folder} has version {meta.get('version')}, not {META_VERSION}; delete it and build it again."
-            )
+        meta = read_meta(folder)
         # Comments and layout of a config do not count; see `run.config_hash`.
         if config_hash is not None and meta["config_hash"] != config_hash:
             raise ValueError(f"{folder} was built from another version of its config; delete it and build it again.")
@@ -59,11 +52,11 @@ class TokenStore:
         for name, expected in self.meta["files"].items():
             path = self.folder / name
             if not path.is_file() or file_hash(path) != expected:
-                state = "damaged" if path.is_file() else "missing"
+                state = "damaged" if path.is_file() else "a folder" if path.is_dir() else "missing"
                 raise ValueError(f"{path} is {state}; delete {self.folder} and build it again with epochal data.")
 
     def _check_disjoint(self) -> None:
-        # By content hash: the same text in two splits would make held-out losses too low.
+        # By the hash of the normal form: the same text in two splits would make held-out losses too low.
         hashes = {split: np.load(self.folder / f"{split}.hashes.npy") for split in SPLITS}
         for one, other in combinations(SPLITS, 2):
             shared = np.intersect1d(hashes[one], hashes[other])
@@ -81,6 +74,15 @@ class TokenStore:
     def tokenizer_folder(self) -> Path:
         """A folder that `AutoTokenizer.from_pretrained` loads."""
         return self.folder / "tokenizer"
+
+    @property
+    def vocabulary(self) -> str:
+        """Hash of the map from token to id; see `epochal.data.tokenizer.vocabulary_hash`."""
+        return str(self.meta["vocabulary"])
+
+    def tokenizer(self) -> Any:
+        """Return the store's `tokenizers.Tokenizer`."""
+        return open_tokenizer(self.tokenizer_folder)
 
     def tokens(self, split: str) -> Tokens:
         """All tokens of a split, memory-mapped, (tokens,) uint16 or uint32."""
@@ -127,6 +129,36 @@ class TokenStore:
         """Return the held-out last tokens of a run's budget, (count, T) int64."""
         tokens = self.tokens("train")[run.unique_tokens - run.holdout_tokens : run.unique_tokens]
         return tokens.reshape(-1, run.sequence_length).astype(np.int64)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read the meta.json of a store; raises ValueError if it is missing, damaged, edited or of another version."""
+    path = folder / "meta.json"
+    again = f"delete {folder} and build it again with epochal data"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} is not a token store; build it with epochal data {folder.name}.") from None
+    except (OSError, ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged; {again}.") from None
+    if not isinstance(meta, dict) or meta.get("version") != META_VERSION:
+        version = meta.get("version") if isinstance(meta, dict) else None
+        raise ValueError(f"{folder} has version {version}, not {META_VERSION}; {again}.")
+    # The sizes and types in it decide how the tokens are read.
+    if meta.get("self") != _meta_hash(meta):
+        raise ValueError(f"{path} was edited or damaged: it does not match its own hash; {again}.")
+    return meta
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Write the meta.json of a store, with the hash of its values."""
+    text = json.dumps({**meta, "self": _meta_hash(meta)}, indent=1) + "\n"
+    (folder / "meta.json").write_text(text, encoding="utf-8")
+
+
+def _meta_hash(meta: dict[str, Any]) -> str:
+    values = {key: value for key, value in meta.items() if key != "self"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def open_store(data: str, workspace: Workspace) -> TokenStore:
@@ -239,6 +271,28 @@ class Batches:
 
     def _real_count(self, rows: int) -> int:
         return int(np.floor(rows * (1.0 - self.fraction) + 1e-9))  # 1e-9: products that are integers up to rounding
+
+
+def open_samples(path: Path, store: TokenStore) -> Tokens:
+    """Open the sampled tokens of a Samples job, memory-mapped, (tokens,).
+
+    Raises ValueError if the file is missing or damaged, or its tokens are not of the type and vocabulary of `store`.
+    """
+    again = f"delete {path} to sample again"
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as sampled tokens ({error}); {again}.") from None
+    expected = np.dtype(store.meta["dtype"])
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype != expected:
+        found = f"{tokens.ndim} dimensions of {tokens.dtype}" if isinstance(tokens, np.ndarray) else "several arrays"
+        raise ValueError(f"{path} must hold one dimension of {expected}, got {found}; {again}.")
+    if len(tokens) and int(tokens.max()) >= store.vocab_size:
+        raise ValueError(
+            f"{path} holds token {int(tokens.max())}, but the vocabulary of {store.folder} ends at "
+            f"{store.vocab_size - 1}; {again}."
+        )
+    return tokens
 
 
 def sampled_stream(tokens: Tokens, bos: int, run: Run) -> Stream:
