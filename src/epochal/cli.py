@@ -533,7 +533,7 @@ def _print_losses(name: str, scale: str, results: Path, work: Path) -> None:
     from epochal.evaluation.ensembles import evaluate_ensemble
     from epochal.run import Ensemble, Run
 
-    record, records = _finished(name, scale, results, work)
+    record, records = _intact(name, scale, results, work)
     name, job = record.job.name, record.job
     if isinstance(job, Run):
         job = Ensemble(name=name, runs=(name,), average="probs")
@@ -556,7 +556,7 @@ def _print_accuracies(
     if (Path(name) / "config.json").is_file():
         _, records = _load(scale, results, work, problems=False)
     else:
-        record, records = _finished(name, scale, results, work)
+        record, records = _intact(name, scale, results, work)
         name = record.job.name
     model, tokenizer, store = open_model(name, records.workspace, records)
     accuracies = score(model, tokenizer, tasks, store=store, task_folder=task_folder, limit=limit)
@@ -582,7 +582,7 @@ def generate(
     from epochal.generation.sample import sample_texts
     from epochal.run import Samples
 
-    record, records = _finished(name, scale, results, work)
+    record, records = _intact(name, scale, results, work)
     name = record.job.name
     samples = Samples(
         name="text",
@@ -615,7 +615,7 @@ def export(
     """
     from epochal.export.huggingface import export as write
 
-    record, records = _finished(name, scale, results, work)
+    record, records = _intact(name, scale, results, work)
     name = record.job.name
     write(name, folder, records.workspace, records, gguf=gguf)
     print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
@@ -671,6 +671,15 @@ def _finished(name: str, scale: str, results: Path, work: Path) -> "tuple[Record
                 f"{records.workspace.records} has no record {name!r}{nearest(name, known)}; see epochal plan --jobs."
             )
         record = roles[name]
+    return record, records
+
+
+def _intact(name: str, scale: str, results: Path, work: Path) -> "tuple[Record, Records]":
+    """As `_finished`, after checking the files of its models against their checksums."""
+    from epochal.campaign.integrity import refuse_damaged
+
+    record, records = _finished(name, scale, results, work)
+    refuse_damaged(record.job, records)
     return record, records
 
 

@@ -51,18 +51,38 @@ def _files_read(job: Job, records: Records) -> set[str]:
     return names
 
 
+def refuse_damaged(job: Job, records: Records) -> None:
+    """Raise ValueError if weights of a finished job or of its members are damaged; nothing is moved or changed.
+
+    For commands that read models outside of a campaign: eval, generate, export.
+    """
+    names = _files_read(job, records) if isinstance(job, Ensemble) else {job.name}
+    for name in sorted(names):
+        folder = records.workspace.folder(name)
+        damage = _damage(folder)
+        if damage is not None:
+            raise ValueError(f"{folder} is damaged: {damage}; run its campaign again, which makes {name!r} again.")
+
+
 def _damage(folder: Path) -> str | None:
-    """Describe the first output file that does not match its checksum; None if all match."""
+    """Describe the first output file that does not match its checksum; None if all match, or there are no checksums."""
+    path = folder / "checksums.json"
     try:
-        hashes = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        hashes = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, RecursionError):
+        return f"{path.name} cannot be read"
+    if not isinstance(hashes, dict) or not all(isinstance(expected, str) for expected in hashes.values()):
+        return f"{path.name} is not a table of hashes"
     present = [name for name in hashes if (folder / name).exists()]
     if not present:
         return None  # deleted to save space: the plan already sees that the output is missing
     for name, expected in hashes.items():
         if name not in present:
             return f"{name} is missing"
+        if not (folder / name).is_file():
+            return f"{name} is not a file"
         if file_hash(folder / name) != expected:
             return f"{name} does not match its checksum"
     return None

@@ -54,7 +54,16 @@ def shard_is_complete(index: Path) -> bool:
     """Whether a shard has an index that contains the shard's hash."""
     if not (index.is_file() and _shard_of(index).is_file()):
         return False
-    return bool(file_hash(_shard_of(index)) == json.loads(index.read_text(encoding="utf-8"))["sha256"])
+    return _hash_in(index) == file_hash(_shard_of(index))
+
+
+def _hash_in(index: Path) -> str | None:
+    """Return the hash in a shard's index; None if the index is damaged."""
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return str(table["sha256"]) if isinstance(table, dict) and "sha256" in table else None
 
 
 def _shard_of(index: Path) -> Path:
@@ -80,15 +89,21 @@ class TargetStore:
         """Open finished targets and verify every shard; raises ValueError naming a missing or damaged one."""
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
+            meta = None
+        if not isinstance(meta, dict) or not isinstance(meta.get("sequences_per_shard"), int):
             raise ValueError(f"{folder} has no finished targets; delete its record to compute them again.") from None
         shards = []
         for index in sorted(folder.glob("shard-*.json")):
-            path, expected = _shard_of(index), json.loads(index.read_text(encoding="utf-8"))["sha256"]
+            path, expected = _shard_of(index), _hash_in(index)
             if not path.is_file() or file_hash(path) != expected:
                 state = "damaged" if path.is_file() else "missing"
                 raise ValueError(f"{path} is {state}; delete {folder} to compute the targets again.")
-            shards.append(np.load(path))
+            shards.append(np.load(path, allow_pickle=False))
+        if len(shards) != meta.get("shards", len(shards)):
+            raise ValueError(
+                f"{folder} holds {len(shards)} shards of {meta['shards']}; delete it to compute the targets again."
+            )
         return cls(meta, tuple(shards), tuple(shard["missing"] for shard in shards))
 
     def sequence(self, number: int) -> tuple[Tokens, Tokens, float]:

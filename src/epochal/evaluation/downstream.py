@@ -14,7 +14,9 @@ from typing import Any
 
 from epochal.config import nearest
 from epochal.data.store import TokenStore, open_store
+from epochal.data.tokenizer import auto_tokenizer
 from epochal.evaluation.offline_tasks import TASKS, write_tasks
+from epochal.models.files import open_model as open_folder
 from epochal.models.load import RECORD, load_source, member_records
 from epochal.records import Records, Workspace
 from epochal.run import Run, Samples
@@ -27,16 +29,13 @@ def open_model(name: str, workspace: Workspace, records: Records) -> tuple[Any, 
 
     The store is None for a folder that `export` did not write, or whose data set is not prepared.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = Path(name)
     if not (folder / "config.json").is_file():
         run = member_records(name, records)[0].job
         assert isinstance(run, Run)
         store = open_store(run.data, workspace)
-        return load_source(name, workspace, records), AutoTokenizer.from_pretrained(store.tokenizer_folder), store
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return model, AutoTokenizer.from_pretrained(folder), _store_of(folder, workspace)
+        return load_source(name, workspace, records), auto_tokenizer(store.tokenizer_folder), store
+    return open_folder(folder), auto_tokenizer(folder), _store_of(folder, workspace)
 
 
 def continue_text(prompt: str, samples: Samples, workspace: Workspace, records: Records) -> str:

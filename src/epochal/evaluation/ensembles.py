@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from epochal.data.store import Tokens, TokenStore, open_store
+from epochal.data.tokenizer import auto_tokenizer, vocabulary_difference
 from epochal.evaluation.losses import logit_losses, parameter_losses, probability_losses, target_log_probs
 from epochal.evaluation.member_weights import learn
 from epochal.evaluation.subsets import Curve, Subset, curve_of
@@ -34,6 +35,7 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     members = [record for name in ensemble.runs for record in member_records(name, records)]
     run = _common_run(ensemble, members)
     store = _evaluation_store(ensemble, run, workspace)
+    _check_vocabularies(members, store, workspace)
     # Loaders, not models: one member is in memory at a time.
     loaders = [partial(load_model, workspace, record.job.name) for record in members]
     scratch = workspace.folder(ensemble.name)
@@ -78,12 +80,10 @@ def member_log_probs(names: Sequence[str], workspace: Workspace, sequences: Toke
 def _task_accuracies(
     ensemble: Ensemble, members: list[Record], workspace: Workspace, store: TokenStore
 ) -> dict[str, dict[str, Any]]:
-    from transformers import AutoTokenizer
-
     from epochal.evaluation.downstream import score
 
     model = load_ensemble(ensemble, members, workspace)
-    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_folder)
+    tokenizer = auto_tokenizer(store.tokenizer_folder)
     accuracies = score(model, tokenizer, list(ensemble.tasks), store=store)
     return {task: asdict(accuracy) for task, accuracy in accuracies.items()}
 
@@ -127,13 +127,21 @@ def _evaluation_store(ensemble: Ensemble, run: Run, workspace: Workspace) -> Tok
     if ensemble.data is None:
         return members_store
     other = open_store(ensemble.data, workspace)
-    tokenizers = {(store.tokenizer_folder / "tokenizer.json").read_bytes() for store in (members_store, other)}
-    if len(tokenizers) != 1:
+    if members_store.vocabulary != other.vocabulary:
         raise ValueError(
             f"ensemble {ensemble.name!r} cannot be evaluated on {ensemble.data!r}, which has another tokenizer than {run.data!r}; "
             f"prepare it with the tokenizer setting store = {run.data!r}."
         )
     return other
+
+
+def _check_vocabularies(members: list[Record], store: TokenStore, workspace: Workspace) -> None:
+    """Raise ValueError if a member was trained with another vocabulary than that of the store, built again since."""
+    for member in members:
+        folder = workspace.folder(member.job.name) / "model"
+        difference = vocabulary_difference(folder, store.tokenizer_folder) if folder.is_dir() else None
+        if difference is not None:
+            raise ValueError(f"{member.job.name!r} cannot be evaluated on {store.folder}: {difference}; run it again.")
 
 
 def _splits(store: TokenStore, sequence_length: int) -> list[str]:

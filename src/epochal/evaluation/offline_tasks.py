@@ -80,9 +80,7 @@ def _task(name: str, questions: Path) -> dict[str, Any]:
 
 
 def _documents(store: TokenStore) -> list[str]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
+    tokenizer = store.tokenizer()
     ends = np.cumsum(store.lengths("test"))
     if not len(ends):
         return []

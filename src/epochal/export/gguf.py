@@ -18,12 +18,13 @@ def write_gguf(folder: Path, path: Path, *, name: str) -> None:
     byte-level BPE; ModuleNotFoundError without the package `gguf`.
     """
     import gguf
-    from transformers import AutoModelForCausalLM
+
+    from epochal.models.files import open_model
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _check_architecture(config)
     tokenizer = _read_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+    model = open_model(folder)
     writer = gguf.GGUFWriter(str(path), "llama")
     _add_shape(writer, model.config, name)
     _add_tokenizer(writer, tokenizer, model.config)

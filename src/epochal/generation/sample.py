@@ -43,7 +43,12 @@ def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
         job=samples,
         fingerprint=fingerprint(samples),
         status="done",
-        results={"tokens": len(tokens), "texts": int((tokens == bos).sum()), "members": len(members)},
+        results={
+            "tokens": len(tokens),
+            "texts": int((tokens == bos).sum()),
+            "members": len(members),
+            "vocabulary": store.vocabulary,
+        },
         inputs=_input_fingerprints(samples, members, records),
         provenance=provenance(),
     )
@@ -51,10 +56,8 @@ def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
 
 def sample_texts(samples: Samples, workspace: Workspace, records: Records) -> list[str]:
     """Sample as `sample` does and return the texts as strings, without writing a file."""
-    from tokenizers import Tokenizer
-
     store, texts = _draw_all(samples, member_records(samples.source, records), workspace, records)
-    tokenizer = Tokenizer.from_file(str(store.tokenizer_folder / "tokenizer.json"))
+    tokenizer = store.tokenizer()
     return [str(tokenizer.decode(text.tolist())) for text in texts]
 
 

@@ -4,6 +4,7 @@ b texts, t new tokens, V vocabulary, K members. Each member has its own KV cache
 probabilities runs one member per token; everything else (greedy, beams, top-k, scores, averaged logits) runs all members.
 """
 
+import json
 import math
 import os
 import shutil
@@ -419,12 +420,32 @@ def _fill(config: EnsembleConfig, paths: list[str], configs: list[Any]) -> None:
         if any(value != values[0] for value in values):
             raise ValueError(f"members have {key} {values}; all members must have the same.")
         setattr(config, key, values[0])
-    tokenizers = [Path(path) / "tokenizer.json" for path in paths]
-    texts = {path.read_bytes() for path in tokenizers if path.is_file()}
-    if len(texts) > 1:
-        raise ValueError(f"members have {len(texts)} tokenizers; all members must have the same.")
+    vocabularies = {path: _token_ids(Path(path)) for path in paths}
+    compared = [path for path in paths if vocabularies[path]]
+    for path in compared[1:]:
+        differing = vocabularies[compared[0]].items() ^ vocabularies[path].items()
+        if differing:
+            raise ValueError(
+                f"the tokenizers of {compared[0]} and {path} give {min(token for token, _ in differing)!r} different ids; "
+                "all members must have the same vocabulary."
+            )
     config.max_position_embeddings = min(member.max_position_embeddings for member in configs)
     config.num_hidden_layers = max(member.num_hidden_layers for member in configs)
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    """Return the map from token to id of a model folder; empty for a hub name or a folder without a tokenizer."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        table = json.loads(path.read_text(encoding="utf-8"))
+        tokens = table["model"]["vocab"]
+        if isinstance(tokens, list):  # pairs of a token and its score
+            tokens = {token: index for index, (token, _) in enumerate(tokens)}
+    elif (folder / "vocab.json").is_file():
+        table, tokens = {}, json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    else:
+        return {}
+    return {**tokens, **{added["content"]: added["id"] for added in table.get("added_tokens", ())}}
 
 
 def _bytes(path: str) -> int:

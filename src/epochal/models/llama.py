@@ -120,22 +120,27 @@ def draw_weights(model: LlamaForCausalLM, *, seed: int) -> None:
     assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
-def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace) -> None:
-    """Load the weights of `run.init_from`, if set, into a model of the same shape, in-place.
+def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace, tokenizer: Path) -> None:
+    """Load the weights of `run.init_from`, if set, into a model of the same architecture, in-place.
 
-    Raises ValueError if their folder is missing or has another architecture.
+    `tokenizer` is the folder of the run's tokenizer. Raises ValueError if the folder of the weights is missing, has another
+    architecture or another vocabulary, or is refused by `epochal.models.files.check_folder`.
     """
     if run.init_from is None:
         return
     from safetensors.torch import load_file
 
-    folder = Path(run.init_from) if "/" in run.init_from else workspace.folder(run.init_from) / "model"
-    files = sorted(folder.glob("*.safetensors"))  # large models are split into several files
-    if not files:
+    from epochal.data.tokenizer import vocabulary_difference
+    from epochal.models.files import architecture_difference, check_folder, read_model_config, weight_files
+
+    folder = Path(run.init_from).expanduser() if "/" in run.init_from else workspace.folder(run.init_from) / "model"
+    if not folder.is_dir():
         raise ValueError(
             f"Run {run.name!r} starts from {run.init_from!r}, but {folder} has no model; run that job first."
         )
-    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    check_folder(folder)
+    # Large models are split into several files.
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
     for name, weight in model.named_parameters():
         stored_shape = tuple(stored[name].shape) if name in stored else None
         if stored_shape != tuple(weight.shape):
@@ -143,6 +148,13 @@ def start_from(run: Run, model: LlamaForCausalLM, workspace: Workspace) -> None:
                 f"Run {run.name!r} ({run.model}) cannot start from {run.init_from!r}: {name} has shape {stored_shape} "
                 f"instead of {tuple(weight.shape)}; start from a run of the same model."
             )
+    # The same shapes may mean other heads, other rotary frequencies and other tokens.
+    difference = architecture_difference(model.config.to_dict(), read_model_config(folder))
+    difference = difference or vocabulary_difference(folder, tokenizer)
+    if difference is not None:
+        raise ValueError(
+            f"Run {run.name!r} ({run.model}) cannot start from {run.init_from!r}: {difference}; start from another."
+        )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(stored[name])

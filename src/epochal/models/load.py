@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from epochal.models.ensemble import EnsembleForCausalLM
+from epochal.models.files import architecture_difference, check_folder, open_model
 from epochal.records import Record, Records, Workspace
 from epochal.run import SOUP, Ensemble, Run, Samples, Targets
 
@@ -31,16 +32,14 @@ def member_records(source: str, records: Records) -> list[Record]:
 
 def load_model(workspace: Workspace, name: str) -> Any:
     """Load the model of a finished run in evaluation mode; raises ValueError if its weights are missing."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder = workspace.folder(name) / "model"
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; run {name!r} again to make its weights.")
-    model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device)
+    return open_model(folder).to(device)
 
 
 def load_source(name: str, workspace: Workspace, records: Records) -> Any:
@@ -64,6 +63,7 @@ def load_ensemble(ensemble: Ensemble, members: list[Record], workspace: Workspac
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} does not exist; run {path.parent.name!r} again to make its weights.")
+        check_folder(path)
     model = EnsembleForCausalLM.from_members(paths, average=ensemble.average, weights=ensemble.member_weights)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -87,6 +87,9 @@ def average_parameters(members: Sequence[Loader], shares: Sequence[float]) -> An
             continue
         if [weight.shape for weight in mean.parameters()] != [weight.shape for weight in model.parameters()]:
             raise ValueError("parameters of members of different shapes cannot be averaged; average logits or probs.")
+        difference = architecture_difference(mean.config.to_dict(), model.config.to_dict())
+        if difference is not None:
+            raise ValueError(f"parameters of members with other settings cannot be averaged: {difference}.")
         for total, weight in zip(mean.parameters(), model.parameters(), strict=True):
             total.add_(weight, alpha=share)
         del model  # before the next one is loaded

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from epochal.config import replaced_folder
-from epochal.data.store import Batches, Tokens, TokenStore, open_store, sampled_stream
+from epochal.data.store import Batches, Tokens, TokenStore, open_samples, open_store, sampled_stream
 from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
@@ -127,7 +127,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     )
     model, checkpoint = build(), _checkpoint(run, workspace, processes)
     if checkpoint is None:
-        start_from(run, model, workspace)
+        start_from(run, model, workspace, store.tokenizer_folder)
     else:
         checkpoint.load_weights(model)
     teacher = load_teacher(run, batches, store, workspace, records)
@@ -373,7 +373,14 @@ def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
     real = store.training_stream(run)
     if run.distill is None:
         return Batches(real, None, 0.0, run.batch_size)
-    tokens = np.load(workspace.folder(run.distill.samples) / "samples.npy", mmap_mode="r")
+    record = load_records(workspace).named(run.distill.samples)
+    made_with = None if record is None else record.results.get("vocabulary")  # older records lack it
+    if made_with is not None and made_with != store.vocabulary:
+        raise ValueError(
+            f"Run {run.name!r} cannot learn from {run.distill.samples!r}: its text was sampled with another vocabulary than "
+            f"that of {store.folder}; sample from a model with the same tokenizer."
+        )
+    tokens = open_samples(workspace.folder(run.distill.samples) / "samples.npy", store)
     sampled = sampled_stream(tokens, int(store.meta["bos"]), run)
     return Batches(real, sampled, run.distill.fraction, run.batch_size)
 

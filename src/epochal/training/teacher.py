@@ -11,10 +11,11 @@ import torch
 
 from epochal.data.soft_targets import TargetStore
 from epochal.data.store import Batches, TokenStore
+from epochal.data.tokenizer import vocabulary_difference
 from epochal.loss import cached_distillation_loss, distillation_loss
 from epochal.models.llama import next_token
 from epochal.models.load import load_model, member_records
-from epochal.records import Records, Workspace, file_hash
+from epochal.records import Records, Workspace
 from epochal.run import Job, Run, SoftTargetDistillation, Targets, averaging
 
 
@@ -73,12 +74,15 @@ class CachedTeacher:
         trained = run.unique_tokens - run.holdout_tokens
         for field, student_value, target_value in (
             ("sequence_length", run.sequence_length, job.sequence_length),
-            ("vocabulary", store.vocab_size, self.targets.meta["vocab_size"]),
+            ("vocabulary size", store.vocab_size, self.targets.meta["vocab_size"]),
+            ("vocabulary", store.vocabulary, self.targets.meta.get("vocabulary")),
+            # Not only the length of the text: targets belong to its tokens one by one.
+            ("training tokens", store.meta["files"]["train.bin"], self.targets.meta.get("training_tokens")),
         ):
             if student_value != target_value:
                 raise ValueError(
                     f"Run {run.name!r} has {field} {student_value}, its targets {job.name!r} have {target_value}; "
-                    "they must be equal."
+                    "they must be equal: compute the targets from this data set."
                 )
         if job.unique_tokens < trained:
             raise ValueError(
@@ -136,10 +140,9 @@ def load_teacher(
 
 
 def check_tokenizer(student: str, teacher: str, store: TokenStore, workspace: Workspace) -> None:
-    """Raise ValueError if the tokenizers differ; the data sets may."""
-    path = workspace.folder(teacher) / "model" / "tokenizer.json"
-    if not path.is_file() or file_hash(path) != file_hash(store.tokenizer_folder / "tokenizer.json"):
+    """Raise ValueError if a token has another id in the two; the data sets may differ."""
+    difference = vocabulary_difference(workspace.folder(teacher) / "model", store.tokenizer_folder)
+    if difference is not None:
         raise ValueError(
-            f"{student!r} cannot learn from {teacher!r}: {path} is not the tokenizer of {store.folder}; "
-            "use a teacher with the same tokenizer."
+            f"{student!r} cannot learn from {teacher!r}: {difference}; use a teacher with the same tokenizer."
         )
