@@ -13,10 +13,11 @@ import pytest
 from campaigns import DATA, Campaign, made_text
 
 from epochal import doctor
+from epochal.campaign.integrity import quarantine_corrupt_inputs, write_checksums
 from epochal.campaign.plan import load_recipe
 from epochal.cli import main
 from epochal.records import Record, write_record
-from epochal.run import Run, fingerprint
+from epochal.run import Ensemble, Run, Samples, fingerprint
 from epochal.study import Study
 
 Refused = Callable[..., str]
@@ -36,7 +37,9 @@ def epochal(*arguments: str) -> int:
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The files of a folder; locks are kept, since two processes could otherwise lock two files of one name."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
+    return {str(path): path.read_bytes() for path in files}
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def rows(*texts: str, column: str = "text") -> bytes:
         ("a.txt", b" \n\n", "has no documents"),
         ("a.txt", b"one document", "split has no documents"),
         ("a.txt", b"abc \xff\xfe", "is not UTF-8 text"),
-        ("a.jsonl", rows("x") + b'{"text": "\xff"}\n', "line 2: not UTF-8"),
+        ("a.jsonl", rows("x") + b'{"text": "\xff"}\n', "line 2 is not UTF-8"),
         ("a.jsonl", rows("x") + b"{text\n", "line 2: not JSON"),
         ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
         ("a.jsonl", rows("x", column="texts"), "did you mean 'texts'"),
@@ -257,6 +260,61 @@ def test_a_damaged_store_is_refused(refused: Refused, campaign: Campaign, name: 
         flipped = bytes([content[half] ^ 0xFF]) + content[half + 1 :]
         path.write_bytes(content[:half] + (flipped if damage == "flip" else b""))
     assert "tiny" in refused("run", "epoching", *campaign.options)
+
+
+# --- damaged models ----------------------------------------------------------------------------------------------------
+
+
+def finished_run(campaign: Campaign) -> tuple[str, Path]:
+    """A record whose weights are a few bytes with checksums; nothing is trained."""
+    record = one_record(campaign)
+    model = campaign.workspace.folder(record.job.name) / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(bytes(100))
+    write_checksums(campaign.workspace, record.job)
+    write_record(campaign.workspace, record)
+    return record.job.name, model
+
+
+@pytest.mark.parametrize("through", ["run", "ensemble"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: (model / "model.safetensors").write_bytes(bytes(99) + b"1"), "does not match its checksum"),
+        (lambda model: (model / "model.safetensors").write_bytes(bytes(50)), "does not match its checksum"),
+        (lambda model: (model / "model.safetensors").unlink(), "model/model.safetensors is missing"),
+        (lambda model: (model.parent / "checksums.json").write_text("{"), "checksums.json cannot be read"),
+        (lambda model: (model.parent / "checksums.json").write_text("[1]"), "checksums.json is not a table of hashes"),
+        (lambda model: (model.parent / "checksums.json").write_text('{"model": 3}'), "is not a table of hashes"),
+        (
+            lambda model: ((model / "config.json").unlink(), (model / "config.json").mkdir()),
+            "model/config.json is not a file",
+        ),
+    ],
+    ids=["flipped", "cut", "missing", "half-checksums", "list", "number", "folder"],
+)
+def test_eval_generate_and_export_refuse_a_damaged_model(
+    refused: Refused, campaign: Campaign, damage: Callable[[Path], object], message: str, through: str
+) -> None:
+    name, model = finished_run(campaign)
+    damage(model)
+    if through == "ensemble":
+        job = Ensemble(name="both", runs=(name,), average="logits")
+        write_record(campaign.workspace, Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 5}))
+        name = "both"
+    for command in (["eval", name], ["generate", name], ["eval", name, "--tasks", "cloze"], ["export", name, "out"]):
+        sentence = refused(*command, *campaign.options)
+        assert message in sentence and str(model.parent) in sentence
+
+
+def test_unreadable_checksums_are_damage_for_a_campaign_too(campaign: Campaign) -> None:
+    name, model = finished_run(campaign)
+    job = Samples(name="drawn", source=name, tokens=64, max_length=32)
+    (model.parent / "checksums.json").write_text("[]")
+    messages = quarantine_corrupt_inputs(job, campaign.records)
+    assert len(messages) == 1 and "checksums.json is not a table of hashes" in messages[0] and not model.exists()
+    assert quarantine_corrupt_inputs(job, campaign.records) == [], "the output is already aside"
 
 
 # --- speed and ordinary use --------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Fields of Run that make ensemble members differ, alone, together, and through stops and micro-batches."""
 
 import itertools
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from epochal.data.store import TokenStore
-from epochal.models.llama import build_model
+from epochal.models.llama import build_model, start_from
 from epochal.records import Record, Workspace, write_record
-from epochal.run import Run, SoftTargetDistillation
+from epochal.run import Run, Samples, SequenceDistillation, SoftTargetDistillation, fingerprint
 from epochal.stopping import Stopped
-from epochal.training.loop import RuntimeOptions, train
+from epochal.training.loop import RuntimeOptions, _batches, train
 from epochal.training.noise import Noise
 from epochal.training.weight_average import WeightAverage, mixing_rate
 
@@ -102,6 +104,61 @@ def test_a_start_of_another_shape_or_without_a_record_is_refused(world: World) -
         train(tiny.run(config, name="wrong", init_from="first", model="w32"), space)
     with pytest.raises(ValueError, match=r"reads 'missing', which has no record"):
         train(tiny.run(config, name="wrong", init_from="missing"), space)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("vocabulary", r"2 tokens differ, for example '.', which has id \d+ in"),
+        ("layout", None),
+        ("heads", "num_attention_heads is 1 in one and 2 in the other"),
+        ("rotary", "rope_theta of the rotary embedding"),
+        ("pickle", r"holds pickled weights \(pytorch_model\.bin\)"),
+        ("code", "names code of its own"),
+        ("tokenizer", r"has no tokenizer\.json"),
+    ],
+)
+def test_a_start_from_a_folder_is_compared_by_identity_not_by_size(
+    world: World, tmp_path: Path, change: str, message: str | None
+) -> None:
+    space, store, config = world
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(space.folder("first") / "model", folder)
+    table, settings = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "config.json"))
+    if change == "vocabulary":
+        vocabulary = table["model"]["vocab"]
+        vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    settings |= {"heads": {"num_attention_heads": 2}, "code": {"auto_map": {}}}.get(change, {})
+    if change == "rotary":
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    (folder / "config.json").write_text(json.dumps(settings))
+    if change == "pickle":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    if change == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+    run = tiny.run(config, name="begun", init_from=str(folder))
+    model = build_model(run.model, vocab_size=300, max_positions=32, seed=1)
+    if message is None:
+        start_from(run, model, space, store.tokenizer_folder)
+        assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+        return
+    with pytest.raises(ValueError, match=message):
+        start_from(run, model, space, store.tokenizer_folder)
+
+
+def test_a_student_of_text_from_another_vocabulary_is_refused(world: World) -> None:
+    space, store, config = world
+    samples = Samples(name="drawn", source="first", tokens=64, max_length=32)
+    write_record(space, Record(samples, fingerprint(samples), "done", {"vocabulary": "0" * 64}))
+    run = tiny.run(config, name="taught", distill=SequenceDistillation(samples="drawn", fraction=0.5))
+    with pytest.raises(ValueError, match="its text was sampled with another vocabulary than that of"):
+        _batches(run, store, space)
+    write_record(space, Record(samples, fingerprint(samples), "done", {"vocabulary": store.vocabulary}))
+    space.folder("drawn").mkdir()
+    np.save(space.folder("drawn") / "samples.npy", np.zeros(64))
+    with pytest.raises(ValueError, match="must hold one dimension of uint16, got 1 dimensions of float64"):
+        _batches(run, store, space)
 
 
 # --- held-out tokens --------------------------------------------------------------------------------------------------

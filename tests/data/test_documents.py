@@ -102,8 +102,8 @@ def test_globs_are_read_in_sorted_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", b"good\xffbad", r"a\.txt is not UTF-8 text \(byte 4\)"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8"),
+        ("a.txt", b"good\xffbad", r"a\.txt is not UTF-8 text \(byte 4: 0xff\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2 is not UTF-8 text \(byte 10: 0xff\)"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
         ("a.jsonl", b'["x"]\n', r"line 1: not a JSON object"),
         ("a.jsonl", b'{"txt": "x"}\n', r"no column 'text' \(did you mean 'txt'\?\); its columns are txt"),

@@ -1,18 +1,26 @@
 """Building a token store: deduplication, splits, tokenizers, damage and interruptions."""
 
+import errno
+import fcntl
 import json
+import queue
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from campaigns import Campaign
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from epochal.campaign.plan import store_vocab_size
 from epochal.data import prepare as module
-from epochal.data.prepare import content_hash, prepare
-from epochal.data.store import SPLITS, TokenStore
+from epochal.data.prepare import prepare
+from epochal.data.store import SPLITS, TokenStore, open_samples, write_meta
+from epochal.data.text import content_hash, normal_form
 from epochal.data.tokenizer import TokenizerConfig, load_tokenizer
 
 CODE_WORD = "QZXJQZXJ"
@@ -51,7 +59,7 @@ def test_documents_are_split_by_their_hash(tmp_path: Path) -> None:
     assert texts_by_split["train"] != expected["train"], "training documents must be shuffled"
     hashes = {split: np.load(store.folder / f"{split}.hashes.npy") for split in SPLITS}
     for split in SPLITS:
-        assert hashes[split].tolist() == [content_hash(text) for text in texts_by_split[split]]
+        assert hashes[split].tolist() == [content_hash(normal_form(text)) for text in texts_by_split[split]]
         assert store.meta["documents"][split] == len(texts_by_split[split])
         assert store.meta["tokens"][split] == len(store.tokens(split)) == store.lengths(split).sum()
     assert not np.intersect1d(hashes["train"], np.concatenate([hashes["validation"], hashes["test"]])).size
@@ -161,7 +169,7 @@ def test_a_document_in_two_splits_is_refused(tmp_path: Path) -> None:
     np.save(folder / "validation.hashes.npy", hashes)
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"]["validation.hashes.npy"] = module.file_hash(folder / "validation.hashes.npy")
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, meta)
     with pytest.raises(ValueError, match="1 documents are in both train and validation"):
         TokenStore.open(folder)
 
@@ -213,7 +221,7 @@ def test_an_interrupted_prepare_leaves_nothing(
         patch.setattr(module, "save_tokenizer", interrupted)
         with pytest.raises(error):
             prepare(str(config), tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".locks"]
     assert prepare(str(config), tmp_path / "data").vocab_size == 300
 
 
@@ -235,4 +243,165 @@ def test_a_bad_config_is_refused_and_leaves_nothing(
     config = tiny.write_text(tmp_path, texts, **changes)
     with pytest.raises(ValueError, match=message):
         prepare(str(config), tmp_path / "data")
-    assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "data").exists() or [path.name for path in (tmp_path / "data").iterdir()] == [".locks"]
+
+
+# --- several starts, other sources, edited files -------------------------------------------------------------------------
+
+
+def test_an_interrupted_a_waiting_and_a_new_start_build_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start fails while the second waits; the third comes while the second builds."""
+    config = tiny.write_text(tmp_path, tiny.documents(60))
+    alone = prepare(str(config), tmp_path / "alone").meta["files"]
+    building, waiting, orders = queue.Queue[str](), queue.Queue[str](), queue.Queue[str]()
+    real_build, real_lock, inside = module._build, fcntl.flock, threading.Semaphore(1)
+    ends: dict[str, object] = {}
+
+    def build(*arguments: Any) -> None:
+        assert inside.acquire(blocking=False), "two processes build one store at the same time"
+        building.put(threading.current_thread().name)
+        order = orders.get(timeout=60)
+        inside.release()
+        if order == "fail":
+            raise OSError("interrupted")
+        real_build(*arguments)
+
+    def lock(file: Any, how: int) -> None:
+        try:
+            real_lock(file, how)
+        except BlockingIOError:
+            waiting.put(threading.current_thread().name)
+            raise
+
+    def start() -> None:
+        try:
+            ends[threading.current_thread().name] = prepare(str(config), tmp_path / "data").meta["files"]
+        except OSError as error:
+            ends[threading.current_thread().name] = str(error)
+
+    monkeypatch.setattr(module, "_build", build)
+    monkeypatch.setattr(module.fcntl, "flock", lock)
+    threads = [threading.Thread(target=start, name=name) for name in ("first", "second", "third")]
+    threads[0].start()
+    assert building.get(timeout=60) == "first"
+    threads[1].start()
+    assert waiting.get(timeout=60) == "second"
+    orders.put("fail")
+    assert building.get(timeout=60) == "second"
+    threads[2].start()
+    assert waiting.get(timeout=60) == "third"
+    orders.put("build")
+    for thread in threads:
+        thread.join(timeout=60)
+    assert ends == {"first": "interrupted", "second": alone, "third": alone}
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [".locks", "tiny"]
+
+
+def test_a_folder_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    config = tiny.write_text(tmp_path, tiny.documents(60))
+    with pytest.raises(ValueError, match=r"cannot be locked \(No locks available\).*on a local disk, then copy it"):
+        prepare(str(config), tmp_path / "data")
+
+
+def test_a_store_of_other_text_files_is_refused(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path, tiny.documents(60))
+    config = tiny.write_config(tmp_path, f'files = ["{tmp_path}/*.txt"]\nseparator = "===="')
+    store = prepare(str(config), tmp_path / "data")
+    (tmp_path / "more.txt").write_text("one more")
+    with pytest.raises(ValueError, match=r"built from other files: .*more\.txt is new; delete"):
+        prepare(str(config), tmp_path / "data")
+    (tmp_path / "more.txt").unlink()
+    assert prepare(str(config), tmp_path / "data").meta == store.meta
+    with (tmp_path / "corpus.txt").open("a") as file:
+        file.write("!")
+    with pytest.raises(ValueError, match=r"corpus\.txt has another size"):
+        prepare(str(config), tmp_path / "data")
+    (tmp_path / "corpus.txt").unlink()  # a machine may have the store without its text
+    assert prepare(str(config), tmp_path / "data").meta == store.meta
+
+
+def test_text_that_changes_between_the_two_passes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.write_text(tmp_path, tiny.documents(60))
+    real = module.load_tokenizer
+
+    def changing(*arguments: Any) -> Any:
+        tokenizer = real(*arguments)
+        tiny.write_text(tmp_path, tiny.documents(61))
+        return tokenizer
+
+    monkeypatch.setattr(module, "load_tokenizer", changing)
+    with pytest.raises(ValueError, match="its files changed while they were read"):
+        prepare(str(config), tmp_path / "data")
+    assert not (tmp_path / "data" / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", "uint32"), ("vocab_size", 600), ("bos", 5), ("tokens", {}), ("files", {}), ("self", None)],
+)
+def test_an_edited_meta_file_is_noticed(campaign: Campaign, key: str, value: object) -> None:
+    folder = campaign.workspace.data / "tiny"
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta[key] != value
+    (folder / "meta.json").write_text(json.dumps({**meta, key: value}))
+    with pytest.raises(ValueError, match=r"meta\.json was edited or damaged: it does not match its own hash; delete"):
+        TokenStore.open(folder)
+    with pytest.raises(ValueError, match="was edited or damaged"):
+        store_vocab_size(campaign.workspace, campaign.scale)
+    (folder / "meta.json").write_text(json.dumps(meta))  # another layout of the same values
+    assert TokenStore.open(folder).vocab_size == store_vocab_size(campaign.workspace, campaign.scale) == 300
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "[" * 100_000, '{"version": 1}'])
+def test_a_meta_file_of_another_type_is_one_sentence(campaign: Campaign, content: str) -> None:
+    folder = campaign.workspace.data / "tiny"
+    (folder / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"delete .*tiny and build it again"):
+        TokenStore.open(folder)
+
+
+def test_a_folder_in_place_of_a_file_is_named(campaign: Campaign) -> None:
+    folder = campaign.workspace.data / "tiny"
+    (folder / "train.bin").unlink()
+    (folder / "train.bin").mkdir()
+    with pytest.raises(ValueError, match=r"train\.bin is a folder; delete"):
+        TokenStore.open(folder)
+    (folder / "meta.json").unlink()
+    (folder / "meta.json").mkdir()
+    with pytest.raises(ValueError, match=r"meta\.json is damaged; delete"):
+        TokenStore.open(folder)
+
+
+# --- sampled text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros(9, np.float32), "must hold one dimension of uint16, got 1 dimensions of float32"),
+        (np.zeros(9, np.int64), "must hold one dimension of uint16, got 1 dimensions of int64"),
+        (np.zeros((3, 3), np.uint16), "must hold one dimension of uint16, got 2 dimensions"),
+        (np.full(9, 300, np.uint16), "holds token 300, but the vocabulary of .* ends at 299"),
+        (np.array([{}], dtype=object), "cannot be read as sampled tokens"),
+        (None, "cannot be read as sampled tokens"),
+    ],
+    ids=["float", "wide", "square", "beyond", "pickle", "missing"],
+)
+def test_samples_of_another_type_are_refused(prepared: Path, tmp_path: Path, tokens: Any, message: str) -> None:
+    store, path = TokenStore.open(prepared / "work" / "data" / "tiny"), tmp_path / "samples.npy"
+    if tokens is not None:
+        np.save(path, tokens, allow_pickle=True)
+    with pytest.raises(ValueError, match=rf"samples\.npy {message}"):
+        open_samples(path, store)
+
+
+def test_samples_of_the_store_are_read(prepared: Path, tmp_path: Path) -> None:
+    store = TokenStore.open(prepared / "work" / "data" / "tiny")
+    np.save(tmp_path / "samples.npy", np.arange(300, dtype=np.uint16))
+    assert open_samples(tmp_path / "samples.npy", store).tolist() == list(range(300))

@@ -1,6 +1,7 @@
 """Soft targets: an unbiased sample of the teacher, checked files, resume, and the loss."""
 
 import functools
+import json
 import math
 import shutil
 from collections import namedtuple
@@ -291,13 +292,42 @@ def test_an_unsuitable_teacher_raises(taught: Any, changes: dict[str, Any], mess
 
 
 def test_a_teacher_with_another_tokenizer_raises(taught: Any, tmp_path: Path) -> None:
-    space, _, student = taught
+    space, store, student = taught
+    taught_by = replace(student, name="wrong", teach=SoftTargetDistillation(source="m0"))
     file = space.folder("m0") / "model" / "tokenizer.json"
     text = file.read_text()
     try:
-        file.write_text(text + " ")
+        table = json.loads(text)
+        file.write_text(json.dumps(table))  # the same tokenizer in another layout
+        load_teacher(taught_by, _batches(taught_by, store, space), store, space, load_records(space))
+        vocabulary = table["model"]["vocab"]
+        vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+        file.write_text(json.dumps(table))
         with pytest.raises(ValueError, match=r"'wrong' cannot learn from 'm0'.*use a teacher with the same tokenizer"):
-            train(replace(student, name="wrong", teach=SoftTargetDistillation(source="m0")), space)
+            train(taught_by, space)
     finally:
         file.write_text(text)
     assert math.isfinite(load_records(space).named("m0").loss)  # type: ignore[union-attr]
+
+
+def test_targets_of_another_text_or_vocabulary_of_the_same_size_raise(taught: Any, tmp_path: Path) -> None:
+    space, store, student = taught
+    computed(space, a_job(name="bound"))
+    run = replace(student, name="wrong", teach=SoftTargetDistillation(source="bound", mode="cached"))
+    meta = space.folder("bound") / "targets" / "meta.json"
+    good = json.loads(meta.read_text())
+    for key, message in (("training_tokens", "training tokens"), ("vocabulary", "vocabulary")):
+        meta.write_text(json.dumps({**good, key: "0" * 64}))
+        with pytest.raises(ValueError, match=f"has {message} [0-9a-f]{{64}}, its targets 'bound' have 0000"):
+            CachedTeacher(run, a_job(name="bound"), _batches(run, store, space), store, space)
+    meta.write_text(json.dumps({**good, "shards": 7}))
+    with pytest.raises(ValueError, match="holds 1 shards of 7"):
+        TargetStore.open(meta.parent)
+    for content in ("[]", "3", "{}"):
+        meta.write_text(content)
+        with pytest.raises(ValueError, match="has no finished targets"):
+            TargetStore.open(meta.parent)
+    meta.write_text(json.dumps(good))
+    (meta.parent / "shard-00000.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"shard-00000\.npz is damaged"):
+        TargetStore.open(meta.parent)

@@ -1,6 +1,7 @@
 """The ensemble as a transformers model against loops without caches, in float64."""
 
 import functools
+import json
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -306,8 +307,14 @@ def test_the_tokenizer_is_saved_and_must_be_the_same_for_all_members(tmp_path: P
     text = "a line of text"
     expected = AutoTokenizer.from_pretrained(paths[0])(text).input_ids
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(text).input_ids == expected
-    (paths[1] / "tokenizer.json").write_text((paths[1] / "tokenizer.json").read_text() + "\n")
-    with pytest.raises(ValueError, match="2 tokenizers"):
+    # The same tokenizer in another layout is the same; the same size with two ids exchanged is not.
+    table = json.loads((paths[1] / "tokenizer.json").read_text())
+    (paths[1] / "tokenizer.json").write_text(json.dumps(table))
+    assert loaded(paths, "logits").config.vocab_size == 300
+    vocabulary = table["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (paths[1] / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="give 'A' different ids; all members must have the same vocabulary"):
         loaded(paths, "logits")
 
 

@@ -30,7 +30,7 @@ def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
         damage = _damage(records.workspace.folder(name))
         record = records.named(name)
         output = None if record is None else records.workspace.output(record.job)
-        if damage is None or output is None:
+        if damage is None or output is None or not output.exists():
             continue
         aside = output.with_name(f"{output.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)

@@ -120,7 +120,7 @@ def _sizes(config: DataConfig) -> dict[str, int]:
 
 
 def _check_sources(config: DataConfig, store: TokenStore) -> None:
-    """Raise ValueError if the files of a config are other ones than those in the store."""
+    """Raise ValueError if a store was built from other files than those of its config now."""
     try:
         now = _sizes(config)
     except (OSError, ValueError):
@@ -158,8 +158,23 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
     # Text is read twice, for the tokenizer and for the tokens.
     if _sizes(config) != sizes:
         raise ValueError(f"{path}: its files changed while they were read; run again when they are complete.")
+    notes += _spelled_specials(config, tokenizer)
     save_tokenizer(tokenizer, folder / "tokenizer", bos=config.tokenizer.specials[0], eos=_eos(config))
     _write_meta(config, folder, path, tokenizer, writers, {**counts, "sources": sizes, "notes": notes})
+
+
+def _spelled_specials(config: DataConfig, tokenizer: Any) -> list[str]:
+    """Say which special tokens in `before` and `after` are written as ordinary text."""
+    notes = []
+    for key, text in (("before", config.before), ("after", config.after)):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        notes += [
+            f"{token} in {key} is written as {len(ids)} ordinary tokens: the tokenizer has a token of that name, but not as a "
+            "special one"
+            for token in config.tokenizer.specials
+            if token in text and tokenizer.token_to_id(token) not in ids
+        ]
+    return notes
 
 
 def _advancing(texts: Iterator[str], advance: Callable[[], None]) -> Iterator[str]:

@@ -18,7 +18,7 @@ MAX_NULL_SHARE = 0.1
 
 @dataclass
 class Reading:
-    """What reading changed in documents or left out, by kind, each with the place of the first case."""
+    """Counts of what reading changed or left out, by kind, and the first place of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Reading:
 
 
 def sentences(counts: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
-    """Return one line for each kind of a `Reading`, with its count and its first place."""
+    """Return one line for each kind of a `Reading`."""
     return [f"{kind}: {count:,} (the first in {first[kind]})" for kind, count in counts.items()]
 
 
@@ -42,8 +42,9 @@ def decode(data: bytes, where: str) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        place = f"byte {error.start}" + f" in line {line}" * (line > 1)
         raise ValueError(
-            f"{where} is not UTF-8 text (byte {error.start}, in line {line}: 0x{data[error.start]:02x}); convert it to UTF-8."
+            f"{where} is not UTF-8 text ({place}: 0x{data[error.start]:02x}); convert it to UTF-8."
         ) from None
     if text.count("\0") > MAX_NULL_SHARE * len(text):
         raise ValueError(f"{where} is full of null characters, as UTF-16 text is; save it as UTF-8.")
@@ -67,7 +68,7 @@ def clean(text: str, reading: Reading, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        # UTF-16 joins the two halves of a character; what is left over is a lone half.
+        # UTF-16 joins the two halves of a character; a lone half is replaced.
         whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         reading.note("lone surrogates replaced by U+FFFD", where, whole.count(REPLACEMENT) - text.count(REPLACEMENT))
         text = whole

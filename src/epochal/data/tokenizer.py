@@ -62,7 +62,16 @@ def load_tokenizer(
         tokenizer = _from_store(stores / config.store)
     else:
         tokenizer = open_tokenizer(str(config.path), revision=config.revision, notes=notes)
-    tokenizer.add_special_tokens([token for token in config.specials if tokenizer.token_to_id(token) is None])
+    # A token of the vocabulary that is not special would be spelled letter by letter in `before`, and be read in a text.
+    # Those of packages stay as they are, because committed records were made so; `prepare` says it.
+    missing = [token for token in config.specials if config.package is None or tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens(missing)
+    ids = list(tokenizer.get_vocab().values())
+    if len(set(ids)) < len(ids):
+        raise ValueError(
+            f"the tokenizer has gaps between its ids, so the new special tokens {', '.join(config.specials)} would share ids with "
+            "others; name specials that it has."
+        )
     return tokenizer
 
 
@@ -70,7 +79,7 @@ def load_tokenizer(
 
 
 def open_tokenizer(path: str | Path, *, revision: str | None = None, notes: list[str] | None = None) -> Any:
-    """Open a tokenizer.json, a folder or a hub name, without what cuts, pads or adds to a text.
+    """Open a tokenizer (a tokenizer.json, a folder or a hub name) that changes no text.
 
     Turned off: truncation, padding, the tokens of a post-processor, and random merges (BPE dropout). A normalizer is kept,
     as part of the tokenizer. Each is said in `notes`. Raises ValueError if there is no tokenizer, or it needs code of its
@@ -198,7 +207,7 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of the map from token to id, whatever the layout of the file."""
+    """Return the SHA-256 of the map from token to id."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
@@ -268,7 +277,10 @@ def _train(size: int, specials: tuple[str, ...], texts: Iterator[str], notes: li
 
 
 def short_runs(text: str) -> list[str]:
-    """Cut a text within runs of more than `LONGEST_RUN` characters without white space, or of white space alone."""
+    """Cut a text within long runs, of letters or of white space.
+
+    The pieces give the text again; no run in one has more than `LONGEST_RUN` characters.
+    """
     if len(text) <= LONGEST_RUN:
         return [text]
     parts, start = [], 0

@@ -136,10 +136,12 @@ def _evaluation_store(ensemble: Ensemble, run: Run, workspace: Workspace) -> Tok
 
 
 def _check_vocabularies(members: list[Record], store: TokenStore, workspace: Workspace) -> None:
-    """Raise ValueError if a member was trained with another vocabulary than that of the store, built again since."""
+    """Raise ValueError if the vocabulary of a member is not that of the store."""
     for member in members:
         folder = workspace.folder(member.job.name) / "model"
-        difference = vocabulary_difference(folder, store.tokenizer_folder) if folder.is_dir() else None
+        if not (folder / "tokenizer.json").is_file():
+            continue  # then the fingerprint of the data config is all there is
+        difference = vocabulary_difference(folder, store.tokenizer_folder)
         if difference is not None:
             raise ValueError(f"{member.job.name!r} cannot be evaluated on {store.folder}: {difference}; run it again.")
 
