@@ -153,6 +153,9 @@ def test_a_separator_that_occurs_nowhere_is_said(tmp_path: Path) -> None:
     documents, counts = read(tmp_path / "a.txt", separator="====")
     assert len(documents) == 1 and counts == {"separators that occur nowhere": 1}
     assert read(tmp_path / "a.txt", separator="----")[1] == {}
+    config = tiny.write_config(tmp_path, f'files = ["{tmp_path}/a.txt"]\nseparator = "===="')
+    with pytest.raises(ValueError, match=r"has no documents, since the separator occurs nowhere in .*a\.txt \('===='\)"):
+        prepare(str(config), tmp_path / "data")
     with pytest.raises(ValueError, match="separator must be one line"):
         Source(files=("a",), separator="a\nb")
 

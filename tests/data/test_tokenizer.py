@@ -141,11 +141,14 @@ def test_the_vocabulary_size_is_the_largest_id_plus_one(tmp_path: Path) -> None:
     store = prepare(str(config), tmp_path / "data")
     assert store.meta["dtype"] == "uint32" and store.vocab_size == 70_001
     assert store.tokens("train").max() == 70_000 and store.tokens("train")[0] == 1
-    config = tiny.write_text(
-        tmp_path, tiny.documents(60), tokenizer=f'path = "{tmp_path}/gaps.json"\nspecials = ["<|pad|>"]'
-    )
-    with pytest.raises(ValueError, match=r"gaps between its ids.*<\|pad\|> would share ids"):
-        prepare(str(config), tmp_path / "other")
+
+
+def test_new_special_tokens_that_would_share_ids_are_refused(tmp_path: Path) -> None:
+    """`tokenizers` numbers new tokens from the number of old ones on, whatever ids those have."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 2, "c": 4, "[UNK]": 9}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "gaps.json"))
+    with pytest.raises(ValueError, match=r"gaps between its ids.*<\|bos\|>, <\|eos\|> would share ids"):
+        load_tokenizer(TokenizerConfig(path=str(tmp_path / "gaps.json")), iter(()), tmp_path)
 
 
 def test_a_special_token_that_is_an_ordinary_one_of_the_vocabulary_becomes_special(

@@ -100,7 +100,7 @@ def read_documents(source: Source, reading: Reading | None = None) -> Iterator[s
             raise ValueError(f"{path} has an unknown file type; use {ENDINGS}.")
     if source.separator is not None and not separators:
         # The files are then one document each, which is hardly what was meant.
-        reading.note("separators that occur nowhere", f"{', '.join(_patterns(source))}: {source.separator!r}")
+        reading.note("separators that occur nowhere", f"{', '.join(_patterns(source))} ({source.separator!r})")
 
 
 def source_paths(source: Source, reading: Reading | None = None) -> list[Path]:

@@ -120,7 +120,7 @@ def _sizes(config: DataConfig) -> dict[str, int]:
 
 
 def _check_sources(config: DataConfig, store: TokenStore) -> None:
-    """Raise ValueError if a store was built from other files than those of its config now."""
+    """Raise ValueError if a config's files are not those of its store."""
     try:
         now = _sizes(config)
     except (OSError, ValueError):
@@ -154,7 +154,9 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
             writers[split].close(order)
     if not writers["train"].lengths or not writers["validation"].lengths:
         empty = "training" if not writers["train"].lengths else "validation"
-        raise ValueError(f"{path}: the {empty} split has no documents; give more text or change the split.")
+        lost = counts["first"].get("separators that occur nowhere")  # then each file is one document
+        why = "" if lost is None else f", since the separator occurs nowhere in {lost}"
+        raise ValueError(f"{path}: the {empty} split has no documents{why}; give more text or change the split.")
     # Text is read twice, for the tokenizer and for the tokens.
     if _sizes(config) != sizes:
         raise ValueError(f"{path}: its files changed while they were read; run again when they are complete.")

@@ -18,7 +18,7 @@ MAX_NULL_SHARE = 0.1
 
 @dataclass
 class Reading:
-    """Counts of what reading changed or left out, by kind, and the first place of each."""
+    """Counts of what reading changed or left out, and first places."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
