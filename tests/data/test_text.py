@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tiny
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Tokenizer
@@ -32,6 +32,7 @@ def read(*paths: Path, **keys: object) -> tuple[list[str], dict[str, int]]:
 # --- properties -----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(ANY_TEXT)
 @example("\ud83d\ude00")  # two halves are one character
 @example("\ufeff\ufeffa")
@@ -45,6 +46,7 @@ def test_a_cleaned_text_is_utf8_without_marks_returns_or_nulls(text: str) -> Non
     assert (clean(text, reading, "here") != text) == bool(reading.counts)
 
 
+@settings(deadline=None)
 @given(ANY_TEXT, st.sampled_from(["NFC", "NFD"]), st.sampled_from([" ", "  ", "\n", "\r\n", "\t\u00a0"]))
 def test_copies_of_a_text_have_one_normal_form(text: str, form: str, blank: str) -> None:
     text = clean(text, Reading(), "here")
@@ -154,7 +156,9 @@ def test_a_separator_that_occurs_nowhere_is_said(tmp_path: Path) -> None:
     assert len(documents) == 1 and counts == {"separators that occur nowhere": 1}
     assert read(tmp_path / "a.txt", separator="----")[1] == {}
     config = tiny.write_config(tmp_path, f'files = ["{tmp_path}/a.txt"]\nseparator = "===="')
-    with pytest.raises(ValueError, match=r"has no documents, since the separator occurs nowhere in .*a\.txt \('===='\)"):
+    with pytest.raises(
+        ValueError, match=r"has no documents, since the separator occurs nowhere in .*a\.txt \('===='\)"
+    ):
         prepare(str(config), tmp_path / "data")
     with pytest.raises(ValueError, match="separator must be one line"):
         Source(files=("a",), separator="a\nb")

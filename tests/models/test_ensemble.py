@@ -318,6 +318,21 @@ def test_the_tokenizer_is_saved_and_must_be_the_same_for_all_members(tmp_path: P
         loaded(paths, "logits")
 
 
+def test_members_elsewhere_and_pickled_members_raise(tmp_path: Path) -> None:
+    paths = write_members(tmp_path / "members", ["w16"])
+    loaded(paths, "logits").save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "config.json"
+    text = config.read_text()
+    for member in (str(paths[0]), "../members/w16-0", "owner/model"):
+        config.write_text(text.replace("member-00", member))
+        with pytest.raises(ValueError, match="is not a folder inside it; export the ensemble again"):
+            EnsembleForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.save({}, paths[0] / "pytorch_model.bin")
+    (paths[0] / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        loaded(paths, "logits")
+
+
 def test_invalid_members_and_options_raise(tmp_path: Path, paths: list[Path]) -> None:
     other = write_members(tmp_path, ["w16"], vocab_size=V + 1)
     for arguments, message in [

@@ -35,8 +35,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
 
     model_type = "epochal_ensemble"
 
-    # hub names or paths, relative to the ensemble's folder if they exist there
-    members: list[str] | tuple[str, ...] = ()
+    members: list[str] | tuple[str, ...] = ()  # folders inside the ensemble's; in memory also other paths and hub names
     average: str = ""  # "logits" or "probs"
     weights: list[float] | tuple[float, ...] | None = None  # summing to one (None: equal)
     temperature: float = 1.0  # divides every member's logits before averaging
@@ -154,7 +153,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     ) -> None:
         paths = [_resolve(member, folder) for member in config.members]
         _check(config, paths)
-        configs = [AutoConfig.from_pretrained(path) for path in paths]
+        configs = [AutoConfig.from_pretrained(path, trust_remote_code=False) for path in paths]
         _fill(config, paths, configs)
         super().__init__(config)
         self.paths, self.member_configs, self._load_dtype = paths, configs, dtype
@@ -318,7 +317,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     # --- members -------------------------------------------------------------------------------------------------------
 
     def _load(self, path: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._load_dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=self._load_dtype or "auto", trust_remote_code=False, use_safetensors=True
+        )
         return model.eval().requires_grad_(False)
 
     def _member(self, k: int) -> Any:
@@ -395,8 +396,15 @@ def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, see
 
 
 def _resolve(member: str, folder: Path | None) -> str:
-    """Return a member's path in the ensemble's folder if it exists, else `member` unchanged."""
-    return str(folder / member) if folder is not None and (folder / member).is_dir() else member
+    """Return the path of a member, which must lie in the ensemble's folder if there is one.
+
+    Raises ValueError for another path: a downloaded folder must not choose what else is read.
+    """
+    if folder is None:
+        return member
+    if Path(member).is_absolute() or ".." in Path(member).parts or not (folder / member).is_dir():
+        raise ValueError(f"{folder}: member {member!r} is not a folder inside it; export the ensemble again.")
+    return str(folder / member)
 
 
 def _check(config: EnsembleConfig, paths: list[str]) -> None:
