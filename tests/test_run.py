@@ -1,6 +1,7 @@
 """Run, Ensemble and Samples: what they refuse, what they count, and what their fingerprints see."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from epochal.run import (
     SoftTargetDistillation,
     Spectra,
     Targets,
+    config_hash,
     fingerprint,
     inputs,
 )
@@ -321,3 +323,25 @@ def test_a_new_field_at_its_default_changes_no_fingerprint() -> None:
     values = {field.name: getattr(a_run(), field.name) for field in dataclasses.fields(Run)}
     assert fingerprint(later(**values)) == fingerprint(a_run())
     assert fingerprint(later(**values, twist=1)) != fingerprint(a_run())
+
+
+def test_the_reader_of_json_files_is_part_of_a_data_config_and_keeps_the_fingerprints_of_records(
+    tmp_path: Path,
+) -> None:
+    """Records made before the key `reader` existed read .json files as API descriptions."""
+
+    def digest(name: str, source: str) -> str:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(f"[source]\n{source}\n[[more]]\n{source}\n")
+        return config_hash(path)
+
+    files = 'files = ["a/*.json.gz"]'
+    table = {"source": {"files": ["a/*.json.gz"]}, "more": [{"files": ["a/*.json.gz"]}]}
+    before = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    assert digest("api", f'{files}\nreader = "api"') == before
+    assert digest("none", files) == digest("records", f'{files}\nreader = "records"') != before
+    folder = 'files = ["a"]'
+    assert digest("folder", folder) == digest("folder-too", f'{folder}\nreader = "records"')
+    assert digest("folder", folder) != digest("folder-api", f'{folder}\nreader = "api"')
+    lines = 'files = ["a/*.jsonl"]'
+    assert digest("lines", lines) == digest("lines-too", f'{lines}\nreader = "records"')

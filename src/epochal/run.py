@@ -363,11 +363,10 @@ def _settle_readers(table: dict[str, Any]) -> None:
     for source in [table.get("source"), *(more if isinstance(more, list) else ())]:
         if not isinstance(source, dict):
             continue
-        reader, names = (
-            source.pop("reader", "records"),
-            [str(source.get("file", "")), *map(str, source.get("files") or ())],
-        )
-        if reader != "api" and any(".json" in name.replace(".jsonl", "") for name in names):
+        reader, files = source.pop("reader", "records"), source.get("files")
+        names = [source.get("file"), *(files if isinstance(files, list) else ())]
+        older = any(".json" in str(name).replace(".jsonl", "") for name in names)
+        if (reader == "api") != older:
             source["reader"] = reader
 
 

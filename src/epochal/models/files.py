@@ -31,17 +31,6 @@ def open_model(folder: str | Path, *, dtype: Any = None) -> Any:
     return model.eval()
 
 
-def open_config(folder: str | Path) -> Any:
-    """Open the config of a model folder or hub name, as `open_model` does."""
-    from transformers import AutoConfig
-
-    local = Path(folder).is_dir()
-    if local:
-        check_folder(Path(folder))
-    with _sentences(folder):
-        return AutoConfig.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False)
-
-
 def check_folder(folder: Path) -> None:
     """Raise ValueError for a folder that must not be opened, or holds no model.
 
