@@ -143,7 +143,11 @@ def _build(config: DataConfig, folder: Path, path: Path) -> None:
     sizes, notes = _sizes(config), list[str]()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{path.stem}: reading", total=None)
-        texts = _advancing(_training_texts(config), lambda: progress.advance(task))
+        texts = _advancing(
+            _training_texts(config),
+            lambda: progress.advance(task),
+            lambda: progress.update(task, description=f"{path.stem}: training the tokenizer"),
+        )
         tokenizer = load_tokenizer(config.tokenizer, texts, folder.parent, notes)
         progress.update(task, description=f"{path.stem}: tokenizing", completed=0)
         writers = {split: _Writer(folder, split, _dtype(tokenizer)) for split in SPLITS}
@@ -179,10 +183,11 @@ def _spelled_specials(config: DataConfig, tokenizer: Any) -> list[str]:
     return notes
 
 
-def _advancing(texts: Iterator[str], advance: Callable[[], None]) -> Iterator[str]:
+def _advancing(texts: Iterator[str], advance: Callable[[], None], end: Callable[[], None]) -> Iterator[str]:
     for text in texts:
         advance()
         yield text
+    end()
 
 
 def _eos(config: DataConfig) -> str | None:
