@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from epochal.data.store import TokenStore
 from epochal.export.huggingface import export
 from epochal.models.ensemble import EnsembleForCausalLM
+from epochal.models.folder import save_model
 from epochal.models.llama import build_model
 from epochal.models.load import RECORD, load_source
 from epochal.records import Record, Records, Workspace, file_hash, load_records, write_record
 from epochal.run import Ensemble, Samples, fingerprint
-from epochal.training.loop import _save_model
 
 TEXT = "And the king saw the river."
 
@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Recor
         write_record(space, Record(run, fingerprint(run), "done", results, provenance=provenance))
         if name != "c":
             model = build_model("w32", vocab_size=store.vocab_size, max_positions=32, seed=seed, bos_token_id=0)
-            _save_model(model, store, space.folder(name) / "model")
+            save_model(model, store.tokenizer_folder, space.folder(name) / "model")
     jobs = [
         Ensemble(name="both", runs=("a", "b"), average="probs", member_weights=(0.25, 0.75)),
         Ensemble(name="soup", runs=("a", "b"), average="parameters"),

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from epochal.config import replaced_folder
 from epochal.data.store import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.models.config import parameter_counts
+from epochal.models.folder import save_model
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
 from epochal.provenance import provenance, utilisation
@@ -220,7 +220,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     if final is None:
         return None
     if not progress.diverged:
-        _save_model(final, store, workspace.folder(run.name) / "model")
+        save_model(final, store.tokenizer_folder, workspace.folder(run.name) / "model")
     # Checkpoints hold the optimizer state too, several times the size of the model.
     shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
     counts = parameter_counts(run.model, vocab_size=store.vocab_size)
@@ -498,11 +498,3 @@ def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **valu
         with (workspace.folder(run.name) / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "steps": run.steps, **values}) + "\n")
     processes.accelerator.log(values, step=step)
-
-
-def _save_model(model: Any, store: TokenStore, folder: Path) -> None:
-    """Write weights, config and tokenizer as a Hugging Face folder."""
-    # Written under another name and renamed, so that a killed process leaves no incomplete model.
-    with replaced_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
