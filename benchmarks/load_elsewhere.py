@@ -75,7 +75,7 @@ def outputs_as_llama(model: Any, rows: torch.Tensor) -> bool:
 def main(folder: str, expected: Path | None) -> int:
     has_code = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=has_code).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=has_code)
     rows = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     logits = logits_of(model, rows).numpy()
     if expected is not None and not expected.exists():
@@ -90,7 +90,9 @@ def main(folder: str, expected: Path | None) -> int:
         and model.generation_config.pad_token_id == tokenizer.pad_token_id,
     }  # fmt: skip
     right = all(value is True if isinstance(value, bool) else value <= TOLERANCE for value in checks.values())
-    print(json.dumps({"transformers": transformers.__version__, "class": type(model).__name__, "right": right, **checks}))
+    print(
+        json.dumps({"transformers": transformers.__version__, "class": type(model).__name__, "right": right, **checks})
+    )
     return int(not right)
 
 

@@ -18,7 +18,7 @@ from epochal.run import SOUP, Ensemble, Run, Samples
 def export(name: str, folder: Path, workspace: Workspace, records: Records, *, gguf: bool = False) -> None:
     """Write the model of the finished job `name` to the new `folder`; with `gguf` also as model.gguf.
 
-    `loading_line` says how to load it. Raises ValueError and leaves no folder if the job is not a model, its weights are
+    `loading_lines` says how to load it. Raises ValueError and leaves no folder if the job is not a model, its weights are
     missing, the folder exists, or GGUF does not support the model.
     """
     record = records.named(name)
@@ -65,10 +65,13 @@ def has_code(record: Record) -> bool:
     return isinstance(record.job, Ensemble) and record.job.average != SOUP
 
 
-def loading_line(record: Record, folder: str) -> str:
-    """Return the Python line that loads an exported folder, with transformers 4.57 or later."""
+def loading_lines(record: Record, folder: str) -> str:
+    """Return the Python lines that load an exported folder, with transformers 4.57 or later."""
     option = ", trust_remote_code=True" if has_code(record) else ""
-    return f"model = AutoModelForCausalLM.from_pretrained({folder!r}{option})"
+    return (
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r}{option})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r}{option})"
+    )
 
 
 def model_card(record: Record, members: list[Record], *, record_hash: str) -> str:
@@ -139,12 +142,15 @@ def _usage(record: Record) -> str:
     code = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-{loading_line(record, "this folder")}
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+{loading_lines(record, "this folder")}
 texts = [tokenizer.bos_token + text for text in ("A first text", "Another")]  # documents began with this token
 batch = tokenizer(texts, return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=20)))
 ```
 """
-    runs = f"\n`trust_remote_code` runs `{CODE}` of this folder; members are the folders `member-*`.\n" if has_code(record) else ""
+    runs = (
+        f"\n`trust_remote_code` runs `{CODE}` of this folder; members are the folders `member-*`.\n"
+        if has_code(record)
+        else ""
+    )
     return f"{code}\nWith transformers 4.57 or later. Texts are padded on the left.\n{runs}"

@@ -305,7 +305,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        layers = None if hidden_states is None else tuple(torch.cat(same, -1) for same in zip(*hidden_states, strict=True))
+        layers = (
+            None if hidden_states is None else tuple(torch.cat(same, -1) for same in zip(*hidden_states, strict=True))
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=layers)
 
     def _check_inputs(self, input_ids: Any, cache: Any, output_attentions: bool | None, others: dict[str, Any]) -> None:
@@ -358,9 +360,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     # --- members -------------------------------------------------------------------------------------------------------
 
     def _load(self, path: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self._load_dtype or "auto", trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._load_dtype or "auto", trust_remote_code=False)
         return model.eval().requires_grad_(False)
 
     def _member(self, k: int) -> Any:
