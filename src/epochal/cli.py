@@ -499,7 +499,7 @@ def train(
         from epochal.distributed.started_by import use_preset
 
         config = replace(config, preset=use_preset(preset, os.environ))
-        _pin_threads()
+        _prepare_process()
     folder = config.workspace.folder(runs[0].name)
     # Processes on other nodes get no signal, but see the file.
     listen(stop_file=folder / STOP_NOTE if launched else None)
@@ -566,12 +566,14 @@ def _find_job(name: str, scale: str, results: Path, work: Path) -> "Job":
     return jobs[name]
 
 
-def _pin_threads() -> None:
+def _prepare_process() -> None:
     """Let torch use this process's share of the cores that it may use, unless OMP_NUM_THREADS says how many."""
     import torch
+    from transformers.utils import logging
 
     from epochal.distributed.started_by import local_processes
 
+    logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes(os.environ)))
 
@@ -638,7 +640,7 @@ def evaluate(
 
     With --tasks the zero-shot accuracy on lm-eval tasks.
     """
-    _pin_threads()
+    _prepare_process()
     if tasks is None:
         _print_losses(name, scale, results, work)
     else:

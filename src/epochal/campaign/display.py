@@ -184,6 +184,7 @@ class RunDisplay:
         self.console, self.run, self.processes = console, run, processes
         self.metrics = Metrics(workspace.folder(run.name) / "metrics.jsonl")
         self.flops_per_token = flops_of(run, vocab_size) / run.tokens
+        self._old = self.metrics.read().last  # of an earlier attempt
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         self._stopping = False
@@ -199,7 +200,7 @@ class RunDisplay:
     def line(self) -> str:
         """Return the progress as one line; empty before the first metrics."""
         metrics = self.metrics.read()
-        if not metrics.last:
+        if metrics.last in ({}, self._old):
             return ""
         speed, left = metrics.last["tokens_per_second"], metrics.last["steps"] - metrics.last["step"]
         used = utilisation(self.flops_per_token * speed, devices=self.processes)

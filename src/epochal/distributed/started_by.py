@@ -8,7 +8,6 @@ accelerate passes its own preset in environment variables; for the others this m
 --preset torchrun is DDP and deepspeed ZeRO-2.
 """
 
-import os
 from collections.abc import Mapping, MutableMapping
 
 from epochal.config import find_config
@@ -58,21 +57,16 @@ def use_preset(name: str | None, environment: MutableMapping[str, str]) -> str:
 
 
 def _variables(name: str) -> dict[str, str]:
-    """Return the variables that `accelerate launch` sets for the preset `name`."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    """Return the variables by which `accelerate launch` passes the preset `name` to `read_preset`."""
+    import yaml
 
-    path = find_config("accelerate", name, ".yaml")
-    arguments, _, _ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(path), "-m", "epochal"])
-    )
-    # Both copy the whole environment; only what is new is the preset.
-    found = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
-    return {
-        key: value
-        for key, value in found.items()
-        if key.startswith(("ACCELERATE_", "FSDP_")) and os.environ.get(key) != value
-    }
+    table = yaml.safe_load(find_config("accelerate", name, ".yaml").read_text(encoding="utf-8"))
+    kind = table.get("distributed_type", "NO")
+    settings = {f"use_{kind}": True} if kind in ("DEEPSPEED", "FSDP") else {}
+    settings |= {key: table[key] for key in ("mixed_precision", "gradient_accumulation_steps") if key in table}
+    settings |= {**table.get("deepspeed_config", {}), **table.get("dynamo_config", {})}
+    found = {f"accelerate_{key}": value for key, value in settings.items()} | table.get("fsdp_config", {})
+    return {key.upper(): str(value).lower() if isinstance(value, bool) else str(value) for key, value in found.items()}
 
 
 def local_processes(environment: Mapping[str, str]) -> int:
