@@ -1,6 +1,6 @@
 """Load an exported folder with nothing but torch and transformers, and compare its logits with a file.
 
-    python benchmarks/load_elsewhere.py FOLDER [LOGITS.npy]
+    python benchmarks/load_elsewhere.py FOLDER [LOGITS.npy [TEXT]]
 
 Runs under any transformers from 4.57 on, without epochal. Prints one line of JSON and exits with 1 if a check fails: the
 logits of the file (written if it does not exist) to 1e-5, a batch padded on either side against single texts, generation of a
@@ -72,11 +72,11 @@ def outputs_as_llama(model: Any, rows: torch.Tensor) -> bool:
     )
 
 
-def main(folder: str, expected: Path | None) -> int:
+def main(folder: str, expected: Path | None = None, text: str = TEXTS[0]) -> int:
     has_code = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=has_code).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=has_code)
-    rows = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    rows = tokenizer(text, return_tensors="pt").input_ids
     logits = logits_of(model, rows).numpy()
     if expected is not None and not expected.exists():
         np.save(expected, logits)
@@ -99,4 +99,4 @@ def main(folder: str, expected: Path | None) -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    sys.exit(main(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None))
+    sys.exit(main(sys.argv[1], *map(Path, sys.argv[2:3]), *sys.argv[3:4]))

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -84,9 +85,10 @@ def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     count = min(width, len(values))
     bounds = [len(values) * k // count for k in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
-    if not means or not max(means) - min(means) < float("inf"):
+    if not all(map(math.isfinite, means)):
         return ""
-    low, spread = min(means), (max(means) - min(means)) or 1.0
+    low = min(means, default=0.0)
+    spread = max(means, default=low) - low or 1.0
     return "".join(BLOCKS[round((mean - low) / spread * (len(BLOCKS) - 1))] for mean in means)
 
 
@@ -127,7 +129,7 @@ class Display:
         if event is not None:
             self._print(status, event)
         if self.live is not None:
-            self.live.update(self._table(status))
+            self.live.update(self._view(status))
 
     def _print(self, status: CampaignStatus, event: dict[str, Any]) -> None:
         name = event.get("name", "")
@@ -154,7 +156,7 @@ class Display:
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _table(self, status: CampaignStatus) -> Table:
+    def _view(self, status: CampaignStatus) -> Group:
         seconds = time.monotonic() - self.started
         rows = []
         for name in status.running:
@@ -166,10 +168,9 @@ class Display:
         eta = f", about {remaining / status.flops * seconds / 60:.0f} min left" if status.flops and remaining else ""
         best = "" if self.best is None else f", best loss so far {self.best:.4f}"
         table = Table.grid(padding=(0, 2))
-        table.add_row(f"[bold]{self._count(status)} done[/], {len(status.running)} running{best}{eta}")
         for row in rows:
             table.add_row(*row)
-        return table
+        return Group(f"[bold]{self._count(status)} done[/], {len(status.running)} running{best}{eta}", table)
 
 
 class RunDisplay:
