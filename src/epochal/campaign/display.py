@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from epochal.campaign.executor import CampaignStatus
 from epochal.campaign.plan import flops_of
@@ -170,7 +171,8 @@ class Display:
         table = Table.grid(padding=(0, 2))
         for row in rows:
             table.add_row(*row)
-        return Group(f"[bold]{self._count(status)} done[/], {len(status.running)} running{best}{eta}", table)
+        header = f"{self._count(status)} done, {len(status.running)} running{best}{eta}"
+        return Group(Text(header, style="bold"), table)
 
 
 class RunDisplay:

@@ -18,6 +18,17 @@ def save_model(model: Any, tokenizer: Path, folder: Path) -> None:
         complete(temporary)
 
 
+def write_settings(config: Any, tokenizer: Path, folder: Path) -> None:
+    """Make a folder of bare Llama weights, such as a checkpoint, one that transformers loads."""
+    from transformers import GenerationConfig
+
+    config = type(config).from_dict({**config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float32"})
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    complete(folder)
+
+
 def complete(folder: Path) -> None:
     """Add to a model folder of transformers 5 what transformers 4, batches and generation need.
 

@@ -10,7 +10,9 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.models.config import parameter_counts
-from epochal.models.folder import save_model
+from epochal.models.folder import save_model, write_settings
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
 from epochal.provenance import provenance, utilisation
@@ -142,6 +144,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer)
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
+    settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
     progress = _resume(run, workspace, processes, checkpoint, average)
 
@@ -198,7 +201,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         # Save and stop. After the last step there is nothing to resume.
         reason, due = stopper.poll(progress.step)
         if progress.step < run.steps and due:
-            _save(run, workspace, processes, average, progress)
+            _save(run, workspace, processes, average, progress, settings)
             stopper.saved()
         if reason and progress.step < run.steps:
             processes.end()
@@ -479,7 +482,14 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightAverage, progress: Progress) -> None:
+def _save(
+    run: Run,
+    workspace: Workspace,
+    processes: Processes,
+    average: WeightAverage,
+    progress: Progress,
+    settings: Callable[[Path], None],
+) -> None:
     save_checkpoint(
         workspace.folder(run.name) / "checkpoints",
         progress.step,
@@ -487,6 +497,7 @@ def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightA
         processes.optimizer.named_state(),
         progress.state(processes),
         average.tensors,
+        settings=settings,
         group=processes,
     )
 
