@@ -100,7 +100,7 @@ def data(config: str, work: Work = WORK) -> None:
 
 
 def _names_a_hub(config: str) -> bool:
-    """Whether a data config reads text or a tokenizer from the hub, or from its cache."""
+    """Whether a data config reads text or a tokenizer from the hub."""
     from epochal.config import read_toml
 
     table = read_toml(find_config("data", config, ".toml"))
@@ -567,7 +567,7 @@ def _find_job(name: str, scale: str, results: Path, work: Path) -> "Job":
 
 
 def _prepare_process() -> None:
-    """Let torch use this process's share of the cores that it may use, unless OMP_NUM_THREADS says how many."""
+    """Let torch use this process's share of the cores. OMP_NUM_THREADS, if set, decides instead."""
     import torch
     from transformers.utils import logging
 

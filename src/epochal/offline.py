@@ -1,4 +1,4 @@
-"""Fail at once, not after a minute of retries, where the Hugging Face hub cannot be reached."""
+"""Without a connection to the Hugging Face hub fail immediately, not after a minute of retries."""
 
 import os
 import socket

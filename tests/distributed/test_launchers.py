@@ -29,8 +29,8 @@ def documented(program: str) -> list[str]:
 
 
 def small(line: str, port: int) -> list[str]:
-    """The same line for one process per node on this machine."""
-    for old, new in ((r"processes 8", "processes 1"), (r"per-node 8", "per-node 1"), (r"gpus 8", "gpus 1")):
+    """The same line for one process per node on this machine; two under accelerate's --multi_gpu, which refuses one."""
+    for old, new in ((r"processes 8", "processes 2"), (r"per-node 8", "per-node 1"), (r"gpus 8", "gpus 1")):
         line = re.sub(old, new, line)
     words = shlex.split(line.replace("HOST:29500", f"localhost:{port}").replace(" RUN", f" {RUN}"))
     return [str(Path(sys.executable).parent / words[0]), *words[1:]]
@@ -48,16 +48,16 @@ def campaign(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Campai
 
 
 @pytest.mark.parametrize(
-    ("program", "nodes", "sharding"),
+    ("program", "nodes", "world", "sharding"),
     [
-        ("accelerate launch --multi_gpu --num_processes 8", 1, "replicated"),
-        ("torchrun --nnodes 2", 2, "replicated"),
-        ("deepspeed --num_gpus", 1, "zero2"),
+        ("accelerate launch --multi_gpu --num_processes 8", 1, 2, "replicated"),
+        ("torchrun --nnodes 2", 2, 2, "replicated"),
+        ("deepspeed --num_gpus", 1, 1, "zero2"),
     ],
     ids=["accelerate", "torchrun-two-nodes", "deepspeed"],
 )
 def test_the_documented_lines_train(
-    campaign: Campaign, tmp_path: Path, program: str, nodes: int, sharding: str
+    campaign: Campaign, tmp_path: Path, program: str, nodes: int, world: int, sharding: str
 ) -> None:
     (line,) = documented(program)
     command = small(line, free_port())
@@ -88,7 +88,7 @@ def test_the_documented_lines_train(
     assert record["provenance"]["preset"].split(",")[0] == " ".join(
         program.split()[: 2 if "accelerate" in program else 1]
     )
-    assert (record["provenance"]["sharding"], record["provenance"]["world_size"]) == (sharding, nodes)
+    assert (record["provenance"]["sharding"], record["provenance"]["world_size"]) == (sharding, world)
 
 
 def test_without_a_preset_torchrun_is_ddp_and_deepspeed_is_zero_2() -> None:

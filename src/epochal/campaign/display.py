@@ -82,7 +82,7 @@ def last_metrics(workspace: Workspace, name: str) -> tuple[str, ...]:
 
 
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
-    """Draw numbers as one line of at most `width` blocks, each the mean of an equal share of them."""
+    """Draw numbers as at most `width` blocks. Each is the mean of an equal share of them."""
     count = min(width, len(values))
     bounds = [len(values) * k // count for k in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]

@@ -10,7 +10,7 @@ from epochal.config import replaced_folder, write_atomic
 
 
 def save_model(model: Any, tokenizer: Path, folder: Path) -> None:
-    """Write a transformers model and the files of a tokenizer folder as one Hugging Face folder."""
+    """Write a model and the files of a tokenizer folder as one Hugging Face folder."""
     # Written under another name and renamed, so that a killed process leaves no incomplete model.
     with replaced_folder(folder) as temporary:
         model.save_pretrained(temporary)
