@@ -2,20 +2,25 @@
 
 import gzip
 import json
+import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from campaigns import DATA, Campaign, made_text
 
-from epochal import doctor
+from epochal import cli, doctor
 from epochal.campaign.integrity import quarantine_corrupt_inputs, write_checksums
 from epochal.campaign.plan import load_recipe
 from epochal.cli import main
+from epochal.config import REPOSITORY
+from epochal.offline import go_offline_if_unreachable
 from epochal.records import Record, write_record
 from epochal.run import Ensemble, Run, Samples, fingerprint
 from epochal.study import Study
@@ -361,6 +366,13 @@ def test_doctor_reports_the_error_and_the_remedy_of_a_failing_check(capsys: pyte
     assert capsys.readouterr().out.splitlines() == ["a check: works", "a check: FAILS (KeyError: 3); do this"]
 
 
+def test_doctor_says_what_to_do() -> None:
+    missing = doctor.next_steps(True, ["lm_eval", "submitit"], 2)
+    assert missing[1] == "  only if you need downstream tasks, Slurm clusters: pip install lm-eval submitit"
+    assert missing[2].endswith("epochal run --scale demo --jobs 2, then epochal report")
+    assert doctor.next_steps(False, [], 2)[1:] == ["  correct what FAILS above, then run epochal doctor again"]
+
+
 def test_plan_lists_jobs_and_changes_nothing(campaign: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
     before = listing(campaign.folder)
     assert epochal("plan", "epoching", *campaign.options, "--jobs") == 0
@@ -376,3 +388,61 @@ def test_a_folder_that_cannot_be_created_is_one_sentence(tmp_path: Path, capsys:
     assert epochal(*data_config(tmp_path, "a.txt", made_text().encode())[:2], "--work", str(tmp_path / "file")) == 1
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and str(tmp_path / "file") in err
+
+
+# --- installation ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_texts_are_not_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert epochal("--help") == 0
+    text = capsys.readouterr().out
+    assert "--install-completion" in text and "doctor" in text
+    assert "..." not in text.partition("Commands:")[2]
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert epochal("--version") == 0
+    assert capsys.readouterr().out == f"epochal {metadata.version('epochal')}\n"
+
+
+def test_a_tracker_without_a_key_is_refused_at_the_start(
+    refused: Refused, campaign: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: name)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine elsewhere login a password b\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert "run wandb login" in refused("run", *campaign.options, "--tracker", "wandb")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert cli._trackers(["wandb", "none"]) == ("wandb",)
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert cli._trackers(["wandb"]) == ("wandb",)
+
+
+def test_an_unreachable_hub_is_left_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert not go_offline_if_unreachable()
+    # Now nothing listens there.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert go_offline_if_unreachable()
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE is True  # type: ignore[attr-defined]
+    assert capsys.readouterr().err == "epochal: 127.0.0.1 cannot be reached, so only its cached files are used.\n"
+
+
+def test_the_wheel_carries_what_commands_need() -> None:
+    """The list of its files, without building it."""
+    builder = pytest.importorskip("hatchling.builders.wheel", reason="hatchling builds the wheel")
+    files = {str(file.distribution_path) for file in builder.WheelBuilder(str(REPOSITORY)).recurse_included_files()}
+    for folder, pattern in (("recipes", "*.py"), ("launch", "*.py"), ("configs", "*/*")):
+        for path in (REPOSITORY / folder).glob(pattern):
+            assert f"epochal/built_in/{path.relative_to(REPOSITORY)}" in files
+    modules = [path.relative_to(REPOSITORY / "src") for path in (REPOSITORY / "src" / "epochal").rglob("*.py")]
+    assert {*map(str, modules), "triton_kernels/softmax_loss.py"} <= files
+    assert not [name for name in files if "/results/" in name or name.startswith("tests")]

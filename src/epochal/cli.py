@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a job failed, 2 wrong use, 75 stopped early on purpose: ru
 
 # Imports that are not needed for --help stand in the functions: `epochal --help` must answer fast, and only commands that
 # compute may load torch.
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from epochal.config import REPOSITORY, find_config, from_table, nearest, seconds
 from epochal.stopping import EXIT_STOPPED, Stopped, listen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from epochal.campaign.plan import Cost, CostEstimate, SearchState
     from epochal.campaign.worker import WorkerConfig
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
     from epochal.scale import Hardware, Scale
 
 app = typer.Typer(
-    help="Pre-training recipes for finite text and unlimited compute.",
+    invoke_without_command=True,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -44,6 +44,20 @@ Recipes = Annotated[list[str] | None, typer.Argument(help="Recipes; all if none 
 
 RESULTS, WORK = Path("recipes/results"), Path("work")
 TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    # deepspeed's launcher passes it; the environment has the same number.
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Pre-training recipes for finite text and unlimited compute."""
+    if version:
+        from importlib import metadata
+
+        print(f"epochal {metadata.version('epochal')}")
+        raise typer.Exit
 
 
 def main() -> None:
@@ -69,9 +83,16 @@ def _fail(message: str, code: int) -> None:
 
 @app.command()
 def data(config: str, work: Work = WORK) -> None:
-    """Turn text into a token store: CONFIG is a name from configs/data or a path."""
+    """Turn text into a token store.
+
+    CONFIG is a name from configs/data or a path.
+    """
     from epochal.data.prepare import prepare
     from epochal.data.text import sentences
+    from epochal.offline import go_offline_if_unreachable
+
+    if _names_a_hub(config):
+        go_offline_if_unreachable()
 
     store = prepare(config, work / "data")
     counts = ", ".join(f"{split} {count:,}" for split, count in store.meta["tokens"].items())
@@ -79,6 +100,15 @@ def data(config: str, work: Work = WORK) -> None:
     print(f"{store.folder}: vocabulary {store.vocab_size:,}; tokens: {counts}; dropped: {dropped}")
     for line in (*sentences(store.meta["changed"], store.meta["first"]), *store.meta["notes"]):
         print(f"  {line}")
+
+
+def _names_a_hub(config: str) -> bool:
+    """Whether a data config reads text or a tokenizer from the hub."""
+    from epochal.config import read_toml
+
+    table = read_toml(find_config("data", config, ".toml"))
+    tokenizer = dict(table.get("tokenizer", {})).get("path")
+    return "hub" in table.get("source", {}) or (tokenizer is not None and not Path(str(tokenizer)).exists())
 
 
 @app.command()
@@ -176,7 +206,10 @@ def run(
     results: Results = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """Run the missing jobs of recipes. Several starts share the work; a stopped one continues when run again."""
+    """Run the missing jobs of recipes.
+
+    Several starts share the work; a stopped one continues when run again.
+    """
     import uuid
 
     from epochal.campaign.plan import recipe_names
@@ -239,7 +272,25 @@ def _trackers(names: list[str] | None) -> tuple[str, ...]:
             raise ValueError(f"tracker {name!r} is unknown; choose from {', '.join(TRACKERS)}, none.")
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"tracker {name!r} is not installed; run pip install {name}.")
+    if "wandb" in chosen and not _wandb_has_a_key():
+        raise ValueError("tracker 'wandb' has no key on this machine; run wandb login, or set WANDB_MODE=offline.")
     return chosen
+
+
+def _wandb_has_a_key() -> bool:
+    """Whether wandb can log without asking: a key where it looks for one, or no need of one."""
+    import netrc
+    from urllib.parse import urlsplit
+
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _run_here(config: "WorkerConfig", estimate: "CostEstimate", jobs: int) -> None:
@@ -247,9 +298,20 @@ def _run_here(config: "WorkerConfig", estimate: "CostEstimate", jobs: int) -> No
 
     from epochal.campaign.display import Display
     from epochal.campaign.executor import run_campaign
+    from epochal.records import load_records
 
     flops, done = estimate.today.flops + estimate.later.flops, len(estimate.status.done)
-    with Display(Console(), config.workspace, done=done, flops_to_do=flops) as display:
+    records = load_records(config.workspace)
+    losses = [record.results.get("loss") for job in estimate.status.done if (record := records.get(job))]
+    display = Display(
+        Console(),
+        config.workspace,
+        done=done,
+        flops_to_do=flops,
+        total=done + estimate.today.jobs + estimate.later.jobs,
+        best=min((loss for loss in losses if loss is not None), default=None),
+    )
+    with display:
         code = run_campaign(config, jobs=jobs, progress=display)
     if code == EXIT_STOPPED:
         print("stopped on purpose; run the same command again to continue.")
@@ -292,7 +354,10 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: next to the records or CSV.")] = None,
 ) -> None:
-    """Turn records into report.md, report.html, claims.json and figures; needs no torch."""
+    """Turn records into a report.
+
+    It is report.md, report.html, claims.json and figures. Needs no torch.
+    """
     from rich.console import Console
 
     from epochal.report.terminal import print_summary
@@ -388,11 +453,20 @@ def train(
     seeds: Annotated[
         int, typer.Option(min=1, help="With --like: number of seeds, counted from the scale's first.")
     ] = 1,
+    preset: Annotated[
+        str | None, typer.Option(help="With torchrun or deepspeed: a preset (configs/accelerate).")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward pass and process.")] = None,
+    tracker: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio or wandb. Default: none.")] = None,
     scale: ScaleName = "demo",
     results: Results = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """Train one run. `accelerate launch` starts this command on every process."""
+    """Train one run, on one process or on those of a launcher.
+
+    accelerate launch, torchrun or deepspeed start this command on every process: torchrun --nproc-per-node 8 -m epochal
+    train RUN.
+    """
     import logging
 
     from epochal.campaign.worker import STOP_NOTE, WorkerConfig, write_error_file
@@ -400,7 +474,16 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if like is None and (len(arguments) > 1 or seeds > 1):
         raise ValueError(f"{' '.join(arguments)!r} must be one run; to change fields or seeds, name a run with --like.")
-    config = WorkerConfig(session="", scale=scale, recipes=(), results=str(results), work=str(work), threads=1)
+    config = WorkerConfig(
+        session="",
+        scale=scale,
+        recipes=(),
+        results=str(results),
+        work=str(work),
+        threads=1,
+        micro_batch=micro_batch,
+        trackers=_trackers(tracker or ["none"]),
+    )
     launched = like is None and arguments[0].endswith(".json")
     runs: list[Job]
     note: dict[str, str] = {}
@@ -413,12 +496,19 @@ def train(
         runs = [_find_job(arguments[0], scale, results, work)]
     if not runs:
         return
+    if not launched:
+        from dataclasses import replace
+
+        from epochal.distributed.started_by import use_preset
+
+        config = replace(config, preset=use_preset(preset, os.environ))
+        _prepare_process()
     folder = config.workspace.folder(runs[0].name)
     # Processes on other nodes get no signal, but see the file.
     listen(stop_file=folder / STOP_NOTE if launched else None)
     try:
         for run in runs:
-            _train_and_record(run, config, note)
+            _train_and_record(run, config, note, shown=not launched and os.environ.get("RANK", "0") == "0")
     except Stopped as stopped:
         print(f"epochal: {stopped}; run again to continue.", file=sys.stderr)
         _exit(EXIT_STOPPED)
@@ -479,14 +569,43 @@ def _find_job(name: str, scale: str, results: Path, work: Path) -> "Job":
     return jobs[name]
 
 
-def _train_and_record(job: "Job", config: "WorkerConfig", like: dict[str, str]) -> None:
+def _prepare_process() -> None:
+    """Let torch use this process's share of the cores. OMP_NUM_THREADS, if set, decides instead."""
+    import torch
+    from transformers.utils import logging
+
+    from epochal.distributed.started_by import local_processes
+
+    logging.disable_progress_bar()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes(os.environ)))
+
+
+def _progress(job: "Job", config: "WorkerConfig", *, shown: bool) -> contextlib.AbstractContextManager[Any]:
+    """Show the progress of a run while it trains in this process."""
+    from rich.console import Console
+
+    from epochal.campaign.display import RunDisplay
+    from epochal.campaign.plan import store_vocab_size
+    from epochal.run import Run
+    from epochal.scale import load_scale
+
+    if not shown or not isinstance(job, Run):
+        return contextlib.nullcontext()
+    vocab_size = store_vocab_size(config.workspace, load_scale(config.scale))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return RunDisplay(Console(stderr=True), config.workspace, job, vocab_size=vocab_size, processes=processes)
+
+
+def _train_and_record(job: "Job", config: "WorkerConfig", like: dict[str, str], *, shown: bool) -> None:
     from dataclasses import replace
 
     from epochal.campaign.integrity import write_checksums
     from epochal.campaign.worker import execute
     from epochal.records import write_record
 
-    record = execute(job, config)
+    with _progress(job, config, shown=shown):
+        record = execute(job, config)
     if record is not None:  # rank 0
         if like:
             record = replace(record, provenance={**record.provenance, "like": like})
@@ -520,7 +639,11 @@ def evaluate(
     results: Results = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """Compute validation and test loss from the weights; with --tasks the zero-shot accuracy on lm-eval tasks."""
+    """Compute validation and test loss from the weights.
+
+    With --tasks the zero-shot accuracy on lm-eval tasks.
+    """
+    _prepare_process()
     if tasks is None:
         _print_losses(name, scale, results, work)
     else:
@@ -539,9 +662,28 @@ def _print_losses(name: str, scale: str, results: Path, work: Path) -> None:
         job = Ensemble(name=name, runs=(name,), average="probs")
     if not isinstance(job, Ensemble):
         raise ValueError(f"{name!r} must be a run or an ensemble, got {type(job).__name__}.")
-    losses = evaluate_ensemble(replace(job, tasks=()), records.workspace, records).results
+    with _evaluation_progress() as shown:
+        losses = evaluate_ensemble(replace(job, tasks=()), records.workspace, records, shown=shown).results
     print(f"validation: {losses['loss']:.6f} nats per token (record: {record.loss:.6f})")
     print(f"test: {losses.get('test_loss', math.nan):.6f}")
+
+
+@contextlib.contextmanager
+def _evaluation_progress() -> "Iterator[Callable[[str, int, int], None]]":
+    """Show which member is evaluated, how many there are, and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def shown(split: str, tokens: int, total: int) -> None:
+            if split not in tasks:
+                tasks[split] = progress.add_task(f"{split}, tokens", total=total)
+            progress.advance(tasks[split], tokens)
+
+        yield shown
 
 
 def _print_accuracies(
@@ -551,7 +693,11 @@ def _print_accuracies(
     from transformers.utils import logging
 
     from epochal.evaluation.downstream import open_model, score
+    from epochal.evaluation.offline_tasks import TASKS
+    from epochal.offline import go_offline_if_unreachable
 
+    if set(tasks) - set(TASKS):
+        go_offline_if_unreachable()
     logging.disable_progress_bar()
     if (Path(name) / "config.json").is_file():
         _, records = _load(scale, results, work, problems=False)
@@ -577,7 +723,10 @@ def generate(
     results: Results = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """Print text sampled from a finished run, or from the averaged predictions of an ensemble."""
+    """Print text sampled from a finished run or ensemble.
+
+    Of an ensemble the predictions are averaged.
+    """
     from epochal.evaluation.downstream import continue_text
     from epochal.generation.sample import sample_texts
     from epochal.run import Samples
@@ -609,21 +758,23 @@ def export(
     results: Results = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """Write a finished run or ensemble to FOLDER as a Hugging Face model.
+    """Write a finished run or ensemble as a Hugging Face model.
 
-    The folder also gets a model card and the record.
+    FOLDER is new; it also gets a model card and the record.
     """
     from epochal.export.huggingface import export as write
+    from epochal.export.huggingface import loading_lines
 
     record, records = _intact(name, scale, results, work)
     name = record.job.name
     write(name, folder, records.workspace, records, gguf=gguf)
-    print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+    print(f"{folder}: transformers 4.57 or later loads it:")
+    print(f"from transformers import AutoModelForCausalLM, AutoTokenizer\n{loading_lines(record, str(folder))}")
 
 
 @app.command()
 def doctor() -> None:
-    """Show what is installed, what works, and which parallelism preset suits this machine."""
+    """Show what is installed, what works and what to do next."""
     from epochal.doctor import examine
 
     raise typer.Exit(examine())
@@ -684,7 +835,7 @@ def _intact(name: str, scale: str, results: Path, work: Path) -> "tuple[Record, 
 
 
 def _launch_module(name: str) -> Any:
-    """Import a module of launch/, which is in the repository and not in the package."""
+    """Import a module of launch/, which is not part of the package `epochal`."""
     if str(REPOSITORY) not in sys.path:
         sys.path.insert(0, str(REPOSITORY))
     return importlib.import_module(f"launch.{name}")

@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+# The folder with configs/, recipes/ and launch/: the checkout, or a folder of the installed package (pyproject.toml).
+_INSTALLED = Path(__file__).resolve().parent / "built_in"
+REPOSITORY = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -39,9 +39,7 @@ def examine() -> int:
     )
     installed = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
     for name, purpose in OPTIONAL.items():
-        print(
-            f"{name} ({purpose}): {'installed' if installed[name] else 'missing: pip install ' + name.replace('_', '-')}"
-        )
+        print(f"{name} ({purpose}): {'installed' if installed[name] else 'missing'}")
 
     works = [_check("training step in fp32 and bf16", ["epochal.doctor", "step"], {}, "reinstall torch")]
     if installed["triton"]:
@@ -60,7 +58,19 @@ def examine() -> int:
         print(
             f"recommended for one large run: a copy of --preset ddp8, or fsdp2 to shard the model, with {gpus} processes"
         )
+    print(*next_steps(all(works), [name for name in OPTIONAL if not installed[name]], gpus or cores), sep="\n")
     return int(not all(works))
+
+
+def next_steps(works: bool, missing: list[str], workers: int) -> list[str]:
+    """Return what to do next, as lines."""
+    steps = [] if works else ["correct what FAILS above, then run epochal doctor again"]
+    if missing:
+        names = " ".join(name.replace("_", "-") for name in missing)
+        steps.append(f"only if you need {', '.join(OPTIONAL[name] for name in missing)}: pip install {names}")
+    if works:
+        steps.append(f"try it: epochal data kjv, then epochal run --scale demo --jobs {workers}, then epochal report")
+    return ["to do:", *(f"  {step}" for step in steps)]
 
 
 def _check(title: str, arguments: list[str], environment: dict[str, str], remedy: str) -> bool:

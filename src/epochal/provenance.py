@@ -20,6 +20,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "R
 @functools.cache
 def commit() -> dict[str, Any]:
     """Return {"commit", "dirty"} of the repository; both None outside a git checkout."""
+    if not (REPOSITORY / ".git").exists():  # an installed package may lie in the checkout of another project
+        return {"commit": None, "dirty": None}
     try:
         head = _git("rev-parse", "HEAD")
         # Untracked files do not count: records and reports appear while a campaign runs.

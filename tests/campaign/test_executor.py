@@ -54,7 +54,7 @@ class Start:
     @property
     def done(self) -> list[str]:
         """Names of the jobs that this start reports as done."""
-        return re.findall(r"^ *\d+ done  (\S+)", self.text, flags=re.MULTILINE)
+        return re.findall(r"^ *\d+ of about \d+ done  (\S+)", self.text, flags=re.MULTILINE)
 
     def alive(self) -> list[int]:
         """Ids of the processes of this start that still run: the parent and its workers."""

@@ -23,10 +23,11 @@ from epochal.evaluation.offline_tasks import TASKS, write_tasks
 from epochal.export.huggingface import export
 from epochal.generation.sample import sample_texts
 from epochal.models.ensemble import EnsembleForCausalLM
+from epochal.models.folder import save_model
 from epochal.models.llama import build_model
 from epochal.records import Record, Records, Workspace, load_records, write_record
 from epochal.run import Ensemble, Run, Samples, SoftTargetDistillation, fingerprint
-from epochal.training.loop import _save_model, train
+from epochal.training.loop import train
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -47,7 +48,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
         model = build_model("w16", vocab_size=store.vocab_size, max_positions=128, seed=seed, bos_token_id=0)
         with torch.no_grad():
             model.lm_head.weight.mul_(3.0)
-        _save_model(model, store, space.folder(name) / "model")
+        save_model(model, store.tokenizer_folder, space.folder(name) / "model")
     both = Ensemble(name="both", runs=("a", "b"), average="probs")
     write_record(space, Record(both, fingerprint(both), "done", {"loss": 3.0, "parameters": 2000}))
     return space, load_records(space), store
@@ -286,7 +287,7 @@ def test_generation_continues_a_prompt(campaign: Campaign, name: str) -> None:
 def test_a_folder_without_a_record_has_no_store(campaign: Campaign, tmp_path: Path) -> None:
     space, records, store = campaign
     model = AutoModelForCausalLM.from_pretrained(space.folder("a") / "model")
-    _save_model(model, store, tmp_path / "plain")
+    save_model(model, store.tokenizer_folder, tmp_path / "plain")
     assert open_model(str(tmp_path / "plain"), space, records)[2] is None
 
 

@@ -1,30 +1,41 @@
 """Exported folders: same logits, model card, record, and GGUF read back by other readers."""
 
+import ast
 import json
+import os
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils, pipeline
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from epochal.config import REPOSITORY
 from epochal.data.store import TokenStore
-from epochal.export.huggingface import export
+from epochal.export.huggingface import _front_matter, _table, export
 from epochal.models.ensemble import EnsembleForCausalLM
+from epochal.models.folder import save_model
 from epochal.models.llama import build_model
 from epochal.models.load import RECORD, load_source
 from epochal.records import Record, Records, Workspace, file_hash, load_records, write_record
 from epochal.run import Ensemble, Samples, fingerprint
-from epochal.training.loop import _save_model
+
+sys.path.append(str(REPOSITORY / "benchmarks"))
+
+import load_elsewhere
 
 TEXT = "And the king saw the river."
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Records, TokenStore]:
-    """Three finished runs, "c" without weights, and three ensembles."""
+    """Three finished runs, "c" without weights, and four ensembles."""
     space, store, config = tiny.workspace(tmp_path_factory.mktemp("finished"))
     provenance = {"commit": "0" * 40, "versions": {"torch": "2"}}
     for seed, name in enumerate("abc"):
@@ -32,10 +43,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Recor
         results = {"loss": 3.25, "test_loss": 3.5, "parameters": 1000}
         write_record(space, Record(run, fingerprint(run), "done", results, provenance=provenance))
         if name != "c":
-            model = build_model("w32", vocab_size=store.vocab_size, max_positions=32, seed=seed, bos_token_id=0)
-            _save_model(model, store, space.folder(name) / "model")
+            model = build_model(
+                "w32", vocab_size=store.vocab_size, max_positions=32, seed=seed, bos_token_id=0, eos_token_id=1
+            )
+            # Not the default base, which a reader that misses the key would use.
+            model.config.rope_parameters["rope_theta"] = 500_000.0
+            model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+            save_model(model, store.tokenizer_folder, space.folder(name) / "model")
     jobs = [
         Ensemble(name="both", runs=("a", "b"), average="probs", member_weights=(0.25, 0.75)),
+        Ensemble(name="mean", runs=("a", "b"), average="logits"),
         Ensemble(name="soup", runs=("a", "b"), average="parameters"),
         Ensemble(name="incomplete", runs=("a", "c"), average="logits"),
     ]
@@ -57,10 +74,75 @@ def test_an_exported_run_gives_the_same_logits(finished: tuple[Workspace, Record
     again, rows = AutoModelForCausalLM.from_pretrained(folder), tokens(folder)
     assert (again(rows).logits - load_source("a", space, records)(rows).logits).abs().max() <= 1e-5
     exact = build_model("w32", vocab_size=store.vocab_size, max_positions=32, seed=0)
+    exact.model.rotary_emb = LlamaRotaryEmbedding(again.config)
     assert (again(rows).logits - exact(rows).logits).abs().max() <= 1e-5
     generated = pipeline("text-generation", model=str(folder), device="cpu")(TEXT, max_new_tokens=5, do_sample=False)
     assert generated[0]["generated_text"].startswith(TEXT)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a", "both", "mean"])
+def test_folders_load_without_epochal_and_in_batches(
+    finished: tuple[Workspace, Records, TokenStore],
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    space, records, _ = finished
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder, logits = tmp_path / name, tmp_path / "logits.npy"
+    export(name, folder, space, records)
+    np.save(logits, load_source(name, space, records)(tokens(folder)).logits.detach().double().numpy())
+    checks = load_elsewhere.main(str(folder), logits, text=TEXT)
+    assert checks == 0, capsys.readouterr().out
+    if name != "a":
+        code = ast.parse((folder / "modeling_ensemble.py").read_text())
+        imported = {node.module for node in ast.walk(code) if isinstance(node, ast.ImportFrom)}
+        assert not any(str(module).startswith("epochal") for module in imported)
+
+
+@pytest.mark.skipif("EPOCHAL_OTHER_PYTHON" not in os.environ, reason="EPOCHAL_OTHER_PYTHON names no other interpreter")
+@pytest.mark.parametrize("name", ["a", "both", "mean"])
+def test_folders_load_in_the_transformers_of_another_interpreter(
+    finished: tuple[Workspace, Records, TokenStore], tmp_path: Path, name: str
+) -> None:
+    space, records, _ = finished
+    folder, logits = tmp_path / name, tmp_path / "logits.npy"
+    export(name, folder, space, records)
+    np.save(logits, load_source(name, space, records)(tokens(folder)).logits.detach().double().numpy())
+    script = [os.environ["EPOCHAL_OTHER_PYTHON"], str(Path(load_elsewhere.__file__)), str(folder), str(logits), TEXT]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_training_with_the_default_settings_is_what_a_folder_says(
+    finished: tuple[Workspace, Records, TokenStore],
+) -> None:
+    """The pad token is the end token, and Llama must still learn it: it is not in config.json."""
+    space, _, _ = finished
+    folder = space.folder("a") / "model"
+    config, generation = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert config["pad_token_id"] is None and generation["pad_token_id"] == config["eos_token_id"] == 1
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500_000.0
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (tokenizer["tokenizer_class"], tokenizer["model_max_length"]) == ("PreTrainedTokenizerFast", 32)
+
+
+@pytest.mark.parametrize(
+    "licence",
+    ['a "quoted" | text', "two\nlines: [x]", "<script>alert(1)</script>", "---\nend", "\u2028 \U0001f600 \x85"],
+)
+def test_a_licence_text_cannot_break_the_card(licence: str) -> None:
+    import yaml
+
+    text = _front_matter(licence)
+    assert text.count("\n---\n") == 1 and text.endswith("---\n")
+    assert yaml.safe_load(text.split("\n---\n")[0])["license_name"] == licence
+    (row,) = [line for line in _table({"licence": licence}).splitlines() if line.startswith("| licence")]
+    assert row.count("|") == 3 and "<" not in row
 
 
 def test_the_model_card_has_losses_data_license_and_recipe(

@@ -333,6 +333,44 @@ def test_members_elsewhere_and_pickled_members_raise(tmp_path: Path) -> None:
         loaded(paths, "logits")
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [torch.tensor([0, 3]), torch.tensor([[1, 4], [0, 2], [3, 3]]), torch.arange(15).view(3, 5) % 2 == 0],
+    ids=["positions", "positions of each text", "mask"],
+)
+def test_positions_to_keep_are_those_of_llama(paths: list[Path], keep: torch.Tensor) -> None:
+    """Of one member the ensemble is that member, so its outputs are the oracle."""
+    rows, one, llama = prompts(), loaded(paths[:1], "logits"), wide(paths[0])
+    expected = llama(rows, logits_to_keep=keep, output_hidden_states=True)
+    found = one(rows, logits_to_keep=keep, output_hidden_states=True)
+    assert torch.allclose(found.logits.double(), expected.logits, atol=1e-5)
+    for mine, its in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.allclose(mine.double(), its, atol=1e-5)
+    assert isinstance(one(rows, return_dict=False), tuple) and one(rows, use_cache=False).past_key_values is None
+
+
+def test_what_an_ensemble_cannot_return_is_refused(paths: list[Path]) -> None:
+    from transformers import DynamicCache
+
+    model, rows = loaded(paths, "probs"), prompts()
+    for options, message in [
+        ({"output_attentions": True}, "output_attentions is not supported"),
+        ({"past_key_values": DynamicCache()}, "must come from this ensemble, got DynamicCache"),
+        ({"inputs_embeds": torch.zeros(1, 1, 1)}, "pass input_ids"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(rows, **options)
+
+
+@pytest.mark.parametrize("member", ["..", "/", "gpt2", "../saved/member-00"])
+def test_a_folder_cannot_name_members_outside_of_it(paths: list[Path], tmp_path: Path, member: str) -> None:
+    loaded(paths[:1], "logits").save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "saved" / "config.json").write_text(json.dumps({**config, "members": [member]}))
+    with pytest.raises(ValueError, match="is not a folder inside it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
 def test_invalid_members_and_options_raise(tmp_path: Path, paths: list[Path]) -> None:
     other = write_members(tmp_path, ["w16"], vocab_size=V + 1)
     for arguments, message in [

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epochal.data.store import Batches, TokenStore
 from epochal.models.llama import build_model
@@ -232,6 +233,9 @@ def test_a_killed_run_resumes_from_the_last_intact_checkpoint(
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "train_lo')  # half a line
     newest = max((folder / "checkpoints").glob("step-*"))
+    saved = AutoModelForCausalLM.from_pretrained(newest, local_files_only=True).state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in load_file(newest / "model.safetensors").items())
+    assert AutoTokenizer.from_pretrained(newest).model_max_length == run.sequence_length
     (newest / "model.safetensors").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         cut = trained(run, space)

@@ -5,7 +5,7 @@ distributions. parameters: one model with the mean of the members' parameters. O
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,19 @@ from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace
 from epochal.run import SOUP, Ensemble, Run, fingerprint
 
+# Called with a split, the tokens of one more member that are evaluated, and the tokens of all members.
+Shown = Callable[[str, int, int], None]
 
-def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records) -> Record:
+
+def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records, shown: Shown | None = None) -> Record:
     """Return the record of an ensemble: its loss, and the losses of K subsets of each size k.
 
     Subsets are those of `cyclic_subsets`; `member_weights` of a subset are scaled to sum to one. Results, each also with
     the prefix `test_`: `loss`, `curve` (losses by k), `without` (leave-one-out means by k) and `interval` of `Curve`.
     `holdout` is `Learned` from text that all members held out, `tasks` the `Accuracy` on each task. Raises ValueError if
     members differ in their data or sequence length, or the weights of one are missing.
+
+    `shown` is called with a split, the tokens of it that one more member has begun, and those of all members.
     """
     members = [record for name in ensemble.runs for record in member_records(name, records)]
     run = _common_run(ensemble, members)
@@ -44,7 +49,11 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     for split in _splits(store, run.sequence_length):
         sequences = store.sequences(split, run.sequence_length)
         curve = ensemble_losses(
-            loaders, sequences, average=ensemble.average, weights=ensemble.member_weights, scratch=scratch
+            _watched(loaders, split, sequences.size, shown),
+            sequences,
+            average=ensemble.average,
+            weights=ensemble.member_weights,
+            scratch=scratch,
         )
         prefix = "" if split == "validation" else "test_"
         results[f"{prefix}loss"] = curve.losses[len(members)][0]
@@ -66,6 +75,22 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
         inputs={record.job.name: record.fingerprint for record in members},
         provenance=provenance(),
     )
+
+
+def _watched(loaders: Sequence[Loader], split: str, tokens: int, shown: Shown | None) -> Sequence[Loader]:
+    """Return loaders that report the members before them as evaluated; averaged logits may load each several times."""
+    if shown is None:
+        return loaders
+    report = shown
+
+    def watched(load: Loader, before: int) -> Loader:
+        def load_and_report() -> Any:
+            report(split, before, tokens * len(loaders))
+            return load()
+
+        return load_and_report
+
+    return [watched(load, tokens * (k > 0)) for k, load in enumerate(loaders)]
 
 
 def member_log_probs(names: Sequence[str], workspace: Workspace, sequences: Tokens) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Export a finished run or ensemble to a folder: weights, tokenizer, record, model card, optionally GGUF."""
 
+import html
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from epochal.config import find_config, flat_table, load_toml, replaced_folder, to_table
 from epochal.data.prepare import DataConfig
 from epochal.export.gguf import write_gguf
-from epochal.models.ensemble import copy_tokenizer
+from epochal.models.ensemble import CODE, copy_tokenizer
+from epochal.models.folder import complete
 from epochal.models.load import RECORD, load_source, member_records
 from epochal.records import Record, Records, Workspace, file_hash
 from epochal.run import SOUP, Ensemble, Run, Samples
@@ -16,8 +18,8 @@ from epochal.run import SOUP, Ensemble, Run, Samples
 def export(name: str, folder: Path, workspace: Workspace, records: Records, *, gguf: bool = False) -> None:
     """Write the model of the finished job `name` to the new `folder`; with `gguf` also as model.gguf.
 
-    `AutoModelForCausalLM` loads it (an ensemble: after `import epochal.models.ensemble`). Raises ValueError and leaves no
-    folder if the job is not a model, its weights are missing, the folder exists, or GGUF does not support the model.
+    `loading_lines` says how to load it. Raises ValueError and leaves no folder if the job is not a model, its weights are
+    missing, the folder exists, or GGUF does not support the model.
     """
     record = records.named(name)
     if record is None or isinstance(record.job, Samples):
@@ -25,7 +27,7 @@ def export(name: str, folder: Path, workspace: Workspace, records: Records, *, g
     # An exported folder may be published already, so it is never overwritten.
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder.")
-    if gguf and isinstance(record.job, Ensemble) and record.job.average != SOUP:
+    if gguf and has_code(record):
         raise ValueError("GGUF does not support ensembles; export a member or a student, or leave --gguf out.")
     with replaced_folder(folder) as temporary:
         _write_weights(record, temporary, workspace, records)
@@ -48,11 +50,28 @@ def _write_weights(record: Record, folder: Path, workspace: Workspace, records: 
             member_folder = folder / f"member-{k:02d}"
             member_folder.mkdir(exist_ok=True)  # new if parameters were averaged: then it has only the record
             shutil.copy(workspace.records / f"{member.job.name}.json", member_folder / RECORD)
+            complete(member_folder)
+        complete(folder)
         return
     source = workspace.folder(name) / "model"
     if not source.is_dir():
         raise ValueError(f"{source} does not exist; run {name!r} again to make its weights.")
     shutil.copytree(source, folder, dirs_exist_ok=True)
+    complete(folder)  # models of earlier versions are not
+
+
+def has_code(record: Record) -> bool:
+    """Whether the exported folder has modeling code of its own: an ensemble of several models."""
+    return isinstance(record.job, Ensemble) and record.job.average != SOUP
+
+
+def loading_lines(record: Record, folder: str) -> str:
+    """Return the Python lines that load an exported folder, with transformers 4.57 or later."""
+    option = ", trust_remote_code=True" if has_code(record) else ""
+    return (
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r}{option})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r}{option})"
+    )
 
 
 def model_card(record: Record, members: list[Record], *, record_hash: str) -> str:
@@ -87,12 +106,16 @@ def model_card(record: Record, members: list[Record], *, record_hash: str) -> st
 
 
 def _front_matter(licence: str) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "license: other"]
-    return "\n".join(["---", *lines, f"license_name: {_yaml(licence)}", "tags: [epochal]", "---", ""])
+    import yaml
 
-
-def _yaml(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    table = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "license_name": licence,
+        "tags": ["epochal"],
+    }
+    return f"---\n{yaml.safe_dump(table, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _description(record: Record) -> str:
@@ -106,16 +129,28 @@ def _description(record: Record) -> str:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    rows = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in facts.items()]
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items()]
     return "\n".join(["| | |", "| --- | --- |", *rows, ""])
 
 
+def _cell(value: Any) -> str:
+    """Escape text for a cell of a Markdown table: HTML, column marks and line breaks."""
+    return " ".join(html.escape(str(value), quote=False).replace("|", "&#124;").split())
+
+
 def _usage(record: Record) -> str:
-    ensemble = isinstance(record.job, Ensemble) and record.job.average != SOUP
-    imports = "import epochal.models.ensemble\n" if ensemble else ""
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")\n'
+    code = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{loading_lines(record, "this folder")}
+texts = [tokenizer.bos_token + text for text in ("A first text", "Another")]  # documents began with this token
+batch = tokenizer(texts, return_tensors="pt", padding=True)
+print(tokenizer.batch_decode(model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=20)))
+```
+"""
+    runs = (
+        f"\n`trust_remote_code` runs `{CODE}` of this folder; members are the folders `member-*`.\n"
+        if has_code(record)
+        else ""
     )
-    return f"```python\n{imports}{code}```\n"
+    return f"{code}\nWith transformers 4.57 or later. Texts are padded on the left.\n{runs}"

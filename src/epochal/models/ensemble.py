@@ -2,6 +2,9 @@
 
 b texts, t new tokens, V vocabulary, K members. Each member has its own KV cache. Plain sampling from the mean of
 probabilities runs one member per token; everything else (greedy, beams, top-k, scores, averaged logits) runs all members.
+
+This file needs only torch and transformers (4.57 or later): `save_pretrained` copies it into the folder of an ensemble, where
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` finds it, without epochal.
 """
 
 import json
@@ -20,25 +23,31 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from epochal.run import AVERAGES
+AVERAGES = ("logits", "probs")
+
+# The copy of this file in a saved folder.
+CODE = "modeling_ensemble.py"
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
 
 
-class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc]
+class EnsembleConfig(PretrainedConfig):  # type: ignore[misc]
     """Config of an ensemble: the member models and how their predictions are averaged."""
 
     model_type = "epochal_ensemble"
 
+    # Fields of a dataclass for transformers 5, defaults on the class for transformers 4.
     members: list[str] | tuple[str, ...] = ()  # folders inside the ensemble's; in memory also other paths and hub names
     average: str = ""  # "logits" or "probs"
     weights: list[float] | tuple[float, ...] | None = None  # summing to one (None: equal)
     temperature: float = 1.0  # divides every member's logits before averaging
+    use_cache: bool = True
     vocab_size: int = 0  # this and all that follow are taken from the members
     max_position_embeddings: int = 0
     num_hidden_layers: int = 0
@@ -99,8 +108,8 @@ class EnsembleCache(Cache):  # type: ignore[misc]
             member.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -`tokens_to_remove` tokens."""
-        length = self.get_seq_length() - abs(tokens_to_remove)
+        """Remove the last -`tokens_to_remove` tokens; a positive number is the new length, as in transformers 4."""
+        length = tokens_to_remove + (self.get_seq_length() if tokens_to_remove <= 0 else 0)
         for member in self.members:  # a member that is behind has fewer tokens to remove, or none
             member.crop(min(0, length - member.get_seq_length()))
         if self.tokens is not None and self.positions is not None:
@@ -229,9 +238,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         copy_tokenizer(self.paths[0], folder)
         config = EnsembleConfig.from_dict({**self.config.to_dict(), "members": names})
         config.architectures = [type(self).__name__]
+        shutil.copy(__file__, folder / CODE)
+        module = Path(CODE).stem
+        config.auto_map = {
+            "AutoConfig": f"{module}.{type(config).__name__}",
+            "AutoModelForCausalLM": f"{module}.{type(self).__name__}",
+        }
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -240,28 +256,31 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         past_key_values: EnsembleCache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (b, t, V) float32 of t new tokens.
+        """Return logits (b, t, V) float32 of t new tokens; arguments and outputs as in transformers' Llama.
 
-        With `logits_to_keep` above 0 only those of the last tokens are returned.
-        `attention_mask` is (b, length so far), 0 for padding on the left; `labels` (b, t) add the next-token loss. Raises
-        ValueError without `input_ids`.
+        `attention_mask` is (b, length so far), 0 for padding; `labels` (b, t) add the next-token loss. `logits_to_keep` is
+        the number of last tokens whose logits are returned (0: all), or a tensor of positions among the new tokens.
+        `hidden_states` are those of the members side by side, L + 1 tensors (b, t, sum of widths). Raises ValueError without
+        `input_ids`, for a cache that is not an ensemble's, for attentions, and for hidden states of unequal depths.
         """
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                "pass input_ids; inputs_embeds are not supported because members have different embeddings."
-            )
+        self._check_inputs(input_ids, past_key_values, output_attentions, kwargs)
+        assert input_ids is not None
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         # Without a cache every member processes all tokens.
         cache = past_key_values if past_key_values is not None or not use_cache else self._new_cache()
-        seen = 0 if cache is None else cache.get_seq_length()
+        seen, new = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
         if position_ids is None:
             position_ids = _positions(input_ids, attention_mask, seen)
         tokens, positions = input_ids, position_ids.expand_as(input_ids)
         if cache is not None:
             tokens, positions = cache.append(tokens, positions)
-        keep = logits_to_keep or input_ids.shape[1]
+        keep = new if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or new
+        hidden_states: list[tuple[torch.Tensor, ...]] | None = [] if self._wants_hidden(output_hidden_states) else None
 
         def logits_of(k: int) -> torch.Tensor:
             member_cache = None if cache is None else cache.members[k]
@@ -275,16 +294,41 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 past_key_values=member_cache,
                 use_cache=cache is not None,
                 logits_to_keep=keep,
+                output_hidden_states=hidden_states is not None,
+                return_dict=True,
             )
-            logits: torch.Tensor = output.logits.float() / self.config.temperature
-            return logits
+            if hidden_states is not None:
+                hidden_states.append(tuple(layer[:, -new:] for layer in output.hidden_states))
+            return _kept(output.logits.float() / self.config.temperature, logits_to_keep)
 
         one = cache is not None and cache.one_member and labels is None
         logits = self._sampled_member(logits_of, len(input_ids)) if one else self._mean(logits_of)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        layers = (
+            None if hidden_states is None else tuple(torch.cat(same, -1) for same in zip(*hidden_states, strict=True))
+        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=layers)
+
+    def _check_inputs(self, input_ids: Any, cache: Any, output_attentions: bool | None, others: dict[str, Any]) -> None:
+        if input_ids is None or others.get("inputs_embeds") is not None:
+            raise ValueError(
+                "pass input_ids; inputs_embeds are not supported because members have different embeddings."
+            )
+        if output_attentions:
+            raise ValueError("output_attentions is not supported for ensembles; call a member of `members` instead.")
+        if cache is not None and not isinstance(cache, EnsembleCache):
+            raise ValueError(
+                f"past_key_values must come from this ensemble, got {type(cache).__name__}; leave it out in the first call."
+            )
+
+    def _wants_hidden(self, wanted: bool | None) -> bool:
+        wanted = bool(self.config.output_hidden_states if wanted is None else wanted)
+        depths = [config.num_hidden_layers for config in self.member_configs]
+        if wanted and len(set(depths)) > 1:
+            raise ValueError(f"members have {depths} layers, so hidden states do not align; ask a member of `members`.")
+        return wanted
 
     def _mean(self, logits_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """Return the mean logits, or the log of the mean probabilities, (b, t, V)."""
@@ -378,6 +422,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 and not len(logits_processor)  # temperature, top-k, penalties change the distribution
                 and not generation_config.output_scores
                 and not generation_config.output_logits
+                and not generation_config.output_hidden_states
             )
         try:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
@@ -391,14 +436,23 @@ def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, see
     length = input_ids.shape[1]
     if attention_mask is None:
         return torch.arange(seen, seen + length, device=input_ids.device)[None]
-    # Padding is on the left, so the first real token of every text has position 0.
+    # The first real token of every text has position 0, wherever the padding is.
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-def _resolve(member: str, folder: Path | None) -> str:
-    """Return the path of a member, which must lie in the ensemble's folder if there is one.
+def _kept(logits: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """Return the logits (b, t, V) at the positions `keep`: (n,), (b, n), or a mask (b, t) as in Llama."""
+    if not isinstance(keep, torch.Tensor):
+        return logits
+    if keep.ndim == 2 and keep.dtype != torch.bool:
+        return torch.take_along_dim(logits, keep[..., None], dim=1)
+    return logits[keep] if keep.ndim == 2 else logits[:, keep]
 
-    Raises ValueError for another path: a downloaded folder must not choose what else is read.
+
+def _resolve(member: str, folder: Path | None) -> str:
+    """Return the path of a member, inside the ensemble's folder if it has one.
+
+    Raises ValueError for a path outside: a downloaded folder must not choose what else is read.
     """
     if folder is None:
         return member
@@ -474,5 +528,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
             shutil.copy(file, folder / file.name)
 
 
-AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)
-AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM)
+# Not in the copy in a saved folder, which transformers finds by the folder's auto_map.
+if __name__ == "epochal.models.ensemble":
+    AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)
+    AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM)

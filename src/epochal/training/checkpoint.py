@@ -1,9 +1,9 @@
 """Checkpoints of one run: safetensors and JSON with a manifest of hashes.
 
 checkpoints/step-00000123/{model.safetensors, optimizer-0.safetensors, ..., state.json, manifest.json}, and
-average.safetensors if the run averages its weights. Each process writes the optimizer state that it holds, by parameter
-name, so that any number of processes under any preset can resume. The last two checkpoints are kept; a damaged one is
-skipped with a warning.
+average.safetensors if the run averages its weights. With the files of the model's config and tokenizer it is a Hugging Face
+folder. Each process writes the optimizer state that it holds, by parameter name, so that any number of processes under any
+preset can resume. The last two checkpoints are kept; a damaged one is skipped with a warning.
 """
 
 import json
@@ -51,12 +51,14 @@ def save_checkpoint(
     state: dict[str, Any],
     average: dict[str, torch.Tensor] | None = None,
     *,
+    settings: Callable[[Path], None] | None = None,
     group: Group = ALONE,
 ) -> Path:
     """Write the checkpoint of a step and return its folder. A collective.
 
     All but the last two checkpoints are deleted. `weights` and `average` are whole tensors by name, used on rank 0
-    only; `optimizer` is the named state of this process; `state` is JSON. Raises OSError on every process if one of
+    only; `optimizer` is the named state of this process; `state` is JSON; `settings` writes the files of the model and its
+    tokenizer into the folder. Raises OSError on every process if one of
     them could not write; the incomplete files are deleted.
     """
     # Written under another name and renamed when complete, so that a killed process leaves no incomplete checkpoint.
@@ -65,7 +67,9 @@ def save_checkpoint(
     try:
         _on_all(group, _make_empty if main else None, temporary)
         _on_all(group, save_file, optimizer, temporary / f"optimizer-{group.rank}.safetensors")
-        _on_all(group, _finish if main else None, temporary, path, weights, average or {}, {"step": step, **state})
+        _on_all(
+            group, _finish if main else None, temporary, path, weights, average or {}, {"step": step, **state}, settings
+        )
     finally:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -99,8 +103,12 @@ def _finish(
     weights: dict[str, torch.Tensor],
     average: dict[str, torch.Tensor],
     state: dict[str, Any],
+    settings: Callable[[Path], None] | None,
 ) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})  # transformers 4 wants it
+    if settings is not None:
+        settings(temporary)
     if average:
         save_file(average, temporary / "average.safetensors")
     # The manifest comes last and lists the hashes of all other files; the rename makes them visible together.

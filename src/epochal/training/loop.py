@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from epochal.config import replaced_folder
 from epochal.data.store import Batches, Tokens, TokenStore, open_samples, open_store, sampled_stream
 from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.models.config import parameter_counts
+from epochal.models.folder import save_model, write_settings
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
 from epochal.provenance import provenance, utilisation
@@ -143,6 +144,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer)
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
+    settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
     progress = _resume(run, workspace, processes, checkpoint, average)
 
@@ -199,7 +201,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         # Save and stop. After the last step there is nothing to resume.
         reason, due = stopper.poll(progress.step)
         if progress.step < run.steps and due:
-            _save(run, workspace, processes, average, progress)
+            _save(run, workspace, processes, average, progress, settings)
             stopper.saved()
         if reason and progress.step < run.steps:
             processes.end()
@@ -220,7 +222,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     if final is None:
         return None
     if not progress.diverged:
-        _save_model(final, store, workspace.folder(run.name) / "model")
+        save_model(final, store.tokenizer_folder, workspace.folder(run.name) / "model")
     # Checkpoints hold the optimizer state too, several times the size of the model.
     shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
     counts = parameter_counts(run.model, vocab_size=store.vocab_size)
@@ -487,7 +489,14 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightAverage, progress: Progress) -> None:
+def _save(
+    run: Run,
+    workspace: Workspace,
+    processes: Processes,
+    average: WeightAverage,
+    progress: Progress,
+    settings: Callable[[Path], None],
+) -> None:
     save_checkpoint(
         workspace.folder(run.name) / "checkpoints",
         progress.step,
@@ -495,6 +504,7 @@ def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightA
         processes.optimizer.named_state(),
         progress.state(processes),
         average.tensors,
+        settings=settings,
         group=processes,
     )
 
@@ -505,11 +515,3 @@ def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **valu
         with (workspace.folder(run.name) / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "steps": run.steps, **values}) + "\n")
     processes.accelerator.log(values, step=step)
-
-
-def _save_model(model: Any, store: TokenStore, folder: Path) -> None:
-    """Write weights, config and tokenizer as a Hugging Face folder."""
-    # Written under another name and renamed, so that a killed process leaves no incomplete model.
-    with replaced_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        shutil.copytree(store.tokenizer_folder, temporary, dirs_exist_ok=True)
