@@ -45,7 +45,7 @@ class Settings(Ranged):
     base: str = ""  # path of a model folder
 
     def check(self, scale: Scale) -> None:
-        """Raise ValueError for a base that is not a path, or a model that is not on the ladder."""
+        """Refuse a base that is not a path, and a model outside of the ladder."""
         if self.base and "/" not in self.base:
             raise ValueError(f"base is {self.base!r}; give the path of a model folder, with a slash in it.")
         scale.check_models("model", self.model)

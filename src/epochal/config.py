@@ -77,14 +77,21 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file with one object of finite numbers; anything else raises ValueError.
+    """Read a JSON file with one object of finite numbers.
 
-    A file that cannot be opened raises OSError.
+    Raises ValueError for anything else, with a message that goes behind the file's name, and OSError for a file that
+    cannot be opened.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite)
+        return parse_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Read one JSON object of finite numbers; raises ValueError as `read_json`."""
+    try:
+        table = json.loads(text, parse_constant=_not_finite)
     except RecursionError:
         raise ValueError("nests brackets too deeply; correct it") from None
     except json.JSONDecodeError as error:
@@ -101,18 +108,17 @@ def _not_finite(constant: str) -> None:
 
 def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
     """Build the dataclass `cls` from nested tables; raises ValueError, with messages that start with `where`."""
-    hints, required = _shape(typing.cast(Any, cls))
+    hints, plain, required = _shape(typing.cast(Any, cls))
     if not isinstance(table, Mapping):
         raise ValueError(f"{where} must be a table, got {shown(table)}.")
-    for key in table:
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {shown(key)}{nearest(key, hints)}; remove or correct it.")
+    for key in table.keys() - hints.keys():
+        raise ValueError(f"{where}: unknown key {shown(key)}{nearest(key, hints)}; remove or correct it.")
     for key in required:
         if key not in table:
             raise ValueError(f"{where}: missing key {key!r}; add it.")
     values = {
         # Most fields of a record are as they should be, so the place for an error is not written.
-        key: value if type(value) is hints[key] else _convert(value, hints[key], f"{where}: {key}")
+        key: value if type(value) in plain[key] else _convert(value, hints[key], f"{where}: {key}")
         for key, value in table.items()
     }
     try:
@@ -122,19 +128,23 @@ def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
 
 
 @functools.cache
-def _shape(cls: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the type hints of a dataclass's fields and the names of required ones."""
+def _shape(cls: Any) -> tuple[dict[str, Any], dict[str, set[Any]], tuple[str, ...]]:
+    """Return a dataclass's type hints, what each field takes unchanged, and the required fields."""
     assert dataclasses.is_dataclass(cls)
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
     missing = dataclasses.MISSING
     required = tuple(field.name for field in fields if field.default is missing and field.default_factory is missing)
-    return {field.name: hints[field.name] for field in fields}, required
+    hints = {field.name: hints[field.name] for field in fields}
+    plain = {name: {hint, *_choices(hint)} & {bool, int, float, str, type(None)} for name, hint in hints.items()}
+    return hints, plain, required
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Check `value` against a type hint; tables become dataclasses, lists tuples, and integers floats where needed."""
-    if type(value) is hint:
-        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, where)
@@ -184,7 +194,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 def to_table(value: Any) -> Any:
     """Turn a dataclass into plain JSON types; a nested dataclass of a union gets its `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints, _ = _shape(type(value))
+        hints, _, _ = _shape(type(value))
         table = {}
         for field in dataclasses.fields(value):
             item = to_table(getattr(value, field.name))

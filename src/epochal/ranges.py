@@ -1,4 +1,6 @@
-"""What a field may hold, declared once next to its type and checked whenever a value is made.
+"""What a field may hold, declared once next to its type.
+
+It is checked whenever a value is made:
 
     @dataclass(frozen=True)
     class Plan(Ranged):
@@ -185,7 +187,10 @@ def _checks(cls: Any) -> tuple[tuple[str, Check], ...]:
 
 
 def check_known(table: Mapping[str, Any], cls: Any) -> None:
-    """Raise ValueError unless the keys of a table that are fields of a dataclass are as declared; others are ignored."""
+    """Check the keys of a table that are fields of a dataclass; others are ignored.
+
+    Raises ValueError for the first that is missing or not as declared.
+    """
     for name, check in _checks(cls):
         if name in table:
             check(table[name], name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from epochal.config import from_table, read_json, to_table, write_atomic
+from epochal.config import from_table, parse_json, to_table, write_atomic
 from epochal.ranges import Check, Items, Loss, Range, Share, check_known, shown
 from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint, inputs
 
@@ -180,7 +180,11 @@ def _read(path: Path) -> Record:
 
 @functools.lru_cache(maxsize=100_000)
 def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
-    table = read_json(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text (byte {error.start})") from None
+    table = parse_json(text)
     if table.get("version") != VERSION:
         raise ValueError(f"has version {shown(table.get('version'))}, not {VERSION}")
     kind, status = table.get("kind"), table.get("status")
@@ -195,10 +199,10 @@ def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
     for key in ("results", "inputs", "provenance"):
         if not isinstance(table[key], dict):
             raise ValueError(f"holds no table of {key}")
-    for what, text in (("fingerprint", table["fingerprint"]), *table["inputs"].items()):
-        if not isinstance(text, str):
-            raise ValueError(f"the fingerprint {what!r} must be a string, got {shown(text)}")
-    if "checksum" in table and table["checksum"] != _checksum(path.read_text(encoding="utf-8")):
+    for what, mark in (("fingerprint", table["fingerprint"]), *table["inputs"].items()):
+        if not isinstance(mark, str):
+            raise ValueError(f"{shown(what)} must have a string, got {shown(mark)}")
+    if "checksum" in table and table["checksum"] != _checksum(text):
         raise ValueError("was changed after it was written, so its checksum differs; delete it to make it again")
     record = Record(job, table["fingerprint"], status, table["results"], table["inputs"], table["provenance"])
     _check_results(record)
@@ -247,7 +251,7 @@ class RunResults:
     """What is read from the results of a Run; others may stand next to it."""
 
     loss: Loss | None  # None for a diverged run
-    parameters: Count
+    parameters: Count | None = None  # of a finished run always
     test_loss: Loss | None = None
     best_loss: Loss | None = None
     train_loss: Loss | None = None
@@ -312,8 +316,9 @@ def _check_results(record: Record) -> None:
     job, results = record.job, record.results
     check_known(results, RESULTS[type(job).__name__])
     check_known(record.provenance, Provenance)
-    if record.status == "done" and results.get("loss", 0.0) is None:
-        raise ValueError("is done but has no finite loss")
+    for key in ("loss", "parameters") if record.status == "done" and isinstance(job, Run | Ensemble) else ():
+        if results.get(key) is None:
+            raise ValueError(f"is done but has no {key}")
     if record.status == "diverged" and results.get("loss") is not None:
         raise ValueError(f"diverged but has the loss {shown(results['loss'])}")
     like = record.provenance.get("like")
@@ -359,7 +364,7 @@ def write_record(workspace: Workspace, record: Record) -> Path:
 
 
 def _checksum(text: str) -> str:
-    """Return the hash of a record's text without the line of its checksum."""
+    """Return the hash of a record's text, but for the line of its checksum."""
     # Of the text, because that costs less than to write the table again. A flipped digit leaves valid JSON.
     return hashlib.sha256(re.sub(r'\n "checksum": "[^"]*",', "", text, count=1).encode()).hexdigest()[:16]
 

@@ -56,12 +56,12 @@ def test_the_planner_takes_little_but_pays_from_the_same_account() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pack": 0}, "pack must be at least 1, got 0"),
+        ({"pack": 0}, "pack must be an integer from 1 to 1,000, got 0"),
         ({"nodes": 2, "pack": 2, "preset": "ddp8"}, "packed on one node"),
         ({"nodes": 2}, "without a preset"),
         ({"grace": "4h"}, "must be shorter than time_limit"),
         ({"time_limit": "soon"}, "got 'soon'"),
-        ({"retries": -1}, "retries must be 0 or more, got -1"),
+        ({"retries": -1}, "retries must be an integer from 0 to 1,000, got -1"),
     ],
 )
 def test_impossible_settings_are_one_sentence(changes: dict[str, Any], message: str) -> None:

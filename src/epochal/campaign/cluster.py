@@ -62,7 +62,7 @@ class Cluster(Ranged):
 
 
 def _check_options(options: dict[str, Any], where: str) -> None:
-    """Raise ValueError for sbatch options that no sbatch file can hold, or that this file sets elsewhere."""
+    """Raise ValueError for sbatch options that cannot be set, or are set elsewhere."""
     for key, value in options.items():
         if not is_name(key):
             raise ValueError(f"[{where}] sets {shown(key)}, which cannot name an option; correct it.")
