@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import resource
 import signal
 import sys
 import tempfile
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT), str(ROOT / "tests")]
 from fuzzing import KINDS, judge  # noqa: E402
 
 HANG_SECONDS = 5
+MEMORY_BYTES = 3 * 2**30  # of this process; a file that needs more is a fault
 
 
 class HangError(Exception):
@@ -41,9 +43,10 @@ def main() -> int:
     options = parser.parse_args()
     counts, slowest, faults = Counter[tuple[str, str]](), dict.fromkeys(options.kinds, 0.0), 0
     signal.signal(signal.SIGPROF, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     end = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:
-        for seed, kind in itertools.product(itertools.count(options.first), options.kinds):
+        for seed, kind in ((seed, kind) for seed in itertools.count(options.first) for kind in options.kinds):
             if time.monotonic() > end:
                 break
             start = time.process_time()
