@@ -64,6 +64,7 @@ def mutated(table: dict[str, Any], source: random.Random) -> dict[str, Any]:
                 holder[path[-1]] = value * source.choice([-1, 1000, 10**6, 10**9, 0.5])
             case 4:
                 holder[path[-1]] = deep(source.choice([3, 150, 1500]))
+                return table
             case 5:
                 holder[path[-1]] = source.choice(TEXTS)
             case 6:

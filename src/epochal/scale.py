@@ -25,6 +25,7 @@ from epochal.ranges import (
     Repeats,
     SequenceTokens,
     Tokens,
+    shown,
 )
 from epochal.run import ORDERS, PRECISIONS, AdamW, Optimizer, Run, Spectra
 
@@ -175,7 +176,9 @@ class Scale(Ranged):
         """
         for model in models:
             if model not in self.models:
-                raise ValueError(f"{where}: model {model!r} is not on the ladder {list(self.models)}; add it there.")
+                raise ValueError(
+                    f"{where}: model {shown(model)} is not on the ladder {list(self.models)}; add it there."
+                )
             if started and self.start(self.rung(model), self.unique_tokens[0], wd=self.standard_wd) is None:
                 raise ValueError(f"{where}: model {model!r} needs lr and epochs in its [[ladder]] table.")
 
