@@ -7,9 +7,10 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.names import named_ensemble
+from epochal.ranges import Range, Ranged, Repeats, TokensOrNone
 from epochal.report.claims import Claim
 from epochal.report.comparison import difference_claim, gains_by_seed
 from epochal.report.sections import Table
@@ -73,17 +74,13 @@ VARIANTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """`count` members of one size, in `seeds` repetitions, on the first budget; `holdout_tokens` for "holdout"."""
 
     model: str
-    count: int  # members of an ensemble
-    seeds: int  # repetitions
-    holdout_tokens: int  # of the variants that hold text out
-
-    def __post_init__(self) -> None:
-        if self.count < 2 or self.seeds < 1:
-            raise ValueError(f"count is {self.count} and seeds {self.seeds}; give at least 2 and 1.")
+    count: Annotated[int, Range(2, 1000)]  # members of an ensemble
+    seeds: Repeats  # repetitions
+    holdout_tokens: TokensOrNone  # of the variants that hold text out
 
     def check(self, scale: Scale) -> None:
         """Refuse a model that is not on the ladder."""

@@ -5,9 +5,22 @@ The teacher's cost is not counted: it is paid once and depends on the way (model
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.names import named_samples, named_targets
+from epochal.ranges import (
+    Decay,
+    Epochs,
+    InnerShare,
+    Items,
+    Kept,
+    Ranged,
+    Rate,
+    Repeats,
+    SequenceTokens,
+    SomeShare,
+    Tokens,
+)
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import ArmLosses, Pair, pair_claims
@@ -35,28 +48,28 @@ PAIRS = (("probs", "samples"), ("cached", "probs"), ("average", "samples"), ("se
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """Students of soft targets, from the ensemble of their own size."""
 
     model: str  # of the students and of the members
-    kd_weight: float  # of the teacher; the rest is that of the text
-    wd: float
-    keep: int = 64  # tokens kept at each position; see `Targets`
-    seeds: int = 1  # students each way
-    sizes: tuple[str, ...] = ()  # further sizes of student, taught by the cache
+    kd_weight: SomeShare  # of the teacher; the rest is that of the text
+    wd: Decay
+    keep: Kept = 64  # tokens kept at each position; see `Targets`
+    seeds: Repeats = 1  # students each way
+    sizes: Annotated[tuple[str, ...], Items(least=0)] = ()  # further sizes of student, taught by the cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Student:
+class Student(Ranged):
     """How a student of the size `model` learns from sampled text: its share, its pool, and the student's point."""
 
     model: str
-    fraction: float  # of sampled text
-    pool_tokens: int  # sampled in all
-    epochs: int  # of the real text
-    lr: float
-    wd: float
-    max_length: int  # tokens of one sampled text
+    fraction: InnerShare  # of sampled text
+    pool_tokens: Tokens  # sampled in all
+    epochs: Epochs  # of the real text
+    lr: Rate
+    wd: Decay
+    max_length: SequenceTokens  # of one sampled text
 
     @property
     def point(self) -> Point:

@@ -9,8 +9,10 @@ Results: recipes/results/<scale>/report.md
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 from epochal.names import named_ensemble
+from epochal.ranges import Batch, Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.sections import Section, Table
@@ -24,7 +26,7 @@ AVERAGES = ("logits", "probs", "parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """Continued pre-training of the size `model` on a second data set.
 
     It starts from the tuned run of that size on the first budget, or from the model folder `base`.
@@ -32,22 +34,18 @@ class Settings:
 
     data: str  # the second data set
     model: str
-    unique_tokens: int
-    batch_sizes: tuple[int, ...]  # the default and the small one, in sequences
-    epochs: int  # of the repeated text
-    lr: float
-    wd: float
-    members: int
-    more_tokens: tuple[int, ...] = ()  # budgets for further single passes of the default
+    unique_tokens: Tokens
+    batch_sizes: Annotated[tuple[Batch, ...], Items(2, 2)]  # the default and the small one, in sequences
+    epochs: Epochs  # of the repeated text
+    lr: Rate
+    wd: Decay
+    members: Repeats
+    # Budgets for further single passes of the default.
+    more_tokens: Annotated[tuple[Tokens, ...], Items(least=0)] = ()
     base: str = ""  # path of a model folder
 
     def check(self, scale: Scale) -> None:
-        """Raise ValueError for other than two batch sizes, a wrong base or a wrong model.
-
-        A base must be a path, and the model must be on the ladder.
-        """
-        if len(self.batch_sizes) != 2:
-            raise ValueError(f"batch_sizes is {self.batch_sizes}; give two, the default and the small one.")
+        """Refuse a base that is not a path, and a model outside of the ladder."""
         if self.base and "/" not in self.base:
             raise ValueError(f"base is {self.base!r}; give the path of a model folder, with a slash in it.")
         scale.check_models("model", self.model)

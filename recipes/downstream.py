@@ -12,12 +12,13 @@ averaged logits. Models are chosen by their validation loss, never by their answ
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from epochal.names import named_ensemble
+from epochal.ranges import Items, Ranged
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_series
@@ -37,10 +38,10 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """`tasks` are names of lm-eval's tasks; cloze and next_passage are made from the test split and need no network."""
 
-    tasks: tuple[str, ...]
+    tasks: Annotated[tuple[str, ...], Items(least=0)]
 
 
 def tasks(study: Study) -> tuple[str, ...]:

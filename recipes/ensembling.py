@@ -12,9 +12,10 @@ import functools
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.names import named_ensemble
+from epochal.ranges import Items, Range, Ranged, Repeats
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_law, draw_series
@@ -39,14 +40,14 @@ SMALLEST_ERROR = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """Which sizes get ensembles and of how many members."""
 
-    models: tuple[str, ...]  # sizes that get ensembles
-    count: int  # members of each
+    models: Annotated[tuple[str, ...], Items(least=0)]  # sizes that get ensembles
+    count: Repeats  # members of each
     # 2 or more: epochs and decay of members are tuned for the limit K to infinity, fitted from that many members a
     # point. 0: the rule of twice the epochs and half the decay.
-    search_members: int = 0
+    search_members: Annotated[int, Range(0, 1000)] = 0
     member_variants: _member_variants.Settings | None = None
 
     def check(self, scale: Scale) -> None:
@@ -62,7 +63,7 @@ class Settings:
             self.member_variants.check(scale)
 
 
-NO_ENSEMBLES = Settings(models=(), count=0)
+NO_ENSEMBLES = Settings(models=(), count=1)
 
 
 def settings(study: Study) -> Settings:

@@ -7,8 +7,9 @@ Results: recipes/results/<scale>/report.md
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
+from epochal.ranges import Items, Ranged, Tokens
 from epochal.report.claims import Claim
 from epochal.report.comparison import difference_claim
 from epochal.report.figures import draw_series
@@ -20,14 +21,16 @@ from epochal.study import NOTHING, Arm, Result, Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """What runs in addition to the searches."""
 
     sweep_model: str = ""  # a size that also runs every number of epochs of the grid
     # Budgets at which only the standard recipe runs: further points for its law in D at a fraction of the cost of a
     # whole budget.
-    data_scaling_tokens: tuple[int, ...] = ()
-    data_scaling_models: tuple[str, ...] = ()  # sizes of the standard recipe at these budgets
+    data_scaling_tokens: Annotated[tuple[Tokens, ...], Items(least=0)] = ()
+    data_scaling_models: Annotated[
+        tuple[str, ...], Items(least=0)
+    ] = ()  # sizes of the standard recipe at these budgets
 
     def check(self, scale: Scale) -> None:
         """Refuse models without a start and budgets that the batch does not divide."""

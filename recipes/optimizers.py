@@ -11,9 +11,10 @@ same data in the same order. Add an arm as one line below; it is tuned like the 
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.config import nearest
+from epochal.ranges import Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import ArmLosses, Pair, pair_claims
@@ -54,26 +55,30 @@ PAIRS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed:
+class Feed(Ranged):
     """One way to feed the optimizers: how much text, how many epochs, and a grid."""
 
     name: str
-    tokens: int  # D
-    epochs: int
-    lr: tuple[float, ...]  # this and the next: as AdamW is tried; other arms have a factor
-    wd: tuple[float, ...]
+    tokens: Tokens  # D
+    epochs: Epochs
+    # This and the next: as AdamW is tried; other arms have a factor.
+    lr: Annotated[tuple[Rate, ...], Items(ascending=True)]
+    wd: Annotated[tuple[Decay, ...], Items(ascending=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """The size, the ways to feed it, and the seeds at each optimum."""
 
     model: str
-    settings: tuple[Feed, ...]
-    seeds: int = 3
+    settings: Annotated[tuple[Feed, ...], Items()]
+    seeds: Repeats = 3
 
     def check(self, scale: Scale) -> None:
-        """Refuse budgets that the batch does not divide."""
+        """Refuse two settings of one name, and budgets that the batch does not divide."""
+        names = [feed.name for feed in self.settings]
+        if len(set(names)) < len(names):
+            raise ValueError(f"settings have the names {', '.join(names)}; give each another.")
         for feed in self.settings:
             scale.check_budget(feed.tokens)
 

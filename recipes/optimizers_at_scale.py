@@ -12,9 +12,10 @@ import functools
 import math
 import statistics
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.names import named_ensemble
+from epochal.ranges import Items, Range, Ranged, Repeats
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import difference_claim, gains_by_seed
@@ -36,7 +37,7 @@ FEWEST_SIZES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """Arms of the recipe `optimizers`, in its setting `setting`, tuned at every size.
 
     `optimizers` are labels of arms, `models` the sizes. At the comparison's own size `members` of each are ensembled,
@@ -44,10 +45,10 @@ class Settings:
     """
 
     setting: str  # of the recipe `optimizers`
-    optimizers: tuple[str, ...]  # labels of its arms
-    models: tuple[str, ...]  # sizes at which they are tuned
-    members: int  # of each optimizer, at the comparison's own size
-    group: int = 3  # chained members and snapshots are compared in groups of this size
+    optimizers: Annotated[tuple[str, ...], Items()]  # labels of its arms
+    models: Annotated[tuple[str, ...], Items()]  # sizes at which they are tuned
+    members: Repeats  # of each optimizer, at the comparison's own size
+    group: Annotated[int, Range(2, 1000)] = 3  # chained members and snapshots are compared in groups of this size
 
     def check(self, scale: Scale) -> None:
         """Refuse groups that are larger than the number of members."""

@@ -148,7 +148,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
         ('models = ["w16"]', 'models = ["w23"]', "is not on the ladder"),
         ("wd = [0.1, 0.8]", "wd = [0.8]", "standard_wd 0.1"),
         ("unique_tokens = [2048]", "unique_tokens = []", "unique_tokens is empty"),
-        ("epochs = [1, 2]", "epochs = []", "grid.epochs is empty"),
+        ("epochs = [1, 2]", "epochs = []", "grid: epochs is empty"),
         ("epochs = [1, 2]", "epochs = [2, 4]", "is not on its grid"),
         ('precision = "fp32"', 'precision = "fp8"', "choose from fp32, bf16"),
         ('model = "w16"', 'model = "w9"', "w9"),
@@ -200,6 +200,7 @@ def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campa
         (["--time-limit", "soon"], "A duration must be"),
         (["--time-limit", "-3m"], "A duration must be"),
         (["--time-limit", "nan"], "A duration must be"),
+        (["--time-limit", "inf"], "A duration must be"),
         (["--checkpoint-every", "0"], "A duration must be"),
         (["--tracker", "mlflow"], "is unknown"),
         (["--preset", "none-such"], "none-such"),
@@ -217,6 +218,39 @@ def test_unknown_names_are_refused(refused: Refused, campaign: Campaign) -> None
         assert "has no record 'x'" in refused(*command, *campaign.options)
     assert "plans no job 'x'" in refused("train", "x", *campaign.options)
     assert "does not exist" in refused("train", "x/run.json", *campaign.options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "has no 'run'"),
+        ('{"run": 3, "config": 4}', "run must be a table, got 3"),
+        ("[" * 100_000, "nests brackets too deeply"),
+        ('{"run": NaN}', "must hold finite numbers, got NaN"),
+    ],
+)
+def test_a_run_file_that_no_worker_wrote_is_refused(refused: Refused, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    assert message in refused("train", "x.json")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("run", "--jobs", "1000000000000"), ("train", "x", "--seeds", "0"), ("generate", "x", "--tokens", "-1")],
+)
+def test_an_option_out_of_range_is_refused_with_its_range(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert epochal(*arguments) == 2
+    assert "is not in the range" in capsys.readouterr().err
+
+
+def test_a_temperature_that_rounds_to_nothing_is_refused(refused: Refused, campaign: Campaign) -> None:
+    name = one_record(campaign).job.name
+    write_record(campaign.workspace, one_record(campaign))
+    for value in ("1e-45", "nan", "inf", "-1", "0"):
+        sentence = refused("generate", name, "--temperature", value, *campaign.options)
+        assert "temperature must be a number from 0.001 to 1000, got" in sentence
 
 
 def one_record(campaign: Campaign) -> Record:
@@ -347,6 +381,7 @@ def test_a_thousand_records_add_less_to_a_plan_than_starting_it_costs(campaign: 
     path = write_record(campaign.workspace, record)
     alone = min(processor_seconds("plan", *campaign.options) for _ in range(2))
     table = json.loads(path.read_text())
+    del table["checksum"]
     for number in range(999):
         table["job"]["name"] = f"other-{number}"
         path.with_name(f"other-{number}.json").write_text(json.dumps(table))

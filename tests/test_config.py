@@ -81,7 +81,7 @@ def test_a_missing_key_is_reported() -> None:
 
 
 def test_an_error_of_a_dataclass_names_its_file() -> None:
-    with pytest.raises(ValueError, match=r"x.toml: lr is -1"):
+    with pytest.raises(ValueError, match=r"x.toml: lr must be a number from 0 to 100, got -1"):
         from_table({"lr": -1}, AdamW, where="x.toml")
 
 

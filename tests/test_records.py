@@ -6,11 +6,12 @@ import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from epochal.campaign.plan import partition_jobs, ready_jobs
-from epochal.records import Record, Records, Workspace, input_fingerprints, load_records, write_record
+from epochal.records import Record, Records, Workspace, input_fingerprints, load_record, load_records, write_record
 from epochal.run import AdamW, Ensemble, Job, Run, Samples, SequenceDistillation, fingerprint
 
 WEIGHTS = Path("model/model.safetensors")
@@ -34,7 +35,11 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def record_of(job: Job, **changes: object) -> Record:
-    results = {"tokens": 64} if isinstance(job, Samples) else {"loss": 1.5, "parameters": 3}
+    results: dict[str, object] = {"loss": 1.5, "parameters": 3}
+    if isinstance(job, Ensemble):
+        results |= {"curve": {"1": [1.6, 1.7], "2": [1.5]}, "members": 2}
+    if isinstance(job, Samples):
+        results = {"tokens": 64}
     return replace(Record(job, fingerprint(job), "done", results), **changes)  # type: ignore[arg-type]
 
 
@@ -76,8 +81,10 @@ def test_a_diverged_run_has_an_infinite_loss(workspace: Workspace) -> None:
 
 
 def test_a_record_is_never_written_with_nan(workspace: Workspace) -> None:
+    with pytest.raises(ValueError, match="loss must be a number from 0 to 1e\\+09, got nan"):
+        write_record(workspace, record_of(A, results={"loss": math.nan, "parameters": 3}))
     with pytest.raises(ValueError, match="JSON"):
-        write_record(workspace, record_of(A, results={"loss": math.nan}))
+        write_record(workspace, record_of(A, provenance={"note": math.inf}))
     assert not list(workspace.records.glob("*"))
 
 
@@ -87,7 +94,7 @@ def test_readers_see_the_old_record_until_the_new_one_is_whole(
     write_record(workspace, record_of(A))
     seen: list[Records] = []
     monkeypatch.setattr("os.fsync", lambda _: seen.append(load_records(workspace)))
-    write_record(workspace, record_of(A, results={"loss": 2.5}))
+    write_record(workspace, record_of(A, results={"loss": 2.5, "parameters": 3}))
     assert [(found.problems, [record.loss for record in found]) for found in seen] == [((), [1.5])]
     assert [record.loss for record in load_records(workspace)] == [2.5]
 
@@ -105,6 +112,13 @@ def test_a_replaced_record_is_read_again_whatever_the_clock_says(workspace: Work
 
 def test_no_folder_is_no_record(workspace: Workspace) -> None:
     assert len(load_records(workspace)) == 0
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """Read a record's table without its checksum, as records were before they had one."""
+    table: dict[str, Any] = json.loads(path.read_text())
+    del table["checksum"]
+    return table
 
 
 def change(table: dict[str, object], **values: object) -> str:
@@ -138,13 +152,34 @@ def change(table: dict[str, object], **values: object) -> str:
         lambda table: change(table, results={"loss": 1.0, "test_loss": math.nan}).encode(),
         lambda table: change(table, results={"loss": 1.0, "parameters": "many"}).encode(),
         lambda table: change(table, fingerprint=None).encode(),
+        lambda table: change(table, fingerprint={"a": 1}).encode(),
+        lambda table: change(table, version=[1]).encode(),
+        lambda table: change(table, status={}).encode(),
+        lambda table: change(table, job=[["name", "a"]]).encode(),
+        lambda table: change(table, inputs={"b": 3}).encode(),
+        lambda table: change(table, results={"loss": -5, "parameters": 3}).encode(),
+        lambda table: change(table, results={"loss": 1e300, "parameters": 3}).encode(),
+        lambda table: change(table, results={"loss": 10**400, "parameters": 3}).encode(),
+        lambda table: change(table, results={"loss": 1.5, "parameters": -3}).encode(),
+        lambda table: change(table, results={"loss": 1.5}).encode(),
+        lambda table: change(table, results={**table["results"], "curve": ["1", "2"]}).encode(),
+        lambda table: change(table, results={**table["results"], "curve": [[1, 2, 3]]}).encode(),
+        lambda table: change(table, results={**table["results"], "curve": {"1": [2.0]}}).encode(),
+        lambda table: change(table, results={**table["results"], "spectral_norms": {"a": "large"}}).encode(),
+        lambda table: change(table, status="diverged", results={"loss": "inf"}).encode(),
+        lambda table: change(table, status="diverged").encode(),
+        lambda table: change(table, provenance={"optimizer_share": "half"}).encode(),
+        lambda table: change(table, provenance={"like": {"name": 3, "changes": ""}}).encode(),
+        lambda table: change(table, provenance={"like": {"name": "b"}}).encode(),
+        lambda table: (json.dumps(table)[:-1] + ', "deep": ' + "[" * 100_000 + "]" * 100_000 + "}").encode(),
+        lambda table: (json.dumps(table)[:-1] + ', "long": ' + "9" * 5000 + "}").encode(),
         lambda table: json.dumps({k: v for k, v in table.items() if k != "fingerprint"}).encode(),
     ],
 )
 def test_a_malformed_record_is_named_and_left_out(workspace: Workspace, damage: object) -> None:
     write_record(workspace, record_of(B))
     path = write_record(workspace, record_of(A))
-    path.write_bytes(damage(json.loads(path.read_text())))  # type: ignore[operator]
+    path.write_bytes(damage(unsealed(path)))  # type: ignore[operator]
     found = load_records(workspace)
     assert names(record.job for record in found) == ["b"]
     assert len(found.problems) == 1
@@ -152,11 +187,17 @@ def test_a_malformed_record_is_named_and_left_out(workspace: Workspace, damage: 
 
 
 def test_each_malformed_record_is_named_with_its_reason(workspace: Workspace) -> None:
-    table = json.loads(write_record(workspace, record_of(A)).read_text())
-    curve = {**json.loads(write_record(workspace, record_of(E)).read_text()), "results": {"loss": 1, "curve": {"1": 3}}}
-    job = {**curve["job"], "name": "asked", "tasks": ["cloze"]}
-    asked = {**curve, "job": job, "results": {"loss": 1, "tasks": {"cloze": {"right": "012"}}}}
+    table, whole = unsealed(write_record(workspace, record_of(A))), unsealed(write_record(workspace, record_of(E)))
+    curve = {**whole, "results": {**whole["results"], "curve": {"1": 3}}}
+    job = {**whole["job"], "name": "asked", "tasks": ["cloze"]}
+    asked = {**whole, "job": job, "results": {**whole["results"], "tasks": {"cloze": {"right": "012"}}}}
+    listed = {**asked, "job": {**job, "name": "listed"}, "results": {**whole["results"], "tasks": [1]}}
+    alone = {**whole, "job": {**whole["job"], "name": "alone"}, "results": {**whole["results"], "members": 1}}
+    bare = {**whole, "job": {**whole["job"], "name": "bare"}, "results": {"loss": 1.5, "parameters": 3}}
     texts = {
+        "alone": json.dumps(alone),
+        "bare": json.dumps(bare),
+        "listed": json.dumps(listed),
         "asked": json.dumps(asked),
         "copy": json.dumps(table),
         "e": json.dumps(curve),
@@ -170,13 +211,60 @@ def test_each_malformed_record_is_named_with_its_reason(workspace: Workspace) ->
     found = load_records(workspace)
     assert [record.job for record in found] == [A]
     assert found.problems == (
+        "alone.json: must have the results of 2 members, with their loss in the curve",
         "asked.json: has no answers, a 1 or a 0 each, to the task 'cloze'",
+        "bare.json: misses curve",
         "copy.json: names the job 'a', whose record is a.json",
-        "e.json: curve must be a table of losses by number of members",
+        "e.json: each of curve must be a list, got 3.",
         "gap.json: misses results and inputs",
+        "listed.json: has no answers, a 1 or a 0 each, to the task 'cloze'",
         "nan.json: must hold finite numbers, got NaN",
         "old.json: has version 0, not 1",
         "words.json: job: epochs must be of type int, got 'many'.",
+    )
+
+
+def test_what_stands_in_place_of_a_record_is_named_and_the_others_load(workspace: Workspace) -> None:
+    path = write_record(workspace, record_of(A))
+    path.with_name("folder.json").mkdir()
+    path.with_name("nowhere.json").symlink_to("gone")
+    path.with_name("round.json").symlink_to("round.json")
+    path.with_name("linked.json").symlink_to(write_record(workspace, record_of(B)).rename(path.with_name("b.txt")))
+    found = load_records(workspace)
+    assert names(record.job for record in found) == ["a"]
+    assert [problem.split(":")[0] for problem in found.problems] == [
+        "folder.json",
+        "linked.json",
+        "nowhere.json",
+        "round.json",
+    ]
+    assert load_record(workspace, "folder") is None and load_record(workspace, "round") is None
+
+
+def test_a_record_that_vanishes_while_others_load_is_no_problem(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job in (A, B):
+        write_record(workspace, record_of(job))
+    listed = sorted(workspace.records.glob("*.json"))
+    (workspace.records / "a.json").unlink()
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(listed))
+    found = load_records(workspace)
+    assert names(record.job for record in found) == ["b"] and found.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"loss": 1.5', '"loss": 1.6'), ('"epochs": 1', '"epochs": 2'), ('"lr": 0.01', '"lr": 0.02')]
+)
+def test_a_flipped_digit_is_found_by_the_checksum(workspace: Workspace, old: str, new: str) -> None:
+    path = write_record(workspace, record_of(A))
+    text = path.read_text()
+    assert old in text
+    path.write_bytes(text.replace("\n", "\r\n").encode())  # as a checkout on Windows writes it
+    assert load_records(workspace).problems == ()
+    path.write_text(text.replace(old, new))
+    assert load_records(workspace).problems == (
+        "a.json: was changed after it was written, so its checksum differs; delete it to make it again",
     )
 
 

@@ -116,14 +116,14 @@ def test_adamw_refuses_negative_rates(field: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "word"),
     [
-        (Signum, {"momentum": 1.0}, "momentum is 1.0"),
-        (AdEMAMix, {"beta3": -0.1}, "beta3 is -0.1"),
-        (AdEMAMix, {"warmup": 1.5}, "warmup is 1.5"),
+        (Signum, {"momentum": 1.0}, "momentum must be a number from 0 to below 1, got 1.0"),
+        (AdEMAMix, {"beta3": -0.1}, "beta3 must be a number from 0 to below 1, got -0.1"),
+        (AdEMAMix, {"warmup": 1.5}, "warmup must be a number from 0 to 1, got 1.5"),
         (Fira, {"variant": "apollo"}, "variant is 'apollo'"),
         (Fira, {"refresh": "qr"}, "refresh is 'qr'"),
-        (Fira, {"rank": 0}, "rank is 0"),
-        (Fira, {"gap": 0}, "gap is 0"),
-        (Muon, {"wd": -1.0}, "wd is -1.0"),
+        (Fira, {"rank": 0}, "rank must be an integer from 1 to 1,048,576, got 0"),
+        (Fira, {"gap": 0}, "gap must be an integer from 1 to 1,000,000,000, got 0"),
+        (Muon, {"wd": -1.0}, "wd must be a number from 0 to 10000, got -1.0"),
     ],
 )
 def test_an_optimizer_refuses_what_no_step_could_follow(kind: type, changes: dict[str, object], word: str) -> None:

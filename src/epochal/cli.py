@@ -8,7 +8,6 @@ Exit codes: 0 done, 1 a job failed, 2 wrong use, 75 stopped early on purpose: ru
 import contextlib
 import importlib
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from epochal.config import REPOSITORY, find_config, from_table, nearest, seconds
+from epochal.config import REPOSITORY, find_config, from_table, nearest, read_json, seconds
 from epochal.stopping import EXIT_STOPPED, Stopped, listen
 
 if TYPE_CHECKING:
@@ -187,10 +186,12 @@ def run(
     recipes: Recipes = None,
     scale: ScaleName = "demo",
     jobs: Annotated[
-        int, typer.Option(min=1, help="Workers on this machine; each gets a share of the cores, or one GPU.")
+        int, typer.Option(min=1, max=1000, help="Workers on this machine; each gets a share of the cores, or one GPU.")
     ] = 1,
     preset: Annotated[str | None, typer.Option(help="Parallelism preset (configs/accelerate).")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward pass and process.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, max=10**7, help="Sequences per forward pass and process.")
+    ] = None,
     tracker: Annotated[
         list[str] | None, typer.Option(help="tensorboard, trackio, wandb or none. Default: tensorboard if installed.")
     ] = None,
@@ -230,7 +231,7 @@ def run(
         work=str(work),
         # Cores that this process may use, which may be fewer than the machine has.
         threads=max(1, len(os.sched_getaffinity(0)) // jobs),
-        preset=None if preset is None else str(find_config("accelerate", preset, ".yaml")),
+        preset=None if preset is None else _preset_path(preset),
         micro_batch=micro_batch,
         trackers=_trackers(tracker),
         checkpoint_seconds=seconds(checkpoint_every),
@@ -242,6 +243,14 @@ def run(
         _run_on_cluster(config, cluster, dry_run=dry_run, stop=stop)
     else:
         _run_here(config, estimate, jobs)
+
+
+def _preset_path(name: str) -> str:
+    from epochal.distributed.presets import read_launch_file
+
+    path = find_config("accelerate", name, ".yaml")
+    read_launch_file(path)
+    return str(path)
 
 
 def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
@@ -451,7 +460,7 @@ def train(
         str | None, typer.Option(help="Train this run with other fields, for example optimizer.clip=5.")
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="With --like: number of seeds, counted from the scale's first.")
+        int, typer.Option(min=1, max=1000, help="With --like: number of seeds, counted from the scale's first.")
     ] = 1,
     preset: Annotated[
         str | None, typer.Option(help="With torchrun or deepspeed: a preset (configs/accelerate).")
@@ -550,7 +559,13 @@ def _read_run_json(path: Path) -> "tuple[Job, WorkerConfig]":
 
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the run.json of a run.")
-    table = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        table = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}.") from None
+    for key in ("run", "config"):
+        if key not in table:
+            raise ValueError(f"{path} has no {key!r}; give the run.json that a worker wrote into the folder of a run.")
     job = from_table(table["run"], Run, where=f"{path}: run")
     return job, from_table(table["config"], WorkerConfig, where=f"{path}: config")
 
@@ -635,7 +650,9 @@ def evaluate(
         str | None, typer.Option(help="lm-eval tasks, e.g. arc_easy,piqa,sciq; offline: cloze,next_passage.")
     ] = None,
     task_folder: Annotated[Path | None, typer.Option(help="A folder of your own lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first questions of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Use only the first questions of each task.")
+    ] = None,
     results: Results = RESULTS,
     work: Work = WORK,
 ) -> None:
@@ -717,7 +734,7 @@ def generate(
     name: str,
     scale: ScaleName = "demo",
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to sample.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, max=2**24, help="Tokens to sample.")] = 256,
     seed: int = 0,
     temperature: float = 1.0,
     results: Results = RESULTS,

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import os
 import shutil
 import tomllib
@@ -16,16 +17,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from epochal.ranges import LONGEST_NAME, is_name, shown
+
 T = TypeVar("T")
 
 # The folder with configs/, recipes/ and launch/: the checkout, or a folder of the installed package (pyproject.toml).
 _INSTALLED = Path(__file__).resolve().parent / "built_in"
 REPOSITORY = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2]
 
+LONGEST_SECONDS = 366 * 24 * 3600
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:LONGEST_NAME], list(known), n=1, cutoff=0.5)  # its time is quadratic
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -33,8 +38,14 @@ def find_config(kind: str, name: str, suffix: str) -> Path:
     """Return the file of a config given by path or by name.
 
     The name is looked up as `configs/<kind>/<name><suffix>`, first in the working folder and then in the repository.
-    Raises ValueError with the nearest existing name.
+    Raises ValueError with the nearest existing name, and for a file whose name cannot name jobs, folders and tables.
     """
+    stem = name.rpartition("/")[2].removesuffix(suffix)
+    if not is_name(stem):
+        raise ValueError(
+            f"{shown(name)} cannot name a file of configs/{kind}; use letters, digits, '.', '_' and '-', not starting with "
+            f"a dot or dash, at most {LONGEST_NAME} characters."
+        )
     if "/" in name or name.endswith(suffix):
         path = Path(name)
         if not path.is_file():
@@ -61,20 +72,57 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; check the path.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{path} nests brackets too deeply; correct it.") from None
+    except ValueError as error:  # of TOML, or a number of thousands of digits
         raise ValueError(f"{path} is not valid TOML: {error}; correct that line.") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file with one object of finite numbers.
+
+    Raises ValueError for anything else, with a message that goes behind the file's name, and OSError for a file that
+    cannot be opened.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Read one JSON object of finite numbers; raises ValueError as `read_json`."""
+    try:
+        table = json.loads(text, parse_constant=_not_finite)
+    except RecursionError:
+        raise ValueError("nests brackets too deeply; correct it") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON: {error}; correct it") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"must be a JSON object, got {shown(table)}")
+    return table
+
+
+def _not_finite(constant: str) -> None:
+    # NaN and Infinity are not JSON, though Python reads and writes them.
+    raise ValueError(f"must hold finite numbers, got {constant}")
 
 
 def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
     """Build the dataclass `cls` from nested tables; raises ValueError, with messages that start with `where`."""
-    hints, required = _shape(typing.cast(Any, cls))
-    for key in table:
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, hints)}; remove or correct it.")
+    hints, plain, required = _shape(typing.cast(Any, cls))
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} must be a table, got {shown(table)}.")
+    for key in table.keys() - hints.keys():
+        raise ValueError(f"{where}: unknown key {shown(key)}{nearest(key, hints)}; remove or correct it.")
     for key in required:
         if key not in table:
             raise ValueError(f"{where}: missing key {key!r}; add it.")
-    values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
+    values = {
+        # Most fields of a record are as they should be, so the place for an error is not written.
+        key: value if type(value) in plain[key] else _convert(value, hints[key], f"{where}: {key}")
+        for key, value in table.items()
+    }
     try:
         return cls(**values)
     except ValueError as error:
@@ -82,40 +130,45 @@ def from_table(table: Mapping[str, Any], cls: type[T], *, where: str) -> T:
 
 
 @functools.cache
-def _shape(cls: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the type hints of a dataclass's fields and the names of required ones."""
+def _shape(cls: Any) -> tuple[dict[str, Any], dict[str, set[Any]], tuple[str, ...]]:
+    """Return a dataclass's type hints, what each field takes unchanged, and the required fields."""
     assert dataclasses.is_dataclass(cls)
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
     missing = dataclasses.MISSING
     required = tuple(field.name for field in fields if field.default is missing and field.default_factory is missing)
-    return {field.name: hints[field.name] for field in fields}, required
+    hints = {field.name: hints[field.name] for field in fields}
+    plain = {name: {hint, *_choices(hint)} & {bool, int, float, str, type(None)} for name, hint in hints.items()}
+    return hints, plain, required
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Check `value` against a type hint; tables become dataclasses, lists tuples, and integers floats where needed."""
-    if type(value) is hint:  # fast path for most fields of a record
-        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, arguments, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} must be a list in brackets, got {value!r}.")
+            raise ValueError(f"{where} must be a list in brackets, got {shown(value)}.")
         return tuple(_convert(item, arguments[0], where) for item in value)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a table of key = value lines, got {value!r}.")
+            raise ValueError(f"{where} must be a table of key = value lines, got {shown(value)}.")
         return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a table, written as [{where.split()[-1]}], got {value!r}.")
+            raise ValueError(f"{where} must be a table, written as [{where.split()[-1]}], got {shown(value)}.")
         return from_table(value, hint, where=where)
     # TOML writes 1 for 1.0; a bool is an int in Python, but not a number in a config.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # Beyond a float's largest value the integer stays, for the field's range to refuse.
+        return float(value) if abs(value) < 2**1000 else value
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}.")
+    raise ValueError(f"{where} must be of type {hint.__name__}, got {shown(value)}.")
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
@@ -126,9 +179,9 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     if isinstance(value, Mapping) and len(choices) > 1:
         kinds: dict[str, Any] = {choice.__name__: choice for choice in choices if isinstance(choice, type)}
         kind = value.get("kind", next(iter(kinds)))  # without one, the first: older records had only that class
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise ValueError(
-                f"{where}: kind {kind!r} is unknown{nearest(kind, kinds)}; choose from {', '.join(kinds)}."
+                f"{where}: kind {shown(kind)} is unknown{nearest(str(kind), kinds)}; choose from {', '.join(kinds)}."
             )
         return from_table({k: v for k, v in value.items() if k != "kind"}, kinds[kind], where=where)
     # The last choice is tried outside of the loop, so that its error is raised.
@@ -143,7 +196,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 def to_table(value: Any) -> Any:
     """Turn a dataclass into plain JSON types; a nested dataclass of a union gets its `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints, _ = _shape(type(value))
+        hints, _, _ = _shape(type(value))
         table = {}
         for field in dataclasses.fields(value):
             item = to_table(getattr(value, field.name))
@@ -174,15 +227,15 @@ def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def seconds(text: str) -> float:
-    """Parse a duration such as 90s, 9m, 2h or plain seconds; raises ValueError for anything else."""
+    """Parse a duration such as 90s, 9m, 2h or plain seconds, at most a year; raises ValueError for anything else."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
     try:
         value = float(number) * unit
     except ValueError:
         value = 0.0
-    if not value > 0:
-        raise ValueError(f"A duration must be written like 90s, 9m or 2h, got {text!r}.")
+    if not 0 < value <= LONGEST_SECONDS:
+        raise ValueError(f"A duration must be written like 90s, 9m or 2h, at most a year, got {shown(text)}.")
     return value
 
 

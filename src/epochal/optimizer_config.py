@@ -9,6 +9,9 @@ becomes `weight_decay`, and beta1, beta2 the pair `betas`). TOML files and recor
 """
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from epochal.ranges import Decay, Items, LessThanAll, OneOf, Positive, Range, Ranged, Share
 
 __all__ = ["AdEMAMix", "AdamW", "Fira", "Lion", "Mars", "Muon", "Optimizer", "Signum", "Spectra"]
 
@@ -17,50 +20,38 @@ FIRA_SCALINGS = ("column", "matrix")
 FIRA_REFRESHES = ("svd", "gram", "subspace")
 CLIP_DECAYS = ("constant", "linear", "sqrt", "cosine", "square", "exp")
 OPERATORS = ("soft", "hard", "normalize")
+APPLY_TO = ("2d", "all")
 
 
-def choose(field: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{field} is {value!r}; choose from {', '.join(choices)}.")
-
-
-def at_least(field: str, value: float, low: float) -> None:
-    """Raise ValueError unless `value` is a number of at least `low`."""
-    if not value >= low:  # so that NaN is refused too
-        raise ValueError(f"{field} is {value}; give at least {low}.")
+Beta = LessThanAll  # of a running average
+Epsilon = Annotated[float, Range(0.0, 1.0)]
+Steps = Annotated[int, Range(1, 10**9)]
+NewtonSchulzSteps = Annotated[int, Range(1, 100)]
+Factor = Annotated[float, Range(0.0, 1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoupled:
+class Decoupled(Ranged):
     """The fields of every optimizer: peak learning rate and decoupled weight decay."""
 
-    lr: float = 1e-3
-    wd: float = 0.1
-
-    def __post_init__(self) -> None:
-        at_least("lr", self.lr, 0.0)
-        at_least("wd", self.wd, 0.0)
-        for name in ("beta1", "beta2", "beta3", "momentum"):
-            value = getattr(self, name, 0.0)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; give a number from 0 to below 1.")
+    lr: Annotated[float, Range(0.0, 100.0)] = 1e-3
+    wd: Decay = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Decoupled):
     """AdamW with PyTorch's decoupled decay: a decayed weight shrinks by lr(t) * wd per step."""
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Epsilon = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signum(Decoupled):
     """The sign of a Nesterov momentum."""
 
-    momentum: float = 0.95
+    momentum: Beta = 0.95
     nesterov: bool = True
 
 
@@ -68,36 +59,31 @@ class Signum(Decoupled):
 class AdEMAMix(Decoupled):
     """Adam with a second, slow average; alpha and beta3 rise over the share `warmup` of all steps."""
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    beta3: float = 0.999  # of the slow average
-    alpha: float = 8.0  # final weight of the slow average
-    warmup: float = 1.0  # share of the steps over which alpha and beta3 rise
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is {self.warmup}; give a share of the steps from 0 to 1.")
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    beta3: Beta = 0.999  # of the slow average
+    alpha: Factor = 8.0  # final weight of the slow average
+    warmup: Share = 1.0  # of the steps, over which alpha and beta3 rise
+    eps: Epsilon = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mars(Decoupled):
     """MARS-AdamW: variance-reduced gradients of matrices; vectors take AdamW (0.8, 0.999) at a third of `lr`."""
 
-    beta1: float = 0.95
-    beta2: float = 0.99
-    gamma: float = 0.025  # strength of the variance reduction
-    vector_lr_scale: float = 1 / 3  # of the learning rate of vectors
-    eps: float = 1e-8
+    beta1: Beta = 0.95
+    beta2: Beta = 0.99
+    gamma: Factor = 0.025  # strength of the variance reduction
+    vector_lr_scale: Factor = 1 / 3  # of the learning rate of vectors
+    eps: Epsilon = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lion(Decoupled):
     """The sign of an interpolated momentum."""
 
-    beta1: float = 0.9
-    beta2: float = 0.99
+    beta1: Beta = 0.9
+    beta2: Beta = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,79 +93,68 @@ class Muon(Decoupled):
     The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)), so that the same `lr` suits both.
     """
 
-    momentum: float = 0.95
+    momentum: Beta = 0.95
     nesterov: bool = True
-    iterations: int = 5  # Newton-Schulz steps
-    beta1: float = 0.9  # this and all below: of AdamW
-    beta2: float = 0.95
-    eps: float = 1e-8
+    iterations: NewtonSchulzSteps = 5
+    beta1: Beta = 0.9  # this and all below: of AdamW
+    beta2: Beta = 0.95
+    eps: Epsilon = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fira(Decoupled):
     """Fira for the matrices whose name contains one of `patterns`, Adam for all else."""
 
-    wd: float = 0.0
-    rank: int | None = None  # of the subspace; None for a quarter of the model's width, the published choice
-    gap: int = 200  # steps between two refreshes of the subspace
+    wd: Decay = 0.0
+    # Of the subspace; None for a quarter of the model's width, the published choice.
+    rank: Annotated[int, Range(1, 2**20)] | None = None
+    gap: Steps = 200  # between two refreshes of the subspace
     # Scale of the low-rank update; None for 0.25 below 1e9 parameters and 0.0625 above, as published.
-    alpha: float | None = None
-    variant: str = "code"  # "code", "paper" or "galore" (docs/fira.md section 1)
-    gamma: float | None = 1.01  # growth allowed to the residual per step, None for no limit
-    scaling: str = "column"  # of the residual: one factor per "column", or one for the whole "matrix"
-    refresh: str = "gram"  # this and the next two: see `epochal.optim.fira.Fira`
+    alpha: Positive | None = None
+    variant: Annotated[str, OneOf(FIRA_VARIANTS)] = "code"  # docs/fira.md section 1
+    gamma: Positive | None = 1.01  # growth allowed to the residual per step, None for no limit
+    # Of the residual: one factor per "column", or one for the whole "matrix".
+    scaling: Annotated[str, OneOf(FIRA_SCALINGS)] = "column"
+    # This and the next two: see `epochal.optim.fira.Fira`.
+    refresh: Annotated[str, OneOf(FIRA_REFRESHES)] = "gram"
     rotate_states: bool = False
     stagger: bool = False
-    patterns: tuple[str, ...] = ("attn", "mlp")  # parts of parameter names
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choose("variant", self.variant, FIRA_VARIANTS)
-        choose("scaling", self.scaling, FIRA_SCALINGS)
-        choose("refresh", self.refresh, FIRA_REFRESHES)
-        at_least("gap", self.gap, 1)
-        at_least("rank", 1 if self.rank is None else self.rank, 1)
+    patterns: Annotated[tuple[str, ...], Items()] = ("attn", "mlp")  # parts of parameter names
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Epsilon = 1e-6
 
 
 SpectraBase = AdamW | Signum | AdEMAMix | Mars | Lion
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spectra:
+class Spectra(Ranged):
     """A base optimizer whose update has its singular values clipped at `clip`; lr and wd are the base's."""
 
     base: SpectraBase
-    clip: float = 10.0  # the threshold; follows the Run's warm-up
+    clip: Positive = 10.0  # the threshold; follows the Run's warm-up
     # "2d" (every matrix, embedding and head too), "all" (also vectors, by their norm), or regular expressions
     # searched in parameter names.
     apply_to: str | tuple[str, ...] = "2d"
-    operator: str = "soft"  # "soft", "hard" or "normalize"
-    clip_decay: str = "constant"  # how the threshold decays over the last steps
-    clip_decay_fraction: float = 0.2  # the share of the steps over which it decays
+    operator: Annotated[str, OneOf(OPERATORS)] = "soft"
+    clip_decay: Annotated[str, OneOf(CLIP_DECAYS)] = "constant"  # how the threshold decays over the last steps
+    clip_decay_fraction: Share = 0.2  # of the steps, over which it decays
     # Threshold on the singular values of the gradients. The paper's README advises against using it together with
     # `clip`.
-    pre_clip: float | None = None
+    pre_clip: Positive | None = None
     # That many of the published Newton-Schulz steps in bfloat16, instead of a clip accurate to 1%.
-    iterations: int | None = None
+    iterations: NewtonSchulzSteps | None = None
 
     def __post_init__(self) -> None:
-        choose("operator", self.operator, OPERATORS)
-        at_least("iterations", 1 if self.iterations is None else self.iterations, 1)
+        super().__post_init__()
         if self.iterations is not None and self.operator != "soft":
             raise ValueError(
                 f"iterations is {self.iterations}, but only the operator 'soft' iterates, and operator is "
                 f"{self.operator!r}; leave iterations out."
             )
-        choose("clip_decay", self.clip_decay, CLIP_DECAYS)
-        for name in ("clip", "pre_clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; give a threshold above 0.")
         if isinstance(self.apply_to, str):
-            choose("apply_to", self.apply_to, ("2d", "all"))
+            OneOf(APPLY_TO).checker()(self.apply_to, "apply_to")
 
     @property
     def lr(self) -> float:

@@ -7,12 +7,14 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from epochal.config import from_table, to_table, write_atomic
+from epochal.config import from_table, parse_json, to_table, write_atomic
+from epochal.ranges import Check, Items, Loss, Range, Share, check_known, shown
 from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint, inputs
 
 VERSION = 1
@@ -149,8 +151,12 @@ def load_records(workspace: Workspace) -> Records:
     for path in sorted(workspace.records.glob("*.json")):
         try:
             records.append(_read(path))
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path.name}: {error}")
+        except FileNotFoundError:
+            # A record may be deleted while others load; a link to nowhere stays.
+            if path.is_symlink():
+                problems.append(f"{path.name}: is a link to a file that does not exist")
+        except (OSError, ValueError) as error:
+            problems.append(f"{path.name}: {error.strerror if isinstance(error, OSError) else error}")
     return Records(workspace, records, problems)
 
 
@@ -158,12 +164,15 @@ def load_record(workspace: Workspace, name: str) -> Record | None:
     """Read one record; None if it is missing or malformed."""
     try:
         return _read(workspace.records / f"{name}.json")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
 
 
 def _read(path: Path) -> Record:
-    """Read a record; a file that has not been replaced since is not read again."""
+    """Read a record; a file that has not been replaced since is not read again.
+
+    Raises ValueError for a malformed file and OSError for one that cannot be opened.
+    """
     # Workers plan from all records after each job, and there may be thousands.
     stat = path.stat()
     return _read_version(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -171,63 +180,173 @@ def _read(path: Path) -> Record:
 
 @functools.lru_cache(maxsize=100_000)
 def _read_version(path: Path, inode: int, mtime_ns: int, size: int) -> Record:
-    # NaN and Infinity are not JSON, though Python reads and writes them.
-    table = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    if not isinstance(table, dict):
-        raise ValueError("must be a JSON object")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text (byte {error.start})") from None
+    table = parse_json(text)
     if table.get("version") != VERSION:
-        raise ValueError(f"has version {table.get('version')!r}, not {VERSION}")
-    if table.get("kind") not in KINDS or table.get("status") not in STATUSES:
-        raise ValueError(f"has kind {table.get('kind')!r} and status {table.get('status')!r}, which are unknown")
+        raise ValueError(f"has version {shown(table.get('version'))}, not {VERSION}")
+    kind, status = table.get("kind"), table.get("status")
+    if not isinstance(kind, str) or kind not in KINDS or status not in STATUSES:
+        raise ValueError(f"has kind {shown(kind)} and status {shown(status)}, which are unknown")
     missing = [key for key in FIELDS if key not in table]
     if missing:
         raise ValueError(f"misses {' and '.join(missing)}")
-    job = from_table(table["job"], KINDS[table["kind"]], where="job")
+    job = from_table(table["job"], KINDS[kind], where="job")
     if job.name != path.stem:
         raise ValueError(f"names the job {job.name!r}, whose record is {job.name}.json")
     for key in ("results", "inputs", "provenance"):
         if not isinstance(table[key], dict):
             raise ValueError(f"holds no table of {key}")
-    if not isinstance(table["fingerprint"], str):
-        raise ValueError(f"fingerprint must be a string, got {table['fingerprint']!r}")
-    record = Record(job, table["fingerprint"], table["status"], table["results"], table["inputs"], table["provenance"])
-    if record.status == "done" and not isinstance(job, Samples | Targets):
-        _check_results(record)
+    for what, mark in (("fingerprint", table["fingerprint"]), *table["inputs"].items()):
+        if not isinstance(mark, str):
+            raise ValueError(f"{shown(what)} must have a string, got {shown(mark)}")
+    if "checksum" in table and table["checksum"] != _checksum(text):
+        raise ValueError("was changed after it was written, so its checksum differs; delete it to make it again")
+    record = Record(job, table["fingerprint"], status, table["results"], table["inputs"], table["provenance"])
+    _check_results(record)
     return record
 
 
-def _no_number(constant: str) -> None:
-    raise ValueError(f"must hold finite numbers, got {constant}")
+# --- what a record may hold -------------------------------------------------------------------------------------------
+
+
+class ByMembers:
+    """A table whose keys are numbers of members."""
+
+    def checker(self, hint: Any) -> Check:
+        """Return the check of a curve."""
+
+        def check(table: Any, where: str) -> None:
+            if not all(key.isascii() and key.isdecimal() and 0 < int(key[:9]) < 10_000 for key in table):
+                raise ValueError(f"{where} must be a table of losses by number of members, got {shown(table)}")
+
+        return check
+
+
+class TextMark:
+    """A text in place of any other type of JSON."""
+
+    def checker(self, hint: Any) -> Check:
+        """Return the check of a text."""
+
+        def check(value: Any, where: str) -> None:
+            if not isinstance(value, str):
+                raise ValueError(f"{where} must be text, got {shown(value)}")
+
+        return check
+
+
+Count = Annotated[int, Range(0, 10**18)]
+Measure = Annotated[float, Range(0.0, 1e30)]
+Text = Annotated[str, TextMark()]
+Pair = Annotated[tuple[Measure, ...], Items(2, 2, distinct=False)]
+Losses = Annotated[tuple[Loss, ...], Items(distinct=False)]
+Curve = Annotated[dict[str, Losses], ByMembers()]
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What is read from the results of a Run; others may stand next to it."""
+
+    loss: Loss | None  # None for a diverged run
+    parameters: Count | None = None  # of a finished run always
+    test_loss: Loss | None = None
+    best_loss: Loss | None = None
+    train_loss: Loss | None = None
+    non_embedding: Count | None = None
+    steps: Count | None = None
+    tokens: Count | None = None
+    curve: tuple[Pair, ...] | None = None  # steps and losses
+    spectral_norms: dict[str, Measure] | None = None
+
+
+@dataclass(frozen=True)
+class EnsembleResults:
+    """What is read from the results of an Ensemble; others may stand next to it."""
+
+    loss: Loss
+    curve: Curve  # of subsets of K members
+    members: Count
+    parameters: Count  # of all members
+    test_loss: Loss | None = None
+    without: Curve | None = None  # without one member each
+    interval: Curve | None = None
+    test_curve: Curve | None = None
+    test_without: Curve | None = None
+    test_interval: Curve | None = None
+
+
+@dataclass(frozen=True)
+class DrawnResults:
+    """What is read from the results of Samples and Targets; others may stand next to it."""
+
+    tokens: Count | None = None
+    texts: Count | None = None
+    members: Count | None = None
+    positions: Count | None = None
+    kept_mass: Share | None = None
+    bytes: Count | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is read from the provenance of a record; others may stand next to it."""
+
+    hours: Measure | None = None
+    tokens_per_second: Measure | None = None
+    mfu: Measure | None = None
+    state_bytes: Count | None = None
+    optimizer_share: Share | None = None
+    versions: dict[str, Text] | None = None
+    like: dict[str, Text] | None = None
+
+
+RESULTS: dict[str, Any] = {
+    "Run": RunResults,
+    "Ensemble": EnsembleResults,
+    "Samples": DrawnResults,
+    "Targets": DrawnResults,
+}
 
 
 def _check_results(record: Record) -> None:
-    """Raise ValueError for results that no report can read: a loss that is not finite, or a malformed curve."""
-    for key in ("loss", "test_loss", "parameters"):
-        value = record.results.get(key)
-        if value is not None and not _is_number(value):
-            raise ValueError(f"{key} must be a number, got {value!r}")
-    if not math.isfinite(record.loss):
-        raise ValueError("is done but has no finite loss")
-    curve = record.results.get("curve")
-    if isinstance(record.job, Ensemble) and curve is not None:
-        sound = isinstance(curve, dict) and all(isinstance(losses, list) and losses for losses in curve.values())
-        if not sound or not all(k.isdecimal() and all(map(_is_number, losses)) for k, losses in curve.items()):
-            raise ValueError("curve must be a table of losses by number of members")
-    for task in record.job.tasks if isinstance(record.job, Ensemble) else ():
-        answers = record.results.get("tasks", {}).get(task, {}).get("right")
-        if not isinstance(answers, str) or not answers or set(answers) - {"0", "1"}:
+    """Raise ValueError for results that no report can read."""
+    job, results = record.job, record.results
+    check_known(results, RESULTS[type(job).__name__])
+    check_known(record.provenance, Provenance)
+    for key in ("loss", "parameters") if record.status == "done" and isinstance(job, Run | Ensemble) else ():
+        if results.get(key) is None:
+            raise ValueError(f"is done but has no {key}")
+    if record.status == "diverged" and results.get("loss") is not None:
+        raise ValueError(f"diverged but has the loss {shown(results['loss'])}")
+    like = record.provenance.get("like")
+    if like is not None and not {"name", "changes"} <= set(like):
+        raise ValueError("like must hold a name and changes")
+    if isinstance(job, Ensemble):
+        _check_members(job, results)
+
+
+def _check_members(job: Ensemble, results: dict[str, Any]) -> None:
+    """Raise ValueError unless the results are of this many members and of these tasks."""
+    count = len(job.runs)
+    if results["members"] != count or str(count) not in results["curve"]:
+        raise ValueError(f"must have the results of {count} members, with their loss in the curve")
+    tasks = results.get("tasks") or {}
+    for task in job.tasks:
+        answers = tasks.get(task) if isinstance(tasks, dict) else None
+        right = answers.get("right") if isinstance(answers, dict) else None
+        if not isinstance(right, str) or not right or set(right) - {"0", "1"}:
             raise ValueError(f"has no answers, a 1 or a 0 each, to the task {task!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # --- writing, and errors ----------------------------------------------------------------------------------------------
 
 
 def write_record(workspace: Workspace, record: Record) -> Path:
-    """Write a record atomically and return its path."""
+    """Write a record atomically and return its path; raises ValueError for one that could not be read again."""
+    _check_results(record)
     table = {
         "version": VERSION,
         "kind": type(record.job).__name__,
@@ -239,8 +358,15 @@ def write_record(workspace: Workspace, record: Record) -> Path:
         "provenance": record.provenance,
     }
     path = workspace.records / f"{record.job.name}.json"
-    write_atomic(path, json.dumps(table, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(table, indent=1, allow_nan=False) + "\n"
+    write_atomic(path, text.replace("{", f'{{\n "checksum": "{_checksum(text)}",', 1))
     return path
+
+
+def _checksum(text: str) -> str:
+    """Return the hash of a record's text, but for the line of its checksum."""
+    # Of the text, because that costs less than to write the table again. A flipped digit leaves valid JSON.
+    return hashlib.sha256(re.sub(r'\n "checksum": "[^"]*",', "", text, count=1).encode()).hexdigest()[:16]
 
 
 def _mismatch(workspace: Workspace, job: Job, record: Record) -> str:

@@ -11,12 +11,33 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from epochal import optimizer_config
-from epochal.config import find_config, model_path, to_table
+from epochal.config import find_config, model_path, read_json, read_toml, to_table
 from epochal.optimizer_config import *  # noqa: F403  every optimizer is exported here too
-from epochal.optimizer_config import Optimizer, at_least, choose
+from epochal.optimizer_config import Optimizer
+from epochal.ranges import (
+    Batch,
+    Epochs,
+    Evaluations,
+    InnerShare,
+    Items,
+    Kept,
+    LessThanAll,
+    Named,
+    OneOf,
+    Positive,
+    Range,
+    Ranged,
+    Seed,
+    SequenceTokens,
+    Share,
+    SomeShare,
+    Temperature,
+    Tokens,
+    TokensOrNone,
+)
 
 __all__ = [
     "Ensemble",
@@ -41,87 +62,75 @@ WEIGHT_AVERAGING = ("last", "ema", "swa")
 MODES = ("online", "cached")
 DRAWS = ("members", "average")
 
+JobName = Annotated[str, Named()]
+
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceDistillation:
+class SequenceDistillation(Ranged):
     """Learn from sampled text: a share `fraction` of every stream of batches comes from the named Samples.
 
     Total steps = steps_per_epoch * epochs / (1 - fraction), so the real tokens are seen `epochs` times all the same.
     """
 
     samples: str  # name of the Samples
-    fraction: float  # share of the stream that is sampled text
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"fraction is {self.fraction}; give a share above 0 and below 1.")
+    fraction: InnerShare  # of the stream: sampled text
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftTargetDistillation:
+class SoftTargetDistillation(Ranged):
     """Learn from soft targets too: (1 - weight) CE + weight T^2 KL(teacher at T || student at T).
 
     "cached" targets need an order that keeps the cut of the sequences.
     """
 
     source: str  # A Run or an Ensemble, or the Targets computed once over the training text, at temperature 1.
-    kd_weight: float = 0.5  # of the divergence, 1 minus that of the labels
-    temperature: float = 1.0  # T, of teacher and student
-    mode: str = "online"  # "online" runs the models of `source` on every batch of the student; "cached" reads Targets.
+    kd_weight: SomeShare = 0.5  # of the divergence, 1 minus that of the labels
+    temperature: Temperature = 1.0  # T, of teacher and student
+    # "online" runs the models of `source` on every batch of the student; "cached" reads Targets.
+    mode: Annotated[str, OneOf(MODES)] = "online"
 
     def __post_init__(self) -> None:
-        choose("mode", self.mode, MODES)
-        if not 0 < self.kd_weight <= 1:
-            raise ValueError(f"kd_weight is {self.kd_weight}; give a share above 0 and at most 1.")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
+        super().__post_init__()
         if self.mode == "cached" and self.temperature != 1:
             raise ValueError(f'temperature is {self.temperature}; cached targets have 1, so use that or mode "online".')
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Ranged):
     """Everything that determines one model's weights."""
 
-    name: str
+    name: JobName
     model: str  # a name from configs/models, or a path
     data: str  # a name from configs/data
-    unique_tokens: int  # D, the tokens of one epoch
-    epochs: int
-    batch_size: int  # sequences in one optimizer step, over all processes
-    sequence_length: int  # tokens
+    unique_tokens: Tokens  # D, the tokens of one epoch
+    epochs: Epochs
+    batch_size: Batch  # sequences in one optimizer step, over all processes
+    sequence_length: SequenceTokens
     optimizer: Optimizer
-    warmup: float = 0.01  # share of all steps
-    clip_norm: float = 1.0  # largest L2 norm of the gradient
-    data_order: str = "documents"  # see `epochal.data.store.Stream`
-    init_seed: int = 0  # draws the weights
-    order_seed: int = 0  # orders the data and draws the noise
-    precision: str = "bf16"
-    num_evals: int = 20  # evenly spaced, the last one after the last step
+    warmup: LessThanAll = 0.01  # share of all steps
+    clip_norm: Positive = 1.0  # largest L2 norm of the gradient
+    data_order: Annotated[str, OneOf(ORDERS)] = "documents"  # see `epochal.data.store.Stream`
+    init_seed: Seed = 0  # draws the weights
+    order_seed: Seed = 0  # orders the data and draws the noise
+    precision: Annotated[str, OneOf(PRECISIONS)] = "bf16"
+    num_evals: Evaluations = 20  # evenly spaced, the last one after the last step
     distill: SequenceDistillation | None = None  # sampled text mixed into the data
-    wd_schedule: str = "constant"  # moves the decay over the run (`epochal.training.schedule`)
+    # Moves the decay over the run (`epochal.training.schedule`).
+    wd_schedule: Annotated[str, OneOf(WD_SCHEDULES)] = "constant"
     teach: SoftTargetDistillation | None = None  # soft targets next to the labels
     # The Run whose final weights this one begins with, or the path of a model folder from elsewhere, with a slash
     # in it; without it weights are drawn from `init_seed`.
     init_from: str | None = None
     # Tokens of D that are bought but not trained on: the weights of an ensemble's members can be learned on them.
-    holdout_tokens: int = 0
+    holdout_tokens: TokensOrNone = 0
     # "last" keeps the final weights; "ema" decays by a factor e per window; "swa" is the mean over the last window.
-    weight_averaging: str = "last"
-    averaging_window: float = 0.1  # share of the run
-    dropout: float = 0.0  # this and the next: see `epochal.training.noise`
-    input_mask_prob: float = 0.0
+    weight_averaging: Annotated[str, OneOf(WEIGHT_AVERAGING)] = "last"
+    averaging_window: SomeShare = 0.1  # of the run
+    dropout: LessThanAll = 0.0  # this and the next: see `epochal.training.noise`
+    input_mask_prob: LessThanAll = 0.0
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
-        choose("data_order", self.data_order, ORDERS)
-        choose("wd_schedule", self.wd_schedule, WD_SCHEDULES)
-        choose("precision", self.precision, PRECISIONS)
-        for field in ("unique_tokens", "epochs", "batch_size", "num_evals"):
-            at_least(field, getattr(self, field), 1)
-        at_least("sequence_length", self.sequence_length, 2)
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}; give a share of the steps from 0 to below 1.")
+        super().__post_init__()
         if self.unique_tokens % self.batch_tokens:
             # Whole steps per epoch: otherwise an epoch would end within a batch.
             low = max(1, self.unique_tokens // self.batch_tokens) * self.batch_tokens
@@ -129,23 +138,12 @@ class Run:
                 f"unique_tokens {self.unique_tokens} must be a multiple of the batch of {self.batch_size} x "
                 f"{self.sequence_length} tokens; use {low} or {low + self.batch_tokens}."
             )
-        self._check_regularizers()
-        self._check_teacher()
-
-    def _check_regularizers(self) -> None:
-        choose("weight_averaging", self.weight_averaging, WEIGHT_AVERAGING)
-        if not 0 < self.averaging_window <= 1:
-            raise ValueError(
-                f"averaging_window is {self.averaging_window}; give a share of the steps above 0, at most 1."
-            )
-        for field in ("dropout", "input_mask_prob"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; give a share from 0 to below 1.")
-        if self.holdout_tokens % self.batch_tokens or not 0 <= self.holdout_tokens < self.unique_tokens:
+        if self.holdout_tokens % self.batch_tokens or self.holdout_tokens >= self.unique_tokens:
             raise ValueError(
                 f"holdout_tokens is {self.holdout_tokens}; give a multiple of the batch of {self.batch_tokens} tokens "
                 f"below unique_tokens {self.unique_tokens}."
             )
+        self._check_teacher()
 
     def _check_teacher(self) -> None:
         if self.teach is None or self.teach.mode == "online":
@@ -191,31 +189,26 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ensemble:
+class Ensemble(Ranged):
     """Runs evaluated together: the mean of their logits, or of their probabilities.
 
     "parameters" is the mean of the members' weights, one model (a soup). An ensemble of one is how a single model answers
     tasks.
     """
 
-    name: str
-    runs: tuple[str, ...]  # names of the members
+    name: JobName
+    runs: Annotated[tuple[str, ...], Items()]  # names of the members
     # No default: logits and probabilities have different limits. "parameters" is of use only where all members
     # started from the same weights (spec sections 10 and 11).
-    average: str
-    member_weights: tuple[float, ...] | None = None  # summing to one; None: equal
+    average: Annotated[str, OneOf((*AVERAGES, SOUP))]
+    member_weights: tuple[Share, ...] | None = None  # summing to one; None: equal
     data: str | None = None  # another data set, of the same tokenizer, on whose held-out text to judge them
     tasks: tuple[str, ...] = ()  # multiple-choice tasks that they answer as well (`epochal.evaluation.downstream`)
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
-        choose("average", self.average, (*AVERAGES, SOUP))
-        if not self.runs or len(set(self.runs)) != len(self.runs):
-            raise ValueError(f"runs is {self.runs}; name each member once, at least one.")
+        super().__post_init__()
         if self.member_weights is not None and (
-            len(self.member_weights) != len(self.runs)
-            or min(self.member_weights) < 0
-            or abs(sum(self.member_weights) - 1) > 1e-6
+            len(self.member_weights) != len(self.runs) or abs(sum(self.member_weights) - 1) > 1e-6
         ):
             raise ValueError(
                 f"member_weights is {self.member_weights}; give one share for each of {len(self.runs)} runs, summing to 1."
@@ -223,33 +216,25 @@ class Ensemble:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
+class Samples(Ranged):
     """Tokens drawn from a Run, or from an Ensemble (spec section 9).
 
     Unconditional: each text begins with the tokenizer's start token and ends at its end token or at `max_length` tokens.
     """
 
-    name: str
+    name: JobName
     source: str  # name of a Run or an Ensemble
-    tokens: int  # in all
-    max_length: int  # tokens of one text
-    seed: int = 0
-    temperature: float = 1.0
+    tokens: Tokens  # in all
+    max_length: SequenceTokens  # of one text
+    seed: Seed = 0
+    temperature: Temperature = 1.0
     # "members": from the members one by one, each in proportion to its weight (equal parts, as in the paper, where
     # the ensemble has none); "average": every token from the averaged distribution.
-    draw: str = "members"
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
-        at_least("tokens", self.tokens, 1)
-        at_least("max_length", self.max_length, 2)
-        choose("draw", self.draw, DRAWS)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; give a number above 0.")
+    draw: Annotated[str, OneOf(DRAWS)] = "members"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Targets:
+class Targets(Ranged):
     """Soft next-token targets of a Run or an Ensemble, for students that read a cache.
 
     They cover the training text: the first `unique_tokens` training tokens, cut into sequences of `sequence_length`.
@@ -257,17 +242,15 @@ class Targets:
     the rest (`epochal.generation.soft_targets`).
     """
 
-    name: str
+    name: JobName
     source: str  # name of a Run or an Ensemble
-    unique_tokens: int
-    sequence_length: int
-    keep: int = 64  # tokens kept at each position
+    unique_tokens: Tokens
+    sequence_length: SequenceTokens
+    keep: Kept = 64  # tokens kept at each position
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
-        at_least("keep", self.keep, 1)
-        at_least("sequence_length", self.sequence_length, 2)
-        at_least("unique_tokens", self.unique_tokens, self.sequence_length)
+        super().__post_init__()
+        Range(self.sequence_length, 10**14).check(self.unique_tokens, "unique_tokens")
 
     def bytes(self, vocab_size: int | None) -> int:
         """Return the disk that they need at most: an id and a float16 for each kept token, nothing won by compression."""
@@ -277,12 +260,6 @@ class Targets:
 
 
 Job = Run | Ensemble | Samples | Targets
-
-
-def _check_name(name: str) -> None:
-    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-    if not name or set(name) - allowed or name.startswith("."):
-        raise ValueError(f"name is {name!r}; use letters, digits, '.', '_' and '-', not starting with a dot.")
 
 
 def inputs(job: Job) -> tuple[str, ...]:
@@ -346,11 +323,12 @@ def config_hash(path: Path) -> str:
 def _hash_config(path: Path, inode: int, mtime_ns: int, size: int) -> str:
     """Hash a config's values: comments and layout may change freely."""
     if path.suffix == ".json":
-        table = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            table = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}.") from None
     else:
-        import tomllib
-
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = read_toml(path)
         _settle_readers(table)
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 

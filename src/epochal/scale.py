@@ -7,11 +7,27 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.config import find_config, from_table, nearest, read_toml
 from epochal.names import named_run
-from epochal.run import AdamW, Optimizer, Run, Spectra
+from epochal.ranges import (
+    Batch,
+    Decay,
+    Epochs,
+    Evaluations,
+    Items,
+    LessThanAll,
+    OneOf,
+    Range,
+    Ranged,
+    Rate,
+    Repeats,
+    SequenceTokens,
+    Tokens,
+    shown,
+)
+from epochal.run import ORDERS, PRECISIONS, AdamW, Optimizer, Run, Spectra
 
 # sequential: one neighbor at a time, fewest runs; parallel: all neighbors at once, fewest rounds (`search.descent`).
 SEARCH_MODES = ("sequential", "parallel")
@@ -42,80 +58,74 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
+class Rung(Ranged):
     """One model of the ladder, and where its searches start.
 
     Without `lr` and `epochs` a search waits for the optimum of the next smaller size and starts there.
     """
 
     model: str
-    lr: float | None = None
-    epochs: int | None = None
-    wd: float | None = None  # without it, the decay whose averaging window is `Scale.tau` epochs
-    standard_lr: float | None = None  # this and the next: the start at the standard decay, where it differs
-    standard_epochs: int | None = None
+    lr: Rate | None = None
+    epochs: Epochs | None = None
+    wd: Decay | None = None  # without it, the decay whose averaging window is `Scale.tau` epochs
+    standard_lr: Rate | None = None  # this and the next: the start at the standard decay, where it differs
+    standard_epochs: Epochs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class Grid(Ranged):
     """The values that searches may take."""
 
-    lr: tuple[float, ...]
-    epochs: tuple[int, ...]
-    wd: tuple[float, ...]
+    lr: Annotated[tuple[Rate, ...], Items(ascending=True)]
+    epochs: Annotated[tuple[Epochs, ...], Items(ascending=True)]
+    wd: Annotated[tuple[Decay, ...], Items(ascending=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
+class Hardware(Ranged):
     """What `plan` prices with: the device by name, the training FLOP/s of all of it, and the number of devices."""
 
     device: str
-    flops: float  # training FLOP/s of all devices together
-    devices: int = 1
+    flops: Annotated[float, Range(1e3, 1e25)]  # training FLOP/s of all devices together
+    devices: Annotated[int, Range(1, 10**6)] = 1
 
 
 # --- the scale --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Scale(Ranged):
     """One campaign."""
 
     name: str = ""
     data: str
-    unique_tokens: tuple[int, ...]  # budgets D; recipes that need one budget use the first
-    sequence_length: int
-    batch_size: int  # sequences
-    ladder: tuple[Rung, ...]  # smallest size first
+    unique_tokens: Annotated[tuple[Tokens, ...], Items()]  # budgets D; recipes that need one budget use the first
+    sequence_length: SequenceTokens
+    batch_size: Batch  # sequences
+    ladder: Annotated[tuple[Rung, ...], Items()]  # smallest size first
     grid: Grid
     hardware: Hardware
     # Of every run that no recipe gives another one; its lr and wd come from searches.
     optimizer: Optimizer = field(default_factory=AdamW)
     recipes: tuple[str, ...] = ()  # of the campaign; empty for all
-    precision: str = "bf16"
-    data_order: str = "documents"
-    warmup: float = 0.01
-    num_evals: int = 20  # per run
-    tau: float = 0.35  # averaging window of AdamW in epochs, for starts without wd
-    standard_wd: float = 0.1  # of the baseline
-    seeds: int = 1  # of every optimum
+    precision: Annotated[str, OneOf(PRECISIONS)] = "bf16"
+    data_order: Annotated[str, OneOf(ORDERS)] = "documents"
+    warmup: LessThanAll = 0.01
+    num_evals: Evaluations = 20  # per run
+    # Averaging window of AdamW in epochs, for starts without wd.
+    tau: Annotated[float, Range(1e-6, 1e6)] = 0.35
+    standard_wd: Decay = 0.1  # of the baseline
+    seeds: Repeats = 1  # of every optimum
     # Seeds count from here: a campaign with another one repeats everything, searches included, on independent
     # draws.
-    first_seed: int = 0
-    search_mode: str = "sequential"
+    first_seed: Annotated[int, Range(0, 2**31)] = 0
+    search_mode: Annotated[str, OneOf(SEARCH_MODES)] = "sequential"
     tables: Mapping[str, Any] = field(default_factory=dict)  # settings of recipes, by recipe
 
     def __post_init__(self) -> None:
-        for what, values in (
-            ("ladder", self.ladder),
-            ("unique_tokens", self.unique_tokens),
-            ("grid.lr", self.grid.lr),
-            ("grid.epochs", self.grid.epochs),
-        ):
-            if not values:
-                raise ValueError(f"{what} is empty; give at least one.")
-        if self.search_mode not in SEARCH_MODES:
-            raise ValueError(f"search_mode is {self.search_mode!r}; choose from {', '.join(SEARCH_MODES)}.")
+        super().__post_init__()
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(f"ladder names a model twice, {', '.join(self.models)}; give each one table.")
         if self.ladder[0].lr is None or self.ladder[0].epochs is None:
             raise ValueError(
                 f"the smallest size {self.ladder[0].model!r} needs lr and epochs, because its search starts there."
@@ -166,7 +176,9 @@ class Scale:
         """
         for model in models:
             if model not in self.models:
-                raise ValueError(f"{where}: model {model!r} is not on the ladder {list(self.models)}; add it there.")
+                raise ValueError(
+                    f"{where}: model {shown(model)} is not on the ladder {list(self.models)}; add it there."
+                )
             if started and self.start(self.rung(model), self.unique_tokens[0], wd=self.standard_wd) is None:
                 raise ValueError(f"{where}: model {model!r} needs lr and epochs in its [[ladder]] table.")
 
@@ -244,7 +256,7 @@ def decay_for_window(tau: float, *, lr: float, steps_per_epoch: int, grid: tuple
     """Return the grid's weight decay whose averaging window is nearest to tau epochs."""
     # AdamW averages its updates over about 1 / (lr wd) steps; the window is that, in epochs.
     ideal = 1.0 / (tau * lr * steps_per_epoch)
-    return min(grid, key=lambda wd: abs(math.log(wd / ideal)) if wd > 0 else math.inf)
+    return min(grid, key=lambda wd: abs(math.log(wd) - math.log(ideal)) if wd > 0 else math.inf)
 
 
 def with_rates(optimizer: Optimizer, lr: float, wd: float) -> Optimizer:

@@ -36,7 +36,7 @@ def test_another_kind_of_optimizer_keeps_the_rates() -> None:
     [
         ("optimizer.clipp=5", "did you mean 'clip'"),
         ("dropout=much", "must be of type float"),
-        ("epochs=0", "epochs is 0"),
+        ("epochs=0", "epochs must be an integer from 1 to 100,000, got 0"),
         ("epochs=1", "nothing differs"),
         ("foo.bar=2", "'foo', which has no fields"),
         ("clip", "not an assignment"),

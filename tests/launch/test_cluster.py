@@ -1,5 +1,6 @@
 """Cluster files, the sbatch files written from them, and what is refused: all without a scheduler."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -56,12 +57,12 @@ def test_the_planner_takes_little_but_pays_from_the_same_account() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pack": 0}, "pack must be at least 1, got 0"),
+        ({"pack": 0}, "pack must be an integer from 1 to 1,000, got 0"),
         ({"nodes": 2, "pack": 2, "preset": "ddp8"}, "packed on one node"),
         ({"nodes": 2}, "without a preset"),
         ({"grace": "4h"}, "must be shorter than time_limit"),
         ({"time_limit": "soon"}, "got 'soon'"),
-        ({"retries": -1}, "retries must be 0 or more, got -1"),
+        ({"retries": -1}, "retries must be an integer from 0 to 1,000, got -1"),
     ],
 )
 def test_impossible_settings_are_one_sentence(changes: dict[str, Any], message: str) -> None:
@@ -113,6 +114,13 @@ def test_campaigns_in_different_folders_have_different_job_names() -> None:
         ("server:/x {} nfs rw,vers=3,nolock 0 0", False),
         ("mds:/x {} lustre rw,flock 0 0", True),
         ("mds:/x {} lustre rw,localflock 0 0", False),
+        ("//host/x {} cifs rw,vers=3.0 0 0", True),
+        ("//host/x {} cifs rw,vers=3.0,nobrl 0 0", False),
+        ("me@host:/x {} fuse.sshfs rw,user_id=0 0 0", False),
+        ("s3fs {} fuse.s3fs rw 0 0", False),
+        ("share {} 9p rw,trans=virtio 0 0", False),
+        ("share {} virtiofs rw 0 0", False),
+        ("beegfs {} beegfs rw 0 0", True),
     ],
 )
 def test_locks_that_hold_on_one_machine_only_are_refused(tmp_path: Path, mount: str, shared: bool) -> None:
@@ -122,6 +130,27 @@ def test_locks_that_hold_on_one_machine_only_are_refused(tmp_path: Path, mount: 
     else:
         with pytest.raises(ValueError, match="locks hold on one machine only"):
             check_locks(tmp_path / "work", text)
+
+
+@pytest.mark.parametrize("name", ["my disk", "tab\there", "back\\slash"])
+def test_a_mount_with_blanks_in_its_path_is_recognized(tmp_path: Path, name: str) -> None:
+    """The kernel writes blanks, tabs and backslashes as octal numbers (proc(5), fstab(5))."""
+    place = str(tmp_path / name).translate({ord(letter): f"\\{ord(letter):03o}" for letter in " \t\n\\"})
+    text = f"/dev/a / ext4 rw 0 0\nserver:/x {place} nfs rw,nolock 0 0\n"
+    with pytest.raises(ValueError, match="with nolock: locks hold on one machine only"):
+        check_locks(tmp_path / name / "work", text)
+    check_locks(tmp_path / "other", text)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    check_locks(tmp_path / "work")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(ValueError, match=r"without locks \(No locks available\), so a job could run twice"):
+        check_locks(tmp_path / "work")
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_each_node_reads_its_own_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,10 @@ def test_a_scale_without_variants_plans_none() -> None:
 
 
 def test_variants_need_a_size_on_the_ladder_and_two_members() -> None:
-    for change, reason in (({"model": "w7"}, "'w7' is not on the ladder"), ({"count": 1}, "count is 1")):
+    for change, reason in (
+        ({"model": "w7"}, "'w7' is not on the ladder"),
+        ({"count": 1}, "count must be an integer from 2 to 1,000, got 1"),
+    ):
         variants = {"model": "w32", "count": 3, "seeds": 1, "holdout_tokens": 512} | change
         scale = with_table(load_scale("demo"), "ensembling", member_variants=variants)
         with pytest.raises(ValueError, match=reason):

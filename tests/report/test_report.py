@@ -351,3 +351,14 @@ def test_points_next_to_a_law_are_not_joined():
 def test_drawing_helpers_refuse_arguments_that_do_not_fit(draw, sentence):
     with pytest.raises(ValueError, match=sentence):
         render_svg(draw)
+
+
+def test_names_with_dollar_signs_are_no_formulas():
+    """An odd formula would raise, an even one would vanish from the text."""
+    from matplotlib.figure import Figure as Canvas
+
+    axes = Canvas().subplots()
+    line = draw_series(axes, [1, 2], [3.0, 2.0], label="$$")
+    draw_bars(axes, ["$x^$", "a_b"], [1.0, 2.0])
+    assert r"\$\$" in line.get_label() and "<svg" in render_svg(lambda axes: draw_bars(axes, ["$x^$"], [1.0]))
+    assert "<svg" in render_svg(lambda axes: draw_series(axes, [1, 2], [3.0, 2.0], label="$$"))

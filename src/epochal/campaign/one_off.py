@@ -54,7 +54,9 @@ def _assign(table: dict[str, Any], path: list[str], value: Any) -> None:
     first, *rest = path
     if rest == ["kind"]:
         # Another optimizer keeps the rates; SPECTRA goes around the one before.
-        old = table[first]
+        old = table.get(first)
+        if not isinstance(old, dict) or "kind" not in old:
+            raise ValueError(f"{'.'.join(path)!r} reaches into {first!r}, which has no kinds; correct the name.")
         rates = {name: old.get("base", old)[name] for name in ("lr", "wd")}
         table[first] = {"kind": value, "base": old} if value == "Spectra" else {"kind": value, **rates}
     elif rest:
@@ -69,5 +71,5 @@ def _value(text: str) -> Any:
     """Read a value as TOML does; anything else is a string, so that names need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, a number of thousands of digits, or brackets without end
         return text

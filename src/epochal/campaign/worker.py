@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.campaign.integrity import quarantine_corrupt_inputs, write_checksums
 from epochal.campaign.plan import campaign_jobs, flops_of, ready_jobs
-from epochal.config import from_table, to_table, write_atomic
+from epochal.config import LONGEST_SECONDS, from_table, to_table, write_atomic
+from epochal.distributed.presets import read_launch_file
+from epochal.ranges import Batch, Range, Ranged
 from epochal.records import Record, Records, Workspace, load_record, load_records, write_record
 from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import load_scale
@@ -40,8 +42,13 @@ STOP_NOTE = "stop"
 Emit = Callable[[dict[str, Any]], None]
 
 
+Seconds = Annotated[float, Range(0.0, LONGEST_SECONDS)]
+Nodes = Annotated[int, Range(1, 10_000)]
+Retries = Annotated[int, Range(0, 1000)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
+class WorkerConfig(Ranged):
     """Which campaign a worker runs, and with which resources; nothing here changes a result."""
 
     session: str  # id of one `epochal run`; a job that failed is tried again in the next session
@@ -49,17 +56,17 @@ class WorkerConfig:
     recipes: tuple[str, ...]
     results: str
     work: str
-    threads: int  # of torch, on a CPU
+    threads: Annotated[int, Range(1, 100_000)]  # of torch, on a CPU
     preset: str | None = None  # an accelerate YAML; each Run is then trained by the processes it launches
-    micro_batch: int | None = None  # sequences per forward pass and process
+    micro_batch: Batch | None = None  # sequences per forward pass and process
     trackers: tuple[str, ...] = ()
-    checkpoint_seconds: float = 300.0
-    seconds_left: float | None = None  # time limit
-    parent: int | None = None  # process id; the worker stops when its parent ends
+    checkpoint_seconds: Seconds = 300.0
+    seconds_left: Seconds | None = None  # time limit
+    parent: Annotated[int, Range(0, 2**62)] | None = None  # process id; the worker stops when its parent ends
     only: tuple[str, ...] = ()  # names of the jobs the worker may take (empty: all)
-    nodes: int = 1  # machines per Run, above 1 inside a Slurm allocation only
-    retries: int = 0  # of a failed job in the same session
-    grace_seconds: float = 8.0  # time a job gets to save a checkpoint before it is killed
+    nodes: Nodes = 1  # machines per Run, above 1 inside a Slurm allocation only
+    retries: Retries = 0  # of a failed job in the same session
+    grace_seconds: Seconds = 8.0  # time a job gets to save a checkpoint before it is killed
 
     @property
     def workspace(self) -> Workspace:
@@ -220,7 +227,11 @@ def execute(job: Job, config: WorkerConfig) -> Record | None:
             from epochal.training.loop import RuntimeOptions, train
 
             options = RuntimeOptions(
-                config.micro_batch, config.trackers, config.checkpoint_seconds, config.preset or "here"
+                config.micro_batch,
+                config.trackers,
+                config.checkpoint_seconds,
+                # The name alone: a record must not hold the paths of a machine.
+                Path(config.preset).stem if config.preset else "here",
             )
             return train(job, workspace, options)
         case Ensemble():
@@ -309,10 +320,8 @@ def launch_command(config: WorkerConfig) -> list[str]:
     options = ["--config_file", str(config.preset)]
     if config.nodes == 1:
         return [sys.executable, "-m", "epochal.distributed.launcher", *options]
-    import yaml
-
     # The preset describes one node; the number of nodes multiplies its processes.
-    per_node = int(yaml.safe_load(Path(str(config.preset)).read_text(encoding="utf-8")).get("num_processes", 1))
+    per_node = int(read_launch_file(Path(str(config.preset))).get("num_processes", 1))
     options += ["--num_machines", str(config.nodes), "--num_processes", str(config.nodes * per_node)]
     options += ["--main_process_ip", socket.gethostname(), "--main_process_port", str(_free_port())]
     # Each node expands its own SLURM_NODEID; expanded here, the rank would be 0 on all nodes (accelerate issue 2816).

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from epochal.data.documents import Source, read_documents, source_paths
 from epochal.data.store import META_VERSION, SPLITS, TokenStore, write_meta
 from epochal.data.text import Reading, content_hash, normal_form
 from epochal.data.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer, vocab_size, vocabulary_hash
+from epochal.ranges import OneOf, Ranged, Seed, Share, TokensOrNone
 from epochal.records import file_hash
 from epochal.run import config_hash
 
@@ -27,23 +28,22 @@ MAX_CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitConfig:
+class SplitConfig(Ranged):
     """Split of documents into training, validation and test.
 
     by="hash": by content hash. by="stream": the first whole documents that reach `validation_tokens` are validation, the
     next that reach `test_tokens` are test, the rest is training.
     """
 
-    by: str = "hash"
-    validation: float = 0.05  # this and the next: fractions of all documents, for "hash"
-    test: float = 0.05
-    validation_tokens: int = 0  # this and the next: for "stream"
-    test_tokens: int = 0
+    by: Annotated[str, OneOf(("hash", "stream"))] = "hash"
+    validation: Share = 0.05  # this and the next: fractions of all documents, for "hash"
+    test: Share = 0.05
+    validation_tokens: TokensOrNone = 0  # this and the next: for "stream"
+    test_tokens: TokensOrNone = 0
 
     def __post_init__(self) -> None:
-        if self.by not in ("hash", "stream"):
-            raise ValueError(f"by must be hash or stream, got {self.by!r}.")
-        if self.by == "hash" and not (self.validation > 0 and self.test >= 0 and self.validation + self.test < 1):
+        super().__post_init__()
+        if self.by == "hash" and not (self.validation > 0 and self.validation + self.test < 1):
             raise ValueError(
                 f"validation {self.validation} and test {self.test} leave no training text; give fractions with a sum below 1."
             )
@@ -52,7 +52,7 @@ class SplitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Ranged):
     """One data set, `configs/data/<name>.toml`: the documents of `source`, then of each source in `more`.
 
     Special tokens in the text itself are encoded as plain text.
@@ -65,9 +65,9 @@ class DataConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     before: str = "<|bos|>"  # put in front of each document; may contain special tokens
     after: str = "<|eos|>"  # the same, behind each document
-    train_tokens: int = 0  # reading stops once the training split holds so many (0: read everything)
+    train_tokens: TokensOrNone = 0  # reading stops once the training split holds so many (0: read everything)
     shuffle: bool = True  # False keeps the order of the source
-    shuffle_seed: int = 0
+    shuffle_seed: Seed = 0
     sha256: str | None = None  # expected hash of the training token file, if known
 
 

@@ -10,16 +10,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.data.documents import package_folder
+from epochal.ranges import Items, Range, Ranged
 
 # Training takes a time that grows with the square of a run without white space, or of white space; longer ones are cut.
 LONGEST_RUN = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Ranged):
     """Origin of a tokenizer: exactly one of `path`, `package`, `store` and `train`."""
 
     path: str | None = None  # a folder, a tokenizer.json or a hub name
@@ -29,11 +30,12 @@ class TokenizerConfig:
     vocabulary: str | None = None  # this and the next: files inside the package
     merges: str | None = None
     store: str | None = None  # another data set whose tokenizer is shared, for continued pre-training
-    train: int | None = None  # vocabulary size of a byte-level BPE to train
+    train: Annotated[int, Range(256, 2**22)] | None = None  # vocabulary size of a byte-level BPE to train
     # added to the vocabulary if missing; sampled text starts with the first one
-    specials: tuple[str, ...] = ("<|bos|>", "<|eos|>")
+    specials: Annotated[tuple[str, ...], Items()] = ("<|bos|>", "<|eos|>")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if sum(value is not None for value in (self.path, self.package, self.store, self.train)) != 1:
             raise ValueError("a tokenizer needs exactly one of path, package, store and train; set one of them.")
         if self.train is not None and self.train < 256 + len(self.specials):
@@ -41,8 +43,6 @@ class TokenizerConfig:
                 f"train must be at least {256 + len(self.specials)} (256 bytes and {len(self.specials)} special tokens), "
                 f"got {self.train}."
             )
-        if not self.specials:
-            raise ValueError("specials is empty; name at least the token that starts a document.")
 
 
 def load_tokenizer(

@@ -5,13 +5,13 @@ refuses every setting that would change a result, or that has not been tested to
 torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epochal.config import find_config
+from epochal.config import find_config, read_json
+from epochal.ranges import Range, shown
 
 DEEPSPEED_KEYS = {
     "train_batch_size",
@@ -42,6 +42,32 @@ ZERO_KEYS = {
     "sub_group_size",
 }
 OFFLOAD_KEYS = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+# Keys of all three tables that hold true or false, and those that hold a number or "auto".
+FLAGS = {
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "pin_memory",
+    "reduce_scatter",
+    "stage3_gather_16bit_weights_on_model_save",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+NUMBERS = {
+    "allgather_bucket_size",
+    "buffer_count",
+    "buffer_size",
+    "max_in_cpu",
+    "reduce_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "steps_per_print",
+    "sub_group_size",
+}
+SIZE = Range(0, 10**15)
 
 # Keys that follow from the Run; a preset leaves them out or sets them to "auto".
 FROM_THE_RUN = (
@@ -131,9 +157,9 @@ def _deepspeed_preset(name: str) -> Preset:
         raise ValueError("the DeepSpeed preset has no deepspeed_config_file; set it to a file of configs/deepspeed.")
     path = Path(name) if Path(name).is_file() else find_config("deepspeed", Path(name).stem, ".json")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; correct it.") from None
+        raise ValueError(f"{path} {error}.") from None
     check_deepspeed(table, str(path))
     return Preset(f"zero{table['zero_optimization']['stage']}", table)
 
@@ -141,28 +167,37 @@ def _deepspeed_preset(name: str) -> Preset:
 def check_deepspeed(table: dict[str, Any], where: str) -> None:
     """Raise ValueError for a DeepSpeed config that would change a result or is not tested."""
     # An allow-list, so that a key of a newer DeepSpeed cannot slip through.
-    zero = table.get("zero_optimization", {})
+    zero = _table(table, "zero_optimization", where)
     _check_keys(table, DEEPSPEED_KEYS, where)
     _check_keys(zero, ZERO_KEYS, f"{where}: zero_optimization")
-    if zero.get("stage") not in (1, 2, 3):
-        raise ValueError(f"{where}: stage is {zero.get('stage')}; choose 1, 2 or 3, or the preset ddp for none.")
+    if type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
+        raise ValueError(f"{where}: stage is {shown(zero.get('stage'))}; choose 1, 2 or 3, or the preset ddp for none.")
     for key in FROM_THE_RUN:
         if table.get(key, "auto") != "auto":
-            raise ValueError(f'{where}: {key} is {table[key]!r}, which would change the Run; write "auto".')
+            raise ValueError(f'{where}: {key} is {shown(table[key])}, which would change the Run; write "auto".')
     for part in ("offload_optimizer", "offload_param"):
-        offload = zero.get(part, {})
+        offload = _table(zero, part, where)
         _check_keys(offload, OFFLOAD_KEYS, f"{where}: {part}")
         if offload.get("device", "none") not in ("none", "cpu"):
             raise ValueError(
-                f'{where}: {part} to {offload["device"]!r} is not tested with matrix optimizers; use "cpu".'
+                f'{where}: {part} to {shown(offload["device"])} is not tested with matrix optimizers; use "cpu".'
             )
-    if zero.get("offload_param", {}).get("device") == "cpu" and zero["stage"] != 3:
+    if _table(zero, "offload_param", where).get("device") == "cpu" and zero["stage"] != 3:
         raise ValueError(f"{where}: offload_param needs stage 3; choose it, or leave offload_param out.")
-    if zero.get("offload_optimizer", {}).get("device") == "cpu" and table.get("zero_force_ds_cpu_optimizer", True):
+    offloads = _table(zero, "offload_optimizer", where).get("device") == "cpu"
+    if offloads and table.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
             f"{where}: with offload_optimizer, DeepSpeed silently replaces the Run's optimizer with its own Adam; write "
             '"zero_force_ds_cpu_optimizer": false.'
         )
+
+
+def _table(parent: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Return a nested table, empty if it is missing or null."""
+    table = {} if parent.get(key) is None else parent[key]
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: {key} must be a table, got {shown(table)}.")
+    return table
 
 
 def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -171,8 +206,38 @@ def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
         off = value in (False, None, 0, {}) or (isinstance(value, dict) and value.get("enabled") is False)
         if key not in known and not off:
             raise ValueError(
-                f"{where}: {key} is refused: {REASONS.get(key, 'it is not known to leave results unchanged')}."
+                f"{where}: {shown(key)} is refused: {REASONS.get(key, 'it is not known to leave results unchanged')}."
             )
+        if key in FLAGS and not isinstance(value, bool):
+            raise ValueError(f"{where}: {key} must be true or false, got {shown(value)}.")
+        if key in NUMBERS and value != "auto":
+            SIZE.check(value, f"{where}: {key}", float)
+
+
+# Numbers of a launch file, an accelerate YAML.
+LAUNCH_NUMBERS = {
+    "num_processes": Range(1, 100_000),
+    "num_machines": Range(1, 100_000),
+    "machine_rank": Range(0, 100_000),
+    "main_process_port": Range(0, 65_535),
+}
+
+
+def read_launch_file(path: Path) -> dict[str, Any]:
+    """Read an accelerate YAML; raises ValueError for one that is not a table or has impossible numbers."""
+    import yaml
+
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not valid YAML: {reason}; correct it.") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} must be a table of key: value lines, got {shown(table)}.")
+    for key, within in LAUNCH_NUMBERS.items():
+        if table.get(key) is not None:
+            within.check(table[key], f"{path}: {key}")
+    return table
 
 
 def _fsdp_preset(environment: Mapping[str, str]) -> Preset:

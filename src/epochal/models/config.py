@@ -7,27 +7,83 @@ one spelling that transformers 4.5x and 5.x both read.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from epochal.config import model_path, nearest
+from epochal.config import from_table, model_path, read_json
+from epochal.ranges import OneOf, Range, Ranged
 
 # Values of the key ``initialisation``; see `epochal.models.llama.weight_rule`.
 INITIALISATIONS = ("infinite-compute", "normal", "gpt2")
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-_REQUIRED = (*_SIZES, "model_type", "initialisation")
-_BIASES = ("attention_bias", "mlp_bias")
-# Written by transformers: the config.json of a saved model must be readable as a model file.
-_FROM_TRANSFORMERS = (
-    "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "hidden_act", "initializer_range",
-    "pad_token_id", "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
-)  # fmt: skip
-KEYS = frozenset((*_REQUIRED, *_OPTIONAL_SIZES, *_BIASES, *_FROM_TRANSFORMERS))
+DTYPES = ("float32", "bfloat16", "float16")
+
+ROTARY_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+Size = Annotated[int, Range(1, 2**24)]
+Token = Annotated[int, Range(0, 2**24)]
+Positive = Annotated[float, Range(1e-12, 1e12)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryScaling(Ranged):
+    """Keys of ``rope_parameters`` and ``rope_scaling``."""
+
+    rope_type: Annotated[str, OneOf(("default", "linear", "dynamic", "llama3"))] = "default"
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ROTARY_NEEDS.get(self.rope_type, ()):
+            if getattr(self, key) is None:
+                raise ValueError(f"rope_type {self.rope_type!r} needs {key}; add it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFile(Ranged):
+    """Keys of a model file: those of a Llama, and what transformers writes into the config.json of a saved model."""
+
+    model_type: Annotated[str, OneOf(("llama",))]
+    initialisation: Annotated[str, OneOf(INITIALISATIONS)]
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Range(1, 10_000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    # Dropout inside of attention draws from the global random state, so that two equal Runs would differ.
+    attention_dropout: Annotated[float, Range(0.0, 0.0)] = 0.0
+    initializer_range: Annotated[float, Range(1e-12, 1.0)] | None = 0.02
+    rms_norm_eps: Annotated[float, Range(0.0, 1.0)] = 1e-5
+    rope_theta: Positive | None = None
+    rope_parameters: RotaryScaling | None = None
+    rope_scaling: RotaryScaling | None = None
+    hidden_act: Annotated[str, OneOf(("silu", "gelu", "relu"))] = "silu"
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    architectures: tuple[str, ...] | None = None
+    bos_token_id: Token | None = None
+    eos_token_id: Token | None = None
+    pad_token_id: Token | None = None
+    pretraining_tp: Annotated[int, Range(1, 1)] = 1
+    dtype: Annotated[str, OneOf(DTYPES)] | None = None
+    torch_dtype: Annotated[str, OneOf(DTYPES)] | None = None
+    transformers_version: str | None = None
 
 
 class ParameterCounts(NamedTuple):
@@ -50,11 +106,9 @@ def read_config(
     """
     path = model_path(name_or_path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Model file '{path}' is not valid JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"Model file '{path}' must hold a JSON object, got a {type(config).__name__}.")
+        config = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"Model file '{path}' {error}.") from None
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
     if max_positions is not None:
@@ -66,35 +120,18 @@ def read_config(
 def check_config(config: Mapping[str, Any], *, where: str = "Model config") -> None:
     """Raise a ValueError unless `config` is a Llama that `build_model` can build.
 
-    The message starts with `where`. Checked: known and required keys, sizes, divisibility by the number of heads,
-    initialisation, no biases.
+    The message starts with `where`. Checked: keys, types and ranges, divisibility by the number of heads, no biases.
     """
-    _check_keys(config, where)
-    for key in (*_SIZES, *_OPTIONAL_SIZES):
-        value = config.get(key)
-        optional = key in _OPTIONAL_SIZES and value is None
-        # bool is a subclass of int
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{where}: {key} must be a positive integer, got {value!r}.")
+    checked = from_table(config, ModelFile, where=where)
     _check_heads(config, where)
-    if config["model_type"] != "llama":
-        raise ValueError(f"{where}: model_type must be 'llama', got {config['model_type']!r}.")
-    for key in _BIASES:
-        if config.get(key):
+    for key in ("attention_bias", "mlp_bias"):
+        if getattr(checked, key):
             raise ValueError(f"{where}: {key} is true, but biases are not supported; set it to false.")
-    deviation = config.get("initializer_range", 0.02)
-    if isinstance(deviation, bool) or not isinstance(deviation, int | float) or not 0 < deviation <= 1:
-        raise ValueError(f"{where}: initializer_range must be in (0, 1], got {deviation!r}; 0.02 is usual.")
-    check_initialisation(config["initialisation"], where=where)
 
 
 def check_initialisation(name: object, *, where: str = "Model config") -> None:
-    """Raise a ValueError naming the nearest choice unless `name` is one of `INITIALISATIONS`."""
-    if name not in INITIALISATIONS:
-        known = ", ".join(INITIALISATIONS)
-        raise ValueError(
-            f"{where}: initialisation {name!r} is unknown{nearest(str(name), INITIALISATIONS)}; use one of {known}."
-        )
+    """Raise a ValueError naming the choices unless `name` is one of `INITIALISATIONS`."""
+    OneOf(INITIALISATIONS).checker()(name, f"{where}: initialisation")
 
 
 def parameter_counts(config: Mapping[str, Any] | str | Path, *, vocab_size: int | None = None) -> ParameterCounts:
@@ -125,15 +162,6 @@ def head_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def _check_keys(config: Mapping[str, Any], where: str) -> None:
-    for key in config:
-        if key not in KEYS:
-            raise ValueError(f"{where}: key '{key}' is unknown{nearest(key, KEYS)}; remove or correct it.")
-    for key in _REQUIRED:
-        if key not in config:
-            raise ValueError(f"{where}: key '{key}' is missing; add it.")
-
-
 def _check_heads(config: Mapping[str, Any], where: str) -> None:
     heads, kv_heads, head_dim = head_shape(config)
     width = config["hidden_size"]
@@ -156,5 +184,6 @@ def _check_heads(config: Mapping[str, Any], where: str) -> None:
 
 def _nearest_divisor(whole: int, wanted: int) -> int:
     """Return the divisor of `whole` nearest to `wanted`, the smaller of two."""
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+    divisors = [*small, *(whole // d for d in small)]
     return min(divisors, key=lambda d: (abs(d - wanted), d))

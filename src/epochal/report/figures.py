@@ -100,7 +100,7 @@ def draw_series(
             raise ValueError(f"series {label!r} has {values.size} values of {name} for {xs.size} of x; give as many.")
     order = np.argsort(xs, kind="stable")
     xs, ys, lows, highs = xs[order], ys[order], *(None if end is None else end[order] for end in ends)
-    (line,) = axes.plot(xs, ys, label=label or None, color=color)
+    (line,) = axes.plot(xs, ys, label=plain(label) or None, color=color)
     line.set_marker(_marker(line.get_color()))
     line.set_markeredgecolor(PAPER)
     line.set_markeredgewidth(0.7)
@@ -128,7 +128,7 @@ def draw_law(
         raise ValueError(f"the range {x_min} to {x_max} of law {label!r} is empty; give 0 < x_min < x_max.")
     xs = np.geomspace(x_min, x_max, 96)
     ys = law.predict(xs)
-    (line,) = axes.plot(xs, ys, label=label or None, color=color, zorder=1.8)
+    (line,) = axes.plot(xs, ys, label=plain(label) or None, color=color, zorder=1.8)
     color = line.get_color()
     # An interval far wider than the curve would flatten everything else, so it is cut one curve's height beyond the curve.
     span = max(float(np.max(ys)) - law.E, 1e-9)
@@ -184,7 +184,7 @@ def draw_bars(
     bars = axes.bar(places, ys, width=0.62, color=[PALETTE[i % len(PALETTE)] for i in places], alpha=0.85)
     given = np.isfinite(lows) & np.isfinite(highs)
     axes.vlines(places[given], lows[given], highs[given], color=INK, linewidth=1.3)
-    axes.set_xticks(places, [textwrap.fill(name, 16) for name in names])
+    axes.set_xticks(places, [textwrap.fill(plain(name), 16) for name in names])
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     # Above the interval, or above the bar without one.
@@ -192,6 +192,11 @@ def draw_bars(
         text, height = (f"{value:.4g}", max(top, 0.0)) if math.isfinite(value) else ("–", 0.0)
         axes.annotate(text, (place, height), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
     return bars
+
+
+def plain(text: str) -> str:
+    """Return a label in which matplotlib reads no formula, which stands between two dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def _marker(color: Any) -> str:
