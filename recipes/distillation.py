@@ -8,7 +8,7 @@ Results: recipes/results/<scale>/report.md
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from epochal.records import Record
@@ -23,6 +23,8 @@ from epochal.study import Study
 from recipes import _soft_targets, ensembling, epoching, heavy_weight_decay
 
 TEACHERS = {"ensemble": "the ensemble", "self": "one member of its own size"}
+# A control (spec section 9): the same sampled text without the real one, for as many steps.
+SYNTHETIC = "self-alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class Settings(_soft_targets.Student):
     """The student of sampled text, and optionally other ways to teach."""
 
     soft_targets: _soft_targets.Settings | None = None
+    # Decays that the first seed of each student tries; all seeds take the best. Empty: `wd`, untuned.
+    tune_wd: tuple[float, ...] = ()
+    synthetic_only: bool = False  # students of one member's text without real text as well
 
     def check(self, scale: Scale) -> None:
         """Refuse a student outside of the ladder, or soft targets without an ensemble."""
@@ -43,9 +48,12 @@ class Settings(_soft_targets.Student):
 def plan(study: Study) -> list[Job]:
     """Return the ensembles, text sampled from them and from one member, and students."""
     settings, jobs = study.settings(Settings), ensembling.plan(study)
-    for teacher in TEACHERS if settings else ():
-        for seed in range(study.scale.seeds):
-            jobs += student(study, teacher, seed)
+    for teacher in teachers(study):
+        for wd in decays(study) if teacher in TEACHERS else ():
+            jobs += student(study, teacher, wd)
+        best = best_decay(study, teacher)
+        for seed in range(study.scale.seeds) if best is not None else ():
+            jobs += student(study, teacher, best, seed)
     if settings is not None and settings.soft_targets is not None:
         jobs += _soft_targets.plan(study, settings, settings.soft_targets)
     return jobs
@@ -56,7 +64,34 @@ def searches(study: Study) -> list[Search]:
     return ensembling.searches(study)
 
 
-def student(study: Study, teacher: str, seed: int = 0) -> tuple[Job, ...]:
+def teachers(study: Study) -> tuple[str, ...]:
+    """Return who teaches: those of TEACHERS, and the control without real text."""
+    settings = study.settings(Settings)
+    if settings is None:
+        return ()
+    return (*TEACHERS, *((SYNTHETIC,) if settings.synthetic_only else ()))
+
+
+def decays(study: Study) -> tuple[float, ...]:
+    """Return the decays that the first seed of every student tries."""
+    settings = study.settings(Settings)
+    return () if settings is None else settings.tune_wd or (settings.wd,)
+
+
+def best_decay(study: Study, teacher: str) -> float | None:
+    """Return the best decay of one teacher's students; None before the first seed has tried all."""
+    if teacher == SYNTHETIC:
+        # A control for the self-distilled student, so it takes that student's decay.
+        return best_decay(study, "self")
+    tried = {wd: student(study, teacher, wd) for wd in decays(study)}
+    if len(tried) == 1:
+        return next(iter(tried))
+    losses = {wd: study.loss(found[-1]) for wd, found in tried.items() if found}
+    known = {wd: loss for wd, loss in losses.items() if loss is not None}
+    return min(known, key=lambda wd: (known[wd], wd)) if tried and len(known) == len(tried) else None
+
+
+def student(study: Study, teacher: str, wd: float, seed: int = 0) -> tuple[Job, ...]:
     """Return the Samples of a teacher and a student that learns from them; nothing before the teacher is known.
 
     "ensemble": the members of the best ensemble one by one; "self": the first member of the student's own size alone.
@@ -72,12 +107,17 @@ def student(study: Study, teacher: str, seed: int = 0) -> tuple[Job, ...]:
         return ()
     # Any average will do: Samples draw from the members one by one.
     source = ensembles[0].name if teacher == "ensemble" else ensembles[0].runs[0]
-    return _soft_targets.text_student(study, settings, settings.model, source, seed)
+    text: _soft_targets.Student = replace(settings, wd=wd)
+    if teacher == SYNTHETIC:
+        # As many steps as with real text: epochs then count passes over as many sampled tokens as there are real ones.
+        text = replace(text, fraction=1.0, epochs=round(settings.epochs / (1 - settings.fraction)))
+    return _soft_targets.text_student(study, text, settings.model, source, seed)
 
 
 def students(study: Study, teacher: str) -> dict[int, Run]:
-    """Return one teacher's students by seed; none before the teacher is known."""
-    jobs = {seed: student(study, teacher, seed) for seed in range(study.scale.seeds)}
+    """Return one teacher's students at their best decay by seed; none before it is known."""
+    best = best_decay(study, teacher)
+    jobs = {} if best is None else {seed: student(study, teacher, best, seed) for seed in range(study.scale.seeds)}
     return {seed: run for seed, found in jobs.items() for run in found if isinstance(run, Run)}
 
 
@@ -171,7 +211,7 @@ def _caveats(missing: tuple[str, ...], losses: list[float]) -> tuple[str, ...]:
 
 def _teacher_claim(study: Study, missing: tuple[str, ...]) -> list[Claim]:
     """Report whether students of one member beat that member."""
-    jobs, losses = student(study, "self"), [record.loss for record in student_records(study, "self")]
+    jobs, losses = student(study, "self", decays(study)[0]), [record.loss for record in student_records(study, "self")]
     teacher = study.records.named(jobs[0].source) if jobs else None  # type: ignore[union-attr]
     if teacher is None or not losses:
         return []

@@ -19,7 +19,7 @@ from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.figures import draw_law, draw_series
 from epochal.report.sections import Figure, Section, Table
-from epochal.run import AVERAGES, Ensemble, Job, Run, inputs
+from epochal.run import AVERAGES, SOUP, Ensemble, Job, Run, inputs
 from epochal.scale import Point, Scale, member_point
 from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members, fit_power_law
 from epochal.search.descent import members_limit
@@ -45,8 +45,10 @@ class Settings:
     models: tuple[str, ...]  # sizes that get ensembles
     count: int  # members of each
     # 2 or more: epochs and decay of members are tuned for the limit K to infinity, fitted from that many members a
-    # point. 0: the rule of twice the epochs and half the decay.
+    # point, as in the paper. 0: the rule of twice the epochs and half the decay.
     search_members: int = 0
+    search_tokens: tuple[int, ...] = ()  # budgets at which members are tuned; empty for all
+    search_models: tuple[str, ...] = ()  # sizes of which members are tuned; empty for all
     member_variants: _member_variants.Settings | None = None
 
     def check(self, scale: Scale) -> None:
@@ -57,7 +59,12 @@ class Settings:
             raise ValueError(
                 f"search_members is {self.search_members}; give 2 to count ({self.count}), or 0 for the rule."
             )
-        scale.check_models("models", *self.models)
+        scale.check_models("models and search_models", *self.models, *self.search_models)
+        unknown = sorted(set(self.search_tokens) - set(scale.unique_tokens))
+        if unknown:
+            raise ValueError(
+                f"search_tokens has {unknown}, which are not budgets of this scale; add them to unique_tokens."
+            )
         if self.member_variants is not None:
             self.member_variants.check(scale)
 
@@ -80,6 +87,7 @@ def plan(study: Study) -> list[Job]:
                 if point is not None:
                     jobs += [*members_at(study, model, tokens, point), *ensembles_at(study, model, tokens, point)]
         jobs += single_point_ensembles(study, tokens).values()
+    jobs += soup(study)
     return jobs + _member_variants.plan(study, here.member_variants, _variant_base(study))
 
 
@@ -89,9 +97,9 @@ def plan(study: Study) -> list[Job]:
 def best_point(study: Study, model: str, tokens: int) -> Point | None:
     """Return the members' point of one size; None before the search for it, or the choice between two, has ended.
 
-    Without a search for members: the rule's point, or the best single model's where as many members are better there.
+    Without a search for members: the rule's point, or the best single model's where its members have the lower limit.
     """
-    if settings(study).search_members:
+    if searched(study, model, tokens):
         descent = member_search(study, model, tokens).descent
         return descent.best if descent.certified else None
     rule = _rule_point(study, model, tokens)
@@ -100,20 +108,22 @@ def best_point(study: Study, model: str, tokens: int) -> Point | None:
     by_rule, plain = _both_points(study, model, tokens)
     if by_rule is None or plain is None:
         return None
-    losses = _both_losses(by_rule, plain)
-    single_is_lower = losses is not None and losses[1] < losses[0]
+    limits = _both_limits(by_rule, plain)
+    single_is_lower = limits is not None and limits[1] < limits[0]
     return study.tuned(TUNED, model, tokens).best if single_is_lower else rule
 
 
-def _rule_point(study: Study, model: str, tokens: int) -> Point | None:
-    """Return the best single model's point as the rule changes it; None before that search has a certificate.
+def searched(study: Study, model: str, tokens: int) -> bool:
+    """Whether members of one size and budget are tuned by a search of their own."""
+    here = settings(study)
+    where = model in (here.search_models or here.models) and tokens in (here.search_tokens or study.scale.unique_tokens)
+    return here.search_members > 0 and where
 
-    Also None where members are tuned by a search.
-    """
+
+def _rule_point(study: Study, model: str, tokens: int) -> Point | None:
+    """Return the best single model's point as the rule changes it; None before that search has a certificate."""
     single = study.tuned(TUNED, model, tokens)
-    if settings(study).search_members or not single.certified or single.best is None:
-        return None
-    return member_point(single.best)
+    return member_point(single.best) if single.certified and single.best is not None else None
 
 
 def member_search(study: Study, model: str, tokens: int) -> Search:
@@ -138,17 +148,20 @@ def member_search(study: Study, model: str, tokens: int) -> Search:
         if any(study.loss(run) == math.inf for run in runs):
             return math.inf
         record = study.records.get(ensemble)
-        return None if record is None else members_limit(mean_curve(record))
+        if record is None:
+            return None
+        # What a plan assumes of runs to come is a loss without a curve.
+        return members_limit(mean_curve(record)) if "curve" in record.results else record.loss
 
-    return study.descend(f"{model} members, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of)
+    # The best single model's point competes: its seeds are members too.
+    known = (single.best,) if start and single.best and study.records.named(jobs_of(single.best)[-1].name) else ()
+    return study.descend(f"{model} members, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of, known)
 
 
 def member_searches(study: Study) -> list[Search]:
     """Return the searches for members; none where they follow the rule."""
-    here = settings(study)
-    if not here.search_members:
-        return []
-    return [member_search(study, model, tokens) for tokens in study.scale.unique_tokens for model in here.models]
+    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in settings(study).models]
+    return [member_search(study, *cell) for cell in cells if searched(study, *cell)]
 
 
 def searches(study: Study) -> list[Search]:
@@ -194,6 +207,12 @@ def single_point_ensembles(study: Study, tokens: int) -> dict[str, Ensemble]:
         for model, result in results.items()
         if result.settled
     }
+
+
+def soup(study: Study) -> list[Ensemble]:
+    """Return the mean of the weights of the best ensemble's members; none before it is known."""
+    best = best_ensembles(study, study.scale.unique_tokens[0])
+    return [named_ensemble(best[0].runs, SOUP)] if best else []
 
 
 def _variant_base(study: Study) -> _member_variants.MakeMember | None:
@@ -360,14 +379,16 @@ def _both_points(study: Study, model: str, tokens: int) -> tuple[Record | None, 
     return study.records.get(ensembles_at(study, model, tokens, rule)[0]), study.records.get(plain)
 
 
-def _both_losses(by_rule: Record, plain: Record) -> tuple[float, float] | None:
-    """Return the losses of K members by the rule and at the single model's point.
-
-    None if the first record has no subsets of that K.
-    """
-    # The rule has more members than there are seeds, so subsets of equal K are compared.
-    curve = by_rule.results.get("curve", {}).get(str(len(inputs(plain.job))), [])
-    return (statistics.fmean(curve), plain.loss) if curve else None
+def _both_limits(by_rule: Record | None, plain: Record | None) -> tuple[float, float] | None:
+    """Return the limits in K of members by the rule and at the single model's point; None before both are known."""
+    if by_rule is None or plain is None or "curve" not in by_rule.results or "curve" not in plain.results:
+        return None
+    # At a finite K the rule may look worse although its limit is lower (spec section 6). The rule has more members than
+    # there are seeds, so both limits are fitted to the same numbers of members.
+    curves = mean_curve(by_rule), mean_curve(plain)
+    shared = [k for k in curves[0] if k in curves[1]]
+    rule, single = (members_limit({k: curve[k] for k in shared}) for curve in curves)
+    return rule, single
 
 
 def _settings_claims(study: Study, tokens: int) -> list[Claim]:
@@ -375,10 +396,10 @@ def _settings_claims(study: Study, tokens: int) -> list[Claim]:
     claims = []
     for model in single_point_ensembles(study, tokens):
         by_rule, plain = _both_points(study, model, tokens)
-        losses = _both_losses(by_rule, plain) if by_rule and plain else None
-        if losses is None or plain is None or not math.isfinite(losses[1]):
+        limits = _both_limits(by_rule, plain)
+        if limits is None or plain is None or not all(map(math.isfinite, limits)):
             continue
-        longer, single, k = *losses, len(inputs(plain.job))
+        longer, single, k = *limits, len(inputs(plain.job))
         claims.append(
             Claim(
                 id=f"ensembling.rule.{model}.{tokens}",

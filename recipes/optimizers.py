@@ -28,6 +28,8 @@ from epochal.study import Arm, Result, Study, Sweep
 # value of a random update grows with the square root of the width.
 ARMS = (
     Arm("AdamW", optimizer=AdamW()),
+    # Fira, GaLore and AdEMAMix have this beta2 by default and MARS 0.99, so this is the baseline on their terms.
+    Arm("AdamW, beta2 0.999", optimizer=AdamW(beta2=0.999)),
     # Every entry of a sign update is as large as the largest of Adam's, so its learning rates are lower.
     Arm("Signum", optimizer=Signum(), lr_factor=0.25),
     Arm("AdEMAMix", optimizer=AdEMAMix()),

@@ -94,7 +94,7 @@ def plan(
     every: Annotated[str, typer.Option(help="With --watch: refresh interval.")] = "5s",
 ) -> None:
     """Show which jobs are done, ready and waiting, and what they cost. Changes nothing."""
-    from epochal.campaign.plan import recipe_names
+    from epochal.campaign.plan import few_documents, recipe_names
 
     setting, records = _load(scale, results, work, problems=not watch)
     names = tuple(recipes or recipe_names(setting))
@@ -112,6 +112,8 @@ def plan(
         print(f"  {title}: {cost.jobs} jobs, {compute}, {cost.disk / 1e9:,.2f} GB of models")
     for line in _search_lines(estimate.searches, hardware, all_searches=searches):
         print(line)
+    for line in few_documents((*status.done, *status.ready), records.workspace):
+        print(f"  note: {line}")
     if jobs:
         for job in status.ready:
             print(f"  ready    {job.name}")

@@ -6,10 +6,11 @@ Answers are memoized, because a plan asks the same ones many times. A missing re
 """
 
 import functools
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from epochal.config import from_table
@@ -17,7 +18,7 @@ from epochal.records import Record, Records
 from epochal.run import Ensemble, Job, Optimizer, Run
 from epochal.scale import Point, Scale, Value
 from epochal.search.descent import NOT_STARTED, Descent, descend
-from epochal.search.searches import Search
+from epochal.search.searches import Search, seed_noise
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,6 +71,7 @@ class Result:
     records: Mapping[int, Record] = field(default_factory=dict)  # finite ones, by seed
     settled: bool = False  # The grid is complete, or every neighbor of the point was run and is not better.
     edges: tuple[str, ...] = ()  # tuned fields whose grid ends at the point
+    tied: tuple[float, ...] = ()  # first-seed losses of the point and of the neighbors within noise of it
     tried: int = 0  # runs of the first seed that the search cost
 
     def __bool__(self) -> bool:
@@ -181,7 +183,38 @@ class Study:
         def jobs_of(point: Point) -> tuple[Job, ...]:
             return (self.run(arm, model, tokens, point),)
 
-        return self.descend(f"{model} {arm.label}, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of)
+        known = self.known_points(arm, model, tokens)
+        return self.descend(f"{model} {arm.label}, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of, known)
+
+    @memoized
+    def known_points(self, arm: Arm, model: str, tokens: int) -> tuple[Point, ...]:
+        """Return every point at which the arm's first seed has a record, on its grid or not, whichever recipe ran it."""
+        more = [tuple(zip(arm.grids, values, strict=True)) for values in itertools.product(*arm.grids.values())]
+        runs = self._runs.get((model, tokens), ())
+        settings = dict.fromkeys((run.optimizer.lr, run.epochs, run.optimizer.wd) for run in runs)
+        points = [Point(*setting, extra) for setting in settings for extra in more]
+        # By name: `AssumeAllDone` has a made-up loss for every job, but names real records only.
+        return tuple(p for p in points if self.records.named(self.run(arm, model, tokens, p).name) is not None)
+
+    @functools.cached_property
+    def _runs(self) -> dict[tuple[str, int], list[Run]]:
+        runs: dict[tuple[str, int], list[Run]] = {}
+        for record in self.records:
+            if isinstance(record.job, Run):
+                runs.setdefault((record.job.model, record.job.unique_tokens), []).append(record.job)
+        return runs
+
+    def better_off_grid(self, arm: Arm, model: str, tokens: int) -> Point | None:
+        """Return the best known point if it beats the search's and no search can reach it; None otherwise."""
+        search = self.search(arm, model, tokens)
+        losses = {
+            point: loss
+            for point in (*self.known_points(arm, model, tokens), *search.descent.visited)
+            if (loss := search.loss_of(point)) is not None
+        }
+        best = min(losses, key=lambda point: (losses[point], point), default=None)
+        found = search.descent.best
+        return best if found is not None and best is not None and losses[best] < losses[found] else None
 
     def descend(
         self,
@@ -192,9 +225,10 @@ class Study:
         grid: Mapping[str, tuple[Value, ...]],
         loss_of: Callable[[Point], float | None],
         jobs_of: Callable[[Point], tuple[Job, ...]],
+        known: Iterable[Point] = (),
     ) -> Search:
         """Return a search over `grid` as far as the records lead it; a start of None waits."""
-        descent = NOT_STARTED if start is None else descend(loss_of, start, grid, self.scale.search_mode)
+        descent = NOT_STARTED if start is None else descend(loss_of, start, grid, self.scale.search_mode, known)
         return Search(title, model, tokens, grid, loss_of, jobs_of, descent)
 
     def tuned(self, arm: Arm, model: str, tokens: int) -> Descent:
@@ -205,11 +239,13 @@ class Study:
     def best(self, arm: Arm, model: str, tokens: int) -> Result:
         """Return the best known point of a descent, with the records of all seeds there."""
         search = self.search(arm, model, tokens)
-        point, certificate = search.descent.best, search.certificate()
+        point, certificate = search.descent.best, search.certificate(seed_noise(self.records, model, tokens))
         if point is None or certificate is None:
             return NOTHING
         known = (search.descent.certified, certificate.edges, search.descent.tried)
-        return self._result(arm, model, tokens, point, self.scale.seeds, *known)
+        result = self._result(arm, model, tokens, point, self.scale.seeds, *known)
+        losses = (search.loss_of(tie) for tie in (point, *certificate.ties))
+        return replace(result, tied=tuple(loss for loss in losses if loss is not None and math.isfinite(loss)))
 
     # --- tuned on a full grid -------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ class Claim:
     # What the paper reports for the same sentence, with its place ("0.27 nats, section 5"); empty for a claim that
     # no paper makes.
     paper: str = ""
+    # Size of the measured effect and of the paper's, in one unit; "reproduced" carries their ratio.
+    sizes: tuple[float, float] | None = None
     untestable: str = ""  # why this scale cannot test the sentence
     command: str = ""  # produces the records behind it
 

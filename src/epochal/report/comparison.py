@@ -3,14 +3,23 @@
 All intervals are Student's 90% intervals of the mean of paired differences.
 """
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from epochal.config import nearest
+from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.sections import Cell, Table
+from epochal.run import Run
 from epochal.scaling import seed_caveats, seed_interval
+
+# With fewer optimizer steps the warm-up and the decay of the learning rate are most of a run.
+FEWEST_STEPS = 100
+# Two repetitions have no interval: one difference says nothing about the spread.
+FEWEST_REPETITIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +131,41 @@ def comparison_table(
         rows.append(row)
     measured = ("loss", f"gain over {baseline} (nats)", "90% low", "90% high", "seeds")
     return Table(title=title, columns=(heading, *columns, *measured), rows=tuple(rows))
+
+
+def members_gain(text: str, record: Record, *, id: str, paper: str, **fields: Any) -> Claim:
+    """Claim that the K members of an ensemble record are together below one of them.
+
+    The interval is a jackknife: the gain of K - 1 members without each of the K.
+    """
+    curve, without = record.results["curve"], record.results.get("without", {})
+    count = max(map(int, curve))
+    gain, interval = statistics.fmean(curve["1"]) - record.loss, None
+    left = [one - rest for one, rest in zip(without.get("1", ()), without.get(str(count - 1), ()), strict=False)]
+    if len(left) == count >= FEWEST_REPETITIONS:
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(count - 1, 0.95)) * math.sqrt((count - 1) * statistics.pvariance(left))
+        interval = gain - half, gain + half
+    return Claim(
+        id=id,
+        text=text,
+        value=f"{gain:+.4f} nats",
+        interval=interval,
+        seeds=count,
+        holds=gain > 0,
+        paper=paper,
+        **fields,
+    )
+
+
+def testable(claim: Claim, runs: Sequence[Run]) -> Claim:
+    """Return a claim, without a verdict where one of the runs behind it has fewer than FEWEST_STEPS optimizer steps."""
+    fewest = min((run.steps for run in runs), default=FEWEST_STEPS)
+    if fewest >= FEWEST_STEPS:
+        return claim
+    why = f"a run has {fewest} optimizer steps, at least {FEWEST_STEPS} are needed"
+    return replace(claim, holds=None, untestable=why, provisional=())
 
 
 def _arm(arms: Sequence[ArmLosses], label: str) -> ArmLosses:
