@@ -88,6 +88,12 @@ class Result:
         return statistics.fmean(self.losses.values()) if self.records else math.inf
 
     @property
+    def fresh(self) -> float | None:
+        """Mean loss in nats without the first seed, which chose the setting and is low by that; None without others."""
+        others = [loss for seed, loss in self.losses.items() if seed]
+        return statistics.fmean(others) if others else None
+
+    @property
     def parameters(self) -> int:
         """Parameters of the model; raises StopIteration without a record."""
         return int(next(iter(self.records.values())).results["parameters"])
@@ -247,6 +253,24 @@ class Study:
         losses = (search.loss_of(tie) for tie in (point, *certificate.ties))
         return replace(result, tied=tuple(loss for loss in losses if loss is not None and math.isfinite(loss)))
 
+    def caveats(self, arm: Arm, budgets: Mapping[int, tuple[str, ...]]) -> tuple[str, ...]:
+        """Name what the tuned losses of these sizes and budgets lack for a final verdict.
+
+        Neighbors that have not run, optima at the end of their grid, and better runs that the grid cannot reach.
+        """
+        cells = [(model, tokens) for tokens, models in budgets.items() for model in models]
+        fixed = f" {arm.label}" if arm.wd is not None else ""
+        waiting = [f"neighbors of {cell[0]}{fixed}" for cell in cells if not self.tuned(arm, *cell).certified]
+        ends = [(model, edges) for model, tokens in cells if (edges := self.best(arm, model, tokens).edges)]
+        off = [model for model, tokens in cells if self.better_off_grid(arm, model, tokens) is not None]
+        words = []
+        if ends and len(budgets) == 1:
+            words.append(f"at the end of the grid{fixed}: {_listed(ends)}")
+        elif ends:
+            words.append(f"{len(ends)} of {len(cells)} optima{fixed} at the end of their grid")
+        words += [f"a run off the grid is better: {', '.join(off)}"] if off else []
+        return (*dict.fromkeys(waiting), *words, *(("one seed",) if self.scale.seeds < 2 else ()))
+
     # --- tuned on a full grid -------------------------------------------------------------------------------------------
 
     def points(self, arm: Arm, sweep: Sweep) -> list[Point]:
@@ -295,6 +319,10 @@ class Study:
     ) -> Result:
         runs = self.seeds(arm, model, tokens, point, seeds)
         return Result(point, runs, self.finite(dict(enumerate(runs))), settled, edges, tried)
+
+
+def _listed(ends: Iterable[tuple[str, tuple[str, ...]]]) -> str:
+    return ", ".join(f"{model} ({', '.join(edges)})" for model, edges in ends)
 
 
 def _rounded(value: float) -> float:
