@@ -46,7 +46,7 @@ def noise_variance(
         return total / max(dof, 1), dof, ""
     between, pure = max(total - within, 0.0) / dof_between, within / dof_within
     if pure == 0.0 or fdtrc(dof_between, dof_within, between / pure) < pooling:
-        note = "Sizes deviate from the law by more than their own noise, so the interval rests on the sizes alone."
+        note = "Sizes deviate from the law by more than their seeds do."
         return between, dof_between, note
     return total / (dof_between + dof_within), dof_between + dof_within, ""
 
