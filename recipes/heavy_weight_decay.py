@@ -84,6 +84,11 @@ def missing(study: Study, *tokens: int) -> tuple[str, ...]:
     return study.caveats(TUNED, dict.fromkeys(tokens, study.scale.models))
 
 
+def missing_of(study: Study, tokens: int, *models: str) -> tuple[str, ...]:
+    """Name the same of some sizes at one budget."""
+    return study.caveats(TUNED, {tokens: tuple(dict.fromkeys(models))})
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +129,13 @@ def _standard_claims(study: Study) -> list[Claim]:
     if not pairs:
         return []
     cases = [
-        gain_case(str(tokens), list(tuned.losses.values()), list(base.losses.values()), search=choice(tuned, base))
+        gain_case(
+            # The sizes are part of the name: a campaign of other sizes measures something else.
+            f"{base.runs[0].model}-{tuned.runs[0].model}.{tokens}",
+            list(tuned.losses.values()),
+            list(base.losses.values()),
+            search=choice(tuned, base),
+        )
         for tokens, (tuned, base) in pairs.items()
     ]
     (tuned, base), usual = next(iter(pairs.values())), study.scale.standard_wd
@@ -265,8 +276,12 @@ def _law_table(study: Study) -> list[Table]:
             if law is not None:
                 low, high = law.interval["E"] if law.interval else (None, None)
                 far = 4 * float(law.x.max())
-                around = [float(end) for end in law.predict_interval([far], seeds=study.scale.seeds)] if law.interval else []
-                rows.append((tokens, words, law.E, low, high, law.alpha, float(law.predict(far)), *(around or (None, None))))
+                around = (
+                    [float(end) for end in law.predict_interval(far, seeds=study.scale.seeds)] if law.interval else []
+                )
+                rows.append(
+                    (tokens, words, law.E, low, high, law.alpha, float(law.predict(far)), *(around or (None, None)))
+                )
     columns = ("D", "parameters", "limit", "90% low", "90% high", "alpha", "loss at 4x N", "90% low", "90% high")
     title = "Laws in N of tuned single models, and the loss they predict at four times the largest size"
     return [Table(title=title, columns=columns, rows=tuple(rows))] if rows else []
@@ -286,7 +301,19 @@ def _table(study: Study, tokens: int) -> Table:
     return Table(
         title=f"Tuned single models, D = {tokens:,} tokens (tau: averaging window in epochs; "
         "fresh seeds: without the one that chose the setting)",
-        columns=("model", "N", "lr", "epochs", "wd", "tau", "loss", "loss, fresh seeds", "seeds", "runs tried", "search"),
+        columns=(
+            "model",
+            "N",
+            "lr",
+            "epochs",
+            "wd",
+            "tau",
+            "loss",
+            "loss, fresh seeds",
+            "seeds",
+            "runs tried",
+            "search",
+        ),
         rows=tuple(rows),
     )
 

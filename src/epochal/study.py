@@ -17,7 +17,7 @@ from epochal.config import from_table
 from epochal.records import Record, Records
 from epochal.run import Ensemble, Job, Optimizer, Run
 from epochal.scale import Point, Scale, Value
-from epochal.search.descent import NOT_STARTED, Descent, descend
+from epochal.search.descent import NOT_STARTED, Descent, Noise, descend, pooled_noise
 from epochal.search.searches import Search, seed_noise
 
 T = TypeVar("T")
@@ -198,7 +198,7 @@ class Study:
         more = [tuple(zip(arm.grids, values, strict=True)) for values in itertools.product(*arm.grids.values())]
         runs = self._runs.get((model, tokens), ())
         settings = dict.fromkeys((run.optimizer.lr, run.epochs, run.optimizer.wd) for run in runs)
-        points = [Point(*setting, extra) for setting in settings for extra in more]
+        points = [Point(*setting, extra) for setting in settings for extra in more if arm.wd in (None, setting[2])]
         # By name: `AssumeAllDone` has a made-up loss for every job, but names real records only.
         return tuple(p for p in points if self.records.named(self.run(arm, model, tokens, p).name) is not None)
 
@@ -245,7 +245,7 @@ class Study:
     def best(self, arm: Arm, model: str, tokens: int) -> Result:
         """Return the best known point of a descent, with the records of all seeds there."""
         search = self.search(arm, model, tokens)
-        point, certificate = search.descent.best, search.certificate(seed_noise(self.records, model, tokens))
+        point, certificate = search.descent.best, search.certificate(self._noise(arm, model, tokens))
         if point is None or certificate is None:
             return NOTHING
         known = (search.descent.certified, certificate.edges, search.descent.tried)
@@ -270,6 +270,15 @@ class Study:
             words.append(f"{len(ends)} of {len(cells)} optima{fixed} at the end of their grid")
         words += [f"a run off the grid is better: {', '.join(off)}"] if off else []
         return (*dict.fromkeys(waiting), *words, *(("one seed",) if self.scale.seeds < 2 else ()))
+
+    @memoized
+    def _noise(self, arm: Arm, model: str, tokens: int) -> Noise | None:
+        """Return the noise between seeds at the optima of all sizes of one budget; that of all runs without such seeds."""
+        # Not of all settings of the size: overfitted runs scatter far more than those that compete for the optimum.
+        points = [(other, self.tuned(arm, other, tokens).best) for other in self.scale.models]
+        runs = [self.seeds(arm, other, tokens, point, self.scale.seeds) for other, point in points if point is not None]
+        own = pooled_noise([record.loss for record in self.finite(dict(enumerate(group))).values()] for group in runs)
+        return own or seed_noise(self.records, model, tokens)
 
     # --- tuned on a full grid -------------------------------------------------------------------------------------------
 

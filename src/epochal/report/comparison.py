@@ -105,7 +105,7 @@ def welch_claim(
     one run has no interval.
     """
     after, before = statistics.fmean(losses), statistics.fmean(baseline)
-    interval = gain_interval(losses, baseline, search=search)
+    interval = _welch(losses, baseline, search)
     few = {1: ("one seed",), 2: ("two seeds",)}.get(min(len(losses), len(baseline)), ()) if interval is None else ()
     noise = ("within noise",) if interval is not None and interval[0] <= 0 <= interval[1] else ()
     return Claim(
@@ -124,10 +124,15 @@ def welch_claim(
 # --- one sentence about several sizes, budgets or optimizers ------------------------------------------------------------
 
 
+def _welch(losses: Sequence[float], baseline: Sequence[float], search: float) -> tuple[float, float] | None:
+    enough = min(len(losses), len(baseline)) >= FEWEST_REPETITIONS
+    return gain_interval(losses, baseline, search=search) if enough else None
+
+
 def gain_case(name: str, losses: Sequence[float], baseline: Sequence[float], *, search: float = 0.0) -> Case:
     """Return how far losses are below an unpaired baseline, with Welch's interval."""
     gain = statistics.fmean(baseline) - statistics.fmean(losses)
-    return measured_case(name, gain, gain_interval(losses, baseline, search=search), dof=len(losses) + len(baseline) - 2)
+    return measured_case(name, gain, _welch(losses, baseline, search), dof=len(losses) + len(baseline) - 2)
 
 
 def measured_case(
@@ -166,20 +171,23 @@ def family_claim(
 ) -> Claim:
     """Make one claim of a sentence about several cases; `signs` say in which of them it is true as measured.
 
-    It fails where a case is settled against it, holds where all are true as measured, and is open otherwise.
+    It fails where a case is settled against it or none is true as measured, holds where all are, and is open otherwise.
     """
     for_it, against = settled(cases, 1), settled(cases, -1)
-    holds = False if against else True if all(signs) else None
+    holds = False if against or not any(signs) else True if all(signs) else None
     low, high = min(case.value for case in cases), max(case.value for case in cases)
     spread = f"{low:+.4f} to {high:+.4f} {unit}" if len(cases) > 1 else f"{low:+.4f} {unit}"
     open_cases = len(cases) - for_it - against
     caveats = fields.pop("provisional", ())
-    if holds and open_cases:
+    if (holds and open_cases) or (holds is False and not against):
         caveats = (*caveats, f"{open_cases} of {len(cases)} within noise or without an interval")
+    counted = (
+        f"in {sum(signs)} of {len(cases)} ({for_it} settled for, {against} against, Holm): " if len(cases) > 1 else ""
+    )
     return Claim(
         id=id,
         text=text,
-        value=f"in {sum(signs)} of {len(cases)} ({for_it} settled for, {against} against, Holm): {spread}",
+        value=counted + spread,
         interval=cases[0].interval if len(cases) == 1 else None,
         holds=holds,
         cases=tuple(cases),
@@ -195,10 +203,16 @@ def family_table(claim: Claim, title: str, value: str = "value") -> Table:
 
 
 def pair_claims(
-    arms: Sequence[ArmLosses], pairs: Sequence[Pair], *, condition: str = "", caveats: Sequence[str] = ()
+    arms: Sequence[ArmLosses],
+    pairs: Sequence[Pair],
+    *,
+    condition: str = "",
+    caveats: Sequence[str] = (),
+    selecting: int | None = None,
 ) -> list[Claim]:
     """Return one claim for each pair whose arms have a seed in common.
 
+    `selecting` is the seed that chose each arm's setting, whose losses are low by that; claims show the mean without it too.
     `condition` starts every text ("one pass over 393,216 tokens"). A claim carries the caveats of both of its arms and
     those given for all. Raises ValueError for a pair that names no arm.
     """
@@ -207,7 +221,8 @@ def pair_claims(
         better, worse = _arm(arms, pair.better), _arm(arms, pair.worse)
         # Paired: runs of one seed start from the same weights and read the same batches, so their difference has
         # less noise than either loss.
-        gains = list(gains_by_seed(better.losses, worse.losses).values())
+        by_seed = gains_by_seed(better.losses, worse.losses)
+        gains, fresh = list(by_seed.values()), [gain for seed, gain in by_seed.items() if seed != selecting]
         if not gains:
             continue
         text = pair.text or f"{pair.better} has a lower loss than {pair.worse}"
@@ -220,6 +235,9 @@ def pair_claims(
             caveats=(*better.caveats, *worse.caveats, *caveats),
             tolerance=pair.tolerance,
         )
+        if selecting in by_seed and fresh:
+            value = f"{claim.value} ({statistics.fmean(fresh):+.4f} without seed {selecting}, which chose the settings)"
+            claim = replace(claim, value=value)
         claims.append(claim)
     return claims
 
