@@ -21,6 +21,7 @@ Data = Mapping[str, Array]
 STARTS = 7  # grid points per shape constant
 MOST_STARTS = 2500  # of a grid; forms with more shapes start from a Sobol sequence instead
 REFINED = 3  # grid points that start a local search
+NORMAL = 1.6448536269514722  # 95% quantile of the normal distribution
 HUBER_DELTA = 1e-3  # of log residuals, as in Chinchilla's third approach
 
 
@@ -204,6 +205,8 @@ def fit_surface(
         return replace(law, note=f"Too few points for an interval: {len(y)} points for {len(constants)} constants.")
     if draws:
         replicates = _bootstrap(law, data, y, objective, draws, np.random.default_rng(seed))
+        if not replicates.size:
+            return replace(law, note=f"Too few places to resample for {len(constants)} constants.")
         return replace(law, replicates=replicates, interval=_percentiles(law, replicates))
     if objective == "squares" and "E" in constants:
         low, high = _profile_limit(form, data, y, log_shapes, constants["E"], dof)
@@ -212,17 +215,25 @@ def fit_surface(
 
 
 def _bootstrap(law: SurfaceLaw, data: Data, y: Array, objective: str, draws: int, rng: np.random.Generator) -> Array:
-    """Refit resampled places, (draws, constants)."""
+    """Refit resampled places, (draws, constants); none with too few places."""
+    from scipy.special import stdtrit
+
     # Places, not points: seeds of a place share what the form misses there.
     places, place = np.unique(np.stack(list(data.values())), axis=1, return_inverse=True)
     members = [np.flatnonzero(place == index) for index in range(places.shape[1])]
+    # Refits of as many places as there are would vary too little by the constants, and by Student's quantile over the
+    # normal one: the number drawn is smaller instead.
+    free = len(members) - len(law.constants)
+    if free < MIN_DOF:
+        return np.empty((0, len(law.constants)))
+    count = max(round(free * (NORMAL / float(stdtrit(free, TAILS[1]))) ** 2), len(law.constants) + 1)
     names = law.form.shapes
     start = np.log([law.constants[name] for name in names])
     low, high = _bounds(law.form)
     start = np.clip(start, low + 1e-9, high - 1e-9)
     rows = []
     while len(rows) < draws:
-        picked = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        picked = np.concatenate([members[i] for i in rng.integers(len(members), size=count)])
         part = {name: values[picked] for name, values in data.items()}
         if objective == "huber":
             log_shapes, coefficients = _huber(law.form, part, y[picked], start, restart=False)
@@ -325,7 +336,9 @@ def _huber(form: Form, data: Data, y: Array, log_shapes: Array, *, restart: bool
 
     def residual(theta: Array) -> Array:
         level, columns = form.model(np.exp(theta[:count]), data)
-        return np.asarray(np.log(y / np.maximum(level + columns @ np.exp(theta[count:]), 1e-300)))
+        with np.errstate(over="ignore", divide="ignore"):  # a step too far, which the search takes back
+            ratio = y / np.clip(level + columns @ np.exp(theta[count:]), 1e-100, 1e100)
+        return np.asarray(np.log(ratio))
 
     def start(shapes: Array) -> Array:
         coefficients = _linear(*form.model(np.exp(shapes), data), y)[0]
