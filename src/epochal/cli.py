@@ -281,11 +281,15 @@ def report(
     results: Results = RESULTS,
     work: Work = WORK,
     records: Annotated[
-        Path | None, typer.Option(help="A CSV instead of a scale: recipe, loss, and any of N_params, D_tokens, K.")
+        Path | None,
+        typer.Option(help="A CSV instead of a scale: recipe, loss, and any of N_params, D_tokens, K, T_tokens."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="With --records: the recipe that others are compared with. Default: the first.")
     ] = None,
+    form: Annotated[
+        str, typer.Option(help="With --records: law in N and D, chinchilla, soft-minimum or bryant-liu.")
+    ] = "chinchilla",
     against: Annotated[
         str | None, typer.Option(help="Compare with another scale, or with the results folder of one.")
     ] = None,
@@ -298,7 +302,7 @@ def report(
     from epochal.report.write import write_report
 
     if records is not None:
-        sections, summary = _point_report(records, reference)
+        sections, summary = _point_report(records, reference, form)
         title, folder = f"epochal: {records.name}", records.with_name(f"{records.stem}-report")
     elif against is not None:
         title, folder, sections, summary = _comparison_report(recipes, scale, against, results, work)
@@ -311,14 +315,18 @@ def report(
     print(f"report: {path}")
 
 
-def _point_report(path: Path, reference: str | None) -> "tuple[list[Section], list[str]]":
+def _point_report(path: Path, reference: str | None, form: str) -> "tuple[list[Section], list[str]]":
     from epochal.report.point_laws import point_sections
-    from epochal.report.points import read_points
+    from epochal.report.points import question_points, read_points
 
     points, problems = read_points(path)
     _print_problems(problems)
+    questions = question_points(points)
+    for question in questions:
+        print(f"epochal: {question}", file=sys.stderr)
     left_out = f" {len(problems)} rows were left out." * bool(problems)
-    return point_sections(points, reference=reference), [f"{len(points)} points.{left_out} Intervals are 90%."]
+    summary = [f"{len(points)} points.{left_out} Intervals are 90%.", *questions]
+    return point_sections(points, reference=reference, form=form), summary
 
 
 def _campaign_report(

@@ -7,7 +7,17 @@ trusted?).
 
 from epochal.scaling.checks import HeldOut, LawChecks, check_law, compare_limits, held_out_largest, leave_one_out
 from epochal.scaling.efficiency import DataEfficiency, data_efficiency, law_from_constants, slowrun_multiple
-from epochal.scaling.forms import CHINCHILLA, JOINT, Form, SurfaceLaw, fit_surface
+from epochal.scaling.forms import (
+    CHINCHILLA,
+    FORM_NAMES,
+    JOINT,
+    Form,
+    SurfaceLaw,
+    bryant_liu,
+    fit_surface,
+    named_form,
+    soft_minimum,
+)
 from epochal.scaling.joint import JointLaw, fit_joint
 from epochal.scaling.members import MembersLaw, fit_members, predict_members
 from epochal.scaling.posterior import Posterior
@@ -16,6 +26,7 @@ from epochal.scaling.seeds import gain_interval, search_noise, seed_caveats, see
 
 __all__ = [
     "CHINCHILLA",
+    "FORM_NAMES",
     "JOINT",
     "DataEfficiency",
     "Form",
@@ -27,6 +38,7 @@ __all__ = [
     "Posterior",
     "PowerLaw",
     "SurfaceLaw",
+    "bryant_liu",
     "check_law",
     "compare_limits",
     "data_efficiency",
@@ -39,9 +51,11 @@ __all__ = [
     "interval_text",
     "law_from_constants",
     "leave_one_out",
+    "named_form",
     "predict_members",
     "search_noise",
     "seed_caveats",
     "seed_interval",
     "slowrun_multiple",
+    "soft_minimum",
 ]

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.power import Interval, PowerLaw, fit_constants
+from epochal.scaling.power import TAILS, Interval, PowerLaw, fit_constants
 from epochal.scaling.solve import Array
 
 LAW = "E + A/x^alpha"
@@ -149,12 +149,14 @@ class Limit(Protocol):
 class Comparison:
     """Two limits compared in one sentence.
 
-    `probability` is that of B's limit being below A's (None: unknown); `difference` is B - A in nats per token.
+    `probability` is that of B's limit being below A's (None: unknown); `difference` is B - A in nats per token, with its
+    90% interval.
     """
 
     probability: float | None
     difference: float
     sentence: str
+    interval: Interval | None = None
 
 
 def compare_limits(a: Limit, b: Limit, *, names: tuple[str, str] = ("A", "B")) -> Comparison:
@@ -176,4 +178,7 @@ def compare_limits(a: Limit, b: Limit, *, names: tuple[str, str] = ("A", "B")) -
     # A distribution from a few points does not support a third digit in its tails.
     chance = "above 0.99" if likely > 0.99 else f"{likely:.2f}"
     sentence = f"{second} is {'lower' if probability >= 0.5 else 'higher'} than {first}{where}: probability {chance}"
-    return Comparison(probability, difference, f"{sentence} (difference {difference:+.3f} nats).")
+    low, high = np.quantile(qb[:, None] - qa[None, :], TAILS).tolist()
+    # Two limits that were fitted differently from their draws must still be in the interval.
+    interval = min(low, difference), max(high, difference)
+    return Comparison(probability, difference, f"{sentence} (difference {difference:+.3f} nats).", interval)
