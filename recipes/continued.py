@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from epochal.names import named_ensemble
 from epochal.report.claims import Claim
-from epochal.report.comparison import difference_claim, gains_by_seed, members_gain, testable
+from epochal.report.comparison import difference_claim, gains_by_seed, long_enough, members_gain
 from epochal.report.sections import Section, Table
 from epochal.run import SOUP, Ensemble, Job, Run
 from epochal.scale import Point, Scale
@@ -105,7 +105,10 @@ class Continuation:
         return [named_ensemble(names, average, data=data) for average in AVERAGES] if names else []
 
     def on_first_text(self, step: str) -> list[Ensemble]:
-        """Return the models of one step, each as an ensemble of one, judged on the first text; none for another's base."""
+        """Return the models of one step, to judge them on the first text.
+
+        Each is an ensemble of one; none for a base from elsewhere.
+        """
         first = self.study.scale.data
         runs = [] if self.settings.base else self.steps()[step]
         return [named_ensemble((run.name,), "logits", data=first) for run in runs]
@@ -214,7 +217,7 @@ def _step_claims(here: Continuation) -> list[Claim]:
         gains = list(gains_by_seed(_losses(here, later), _losses(here, earlier)).values())
         if gains:
             text, runs = f"continued: {later} beats {earlier}", [*here.steps()[earlier], *here.steps()[later]]
-            claims.append(testable(difference_claim(text, gains, id=f"continued.{key}", paper=paper), runs))
+            claims.append(long_enough(difference_claim(text, gains, id=f"continued.{key}", paper=paper), runs))
     return claims
 
 
@@ -270,4 +273,4 @@ def _worth_claim(here: Continuation, reached: float) -> list[Claim]:
         paper="17.5x, section 11",
         provisional=("the largest pass that was run",) if most == max(losses) else (),
     )
-    return [testable(claim, [*here.steps()[STEPS[0]], *passes])]
+    return [long_enough(claim, [*here.steps()[STEPS[0]], *passes])]

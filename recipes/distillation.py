@@ -79,7 +79,7 @@ def decays(study: Study) -> tuple[float, ...]:
 
 
 def tries(study: Study, teacher: str) -> dict[float, float]:
-    """Return the first-seed losses of one teacher's students by decay, as far as they have run."""
+    """Return the known first-seed losses of one teacher's students by decay."""
     # The control takes the decay of the self-distilled student, with which it is compared.
     teacher = "self" if teacher == SYNTHETIC else teacher
     jobs = {wd: student(study, teacher, wd) for wd in decays(study)}

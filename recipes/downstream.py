@@ -31,6 +31,8 @@ from recipes import distillation, ensembling, epoching, heavy_weight_decay
 KINDS = {"standard": "standard decay", "tuned": "tuned decay", "members": "members together", "student": "students"}
 # Draws of the questions behind an interval.
 RESAMPLES = 2000
+# Degrees of freedom of a mean over thousands of questions, which is normal.
+LARGE = 1e6
 # Models below which an order says nothing.
 FEWEST = 4
 
@@ -297,8 +299,7 @@ def _size_claim(study: Study, found: list[Answered], draws: Floats) -> list[Clai
             before, after = (100 * draws[:, numbers].mean(axis=1) for numbers in groups.values())
             gain, spread = float(after[0] - before[0]), float(np.std(after[1:] - before[1:]))
             interval = _interval(after[1:] - before[1:])
-            # Thousands of questions: the mean is normal, and its degrees of freedom do not count.
-            cases.append(Case(model, gain, interval, gain / spread if spread else None, dof=math.inf))
+            cases.append(Case(model, gain, interval, gain / spread if spread else None, dof=LARGE))
     if not cases:
         return []
     return [

@@ -128,7 +128,7 @@ def best_point(study: Study, model: str, tokens: int) -> Point | None:
 
 
 def _earlier_point(study: Study, model: str, tokens: int) -> Point | None:
-    """Return the point of the ensemble with the lowest limit among those of an earlier optimum; None without any."""
+    """Return the point of the best ensemble of an earlier optimum; None without any."""
     # Where the best single model has moved, its members are still to come; until then the known ones count.
     limits = {}
     for point in study.known_points(TUNED, model, tokens):
@@ -280,7 +280,7 @@ def best_model(study: Study, tokens: int) -> str:
 
 
 def members_law(record: Record) -> MembersLaw:
-    """Fit E + A/K + B/K^2 to the losses of one ensemble record (independent members, spec section 6).
+    """Fit the law in K to the losses of one ensemble record (spec section 6).
 
     Its interval is that of a new draw of members. Subsets share members, so their scatter alone would be far too narrow.
     """
@@ -388,7 +388,7 @@ def _gain_claims(study: Study, done: Done) -> list[Claim]:
 
 
 def _limit_claims(study: Study, done: Done) -> list[Claim]:
-    """Compare the limits in K with the best trained single model, and with the limit in N of single models."""
+    """Compare the limits in K with single models, trained and in the limit of N."""
     limits, signs, chances = list[Case](), list[bool](), list[Case]()
     for tokens, found in done.items():
         single, _ = heavy_weight_decay.best_single(study, tokens)
@@ -501,7 +501,10 @@ def _both_points(study: Study, model: str, tokens: int) -> tuple[Record | None, 
 
 
 def _both_limits(by_rule: Record | None, plain: Record | None, seeds: int) -> tuple[float, float] | None:
-    """Return the limits in K of members by the rule and at the single model's point; None before both are known."""
+    """Return the limits in K by the rule and at the single model's point.
+
+    None before both are known.
+    """
     if by_rule is None or plain is None or "curve" not in by_rule.results or "curve" not in plain.results:
         return None
     # At a finite K the rule may look worse although its limit is lower (spec section 6). Both limits are fitted to the
@@ -513,7 +516,7 @@ def _both_limits(by_rule: Record | None, plain: Record | None, seeds: int) -> tu
 
 
 def _rule_claim(study: Study) -> list[Claim]:
-    """Compare the limits of members by the rule with those at the best single model's point."""
+    """Compare the limits by the rule with those at the single model's point."""
     cases, signs, counts = list[Case](), list[bool](), list[int]()
     for tokens in study.scale.unique_tokens:
         for model in single_point_ensembles(study, tokens):
@@ -570,7 +573,7 @@ def _joint_claim(study: Study, done: Done) -> list[Claim]:
 
 
 def _limit_notes(study: Study, tokens: int, done: Finished) -> list[str]:
-    """Report which limits were compared, and how far the forms of the law in K differ."""
+    """Report which limits were compared, and how far forms in K differ."""
     single = heavy_weight_decay.size_law(study, tokens)
     if single is None or not done:
         return []

@@ -240,7 +240,7 @@ def _setting_claim(study: Study) -> list[Claim]:
 
 
 def _seeds_claim(study: Study) -> list[Claim]:
-    """Does the limit in N stay where it is when every size is trained with another seed?"""
+    """Does the limit in N stay the same with another seed of every size?"""
     cases = []
     for tokens in study.scale.unique_tokens:
         results = [best(study, model, tokens) for model in study.scale.models]
@@ -268,7 +268,7 @@ def _seeds_claim(study: Study) -> list[Claim]:
 
 
 def _law_table(study: Study) -> list[Table]:
-    """Return the laws in N, in all parameters and in those outside of the embeddings, with what they predict."""
+    """Return the laws in N, with and without embeddings, and what they predict."""
     rows: list[tuple[Any, ...]] = []
     for tokens in study.scale.unique_tokens:
         for field, words in (("parameters", "all"), ("non_embedding", "without embeddings")):

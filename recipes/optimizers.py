@@ -16,7 +16,7 @@ from typing import Any
 from epochal.config import nearest
 from epochal.records import Record
 from epochal.report.claims import Claim
-from epochal.report.comparison import ArmLosses, Pair, gains_by_seed, pair_claims, testable
+from epochal.report.comparison import ArmLosses, Pair, gains_by_seed, long_enough, pair_claims
 from epochal.report.figures import draw_bars
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Signum, Spectra
@@ -204,7 +204,7 @@ def comparisons(study: Study, name: str, sweep: Sweep) -> list[Claim]:
     # Arms of one sweep have enough steps or none has.
     runs = [run for arm in ARMS for run in study.swept(arm, sweep).runs]
     claims = pair_claims([losses(study, arm, sweep) for arm in ARMS], pairs, condition=sweep.title, selecting=0)
-    return [testable(claim, runs) for claim in claims]
+    return [long_enough(claim, runs) for claim in claims]
 
 
 def _ranking_claim(study: Study, name: str, sweep: Sweep) -> list[Claim]:

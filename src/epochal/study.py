@@ -71,8 +71,8 @@ class Result:
     records: Mapping[int, Record] = field(default_factory=dict)  # finite ones, by seed
     settled: bool = False  # The grid is complete, or every neighbor of the point was run and is not better.
     edges: tuple[str, ...] = ()  # tuned fields whose grid ends at the point
-    tied: tuple[float, ...] = ()  # first-seed losses of the point and of the neighbors within noise of it
     tried: int = 0  # runs of the first seed that the search cost
+    tied: tuple[float, ...] = ()  # first-seed losses of the point and of the neighbors within noise of it
 
     def __bool__(self) -> bool:
         return bool(self.records)
@@ -89,7 +89,10 @@ class Result:
 
     @property
     def fresh(self) -> float | None:
-        """Mean loss in nats without the first seed, which chose the setting and is low by that; None without others."""
+        """Mean loss in nats without the first seed; None without others.
+
+        The first seed chose the setting, so its loss is low by a selection effect.
+        """
         others = [loss for seed, loss in self.losses.items() if seed]
         return statistics.fmean(others) if others else None
 
@@ -194,7 +197,10 @@ class Study:
 
     @memoized
     def known_points(self, arm: Arm, model: str, tokens: int) -> tuple[Point, ...]:
-        """Return every point at which the arm's first seed has a record, on its grid or not, whichever recipe ran it."""
+        """Return every point at which the arm's first seed has a record.
+
+        On its grid or not, and from any recipe.
+        """
         more = [tuple(zip(arm.grids, values, strict=True)) for values in itertools.product(*arm.grids.values())]
         runs = self._runs.get((model, tokens), ())
         settings = dict.fromkeys((run.optimizer.lr, run.epochs, run.optimizer.wd) for run in runs)
@@ -211,7 +217,7 @@ class Study:
         return runs
 
     def better_off_grid(self, arm: Arm, model: str, tokens: int) -> Point | None:
-        """Return the best known point if it beats the search's and no search can reach it; None otherwise."""
+        """Return the best known point if no search can reach it; None otherwise."""
         search = self.search(arm, model, tokens)
         losses = {
             point: loss

@@ -14,10 +14,10 @@ from epochal.report.comparison import (
     difference_claim,
     family_claim,
     gains_by_seed,
+    long_enough,
     measured_case,
     pair_claims,
     settled,
-    testable,
     welch_claim,
 )
 
@@ -147,6 +147,6 @@ def test_a_verdict_without_interval_needs_three_seeds(seeds, reason):
 
 def test_a_run_of_few_steps_tests_nothing():
     claim = difference_claim("a is lower", [0.1, 0.2, 0.15])
-    assert testable(claim, [SimpleNamespace(steps=100)]) == claim
-    short = testable(claim, [SimpleNamespace(steps=100), SimpleNamespace(steps=6)])
+    assert long_enough(claim, [SimpleNamespace(steps=100)]) == claim
+    short = long_enough(claim, [SimpleNamespace(steps=100), SimpleNamespace(steps=6)])
     assert (short.holds, short.untestable) == (None, "a run has 6 optimizer steps, at least 100 are needed")

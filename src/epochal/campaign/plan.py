@@ -325,7 +325,10 @@ def _state(search: Search, records: Records, scale: Scale, vocab_size: int | Non
 
 
 def few_documents(jobs: Iterable[Job], workspace: Workspace) -> list[str]:
-    """Return a sentence for every budget whose order by documents hardly varies, as far as stores are prepared."""
+    """Return a sentence for every budget whose order by documents hardly varies.
+
+    Budgets of stores that are not prepared are left out.
+    """
     budgets = {
         (job.data, job.unique_tokens - job.holdout_tokens): None
         for job in jobs

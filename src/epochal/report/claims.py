@@ -88,7 +88,7 @@ def effect(claim: Claim) -> str:
 
 
 def verdict_line(claim: Claim) -> str:
-    """Return the verdict, followed by the size of the effect and by why it is provisional or untestable."""
+    """Return the verdict, the size of the effect, and why it is provisional or untestable."""
     if claim.untestable:
         return f"{verdict(claim)} ({claim.untestable})"
     size, reasons = effect(claim), reservations(claim)

@@ -20,6 +20,8 @@ from epochal.scaling import gain_interval, seed_caveats, seed_interval
 FEWEST_STEPS = 100
 # Two repetitions have no interval: one difference says nothing about the spread.
 FEWEST_REPETITIONS = 3
+# Standard errors of a difference without any scatter; claims.json has no infinity.
+CERTAIN = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,9 @@ def welch_claim(
     caveats: Sequence[str] = (),
     search: float = 0.0,
 ) -> Claim:
-    """Claim that unpaired losses are below those of a baseline, which has a variance of its own (Welch).
+    """Claim that unpaired losses are below those of a baseline.
+
+    The baseline has its own variance (Welch).
 
     `search` is the standard deviation in nats of the choice between tied settings, `size` the paper's effect. A baseline of
     one run has no interval.
@@ -149,12 +153,12 @@ def measured_case(
 
     half = (interval[1] - interval[0]) / 2
     # The half-width is the 95% quantile of Student's distribution times the standard error.
-    t = gain * float(stdtrit(dof, 0.95)) / half if half > 0 else math.copysign(math.inf, gain)
+    t = gain * float(stdtrit(dof, 0.95)) / half if half > 0 else math.copysign(CERTAIN, gain)
     return Case(name, shown, (shown - half, shown + half), t, dof)
 
 
 def settled(cases: Sequence[Case], sign: int) -> int:
-    """Count the cases that are settled for (+1) or against (-1) the sentence, by Holm's procedure at 5% a side."""
+    """Count the cases settled for (+1) or against (-1) the sentence, by Holm at 5%."""
     from scipy.special import stdtr
 
     chances = sorted(float(stdtr(case.dof, -sign * case.t)) for case in cases if case.t is not None)
@@ -287,8 +291,8 @@ def members_gain(text: str, record: Record, *, id: str, paper: str, **fields: An
     )
 
 
-def testable(claim: Claim, runs: Sequence[Run]) -> Claim:
-    """Return a claim, without a verdict where one of the runs behind it has fewer than FEWEST_STEPS optimizer steps."""
+def long_enough(claim: Claim, runs: Sequence[Run]) -> Claim:
+    """Return a claim, without a verdict where a run has fewer than FEWEST_STEPS steps."""
     fewest = min((run.steps for run in runs), default=FEWEST_STEPS)
     if fewest >= FEWEST_STEPS:
         return claim

@@ -135,8 +135,8 @@ def descend(
 ) -> Descent:
     """Replay a search as far as results are known.
 
-    Fields that are not in `grid` stay at `start`. `known` are points of the grid that have a result, whoever ran them: where
-    one of them is better than the certified point, the descent continues from there. Raises ValueError when `start` is not
+    Fields that are not in `grid` stay at `start`. `known` are points that have a result from any recipe: where one
+    on the grid is better than the certified point, the descent continues from there. Raises ValueError when `start` is not
     on the grid.
     """
     descent = _replay(loss_of, start, grid, mode)
