@@ -202,6 +202,7 @@ def save(path: Path, rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=300, help="per row; a fifteenth for decisions")
+    parser.add_argument("--what", default="", help="only size, members, surface or decisions")
     parser.add_argument("--out", type=Path, default=OUT, help="existing rows are kept: delete the file to start over")
     arguments = parser.parse_args()
     draws, few = arguments.draws, max(arguments.draws // 15, 1)
@@ -226,7 +227,7 @@ def main() -> None:
     rows = load(arguments.out)
     done = {tuple(str(row[key]) for key in ("what", "design", "noise", "truth")) for row in rows}
     for key, (study, *options) in jobs.items():
-        if key in done:
+        if key in done or arguments.what not in ("", key[0]):
             continue
         rows.append(study(*options) | where)
         print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)

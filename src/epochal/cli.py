@@ -92,11 +92,18 @@ def plan(
         bool, typer.Option("--watch", help="Show running jobs, also on a cluster, until all are done.")
     ] = False,
     every: Annotated[str, typer.Option(help="With --watch: refresh interval.")] = "5s",
+    decide: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two runs or two arms: how many more seeds or sizes settle which is better."),
+    ] = None,
 ) -> None:
     """Show which jobs are done, ready and waiting, and what they cost. Changes nothing."""
     from epochal.campaign.plan import few_documents, recipe_names
 
     setting, records = _load(scale, results, work, problems=not watch)
+    if decide is not None:
+        _print_decisions(*decide, records, setting)
+        return
     names = tuple(recipes or recipe_names(setting))
     if watch:
         _launch_module("watch").watch(names, records.workspace, setting, every=seconds(every))
@@ -119,6 +126,20 @@ def plan(
             print(f"  ready    {job.name}")
         for name, sources in status.waiting.items():
             print(f"  waiting  {name}  for {', '.join(sources)}")
+
+
+def _print_decisions(first: str, second: str, records: "Records", scale: "Scale") -> None:
+    from epochal.campaign.decide import decide
+    from epochal.campaign.plan import store_vocab_size
+
+    for decision in decide(first, second, records, scale, store_vocab_size(records.workspace, scale)):
+        print(decision.now)
+        for option in decision.options:
+            cost = f"{option.cost.jobs} runs, {option.cost.flops:.2e} FLOPs, {_hours(option.cost, scale.hardware)}"
+            print(f"  {option.what}: settle it with probability {option.probability:.2f}; {cost}")
+        if decision.options:
+            best = decision.cheapest
+            print(f"  cheapest with probability 0.8: {best.what if best else 'none of these'}")
 
 
 def _hours(cost: "Cost", hardware: "Hardware") -> str:

@@ -16,7 +16,7 @@ POOLING = 0.5
 # The same where seed noise visibly shrinks toward the limit: the seeds are then well modeled.
 POOLING_SHRINKING = 0.05
 # Log-likelihood ratio above which the seeds are taken to prefer noise that shrinks toward the limit.
-SHRINKING_EVIDENCE = 1.0
+SHRINKING_EVIDENCE = 2.0
 EXCESS_ROUNDS = 4
 EXCESS_FLOOR = 0.05
 

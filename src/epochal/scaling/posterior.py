@@ -13,7 +13,7 @@ import numpy as np
 
 from epochal.scaling.solve import Array
 
-ALPHA_MEDIAN, ALPHA_SPREAD = 0.5, 0.9  # of the lognormal prior; its central 90% is 0.11 to 2.2
+ALPHA_MEDIAN, ALPHA_SPREAD = 0.5, 1.0  # of the lognormal prior; its central 90% is 0.10 to 2.6
 BETWEEN = 8.0  # scale of tau / sigma: sizes of committed campaigns scattered by 5 to 10 times their seeds
 ALPHAS, RATIOS, ZOOMS, DRAWS = 64, 16, 8, 4000
 NEGLIGIBLE = 1e-6  # of the highest weight
