@@ -188,7 +188,7 @@ def gains(rows: Rows, label: str, average: str) -> list[float]:
 
 def claims(rows: Rows, settings: Settings, caveats: tuple[str, ...]) -> list[Claim]:
     """Return one claim per variant: its mean of probabilities against independent members, paired by repetition."""
-    return [
+    found = [
         difference_claim(
             f"{settings.count} {settings.model} members ({variant.title}) have a lower loss than independent ones at equal "
             "training cost (probs)",
@@ -199,6 +199,13 @@ def claims(rows: Rows, settings: Settings, caveats: tuple[str, ...]) -> list[Cla
         for label, variant in VARIANTS.items()
         if label != "independent" and (values := gains(rows, label, "probs"))
     ]
+    init, order = rows.get(("init", "probs")), rows.get(("order", "probs"))
+    values = list(gains_by_seed(order.losses, init.losses).values()) if init and order else []
+    if values:
+        text = "members that differ in the order of the data alone have a lower loss than members that differ in the weights alone"
+        paper = "order matters more than initialization (figure only), section 7"
+        found.append(difference_claim(text, values, id="ensembling.order-init", paper=paper, caveats=caveats))
+    return found
 
 
 def table(rows: Rows, settings: Settings, tokens: int) -> Table:

@@ -162,7 +162,7 @@ def claims(study: Study, text: Student, soft: Settings, caveats: tuple[str, ...]
     arms = []
     for way in WAYS:
         losses = {seed: record.loss for seed, record in records(study, text, soft, way).items()}
-        arms.append(ArmLosses(label=way, losses=losses, caveats=caveats))
+        arms.append(ArmLosses(label=way, losses=losses, caveats=(*caveats, "no student is tuned")))
     pairs = [
         Pair(
             better=way,

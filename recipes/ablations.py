@@ -160,8 +160,8 @@ def _steps_claim(changed: Losses, plain: dict[int, float], grid: Sweep) -> Claim
 
 
 FIRA_CLAIMS = {
-    NO_LIMITER: ("ablations.fira-limiter", "0.037 nats at 60M (perplexity 31.06 to 32.22), fira section 2"),
-    ONE_FACTOR: ("ablations.fira-columns", "0.015 nats at 60M (perplexity 31.06 to 31.52), fira section 2"),
+    NO_LIMITER: ("ablations.fira-limiter", 0.037, "0.037 nats at 60M (perplexity 31.06 to 32.22), fira section 2"),
+    ONE_FACTOR: ("ablations.fira-columns", 0.015, "0.015 nats at 60M (perplexity 31.06 to 31.52), fira section 2"),
 }
 
 
@@ -169,9 +169,9 @@ def _fira_claim(change: Arm, losses: dict[int, float], plain: dict[int, float], 
     rises = [-gain for gain in gains_by_seed(losses, plain).values()]
     if not rises:
         return None
-    id, paper = FIRA_CLAIMS[change]
+    id, size, paper = FIRA_CLAIMS[change]
     text = f"Fira: {change.label} raises the loss"
-    return difference_claim(text, rises, id=id, paper=paper, caveats=_few(len(rises), grid))
+    return difference_claim(text, rises, id=id, paper=paper, size=size, caveats=_few(len(rises), grid))
 
 
 def _rank_claim(changed: Losses, grid: Sweep) -> Claim | None:

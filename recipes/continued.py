@@ -7,22 +7,23 @@ Results: recipes/results/<scale>/report.md
 """
 
 import math
+import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
 
 from epochal.names import named_ensemble
 from epochal.ranges import Batch, Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens
-from epochal.records import Record
 from epochal.report.claims import Claim
+from epochal.report.comparison import difference_claim, gains_by_seed, long_enough, members_gain
 from epochal.report.sections import Section, Table
-from epochal.run import Ensemble, Job, Run
+from epochal.run import SOUP, Ensemble, Job, Run
 from epochal.scale import Point, Scale
 from epochal.study import Study
 from recipes import heavy_weight_decay
 
 STEPS = ("large batch, one pass", "small batch, one pass", "small batch, repeated")
-AVERAGES = ("logits", "probs", "parameters")
+AVERAGES = ("logits", "probs", SOUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Settings(Ranged):
     unique_tokens: Tokens
     batch_sizes: Annotated[tuple[Batch, ...], Items(2, 2)]  # the default and the small one, in sequences
     epochs: Epochs  # of the repeated text
-    lr: Rate
+    # Every step takes the one with the lowest loss, found with its first seed.
+    lr: Annotated[tuple[Rate, ...], Items()]
     wd: Decay
     members: Repeats
     # Budgets for further single passes of the default.
@@ -59,38 +61,56 @@ class Continuation:
     settings: Settings
     base: str
 
-    def run(self, tokens: int, batch: int, epochs: int, seed: int = 0) -> Run:
+    def run(self, tokens: int, batch: int, epochs: int, lr: float, seed: int = 0) -> Run:
         """Return one run that continues from the base; `seed` orders the data."""
         here = self.settings
-        point = Point(lr=here.lr, epochs=epochs, wd=here.wd)
-        changes = {"data": here.data, "batch_size": batch, "init_from": self.base}
+        point = Point(lr=lr, epochs=epochs, wd=here.wd)
+        # Sequences, not documents: few long documents have few orders, and members must see different ones.
+        changes = {"data": here.data, "batch_size": batch, "init_from": self.base, "data_order": "sequences"}
         return self.study.scale.run(here.model, tokens, point, seed=seed, **changes)
 
-    def steps(self) -> list[Run]:
-        """Return the single models of `STEPS`."""
+    def tries(self, step: str) -> list[Run]:
+        """Return the first seed of one of `STEPS` at every learning rate."""
         (large, small), here = self.settings.batch_sizes, self.settings
-        return [self.run(here.unique_tokens, *step) for step in ((large, 1), (small, 1), (small, here.epochs))]
+        batch, epochs = {STEPS[0]: (large, 1), STEPS[1]: (small, 1), STEPS[2]: (small, here.epochs)}[step]
+        return [self.run(here.unique_tokens, batch, epochs, lr) for lr in here.lr]
+
+    def seeds(self, step: str, count: int) -> list[Run]:
+        """Return `count` orders of the data at the best learning rate of one step; none before all have been tried."""
+        tries = self.tries(step)
+        losses = {run: loss for run in tries if (loss := self.study.loss(run)) is not None}
+        if len(tries) > 1 and len(losses) < len(tries):
+            return []
+        best = min(tries, key=lambda run: (losses.get(run, math.inf), run.optimizer.lr))
+        setting = (best.unique_tokens, best.batch_size, best.epochs, best.optimizer.lr)
+        return [self.run(*setting, seed) for seed in range(count)]
+
+    def steps(self) -> dict[str, list[Run]]:
+        """Return the single models of `STEPS`, one for each seed of the scale."""
+        return {step: self.seeds(step, self.study.scale.seeds) for step in STEPS}
 
     def members(self) -> list[Run]:
         """Return the members: the last step with other orders of the data, since all start from the same weights."""
-        here = self.settings
-        return [self.run(here.unique_tokens, here.batch_sizes[1], here.epochs, seed) for seed in range(here.members)]
+        return self.seeds(STEPS[-1], self.settings.members)
 
     def full_passes(self) -> list[Run]:
         """Return the default recipe, one pass with the large batch, over more tokens: what the gain is worth in text."""
-        return [self.run(tokens, self.settings.batch_sizes[0], 1) for tokens in self.settings.more_tokens]
+        first = self.seeds(STEPS[0], 1)
+        return [self.run(d, run.batch_size, 1, run.optimizer.lr) for d in self.settings.more_tokens for run in first]
 
     def ensembles(self, data: str | None = None) -> list[Ensemble]:
         """Return the ensembles of all members, one for each average; `data` names another text to judge them on."""
         names = tuple(run.name for run in self.members())
-        return [named_ensemble(names, average, data=data) for average in AVERAGES]
+        return [named_ensemble(names, average, data=data) for average in AVERAGES] if names else []
 
-    def on_first_text(self) -> list[Ensemble]:
-        """Return the steps, as ensembles of one, and the ensembles, judged on the first text; none for another's base."""
-        if self.settings.base:
-            return []
+    def on_first_text(self, step: str) -> list[Ensemble]:
+        """Return the models of one step, to judge them on the first text.
+
+        Each is an ensemble of one; none for a base from elsewhere.
+        """
         first = self.study.scale.data
-        return [*(named_ensemble((run.name,), "logits", data=first) for run in self.steps()), *self.ensembles(first)]
+        runs = [] if self.settings.base else self.steps()[step]
+        return [named_ensemble((run.name,), "logits", data=first) for run in runs]
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
@@ -115,7 +135,10 @@ def plan(study: Study) -> list[Job]:
         return []
     jobs: list[Job] = [] if settings.base else heavy_weight_decay.plan(study)
     if here is not None:
-        jobs += [*here.steps(), *here.members(), *here.full_passes(), *here.ensembles(), *here.on_first_text()]
+        jobs += [run for step in STEPS for run in (*here.tries(step), *here.steps()[step])]
+        jobs += [*here.members(), *here.full_passes(), *here.ensembles()]
+        jobs += [] if settings.base else here.ensembles(study.scale.data)
+        jobs += [job for step in STEPS for job in here.on_first_text(step)]
     return jobs
 
 
@@ -133,31 +156,46 @@ def report(study: Study) -> Section:
     return Section(
         title=title,
         question=question,
-        claims=(*_step_claims(here), *_ensemble_claims(here)),
+        claims=(*_step_claims(here), *_forgetting_claim(here), *_ensemble_claims(here)),
         tables=(_table(here, rows),) if rows else (),
     )
 
 
-Row = tuple[str, Record, Record | None]
+# A step or an average: what, optimizer steps, learning rate, losses on the second text, on its test split, on the first text.
+Row = tuple[str, int | None, float | None, list[float], list[float], list[float]]
 
 
 def _rows(here: Continuation) -> list[Row]:
-    """Return every finished step: its name, its record on the second text, its record on the first."""
-    jobs: list[Run | Ensemble] = [*here.steps(), *here.ensembles()]
-    names = (*STEPS, *(f"{here.settings.members} members, mean {average}" for average in AVERAGES))
-    get = here.study.records.get
-    # A base from elsewhere was trained on another text, so forgetting cannot be measured.
-    back = [get(job) for job in here.on_first_text()] or [None] * len(jobs)
-    rows = [(what, get(job), first) for what, job, first in zip(names, jobs, back, strict=True)]
-    return [(what, record, first) for what, record, first in rows if record is not None]
+    get, first = here.study.records.get, here.study.scale.data
+    found = list[Row]()
+    for step in STEPS:
+        runs = here.steps()[step]
+        records = [record for run in runs if (record := get(run)) is not None and math.isfinite(record.loss)]
+        # A base from elsewhere was trained on another text, so forgetting cannot be measured.
+        back = [record.loss for job in here.on_first_text(step) if (record := get(job)) is not None]
+        if records:
+            tests = [record.results["test_loss"] for record in records if "test_loss" in record.results]
+            setting = (runs[0].steps, runs[0].optimizer.lr)
+            found.append((step, *setting, [record.loss for record in records], tests, back))
+    for job, again in zip(here.ensembles(), [] if here.settings.base else here.ensembles(first), strict=False):
+        record, back_record = get(job), get(again)
+        if record is not None:
+            what = f"{here.settings.members} members, mean {job.average}"
+            tests = [record.results["test_loss"]] if "test_loss" in record.results else []
+            found.append((what, None, None, [record.loss], tests, [back_record.loss] if back_record else []))
+    return found
 
 
 def _table(here: Continuation, rows: list[Row]) -> Table:
     first = here.study.scale.data
     return Table(
-        title=f"Continued on {here.settings.data} with {here.settings.unique_tokens:,} tokens (loss on {first}: forgetting)",
-        columns=("step", "loss", "test loss", f"loss on {first}"),
-        rows=tuple((what, r.loss, r.results.get("test_loss"), back.loss if back else None) for what, r, back in rows),
+        title=f"Continued on {here.settings.data} with {here.settings.unique_tokens:,} tokens (loss on {first}: forgetting; "
+        "means over seeds)",
+        columns=("step", "steps", "lr", "loss", "test loss", f"loss on {first}", "seeds"),
+        rows=tuple(
+            (what, steps, lr, *(statistics.fmean(one) if one else None for one in losses), len(losses[0]))
+            for what, steps, lr, *losses in rows
+        ),
     )
 
 
@@ -167,51 +205,54 @@ STEP_CLAIMS = {
 }
 
 
+def _losses(here: Continuation, step: str) -> dict[int, float]:
+    return {seed: r.loss for seed, r in here.study.finite(dict(enumerate(here.steps()[step]))).items()}
+
+
 def _step_claims(here: Continuation) -> list[Claim]:
-    losses = [math.inf if (loss := here.study.loss(run)) is None else loss for run in here.steps()]
-    return [
-        Claim(
-            id=f"continued.{key}",
-            text=f"continued: {later} beats {earlier}",
-            value=f"{before - after:+.4f} nats",
-            holds=after < before,
-            paper=paper,
-            provisional=("one seed",),
-        )
-        for (earlier, later), (before, after), (key, paper) in zip(
-            pairwise(STEPS), pairwise(losses), STEP_CLAIMS.items(), strict=True
-        )
-        if math.isfinite(before) and math.isfinite(after)
-    ]
+    claims = []
+    for (earlier, later), (key, paper) in zip(pairwise(STEPS), STEP_CLAIMS.items(), strict=True):
+        # Paired by seed: runs of one seed start from the same weights.
+        gains = list(gains_by_seed(_losses(here, later), _losses(here, earlier)).values())
+        if gains:
+            text, runs = f"continued: {later} beats {earlier}", [*here.steps()[earlier], *here.steps()[later]]
+            claims.append(long_enough(difference_claim(text, gains, id=f"continued.{key}", paper=paper), runs))
+    return claims
+
+
+def _forgetting_claim(here: Continuation) -> list[Claim]:
+    """Report what the last step costs on the first text."""
+    base, get = here.study.records.named(here.base), here.study.records.get
+    rises = [record.loss - base.loss for job in here.on_first_text(STEPS[-1]) if base and (record := get(job))]
+    text = f"continued: {STEPS[-1]} raises the loss on {here.study.scale.data}, the first text"
+    return [difference_claim(text, rises, id="continued.forgetting")] if rises else []
 
 
 def _ensemble_claims(here: Continuation) -> list[Claim]:
     count = here.settings.members
     single = [loss for run in here.members() if (loss := here.study.loss(run)) is not None]
-    losses = {job.average: loss for job in here.ensembles() if (loss := here.study.loss(job)) is not None}
-    if len(single) < count or len(losses) < len(AVERAGES):
+    records = {job.average: record for job in here.ensembles() if (record := here.study.records.get(job)) is not None}
+    if len(single) < count or len(records) < len(AVERAGES):
         return []
-    mean, logits, soup = sum(single) / len(single), losses["logits"], losses["parameters"]
-    claims = [
-        Claim(
+    logits, soup = records["logits"], records[SOUP]
+    return [
+        members_gain(
+            f"continued: {count} members (logits) beat one of them",
+            logits,
             id="continued.ensemble",
-            text=f"continued: {count} members (logits) beat one of them",
-            value=f"{mean - logits:+.4f} nats",
-            seeds=count,
-            holds=logits < mean,
             paper="35.82 to 40.58% accuracy with 8, section 11",
         ),
         Claim(
             id="continued.soup",
             text="continued: members from the same weights average as well in their weights as in their logits",
-            value=f"{logits - soup:+.4f} nats",
+            value=f"{logits.loss - soup.loss:+.4f} nats",
             seeds=count,
-            holds=soup <= logits,
+            holds=soup.loss <= logits.loss,
             paper="weights slightly better, section 11",
             provisional=("one set of members",),
         ),
+        *_worth_claim(here, logits.loss),
     ]
-    return [*claims, *_worth_claim(here, logits)]
 
 
 def _worth_claim(here: Continuation, reached: float) -> list[Claim]:
@@ -222,13 +263,13 @@ def _worth_claim(here: Continuation, reached: float) -> list[Claim]:
     if not losses or len(losses) < len(passes):
         return []
     most = max((budget for budget, loss in losses.items() if loss > reached), default=tokens)
-    return [
-        Claim(
-            id="continued.worth",
-            text=f"continued: {here.settings.members} members on {tokens:,} tokens beat one pass of the default over {most:,}",
-            value=f"{most / tokens:.1f}x",
-            holds=most > tokens,
-            paper="17.5x, section 11",
-            provisional=("one seed", *(("the largest pass that was run",) if most == max(losses) else ())),
-        )
-    ]
+    claim = Claim(
+        id="continued.worth",
+        text=f"continued: {here.settings.members} members on {tokens:,} tokens beat one pass of the default over {most:,}",
+        value=f"{most / tokens:.1f}x",
+        holds=most > tokens,
+        sizes=(most / tokens, 17.5),
+        paper="17.5x, section 11",
+        provisional=("the largest pass that was run",) if most == max(losses) else (),
+    )
+    return [long_enough(claim, [*here.steps()[STEPS[0]], *passes])]

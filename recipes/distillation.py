@@ -8,21 +8,23 @@ Results: recipes/results/<scale>/report.md
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from epochal.records import Record
 from epochal.report.claims import Claim
+from epochal.report.comparison import welch_claim
 from epochal.report.figures import draw_bars
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Scale
-from epochal.scaling import seed_interval
 from epochal.search.searches import Search
 from epochal.study import Study
 from recipes import _soft_targets, ensembling, epoching, heavy_weight_decay
 
 TEACHERS = {"ensemble": "the ensemble", "self": "one member of its own size"}
+# A control (spec section 9): the same sampled text without the real one, for as many steps.
+SYNTHETIC = "self-alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class Settings(_soft_targets.Student):
     """The student of sampled text, and optionally other ways to teach."""
 
     soft_targets: _soft_targets.Settings | None = None
+    # Decays that the first seed of each student tries; all seeds take the best. Empty: `wd`, untuned.
+    tune_wd: tuple[float, ...] = ()
+    synthetic_only: bool = False  # students of one member's text without real text as well
 
     def check(self, scale: Scale) -> None:
         """Refuse a student outside of the ladder, or soft targets without an ensemble."""
@@ -43,9 +48,12 @@ class Settings(_soft_targets.Student):
 def plan(study: Study) -> list[Job]:
     """Return the ensembles, text sampled from them and from one member, and students."""
     settings, jobs = study.settings(Settings), ensembling.plan(study)
-    for teacher in TEACHERS if settings else ():
-        for seed in range(study.scale.seeds):
-            jobs += student(study, teacher, seed)
+    for teacher in teachers(study):
+        for wd in decays(study) if teacher in TEACHERS else ():
+            jobs += student(study, teacher, wd)
+        best = best_decay(study, teacher)
+        for seed in range(study.scale.seeds) if best is not None and tuned(study, teacher) else ():
+            jobs += student(study, teacher, best, seed)
     if settings is not None and settings.soft_targets is not None:
         jobs += _soft_targets.plan(study, settings, settings.soft_targets)
     return jobs
@@ -56,7 +64,42 @@ def searches(study: Study) -> list[Search]:
     return ensembling.searches(study)
 
 
-def student(study: Study, teacher: str, seed: int = 0) -> tuple[Job, ...]:
+def teachers(study: Study) -> tuple[str, ...]:
+    """Return who teaches: those of TEACHERS, and the control without real text."""
+    settings = study.settings(Settings)
+    if settings is None:
+        return ()
+    return (*TEACHERS, *((SYNTHETIC,) if settings.synthetic_only else ()))
+
+
+def decays(study: Study) -> tuple[float, ...]:
+    """Return the decays that the first seed of every student tries."""
+    settings = study.settings(Settings)
+    return () if settings is None else settings.tune_wd or (settings.wd,)
+
+
+def tries(study: Study, teacher: str) -> dict[float, float]:
+    """Return the known first-seed losses of one teacher's students by decay."""
+    # The control takes the decay of the self-distilled student, with which it is compared.
+    teacher = "self" if teacher == SYNTHETIC else teacher
+    jobs = {wd: student(study, teacher, wd) for wd in decays(study)}
+    return {wd: loss for wd, found in jobs.items() if found and (loss := study.loss(found[-1])) is not None}
+
+
+def tuned(study: Study, teacher: str) -> bool:
+    """Whether the first seed has tried every decay, or there is none to choose."""
+    return len(decays(study)) == 1 or len(tries(study, teacher)) == len(decays(study))
+
+
+def best_decay(study: Study, teacher: str) -> float | None:
+    """Return the best known decay of one teacher's students; None before the first."""
+    losses = tries(study, teacher)
+    if len(decays(study)) == 1:
+        return decays(study)[0]
+    return min(losses, key=lambda wd: (losses[wd], wd), default=None)
+
+
+def student(study: Study, teacher: str, wd: float, seed: int = 0) -> tuple[Job, ...]:
     """Return the Samples of a teacher and a student that learns from them; nothing before the teacher is known.
 
     "ensemble": the members of the best ensemble one by one; "self": the first member of the student's own size alone.
@@ -72,12 +115,17 @@ def student(study: Study, teacher: str, seed: int = 0) -> tuple[Job, ...]:
         return ()
     # Any average will do: Samples draw from the members one by one.
     source = ensembles[0].name if teacher == "ensemble" else ensembles[0].runs[0]
-    return _soft_targets.text_student(study, settings, settings.model, source, seed)
+    text: _soft_targets.Student = replace(settings, wd=wd)
+    if teacher == SYNTHETIC:
+        # As many steps as with real text: epochs then count passes over as many sampled tokens as there are real ones.
+        text = replace(text, fraction=1.0, epochs=round(settings.epochs / (1 - settings.fraction)))
+    return _soft_targets.text_student(study, text, settings.model, source, seed)
 
 
 def students(study: Study, teacher: str) -> dict[int, Run]:
-    """Return one teacher's students by seed; none before the teacher is known."""
-    jobs = {seed: student(study, teacher, seed) for seed in range(study.scale.seeds)}
+    """Return one teacher's students at their best decay by seed; none before it is known."""
+    best = best_decay(study, teacher)
+    jobs = {} if best is None else {seed: student(study, teacher, best, seed) for seed in range(study.scale.seeds)}
     return {seed: run for seed, found in jobs.items() for run in found if isinstance(run, Run)}
 
 
@@ -108,12 +156,13 @@ def report(study: Study) -> Section:
     settings, tokens = study.settings(Settings), study.scale.unique_tokens[0]
     if settings is None:
         return Section(title=title, question=question, notes=("This scale has no table [distillation].",))
-    missing = heavy_weight_decay.missing(study, tokens)
+    taught = [ensembling.best_model(study, tokens)] if ensembling.best_ensembles(study, tokens) else []
+    missing = heavy_weight_decay.missing_of(study, tokens, settings.model, *taught)
     claims = [claim for teacher in TEACHERS for claim in _student_claims(study, settings.model, teacher, missing)]
-    claims += _teacher_claim(study, missing)
+    claims += [*_teacher_claim(study, missing), *_synthetic_claim(study, missing)]
     tables, notes, soft = list[Table](), list[str](), settings.soft_targets
     if soft is not None:
-        claims += _soft_targets.claims(study, settings, soft, missing)
+        claims += _soft_targets.claims(study, settings, soft, heavy_weight_decay.missing_of(study, tokens, soft.model))
         tables, notes = _soft_targets.tables(study, settings, soft), _soft_targets.notes(study, settings, soft)
     steps = chain(study)
     names = [f"{role}: {record.job.name}" for role, record in roles(study).items()]
@@ -129,63 +178,98 @@ def report(study: Study) -> Section:
     )
 
 
+PAPER = {
+    "ensemble": ("0.21 nats (3.57 to 3.36), section 9", 0.21),
+    "self": ("0.14 nats (3.57 to 3.43), section 9", 0.14),
+}
+
+
+def _losses(study: Study, teacher: str) -> list[float]:
+    return [record.loss for record in student_records(study, teacher)]
+
+
 def _student_claims(study: Study, size: str, teacher: str, missing: tuple[str, ...]) -> list[Claim]:
     single = heavy_weight_decay.best(study, size, study.scale.unique_tokens[0])
-    losses = [record.loss for record in student_records(study, teacher)]
+    losses, caveats = _losses(study, teacher), (*missing, *_untuned(study, teacher))
     if not losses or not single:
         return []
-    loss, ends, caveats = statistics.fmean(losses), seed_interval(losses), _caveats(missing, losses)
-    claims = [
-        Claim(
-            id=f"distillation.student-of-{teacher}",
-            text=f"a {size} student of {TEACHERS[teacher]} beats the best single {size}",
-            value=f"{single.mean - loss:.4f} nats ({single.mean:.4f} to {loss:.4f})",
-            interval=None if ends is None else (single.mean - ends[1], single.mean - ends[0]),
-            seeds=len(losses),
-            paper=f"{'0.21 nats (3.57 to 3.36)' if teacher == 'ensemble' else '0.14 nats (3.57 to 3.43)'}, section 9",
-            holds=loss < single.mean,
-            provisional=caveats,
-        )
-    ]
+    paper, effect = PAPER[teacher]
+    gain = welch_claim(
+        f"a {size} student of {TEACHERS[teacher]} beats the best single {size}",
+        losses,
+        list(single.losses.values()),
+        id=f"distillation.student-of-{teacher}",
+        paper=paper,
+        size=effect,
+        caveats=caveats,
+        search=heavy_weight_decay.choice(single),
+    )
     ensemble = ensembling.best_ensemble(study, study.scale.unique_tokens[0])
-    if teacher == "ensemble" and ensemble is not None and single.mean > ensemble.loss:
-        # 0: as good as the best single model; 1: as good as the ensemble.
-        share = (single.mean - loss) / (single.mean - ensemble.loss)
-        claims.append(
-            Claim(
-                id="distillation.share",
-                text="the student keeps more than half of the ensemble's gain",
-                value=f"{100 * share:.0f}%",
-                seeds=len(losses),
-                paper="83%, section 9",
-                holds=share > 0.5,
-                provisional=caveats,
-            )
-        )
-    return claims
+    if teacher != "ensemble" or ensemble is None or single.mean <= ensemble.loss:
+        return [gain]
+    # 0: as good as the best single model; 1: as good as the ensemble.
+    room = single.mean - ensemble.loss
+    share = (single.mean - statistics.fmean(losses)) / room
+    ends = None if gain.interval is None else (100 * gain.interval[0] / room, 100 * gain.interval[1] / room)
+    share_claim = Claim(
+        id="distillation.share",
+        text="the student keeps more than half of the ensemble's gain",
+        value=f"{100 * share:.0f}%",
+        interval=ends,
+        seeds=len(losses),
+        paper="83%, section 9",
+        holds=share > 0.5,
+        provisional=(*caveats, *(("within noise",) if ends and ends[0] <= 50 <= ends[1] else ())),
+    )
+    return [gain, share_claim]
 
 
-def _caveats(missing: tuple[str, ...], losses: list[float]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*missing, *(("one seed",) if len(losses) < 2 else ()))))
+def _untuned(study: Study, teacher: str) -> tuple[str, ...]:
+    """Name what the search for the students' decay lacks, and what their seeds share."""
+    grid, best = sorted(decays(study)), best_decay(study, teacher)
+    # Students of all seeds read one text: their spread does not show what another member would teach.
+    shared = () if teacher == "ensemble" else ("one teacher",)
+    if len(grid) < 2:
+        return ("the student is not tuned", *shared)
+    if not tuned(study, teacher):
+        return ("decays of the student that have not run", *shared)
+    return (*(("the student's decay is at the end of its grid",) if best in (grid[0], grid[-1]) else ()), *shared)
 
 
 def _teacher_claim(study: Study, missing: tuple[str, ...]) -> list[Claim]:
-    """Report whether students of one member beat that member."""
-    jobs, losses = student(study, "self"), [record.loss for record in student_records(study, "self")]
-    teacher = study.records.named(jobs[0].source) if jobs else None  # type: ignore[union-attr]
-    if teacher is None or not losses:
+    """Report whether students of one member beat models of its setting."""
+    settings, losses = study.settings(Settings), _losses(study, "self")
+    if settings is None or not losses:
         return []
-    loss, ends = statistics.fmean(losses), seed_interval(losses)
+    # The teacher is one run, which has no variance; all members were trained like it.
+    alike = study.finite(dict(enumerate(ensembling.members(study, settings.model, study.scale.unique_tokens[0]))))
     return [
-        Claim(
+        welch_claim(
+            f"a self-distilled student beats models of its teacher's setting ({len(alike)} members)",
+            losses,
+            [record.loss for record in alike.values()],
             id="distillation.beats-teacher",
-            text="a self-distilled student beats its teacher",
-            value=f"{teacher.loss - loss:+.4f} nats ({teacher.loss:.4f} to {loss:.4f})",
-            interval=None if ends is None else (teacher.loss - ends[1], teacher.loss - ends[0]),
-            seeds=len(losses),
             paper="3.71 to 3.43, section 9",
-            holds=loss < teacher.loss,
-            provisional=_caveats(missing, losses),
+            size=0.28,
+            caveats=(*missing, *_untuned(study, "self")),
+        )
+    ]
+
+
+def _synthetic_claim(study: Study, missing: tuple[str, ...]) -> list[Claim]:
+    """Report what real text adds to the text of one member."""
+    alone, mixed = _losses(study, SYNTHETIC) if SYNTHETIC in teachers(study) else [], _losses(study, "self")
+    if not alone or not mixed:
+        return []
+    return [
+        welch_claim(
+            "a self-distilled student with real text beats one of sampled text alone, at equal student cost",
+            mixed,
+            alone,
+            id="distillation.synthetic-only",
+            paper="4.07 without, 3.44 with as much real text, section 9",
+            size=0.63,
+            caveats=(*missing, *_untuned(study, "self")),
         )
     ]
 
@@ -219,7 +303,7 @@ def chain(study: Study) -> list[Step]:
     ensemble = ensembling.best_ensemble(study, tokens)
     if ensemble is not None:
         steps.append(Step(f"ensemble of {ensemble.results['members']}", ensemble.results["members"], [ensemble]))
-    for teacher, what in (("ensemble", "the ensemble"), ("self", "itself")):
+    for teacher, what in (("ensemble", "the ensemble"), ("self", "itself"), (SYNTHETIC, "itself, no real text")):
         records = student_records(study, teacher)
         if records:
             steps.append(Step(f"student of {what}", 1, records))

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from epochal.names import named_ensemble
 from epochal.ranges import Items, Ranged
 from epochal.records import Record
-from epochal.report.claims import Claim
+from epochal.report.claims import Case, Claim
+from epochal.report.comparison import family_claim
 from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Ensemble, Job, Run
@@ -31,6 +32,8 @@ from recipes import distillation, ensembling, epoching, heavy_weight_decay
 KINDS = {"standard": "standard decay", "tuned": "tuned decay", "members": "members together", "student": "students"}
 # Draws of the questions behind an interval.
 RESAMPLES = 2000
+# Degrees of freedom of a mean over thousands of questions, which is normal.
+LARGE = 1e6
 # Models below which an order says nothing.
 FEWEST = 4
 
@@ -64,11 +67,12 @@ def searches(study: Study) -> list[Search]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Models that answer as one: of which kind, in words, and the job."""
+    """Models that answer as one: of which kind and size, in words, and the job."""
 
     kind: str
     what: str
     job: Ensemble
+    model: str
 
 
 def entries(study: Study) -> list[Entry]:
@@ -94,7 +98,8 @@ def entries(study: Study) -> list[Entry]:
 
 def _entry(study: Study, kind: str, what: str, runs: tuple[Run, ...]) -> Entry:
     """Return the ensemble of `runs` that answers the scale's tasks; one run is an ensemble of one."""
-    return Entry(kind, what, named_ensemble(tuple(run.name for run in runs), "logits", tasks=tasks(study)))
+    job = named_ensemble(tuple(run.name for run in runs), "logits", tasks=tasks(study))
+    return Entry(kind, what, job, runs[0].model)
 
 
 # --- answers, and resampled questions ---------------------------------------------------------------------------------
@@ -182,16 +187,17 @@ def report(study: Study) -> Section:
         return Section(title=title, question=question, notes=(f"{len(found)} models have answered so far.",))
     caveats = heavy_weight_decay.missing(study, tokens)
     draws = resampled(found)
-    orders = _orders(found, draws)
+    orders, gains = _orders(found, draws), _gain_claims(found, draws["mean"], tokens, caveats)
     return Section(
         title=title,
         question=question,
-        claims=(*_order_claims(orders, study, caveats), *_gain_claims(found, draws["mean"], tokens)),
+        claims=(*_order_claims(orders, study, caveats), *_size_claim(study, found, draws["mean"]), *gains),
         tables=(_order_table(orders), _table(found, tokens)),
         figures=(_figure(found, tokens),),
         notes=(
             "Intervals are over resampled questions, the same for all models; the models stay as they are. Chance is a "
             "quarter for questions of four choices.",
+            *_chance_notes(found),
         ),
     )
 
@@ -208,9 +214,9 @@ class Order:
 
 
 def _orders(found: list[Answered], draws: dict[str, Floats]) -> list[Order]:
-    """Rank all models, those of tuned decay with members, and each kind."""
-    # Groups of fewer than FEWEST models are left out.
-    groups = {"all": tuple(KINDS), "tuned decay and members": ("tuned", "members")}
+    """Rank all models, the single ones that learned from text alone, and each kind."""
+    # Groups of fewer than FEWEST models are left out. Members of one size are nested, so they are no independent models.
+    groups = {"all": tuple(KINDS), SINGLE: ("standard", "tuned")}
     groups |= {words: (kind,) for kind, words in KINDS.items()}
     losses = np.array([one.record.loss for one in found])
     orders = []
@@ -223,7 +229,8 @@ def _orders(found: list[Answered], draws: dict[str, Floats]) -> list[Order]:
     return orders
 
 
-ORDER_IDS = {"all": "all", "tuned decay and members": "tuned"}
+SINGLE = "single models, no students"
+ORDER_IDS = {"all": "all", SINGLE: "single"}
 
 
 def _order_claims(orders: list[Order], study: Study, caveats: tuple[str, ...]) -> list[Claim]:
@@ -236,7 +243,7 @@ def _order_claims(orders: list[Order], study: Study, caveats: tuple[str, ...]) -
             interval=order.interval,
             seeds=study.scale.seeds,
             holds=None if order.interval is None else order.interval[0] > 0,
-            provisional=caveats,
+            provisional=(*caveats, *(("members of one size are nested",) if order.models == "all" else ())),
         )
         for order in orders
         if order.task == "mean" and order.models in ORDER_IDS and order.correlation is not None
@@ -244,35 +251,83 @@ def _order_claims(orders: list[Order], study: Study, caveats: tuple[str, ...]) -
 
 
 GAINS = {
-    "members": ("the ensemble with the lowest loss", "9.05 points (55.34 to 64.39%), section 10"),
-    "student": ("the student with the lowest loss", "6.85 points (55.34 to 62.19%), section 10"),
+    "members": ("the ensemble with the lowest loss", 9.05, "9.05 points (55.34 to 64.39%), section 10"),
+    "student": ("the student with the lowest loss", 6.85, "6.85 points (55.34 to 62.19%), section 10"),
 }
 
 
-def _gain_claims(found: list[Answered], draws: Floats, tokens: int) -> list[Claim]:
+def _gain_claims(found: list[Answered], draws: Floats, tokens: int, caveats: tuple[str, ...]) -> list[Claim]:
     """The paper's two gains over the best standard model, in points of accuracy; paired over questions."""
     best: dict[str, int] = {}
     for number, one in enumerate(found):  # the lowest loss of its kind comes first
         best.setdefault(one.entry.kind, number)
+    standard = [number for number, one in enumerate(found) if one.entry.kind == "standard"]
+    if not standard:
+        return []
+    # The baseline is the standard model with the most right answers, as the paper's: the comparison is against it.
+    base = max(standard, key=lambda number: found[number].accuracy)
     claims = []
-    for kind, (words, paper) in GAINS.items():
-        if "standard" not in best or kind not in best:
+    for kind, (words, effect, paper) in GAINS.items():
+        if kind not in best:
             continue
-        base, ours = (100 * draws[:, best[which]] for which in ("standard", kind))
-        interval = _interval(ours[1:] - base[1:])
+        before, after = (100 * draws[:, which] for which in (base, best[kind]))
+        interval = _interval(after[1:] - before[1:])
         claims.append(
             Claim(
                 id=f"downstream.gain.{kind}",
-                text=f"D = {tokens:,}: {words} ({found[best[kind]].entry.what}) answers more than the best "
-                f"standard model ({found[best['standard']].entry.what})",
-                value=f"{ours[0] - base[0]:+.2f} points ({base[0]:.2f} to {ours[0]:.2f}%)",
+                text=f"D = {tokens:,}: {words} ({found[best[kind]].entry.what}) answers more than the standard model with the "
+                f"most right answers ({found[base].entry.what})",
+                value=f"{after[0] - before[0]:+.2f} points ({before[0]:.2f} to {after[0]:.2f}%)",
                 interval=interval,
                 paper=paper,
+                sizes=(float(after[0] - before[0]), effect),
                 holds=None if interval is None else interval[0] > 0,
-                provisional=("one seed",),
+                provisional=(*caveats, "one seed"),
             )
         )
     return claims
+
+
+def _size_claim(study: Study, found: list[Answered], draws: Floats) -> list[Claim]:
+    """Does tuned decay answer more than standard decay at every size? Paired over questions."""
+    cases = list[Case]()
+    for model in study.scale.models:
+        groups = {
+            kind: [n for n, one in enumerate(found) if one.entry.kind == kind and one.entry.model == model]
+            for kind in ("standard", "tuned")
+        }
+        if all(groups.values()):
+            before, after = (100 * draws[:, numbers].mean(axis=1) for numbers in groups.values())
+            gain, spread = float(after[0] - before[0]), float(np.std(after[1:] - before[1:]))
+            interval = _interval(after[1:] - before[1:])
+            cases.append(Case(model, gain, interval, gain / spread if spread else None, dof=LARGE))
+    if not cases:
+        return []
+    return [
+        family_claim(
+            "tuned decay answers more than standard decay at every size",
+            cases,
+            [case.value > 0 for case in cases],
+            id="downstream.tuned",
+            unit="points",
+            paper="3.05 points (55.34 to 58.39%), section 10",
+            sizes=(cases[-1].value, 3.05),
+            seeds=1,  # of standard decay
+            provisional=("one seed of standard decay",),
+        )
+    ]
+
+
+def _chance_notes(found: list[Answered]) -> list[str]:
+    """Name the tasks that no model answers better than by chance."""
+    notes = []
+    for task, answers in found[0].right.items():
+        mean, error = float(np.mean([one.right[task].mean() for one in found])), math.sqrt(3 / 16 / len(answers))
+        if abs(mean - 0.25) < 2 * error:
+            notes.append(
+                f"{task}: {100 * mean:.1f}% right on average is chance, so half of the mean over tasks is noise."
+            )
+    return notes
 
 
 def _order_table(orders: list[Order]) -> Table:

@@ -1,9 +1,9 @@
 """How low is the loss of K independent models together, and in which limit? (Spec 6, 7.)
 
-Claim: the mean of K members beats the best single model; the excess over the limit falls like 1 / K. Members trained twice
-as long with half the decay make a better ensemble although each is worse alone. If that fails at this scale, members are
-also trained at the single model's optimum, and the better set is used downstream. Baselines at equal training cost:
-snapshots, chains, averaged weights, dropout, masked inputs, and weights of members learned on held-out text.
+Claim: the mean of K members beats the best single model, fewer members predict the loss of more, and the limit in K is
+below that of single models in N. Members trained twice as long with half the decay have the lower limit although each is
+worse alone; members at the single model's optimum are trained too, and the set with the lower limit is used downstream.
+Baselines at equal training cost: snapshots, chains, averaged weights, dropout, masked inputs, weights learned on held-out text.
 Command: epochal run ensembling --scale demo
 Results: recipes/results/<scale>/report.md
 """
@@ -15,14 +15,24 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from epochal.names import named_ensemble
-from epochal.ranges import Items, Range, Ranged, Repeats
+from epochal.ranges import Items, Range, Ranged, Repeats, Tokens
 from epochal.records import Record
-from epochal.report.claims import Claim
+from epochal.report.claims import Case, Claim
+from epochal.report.comparison import family_claim, family_table, measured_case
 from epochal.report.figures import draw_law, draw_series
 from epochal.report.sections import Figure, Section, Table
-from epochal.run import AVERAGES, Ensemble, Job, Run, inputs
+from epochal.run import AVERAGES, SOUP, Ensemble, Job, Run, inputs
 from epochal.scale import Point, Scale, member_point
-from epochal.scaling import JointLaw, MembersLaw, compare_limits, fit_joint, fit_members, fit_power_law
+from epochal.scaling import (
+    JointLaw,
+    MembersLaw,
+    compare_limits,
+    fit_joint,
+    fit_members,
+    predict_members,
+    seed_interval,
+)
+from epochal.scaling.seeds import NORMAL
 from epochal.search.descent import members_limit
 from epochal.search.searches import Search
 from epochal.study import Study, mean_curve
@@ -32,8 +42,10 @@ from recipes.heavy_weight_decay import TUNED
 # A three-constant law in N needs at least three sizes.
 FEWEST_SIZES = 3
 
-# A free exponent in K needs at least four numbers of members.
+# Three constants are fitted to all numbers of members but the largest.
 FEWEST_COUNTS = 4
+PREDICTED = 0.01  # nats; the error allowed for the loss of all members
+SURE = 0.95  # probability above which one limit counts as below another
 
 # Nats; equal members would make an error of zero, which would weigh infinitely in a fit.
 SMALLEST_ERROR = 1e-6
@@ -46,8 +58,12 @@ class Settings(Ranged):
     models: Annotated[tuple[str, ...], Items(least=0)]  # sizes that get ensembles
     count: Repeats  # members of each
     # 2 or more: epochs and decay of members are tuned for the limit K to infinity, fitted from that many members a
-    # point. 0: the rule of twice the epochs and half the decay.
+    # point, as in the paper. 0: the rule of twice the epochs and half the decay.
     search_members: Annotated[int, Range(0, 1000)] = 0
+    # Budgets at which members are tuned; empty for all.
+    search_tokens: Annotated[tuple[Tokens, ...], Items(least=0)] = ()
+    # Sizes of which members are tuned; empty for all.
+    search_models: Annotated[tuple[str, ...], Items(least=0)] = ()
     member_variants: _member_variants.Settings | None = None
 
     def check(self, scale: Scale) -> None:
@@ -58,7 +74,12 @@ class Settings(Ranged):
             raise ValueError(
                 f"search_members is {self.search_members}; give 2 to count ({self.count}), or 0 for the rule."
             )
-        scale.check_models("models", *self.models)
+        scale.check_models("models and search_models", *self.models, *self.search_models)
+        unknown = sorted(set(self.search_tokens) - set(scale.unique_tokens))
+        if unknown:
+            raise ValueError(
+                f"search_tokens has {unknown}, which are not budgets of this scale; add them to unique_tokens."
+            )
         if self.member_variants is not None:
             self.member_variants.check(scale)
 
@@ -81,6 +102,7 @@ def plan(study: Study) -> list[Job]:
                 if point is not None:
                     jobs += [*members_at(study, model, tokens, point), *ensembles_at(study, model, tokens, point)]
         jobs += single_point_ensembles(study, tokens).values()
+    jobs += soup(study)
     return jobs + _member_variants.plan(study, here.member_variants, _variant_base(study))
 
 
@@ -90,31 +112,46 @@ def plan(study: Study) -> list[Job]:
 def best_point(study: Study, model: str, tokens: int) -> Point | None:
     """Return the members' point of one size; None before the search for it, or the choice between two, has ended.
 
-    Without a search for members: the rule's point, or the best single model's where as many members are better there.
+    Without a search for members: the rule's point, or the best single model's where its members have the lower limit.
     """
-    if settings(study).search_members:
+    if searched(study, model, tokens):
         descent = member_search(study, model, tokens).descent
-        return descent.best if descent.certified else None
+        return descent.best if descent.certified else _earlier_point(study, model, tokens)
     rule = _rule_point(study, model, tokens)
-    if rule is None or study.scale.seeds == 1:
+    if rule is None or study.records.get(ensembles_at(study, model, tokens, rule)[0]) is None:
+        return _earlier_point(study, model, tokens) or (rule if study.scale.seeds == 1 else None)
+    if study.scale.seeds == 1:
         return rule
     by_rule, plain = _both_points(study, model, tokens)
     if by_rule is None or plain is None:
         return None
-    losses = _both_losses(by_rule, plain)
-    single_is_lower = losses is not None and losses[1] < losses[0]
+    limits = _both_limits(by_rule, plain, study.scale.seeds)
+    single_is_lower = limits is not None and limits[1] < limits[0]
     return study.tuned(TUNED, model, tokens).best if single_is_lower else rule
 
 
-def _rule_point(study: Study, model: str, tokens: int) -> Point | None:
-    """Return the best single model's point as the rule changes it; None before that search has a certificate.
+def _earlier_point(study: Study, model: str, tokens: int) -> Point | None:
+    """Return the point of the best ensemble of an earlier optimum; None without any."""
+    # Where the best single model has moved, its members are still to come; until then the known ones count.
+    limits = {}
+    for point in study.known_points(TUNED, model, tokens):
+        records = [study.records.named(job.name) for job in ensembles_at(study, model, tokens, point)]
+        if all(record is not None and "curve" in record.results for record in records) and records[0] is not None:
+            limits[point] = members_limit(mean_curve(records[0]))
+    return min(limits, key=lambda point: (limits[point], point), default=None)
 
-    Also None where members are tuned by a search.
-    """
+
+def searched(study: Study, model: str, tokens: int) -> bool:
+    """Whether members of one size and budget are tuned by a search of their own."""
+    here = settings(study)
+    where = model in (here.search_models or here.models) and tokens in (here.search_tokens or study.scale.unique_tokens)
+    return here.search_members > 0 and where
+
+
+def _rule_point(study: Study, model: str, tokens: int) -> Point | None:
+    """Return the best single model's point as the rule changes it; None before that search has a certificate."""
     single = study.tuned(TUNED, model, tokens)
-    if settings(study).search_members or not single.certified or single.best is None:
-        return None
-    return member_point(single.best)
+    return member_point(single.best) if single.certified and single.best is not None else None
 
 
 def member_search(study: Study, model: str, tokens: int) -> Search:
@@ -139,17 +176,20 @@ def member_search(study: Study, model: str, tokens: int) -> Search:
         if any(study.loss(run) == math.inf for run in runs):
             return math.inf
         record = study.records.get(ensemble)
-        return None if record is None else members_limit(mean_curve(record))
+        if record is None:
+            return None
+        # What a plan assumes of runs to come is a loss without a curve.
+        return members_limit(mean_curve(record)) if "curve" in record.results else record.loss
 
-    return study.descend(f"{model} members, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of)
+    # The best single model's point competes: its seeds are members too.
+    known = (single.best,) if start and single.best and study.records.named(jobs_of(single.best)[-1].name) else ()
+    return study.descend(f"{model} members, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of, known)
 
 
 def member_searches(study: Study) -> list[Search]:
     """Return the searches for members; none where they follow the rule."""
-    here = settings(study)
-    if not here.search_members:
-        return []
-    return [member_search(study, model, tokens) for tokens in study.scale.unique_tokens for model in here.models]
+    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in settings(study).models]
+    return [member_search(study, *cell) for cell in cells if searched(study, *cell)]
 
 
 def searches(study: Study) -> list[Search]:
@@ -197,6 +237,12 @@ def single_point_ensembles(study: Study, tokens: int) -> dict[str, Ensemble]:
     }
 
 
+def soup(study: Study) -> list[Ensemble]:
+    """Return the mean of the weights of the best ensemble's members; none before it is known."""
+    best = best_ensembles(study, study.scale.unique_tokens[0])
+    return [named_ensemble(best[0].runs, SOUP)] if best else []
+
+
 def _variant_base(study: Study) -> _member_variants.MakeMember | None:
     """Return what makes the independent members with which variants are compared; None before their point is known."""
     variants, tokens = settings(study).member_variants, study.scale.unique_tokens[0]
@@ -225,15 +271,19 @@ def best_ensembles(study: Study, tokens: int) -> list[Ensemble]:
     done, models = finished(study, tokens), settings(study).models
     if len(done) < len(AVERAGES) * len(models) or not done:
         return []
-    best, _, _ = min(done, key=lambda entry: entry[2].loss)
-    return ensembles(study, best, tokens)
+    return ensembles(study, best_model(study, tokens), tokens)
+
+
+def best_model(study: Study, tokens: int) -> str:
+    """Return the size of the best ensemble; raises ValueError before any has run."""
+    return min(finished(study, tokens), key=lambda entry: entry[2].loss)[0]
 
 
 # --- laws ---------------------------------------------------------------------------------------------------------------
 
 
 def members_law(record: Record) -> MembersLaw:
-    """Fit E + A / K to the losses of one ensemble record (exponent 1: independent members, spec section 6).
+    """Fit the law in K to the losses of one ensemble record (spec section 6).
 
     Its interval is that of a new draw of members. Subsets share members, so their scatter alone would be far too narrow.
     """
@@ -270,22 +320,16 @@ def joint_law(done: Finished) -> JointLaw | None:
 
 def report(study: Study) -> Section:
     """Compare ensembles with the best single model, and extrapolate in K."""
-    claims: list[Claim] = []
-    tables, figures, notes = [], [], []
-    for tokens in study.scale.unique_tokens:
-        done = finished(study, tokens)
-        claims += _claims(study, tokens, done)
-        claims += _exponent_claims(study, tokens, done)
-        claims += _settings_claims(study, tokens)
-        claims += _joint_claim(study, tokens, done)
-        notes += _limit_notes(study, tokens, done)
-        if done:
-            tables.append(_table(tokens, done))
-            figures.append(_figure(study, tokens, done))
+    done = {tokens: finished(study, tokens) for tokens in study.scale.unique_tokens}
+    claims = [*_gain_claims(study, done), *_limit_claims(study, done), *_predicted_claim(done), *_rule_claim(study)]
+    claims += [*_soup_claim(study), *_joint_claim(study, done)]
+    tables = [_table(tokens, found) for tokens, found in done.items() if found]
+    tables += [family_table(claim, f"By case: {claim.text}") for claim in claims if len(claim.cases) > 1]
+    figures = [_figure(study, tokens, found) for tokens, found in done.items() if found]
     variants, tokens = settings(study).member_variants, study.scale.unique_tokens[0]
     rows = _member_variants.rows(study, variants, _variant_base(study))
     if rows and variants is not None:
-        claims += _member_variants.claims(rows, variants, heavy_weight_decay.missing(study, tokens))
+        claims += _member_variants.claims(rows, variants, heavy_weight_decay.missing_of(study, tokens, variants.model))
         tables.append(_member_variants.table(rows, variants, tokens))
     return Section(
         title="Ensembling",
@@ -293,60 +337,154 @@ def report(study: Study) -> Section:
         claims=tuple(claims),
         tables=tuple(tables),
         figures=tuple(figures),
-        notes=tuple(notes),
+        notes=tuple(note for tokens, found in done.items() for note in _limit_notes(study, tokens, found)),
     )
 
 
-def _claims(study: Study, tokens: int, done: Finished) -> list[Claim]:
-    best = best_ensemble(study, tokens)
-    single, model = heavy_weight_decay.best_single(study, tokens)
-    if best is None or not single or not isinstance(best.job, Ensemble):
+Done = dict[int, Finished]
+
+
+def half_width(interval: tuple[float, float] | None) -> float | None:
+    """Return half of an interval's width; None without one, and where an end is open."""
+    half = None if interval is None else (interval[1] - interval[0]) / 2
+    return half if half is not None and math.isfinite(half) else None
+
+
+def _around(gain: float, *halves: float | None) -> tuple[float, float] | None:
+    """Return the interval of a difference whose parts are independent; None where one is not known."""
+    if any(half is None for half in halves):
+        return None
+    half = math.hypot(*(one for one in halves if one is not None))
+    return gain - half, gain + half
+
+
+def _gain_claims(study: Study, done: Done) -> list[Claim]:
+    """Compare the best ensemble with the best single model at every budget."""
+    cases, sizes, seeds = list[Case](), list[float](), list[int]()
+    for tokens in done:
+        best, (single, model) = best_ensemble(study, tokens), heavy_weight_decay.best_single(study, tokens)
+        if best is None or not single:
+            continue
+        # An ensemble is one draw of members: its error is the jackknife's of the law at that K.
+        law, count = members_law(best), int(best.results["members"])
+        low, high = (float(end) for end in law.predict_interval(count)) if law.interval else (math.nan, math.nan)
+        own = half_width(seed_interval(list(single.losses.values()), search=heavy_weight_decay.choice(single)))
+        gain = single.mean - best.loss
+        interval = _around(gain, own, (high - low) / 2 if law.interval else None)
+        name = f"{model}-{best_model(study, tokens)}.{tokens}"
+        cases.append(measured_case(name, gain, interval, dof=len(single.records) - 1))
+        sizes, seeds = [*sizes, gain], [*seeds, len(single.records)]
+    if not cases:
         return []
-    caveats = heavy_weight_decay.missing(study, tokens)
-    claims = [
-        Claim(
-            id=f"ensembling.beats-single.{tokens}",
-            text=f"D = {tokens:,}: {len(best.job.runs)} members ({best.job.average}) beat the best single model ({model})",
-            value=f"{single.mean - best.loss:.4f} nats ({single.mean:.4f} to {best.loss:.4f})",
+    return [
+        family_claim(
+            "the best ensemble beats the best single model at every budget",
+            cases,
+            [case.value > 0 for case in cases],
+            id="ensembling.beats-single",
             paper="0.25 nats with 8 members of 300M (3.57 to 3.32), section 6",
-            seeds=len(best.job.runs),
-            holds=best.loss < single.mean,
+            sizes=(sizes[0], 0.25),
+            seeds=min(seeds),
+            provisional=heavy_weight_decay.missing(study, *done),
+        )
+    ]
+
+
+def _limit_claims(study: Study, done: Done) -> list[Claim]:
+    """Compare the limits in K with single models, trained and in the limit of N."""
+    limits, signs, chances = list[Case](), list[bool](), list[Case]()
+    for tokens, found in done.items():
+        single, _ = heavy_weight_decay.best_single(study, tokens)
+        laws = [(model, ensemble, members_law(record)) for model, ensemble, record in found]
+        for model, ensemble, law in laws if single else ():
+            # The members' setting was chosen: what ties with it belongs to the error of their limit.
+            search = heavy_weight_decay.choice(heavy_weight_decay.best(study, model, tokens))
+            jackknife = half_width(law.interval["E"]) if law.interval else None
+            half = None if jackknife is None else math.hypot(jackknife, NORMAL * search)
+            own, gain = half_width(seed_interval(list(single.losses.values()))), single.mean - law.E
+            # Judged by the gain over the single model, shown as the limit, which a replication can be compared with.
+            judged = measured_case("", gain, _around(gain, half, own), dof=len(ensemble.runs) - 1)
+            shown = None if half is None else (law.E - half, law.E + half)
+            limits.append(Case(f"{model}.{ensemble.average}.{tokens}", law.E, shown, judged.t, judged.dof))
+            signs.append(gain > 0)
+        size_law = heavy_weight_decay.size_law(study, tokens)
+        if size_law is not None and laws:
+            comparison = compare_limits(size_law, min((law for *_, law in laws), key=lambda law: law.E))
+            if comparison.probability is not None:
+                chances.append(Case(str(tokens), comparison.probability))
+    if not limits:
+        return []
+    caveats, count = heavy_weight_decay.missing(study, *done), settings(study).count
+    claims = [
+        family_claim(
+            "the limit in K of members of every size and average is below the best single model of any size",
+            limits,
+            signs,
+            id="ensembling.limit",
+            seeds=count,
             provisional=caveats,
         )
     ]
-    for size, ensemble, record in done:
-        law = members_law(record)
+    if chances:
+        probabilities = [case.value for case in chances]
+        sure = all(chance >= SURE for chance in probabilities)
         claims.append(
             Claim(
-                id=f"ensembling.limit.{size}.{ensemble.average}.{tokens}",
-                text=f"D = {tokens:,}: the K to infinity limit of {size} members ({ensemble.average}), exponent 1, is "
-                "below the best single model",
-                # The search chose the setting, so the interval is that of members at this one; the name says which.
-                value=f"{law.E:.4f} nats ({ensemble.name})",
-                interval=law.interval["E"] if law.interval else None,
-                seeds=len(ensemble.runs),
-                holds=None if law.interval is None else law.interval["E"][1] < single.mean,
-                provisional=caveats if law.interval else (*caveats, law.note.rstrip(".")),
+                id="ensembling.limit-below-size",
+                text="the lowest limit in K of members is below the limit in N of single models at every budget",
+                value="probability " + ", ".join(f"{c.value:.2f} (D = {int(c.name):,})" for c in chances),
+                paper="3.27 for 300M members against 3.43, section 6",
+                seeds=count,
+                # One budget where the opposite is as sure is enough to be false.
+                holds=True if sure else False if min(probabilities) <= 1 - SURE else None,
+                cases=tuple(chances),
+                provisional=caveats,
             )
         )
     return claims
 
 
-def _exponent_claims(study: Study, tokens: int, done: Finished) -> list[Claim]:
-    """Fit a free exponent in K to each size's mean losses (logits)."""
-    curves = {model: mean_curve(record) for model, ensemble, record in done if ensemble.average == "logits"}
-    laws = {m: fit_power_law(list(c), list(c.values())) for m, c in curves.items() if len(c) >= FEWEST_COUNTS}
+def _predicted_claim(done: Done) -> list[Claim]:
+    """Predict the loss of all members from fewer."""
+    cases = []
+    for tokens, found in done.items():
+        for model, ensemble, record in found:
+            curve = _by_count(record.results["curve"])
+            if len(curve) >= FEWEST_COUNTS:
+                cases.append(Case(f"{model}.{ensemble.average}.{tokens}", predict_members(curve).error))
+    if not cases:
+        return []
+    worst = max(abs(case.value) for case in cases)
+    near = sum(abs(case.value) <= PREDICTED for case in cases)
     return [
         Claim(
-            id=f"ensembling.exponent.{model}.{tokens}",
-            text=f"D = {tokens:,}: the excess of K {model} members (logits) falls like 1 / K",
-            value=f"exponent {law.alpha:.2f}",
-            paper="0.96 to 1.09 over seven tables, sections 6 and 13",
-            seeds=max(curves[model]),
-            holds=0.8 <= law.alpha <= 1.25,
-            provisional=(*heavy_weight_decay.missing(study, tokens), "one set of members"),
+            id="ensembling.predicted",
+            text=f"E + A/K + B/K^2 fitted to fewer members predicts the loss of all of them within {PREDICTED:g} nats",
+            value=f"in {near} of {len(cases)}: at most {worst:.4f} nats off",
+            paper="1 / K over seven tables (free exponents 0.96 to 1.09), sections 6 and 13",
+            seeds=max(len(ensemble.runs) for found in done.values() for _, ensemble, _ in found),
+            holds=near == len(cases),
+            cases=tuple(cases),
         )
-        for model, law in laws.items()
+    ]
+
+
+def _soup_claim(study: Study) -> list[Claim]:
+    """Does averaging the weights of members that were trained apart fail?"""
+    jobs, best = soup(study), best_ensemble(study, study.scale.unique_tokens[0])
+    record = study.records.get(jobs[0]) if jobs else None
+    if record is None or best is None:
+        return []
+    single = mean_curve(best)[1]
+    return [
+        Claim(
+            id="ensembling.soup",
+            text="the mean of the weights of independent members is worse than one of them",
+            value=f"{record.loss - single:+.4f} nats ({single:.4f} to {record.loss:.4f})",
+            paper="averaging weights of independent members fails (no number), section 10",
+            seeds=int(best.results["members"]),
+            holds=record.loss > single,
+        )
     ]
 
 
@@ -356,66 +494,89 @@ def _both_points(study: Study, model: str, tokens: int) -> tuple[Record | None, 
     Both are averaged in logits; the second has as many members as there are seeds.
     """
     rule, plain = _rule_point(study, model, tokens), single_point_ensembles(study, tokens).get(model)
-    if rule is None or plain is None:
+    single = study.tuned(TUNED, model, tokens).best
+    if rule is None or plain is None or single is None:
         return None, None
-    return study.records.get(ensembles_at(study, model, tokens, rule)[0]), study.records.get(plain)
+    # All members where they have run there, and else as many as there are seeds.
+    more = ensembles_at(study, model, tokens, single)[0]
+    known = study.records.get(more) if study.records.named(more.name) else study.records.get(plain)
+    return study.records.get(ensembles_at(study, model, tokens, rule)[0]), known
 
 
-def _both_losses(by_rule: Record, plain: Record) -> tuple[float, float] | None:
-    """Return the losses of K members by the rule and at the single model's point.
+def _both_limits(by_rule: Record | None, plain: Record | None, seeds: int) -> tuple[float, float] | None:
+    """Return the limits in K by the rule and at the single model's point.
 
-    None if the first record has no subsets of that K.
+    None before both are known.
     """
-    # The rule has more members than there are seeds, so subsets of equal K are compared.
-    curve = by_rule.results.get("curve", {}).get(str(len(inputs(plain.job))), [])
-    return (statistics.fmean(curve), plain.loss) if curve else None
+    if by_rule is None or plain is None or "curve" not in by_rule.results or "curve" not in plain.results:
+        return None
+    # At a finite K the rule may look worse although its limit is lower (spec section 6). Both limits are fitted to the
+    # same numbers of members, as many as there are seeds, so that further members cannot change the choice.
+    curves = mean_curve(by_rule), mean_curve(plain)
+    shared = [k for k in curves[0] if k in curves[1] and k <= seeds]
+    rule, single = (members_limit({k: curve[k] for k in shared}) for curve in curves)
+    return rule, single
 
 
-def _settings_claims(study: Study, tokens: int) -> list[Claim]:
-    """Compare members by the rule with as many at the best single model's point."""
-    claims = []
-    for model in single_point_ensembles(study, tokens):
-        by_rule, plain = _both_points(study, model, tokens)
-        losses = _both_losses(by_rule, plain) if by_rule and plain else None
-        if losses is None or plain is None or not math.isfinite(losses[1]):
-            continue
-        longer, single, k = *losses, len(inputs(plain.job))
-        claims.append(
-            Claim(
-                id=f"ensembling.rule.{model}.{tokens}",
-                text=f"D = {tokens:,}: {k} {model} members of twice the epochs and half the decay beat {k} of the best "
-                "single setting",
-                value=f"{single - longer:+.4f} nats ({single:.4f} to {longer:.4f})",
-                paper="limits 3.34 and 3.27 for 300M, section 6",
-                seeds=k,
-                holds=longer < single,
-                provisional=heavy_weight_decay.missing(study, tokens),
-            )
-        )
-    return claims
-
-
-def _joint_claim(study: Study, tokens: int, done: Finished) -> list[Claim]:
-    """Report the double limit, K first and then N, of three or more sizes."""
-    law = joint_law(done)
-    if law is None:
+def _rule_claim(study: Study) -> list[Claim]:
+    """Compare the limits by the rule with those at the single model's point."""
+    cases, signs, counts = list[Case](), list[bool](), list[int]()
+    for tokens in study.scale.unique_tokens:
+        for model in single_point_ensembles(study, tokens):
+            by_rule, plain = _both_points(study, model, tokens)
+            limits = _both_limits(by_rule, plain, study.scale.seeds)
+            if by_rule is None or plain is None or limits is None or not all(map(math.isfinite, limits)):
+                continue
+            laws = members_law(by_rule), members_law(plain)
+            halves = [half_width(law.interval["E"]) if law.interval else None for law in laws]
+            # With as few members at one of the points as there are seeds there is no interval: both limits are then
+            # fitted to those.
+            known = None not in halves
+            gain = laws[1].E - laws[0].E if known else limits[1] - limits[0]
+            name, interval = f"{model}.{tokens}", _around(gain, *halves)
+            cases.append(measured_case(name, gain, interval, dof=settings(study).count - 1))
+            signs, counts = [*signs, gain > 0], [*counts, len(inputs(plain.job))]
+    if not cases:
         return []
-    caveats = heavy_weight_decay.missing(study, tokens)
+    few = sum(case.interval is None for case in cases)
+    return [
+        family_claim(
+            "members of twice the epochs and half the decay have a lower limit in K than those of the best single setting, "
+            "at every size and budget",
+            cases,
+            signs,
+            id="ensembling.rule",
+            paper="limits 3.34 and 3.27 for 300M, section 6",
+            seeds=min(counts),
+            provisional=(
+                *heavy_weight_decay.missing(study, *study.scale.unique_tokens),
+                *((f"{few} of {len(cases)} have too few members at one setting for an interval",) if few else ()),
+            ),
+        )
+    ]
+
+
+def _joint_claim(study: Study, done: Done) -> list[Claim]:
+    """Report the double limit, K first and then N, of three or more sizes."""
+    laws = {tokens: law for tokens, found in done.items() if (law := joint_law(found)) is not None}
+    if not laws:
+        return []
+    notes = dict.fromkeys(law.note.rstrip(".") for law in laws.values() if not law.interval)
     return [
         Claim(
-            id=f"ensembling.double-limit.{tokens}",
-            text=f"D = {tokens:,}: the double limit, K to infinity and then N to infinity (logits)",
-            value=f"{law.E:.4f} nats",
-            interval=law.interval["E"] if law.interval else None,
+            id="ensembling.double-limit",
+            text="the double limit, K to infinity and then N to infinity (logits), at every budget",
+            value=", ".join(f"{law.E:.4f} (D = {tokens:,})" for tokens, law in laws.items()) + " nats",
             seeds=settings(study).count,
             holds=None,
-            provisional=caveats if law.interval else (*caveats, law.note.rstrip(".")),
+            cases=tuple(Case(str(d), law.E, law.interval["E"] if law.interval else None) for d, law in laws.items()),
+            provisional=(*heavy_weight_decay.missing(study, *done), *notes),
         )
     ]
 
 
 def _limit_notes(study: Study, tokens: int, done: Finished) -> list[str]:
-    """Report the probability that the limit of members is below that of single models."""
+    """Report which limits were compared, and how far forms in K differ."""
     single = heavy_weight_decay.size_law(study, tokens)
     if single is None or not done:
         return []
@@ -426,7 +587,11 @@ def _limit_notes(study: Study, tokens: int, done: Finished) -> list[str]:
     if joint is not None and joint.outer is not None:
         names = ("the limit in N of single models", "the double limit of members (logits)")
         comparisons.append(compare_limits(single, joint.outer, names=names))
-    return [f"D = {tokens:,}: {comparison.sentence}" for comparison in comparisons]
+    spread = max(members_law(record).spread for *_, record in done)
+    forms = (
+        f"The limits in K differ by up to {spread:.4f} nats between the forms E + A/K, E + A/K + B/K^2 and E + A/K^a."
+    )
+    return [f"D = {tokens:,}: {line}" for line in (*(comparison.sentence for comparison in comparisons), forms)]
 
 
 def _table(tokens: int, done: Finished) -> Table:
@@ -450,7 +615,7 @@ def _figure(study: Study, tokens: int, done: Finished) -> Figure:
             curve, label = mean_curve(record), f"{size}, {ensemble.average}"
             draw_series(axes, list(curve), list(curve.values()), label=label)
             if len(curve) > 2:
-                draw_law(axes, members_law(record), 1, 4 * max(curve), label=f"{label}: E + A / K")
+                draw_law(axes, members_law(record), 1, 4 * max(curve), label=f"{label}: law in K")
         if single:
             axes.axhline(single.mean, color="0.4", linewidth=1, label=f"best single ({model})")
         axes.set_xscale("log", base=2)

@@ -17,17 +17,23 @@ from typing import Annotated, Any
 from epochal.names import named_ensemble
 from epochal.ranges import Items, Range, Ranged, Repeats
 from epochal.records import Record
-from epochal.report.claims import Claim
-from epochal.report.comparison import difference_claim, gains_by_seed
+from epochal.report.claims import Case, Claim
+from epochal.report.comparison import (
+    FEWEST_REPETITIONS,
+    difference_claim,
+    family_claim,
+    gains_by_seed,
+    measured_case,
+)
 from epochal.report.figures import draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, Ensemble, Job
 from epochal.scale import Scale, member_point
-from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_caveats, seed_interval
+from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval
 from epochal.study import Result, Study, Sweep, mean_curve
 from recipes import _member_variants, optimizers
 from recipes._member_variants import VARIANTS, MakeMember
-from recipes.ensembling import members_law
+from recipes.ensembling import half_width, members_law
 
 BASE = "AdamW"
 # The variants that are compared with independent members of the same optimizer.
@@ -152,9 +158,9 @@ def report(study: Study) -> Section:
     labels = here.settings.optimizers
     others = [label for label in labels if label != BASE]
     claims = [claim for label in others for claim in _tuned_claims(here, label)]
-    claims += [claim for label in others for claim in _member_claims(here, label)]
-    claims += [claim for label in labels for claim in _average_claims(here, label)]
-    claims += [claim for label in labels for variant in COMPARED for claim in _variant_claims(here, label, variant)]
+    claims += [*_decay_claim(here, others), *_member_claim(here, others), *_average_claim(here)]
+    # Those of AdamW are the variants of the recipe `ensembling`.
+    claims += [claim for variant in COMPARED for claim in _variant_claim(here, others, variant)]
     return Section(
         title=title,
         question=question,
@@ -193,42 +199,59 @@ def _tuned_claims(here: Comparison, label: str) -> list[Claim]:
     change = [large[seed] - small[seed] for seed in large if seed in small]
     if not all(gains.values()) or not change:
         return []
-    means = {model: statistics.fmean(values.values()) for model, values in gains.items()}
-    decays = {model: (best_decay(here, label, model), best_decay(here, BASE, model)) for model in models}
-    caveats = tuple(
-        dict.fromkeys(
-            caveat
-            for model in models
-            for which in (label, BASE)
-            for caveat in optimizers.caveats(here.tuned(which, model), which, here.sweep)
+    caveats = _caveats(here, label)
+    cases = [
+        measured_case(
+            model, statistics.fmean(values.values()), seed_interval(list(values.values())), dof=len(values) - 1
         )
-    )
+        for model, values in gains.items()
+    ]
+    claims = [
+        family_claim(
+            f"{label} is lower than {BASE} at every size ({', '.join(models)}), tuned alike on repeated text",
+            cases,
+            [case.value > 0 for case in cases],
+            id=f"optimizers-at-scale.{key}.every-size",
+            seeds=min(len(values) for values in gains.values()),
+            provisional=caveats,
+        )
+    ]
+    if len(models) > 1:
+        lasts = difference_claim(
+            f"{label} gains more over {BASE} at {models[-1]} than at {models[0]}",
+            change,
+            id=f"optimizers-at-scale.{key}.lasts",
+            caveats=caveats,
+        )
+        claims.append(lasts)
+    return claims
+
+
+def _caveats(here: Comparison, *labels: str) -> tuple[str, ...]:
+    cells = [(model, which) for model in here.settings.models for which in (*labels, BASE)]
+    found = [optimizers.caveats(here.tuned(which, model), which, here.sweep) for model, which in cells]
+    return tuple(dict.fromkeys(caveat for caveats in found for caveat in caveats))
+
+
+def _decay_claim(here: Comparison, others: list[str]) -> list[Claim]:
+    """Claim that every optimizer has its lowest loss at the decay of AdamW."""
+    decays = {
+        (label, m): (best_decay(here, label, m), best_decay(here, BASE, m))
+        for label in others
+        for m in here.settings.models
+    }
+    if not decays or not all(all(pair) for pair in decays.values()):
+        return []
+    equal = [own == base for own, base in decays.values()]
+    other = [f"{label} {m} {own:g} ({base:g})" for (label, m), (own, base) in decays.items() if own != base]
     return [
         Claim(
-            id=f"optimizers-at-scale.{key}.every-size",
-            text=f"{label} is lower than {BASE} at every size ({', '.join(models)}), tuned alike on repeated text",
-            value=f"{', '.join(f'{model} {mean:+.4f}' for model, mean in means.items())} nats",
-            interval=seed_interval(list(large.values())),
-            seeds=min(len(values) for values in gains.values()),
-            holds=all(mean > 0 for mean in means.values()),
-            provisional=tuple(dict.fromkeys((*caveats, *seed_caveats(list(large.values()))))),
-        ),
-        Claim(
-            id=f"optimizers-at-scale.{key}.lasts",
-            text=f"what {label} gains over {BASE} does not shrink from {models[0]} to {models[-1]}",
-            value=f"{statistics.fmean(change):+.4f} nats",
-            interval=seed_interval(change),
-            seeds=len(change),
-            holds=statistics.fmean(change) >= 0,
-            provisional=tuple(dict.fromkeys((*caveats, *seed_caveats(change)))),
-        ),
-        Claim(
-            id=f"optimizers-at-scale.{key}.same-decay",
-            text=f"{label} has its lowest loss at the same decay as {BASE}",
-            value=", ".join(f"{model} {own:g} ({base:g})" for model, (own, base) in decays.items()),
-            holds=all(own == base for own, base in decays.values()),
-            provisional=(*caveats, "one seed chose the decay"),
-        ),
+            id="optimizers-at-scale.same-decay",
+            text=f"{', '.join(others)} have their lowest loss at the same decay as {BASE}, at every size",
+            value=f"in {sum(equal)} of {len(equal)}{': ' * bool(other)}{', '.join(other)}",
+            holds=all(equal),
+            provisional=(*_caveats(here, *others), "one seed chose the decay"),
+        )
     ]
 
 
@@ -302,48 +325,57 @@ def _notes(here: Comparison, others: list[str]) -> tuple[str, ...]:
 # --- as members -------------------------------------------------------------------------------------------------------
 
 
-def _member_claims(here: Comparison, label: str) -> list[Claim]:
-    record, reference = (here.ensemble_record(which, "probs") for which in (label, BASE))
-    if record is None or reference is None:
+def _member_claim(here: Comparison, others: list[str]) -> list[Claim]:
+    """Compare the limits in K of members trained with each optimizer with AdamW's."""
+    cases, reference = list[Case](), here.ensemble_record(BASE, "probs")
+    for label in others:
+        record = here.ensemble_record(label, "probs")
+        if record is not None and reference is not None:
+            law, base = members_law(record), members_law(reference)
+            # The errors of the two limits are independent; without both there is no interval.
+            halves = [half_width(one.interval["E"]) if one.interval else None for one in (law, base)]
+            half = None if None in halves else math.hypot(*(one for one in halves if one is not None))
+            gain = base.E - law.E
+            interval = None if half is None else (gain - half, gain + half)
+            cases.append(measured_case(label.lower(), gain, interval, dof=here.settings.members - 1))
+    if not cases:
         return []
-    count, law, base = record.results["members"], members_law(record), members_law(reference)
-    # The errors of the two limits are independent; without both there is no interval.
-    halves = [(one.interval["E"][1] - one.interval["E"][0]) / 2 for one in (law, base) if one.interval]
-    half = math.hypot(*halves) if len(halves) == 2 else None
-    gain = base.E - law.E
-    losses = f"{count} members {reference.loss:.4f} to {record.loss:.4f}"
     return [
-        Claim(
-            id=f"optimizers-at-scale.{label.lower()}.members-limit",
-            text=f"the K to infinity limit of {here.sweep.model} members with {label} (probs) is below that with {BASE}",
-            value=f"{gain:+.4f} nats ({base.E:.4f} to {law.E:.4f}; {losses})",
-            interval=None if half is None else (gain - half, gain + half),
-            seeds=count,
-            holds=gain > 0,
-            provisional=("within noise",) if half is None or abs(gain) <= half else (),
+        family_claim(
+            f"the K to infinity limit of {here.sweep.model} members with every other optimizer (probs) is below that with {BASE}",
+            cases,
+            [case.value > 0 for case in cases],
+            id="optimizers-at-scale.members-limit",
+            seeds=here.settings.members,
         )
     ]
 
 
-def _average_claims(here: Comparison, label: str) -> list[Claim]:
+def _average_claim(here: Comparison) -> list[Claim]:
     """Does the gap between the two averages grow with K?"""
-    logits, probs = (here.ensemble_record(label, average) for average in ("logits", "probs"))
-    if logits is None or probs is None:
+    cases = []
+    for label in here.settings.optimizers:
+        logits, probs = (here.ensemble_record(label, average) for average in ("logits", "probs"))
+        if logits is None or probs is None:
+            continue
+        above, below = mean_curve(logits), mean_curve(probs)
+        # At K = 1 both averages are the same model.
+        gaps = {k: above[k] - below[k] for k in sorted(above) if k in below and k > 1}
+        if len(gaps) > 1:
+            cases.append(Case(label.lower(), gaps[max(gaps)] - gaps[min(gaps)]))
+    if not cases:
         return []
-    above, below = mean_curve(logits), mean_curve(probs)
-    gaps = {k: above[k] - below[k] for k in sorted(above) if k in below and k > 1}
-    # At K = 1 both averages are the same model.
-    if len(gaps) < 2:
-        return []
-    first, last = min(gaps), max(gaps)
+    grow, gaps = [case.value > 0 for case in cases], [f"{case.name} {case.value:+.4f}" for case in cases]
     return [
         Claim(
-            id=f"optimizers-at-scale.{label.lower()}.averages",
-            text=f"{here.sweep.model} members with {label}: the mean of probabilities gains on the mean of logits as K grows",
-            value=f"{gaps[first]:+.4f} nats at K = {first}, {gaps[last]:+.4f} at K = {last}",
-            seeds=last,
-            holds=gaps[last] > gaps[first],
-            provisional=("one set of members",),
+            id="optimizers-at-scale.averages",
+            text=f"{here.sweep.model} members: the mean of probabilities gains on the mean of logits as K grows from 2 to "
+            f"{here.settings.members}, with every optimizer",
+            value=f"in {sum(grow)} of {len(grow)}: {', '.join(gaps)} nats",
+            seeds=here.settings.members,
+            holds=all(grow),
+            cases=tuple(cases),
+            provisional=("one set of members of each",),
         )
     ]
 
@@ -369,11 +401,26 @@ def variant_gains(here: Comparison, label: str, variant: str) -> list[float]:
     return list(gains_by_seed(here.group_losses(label, variant), here.group_losses(label, "independent")).values())
 
 
-def _variant_claims(here: Comparison, label: str, variant: str) -> list[Claim]:
-    gains = variant_gains(here, label, variant)
-    title = VARIANTS[variant].title
-    text = f"members with {label} ({title}) have a lower loss than independent ones at equal training cost (probs)"
-    return [difference_claim(text, gains, id=f"optimizers-at-scale.{label.lower()}.{variant}")] if gains else []
+def _variant_claim(here: Comparison, others: list[str], variant: str) -> list[Claim]:
+    """Compare one variant of members with independent ones, with every optimizer but AdamW."""
+    gains = {label: values for label in others if (values := variant_gains(here, label, variant))}
+    if not gains:
+        return []
+    cases = [
+        measured_case(label.lower(), statistics.fmean(values), seed_interval(values), dof=len(values) - 1)
+        for label, values in gains.items()
+    ]
+    return [
+        family_claim(
+            f"members ({VARIANTS[variant].title}) have a lower loss than independent ones at equal training cost (probs), with "
+            f"{', '.join(gains)}",
+            cases,
+            [case.value > 0 for case in cases],
+            id=f"optimizers-at-scale.{variant}",
+            seeds=min(map(len, gains.values())),
+            provisional=() if min(map(len, gains.values())) >= FEWEST_REPETITIONS else ("two repetitions",),
+        )
+    ]
 
 
 def _variant_table(here: Comparison) -> Table:

@@ -156,10 +156,16 @@ def test_spectra_has_the_rates_of_its_base() -> None:
     assert run.tau == a_run(optimizer=AdamW(lr=0.01, wd=2.0)).tau
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0])
-def test_distill_refuses_a_share_that_leaves_no_text_of_one_kind(fraction: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, 2.0])
+def test_distill_refuses_a_share_that_leaves_no_sampled_text(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction"):
         SequenceDistillation(samples="s", fraction=fraction)
+
+
+def test_sampled_text_alone_counts_epochs_of_as_many_tokens_as_the_real_ones() -> None:
+    plain = a_run()
+    alone = a_run(distill=SequenceDistillation(samples="s", fraction=1.0))
+    assert alone.steps == plain.steps == plain.steps_per_epoch * plain.epochs
 
 
 @pytest.mark.parametrize(

@@ -124,11 +124,18 @@ def plan(
         bool, typer.Option("--watch", help="Show running jobs, also on a cluster, until all are done.")
     ] = False,
     every: Annotated[str, typer.Option(help="With --watch: refresh interval.")] = "5s",
+    decide: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two runs or two arms: how many more seeds or sizes settle which is better."),
+    ] = None,
 ) -> None:
     """Show which jobs are done, ready and waiting, and what they cost. Changes nothing."""
-    from epochal.campaign.plan import recipe_names
+    from epochal.campaign.plan import few_documents, recipe_names
 
     setting, records = _load(scale, results, work, problems=not watch)
+    if decide is not None:
+        _print_decisions(*decide, records, setting)
+        return
     names = tuple(recipes or recipe_names(setting))
     if watch:
         _launch_module("watch").watch(names, records.workspace, setting, every=seconds(every))
@@ -144,11 +151,27 @@ def plan(
         print(f"  {title}: {cost.jobs} jobs, {compute}, {cost.disk / 1e9:,.2f} GB of models")
     for line in _search_lines(estimate.searches, hardware, all_searches=searches):
         print(line)
+    for line in few_documents((*status.done, *status.ready), records.workspace):
+        print(f"  note: {line}")
     if jobs:
         for job in status.ready:
             print(f"  ready    {job.name}")
         for name, sources in status.waiting.items():
             print(f"  waiting  {name}  for {', '.join(sources)}")
+
+
+def _print_decisions(first: str, second: str, records: "Records", scale: "Scale") -> None:
+    from epochal.campaign.decide import decide
+    from epochal.campaign.plan import store_vocab_size
+
+    for decision in decide(first, second, records, scale, store_vocab_size(records.workspace, scale)):
+        print(decision.now)
+        for option in decision.options:
+            cost = f"{option.cost.jobs} runs, {option.cost.flops:.2e} FLOPs, {_hours(option.cost, scale.hardware)}"
+            print(f"  {option.what}: settle it with probability {option.probability:.2f}; {cost}")
+        if decision.options:
+            best = decision.cheapest
+            print(f"  cheapest with probability 0.8: {best.what if best else 'none of these'}")
 
 
 def _hours(cost: "Cost", hardware: "Hardware") -> str:
@@ -353,11 +376,15 @@ def report(
     results: Results = RESULTS,
     work: Work = WORK,
     records: Annotated[
-        Path | None, typer.Option(help="A CSV instead of a scale: recipe, loss, and any of N_params, D_tokens, K.")
+        Path | None,
+        typer.Option(help="A CSV instead of a scale: recipe, loss, and any of N_params, D_tokens, K, T_tokens."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="With --records: the recipe that others are compared with. Default: the first.")
     ] = None,
+    form: Annotated[
+        str, typer.Option(help="With --records: law in N and D, chinchilla, soft-minimum or bryant-liu.")
+    ] = "chinchilla",
     against: Annotated[
         str | None, typer.Option(help="Compare with another scale, or with the results folder of one.")
     ] = None,
@@ -373,7 +400,7 @@ def report(
     from epochal.report.write import write_report
 
     if records is not None:
-        sections, summary = _point_report(records, reference)
+        sections, summary = _point_report(records, reference, form)
         title, folder = f"epochal: {records.name}", records.with_name(f"{records.stem}-report")
     elif against is not None:
         title, folder, sections, summary = _comparison_report(recipes, scale, against, results, work)
@@ -386,14 +413,18 @@ def report(
     print(f"report: {path}")
 
 
-def _point_report(path: Path, reference: str | None) -> "tuple[list[Section], list[str]]":
+def _point_report(path: Path, reference: str | None, form: str) -> "tuple[list[Section], list[str]]":
     from epochal.report.point_laws import point_sections
-    from epochal.report.points import read_points
+    from epochal.report.points import question_points, read_points
 
     points, problems = read_points(path)
     _print_problems(problems)
+    questions = question_points(points)
+    for question in questions:
+        print(f"epochal: {question}", file=sys.stderr)
     left_out = f" {len(problems)} rows were left out." * bool(problems)
-    return point_sections(points, reference=reference), [f"{len(points)} points.{left_out} Intervals are 90%."]
+    summary = [f"{len(points)} points.{left_out} Intervals are 90%.", *questions]
+    return point_sections(points, reference=reference, form=form), summary
 
 
 def _campaign_report(

@@ -21,7 +21,6 @@ from epochal.ranges import (
     Batch,
     Epochs,
     Evaluations,
-    InnerShare,
     Items,
     Kept,
     LessThanAll,
@@ -69,11 +68,12 @@ JobName = Annotated[str, Named()]
 class SequenceDistillation(Ranged):
     """Learn from sampled text: a share `fraction` of every stream of batches comes from the named Samples.
 
-    Total steps = steps_per_epoch * epochs / (1 - fraction), so the real tokens are seen `epochs` times all the same.
+    Total steps = steps_per_epoch * epochs / (1 - fraction), so the real tokens are seen `epochs` times all the same. With a
+    fraction of 1, which leaves no real text, `epochs` counts passes over as many sampled tokens as there are real ones.
     """
 
     samples: str  # name of the Samples
-    fraction: InnerShare  # of the stream: sampled text
+    fraction: SomeShare  # of the stream: sampled text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +173,9 @@ class Run(Ranged):
     def steps(self) -> int:
         """All steps of the run, those on sampled text included (spec section 9: divided by 1 - w)."""
         share = 1.0 - (self.distill.fraction if self.distill else 0.0)
-        # The real tokens are seen `epochs` times whatever share of the batches is sampled.
-        return round(self.steps_per_epoch * self.epochs / share)
+        # The real tokens are seen `epochs` times whatever share of the batches is sampled; where all of it is, there is
+        # nothing to divide by, and epochs count as many sampled tokens as there are real ones.
+        return round(self.steps_per_epoch * self.epochs / (share or 1.0))
 
     @property
     def tokens(self) -> int:

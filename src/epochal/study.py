@@ -6,18 +6,19 @@ Answers are memoized, because a plan asks the same ones many times. A missing re
 """
 
 import functools
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from epochal.config import from_table
 from epochal.records import Record, Records
 from epochal.run import Ensemble, Job, Optimizer, Run
 from epochal.scale import Point, Scale, Value
-from epochal.search.descent import NOT_STARTED, Descent, descend
-from epochal.search.searches import Search
+from epochal.search.descent import NOT_STARTED, Descent, Noise, descend, pooled_noise
+from epochal.search.searches import Search, seed_noise
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,6 +72,7 @@ class Result:
     settled: bool = False  # The grid is complete, or every neighbor of the point was run and is not better.
     edges: tuple[str, ...] = ()  # tuned fields whose grid ends at the point
     tried: int = 0  # runs of the first seed that the search cost
+    tied: tuple[float, ...] = ()  # first-seed losses of the point and of the neighbors within noise of it
 
     def __bool__(self) -> bool:
         return bool(self.records)
@@ -84,6 +86,15 @@ class Result:
     def mean(self) -> float:
         """Mean validation loss over seeds in nats; inf without any."""
         return statistics.fmean(self.losses.values()) if self.records else math.inf
+
+    @property
+    def fresh(self) -> float | None:
+        """Mean loss in nats without the first seed; None without others.
+
+        The first seed chose the setting, so its loss is low by a selection effect.
+        """
+        others = [loss for seed, loss in self.losses.items() if seed]
+        return statistics.fmean(others) if others else None
 
     @property
     def parameters(self) -> int:
@@ -181,7 +192,41 @@ class Study:
         def jobs_of(point: Point) -> tuple[Job, ...]:
             return (self.run(arm, model, tokens, point),)
 
-        return self.descend(f"{model} {arm.label}, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of)
+        known = self.known_points(arm, model, tokens)
+        return self.descend(f"{model} {arm.label}, D = {tokens:,}", model, tokens, start, grid, loss_of, jobs_of, known)
+
+    @memoized
+    def known_points(self, arm: Arm, model: str, tokens: int) -> tuple[Point, ...]:
+        """Return every point at which the arm's first seed has a record.
+
+        On its grid or not, and from any recipe.
+        """
+        more = [tuple(zip(arm.grids, values, strict=True)) for values in itertools.product(*arm.grids.values())]
+        runs = self._runs.get((model, tokens), ())
+        settings = dict.fromkeys((run.optimizer.lr, run.epochs, run.optimizer.wd) for run in runs)
+        points = [Point(*setting, extra) for setting in settings for extra in more if arm.wd in (None, setting[2])]
+        # By name: `AssumeAllDone` has a made-up loss for every job, but names real records only.
+        return tuple(p for p in points if self.records.named(self.run(arm, model, tokens, p).name) is not None)
+
+    @functools.cached_property
+    def _runs(self) -> dict[tuple[str, int], list[Run]]:
+        runs: dict[tuple[str, int], list[Run]] = {}
+        for record in self.records:
+            if isinstance(record.job, Run):
+                runs.setdefault((record.job.model, record.job.unique_tokens), []).append(record.job)
+        return runs
+
+    def better_off_grid(self, arm: Arm, model: str, tokens: int) -> Point | None:
+        """Return the best known point if no search can reach it; None otherwise."""
+        search = self.search(arm, model, tokens)
+        losses = {
+            point: loss
+            for point in (*self.known_points(arm, model, tokens), *search.descent.visited)
+            if (loss := search.loss_of(point)) is not None
+        }
+        best = min(losses, key=lambda point: (losses[point], point), default=None)
+        found = search.descent.best
+        return best if found is not None and best is not None and losses[best] < losses[found] else None
 
     def descend(
         self,
@@ -192,9 +237,10 @@ class Study:
         grid: Mapping[str, tuple[Value, ...]],
         loss_of: Callable[[Point], float | None],
         jobs_of: Callable[[Point], tuple[Job, ...]],
+        known: Iterable[Point] = (),
     ) -> Search:
         """Return a search over `grid` as far as the records lead it; a start of None waits."""
-        descent = NOT_STARTED if start is None else descend(loss_of, start, grid, self.scale.search_mode)
+        descent = NOT_STARTED if start is None else descend(loss_of, start, grid, self.scale.search_mode, known)
         return Search(title, model, tokens, grid, loss_of, jobs_of, descent)
 
     def tuned(self, arm: Arm, model: str, tokens: int) -> Descent:
@@ -205,11 +251,40 @@ class Study:
     def best(self, arm: Arm, model: str, tokens: int) -> Result:
         """Return the best known point of a descent, with the records of all seeds there."""
         search = self.search(arm, model, tokens)
-        point, certificate = search.descent.best, search.certificate()
+        point, certificate = search.descent.best, search.certificate(self._noise(arm, model, tokens))
         if point is None or certificate is None:
             return NOTHING
         known = (search.descent.certified, certificate.edges, search.descent.tried)
-        return self._result(arm, model, tokens, point, self.scale.seeds, *known)
+        result = self._result(arm, model, tokens, point, self.scale.seeds, *known)
+        losses = (search.loss_of(tie) for tie in (point, *certificate.ties))
+        return replace(result, tied=tuple(loss for loss in losses if loss is not None and math.isfinite(loss)))
+
+    def caveats(self, arm: Arm, budgets: Mapping[int, tuple[str, ...]]) -> tuple[str, ...]:
+        """Name what the tuned losses of these sizes and budgets lack for a final verdict.
+
+        Neighbors that have not run, optima at the end of their grid, and better runs that the grid cannot reach.
+        """
+        cells = [(model, tokens) for tokens, models in budgets.items() for model in models]
+        fixed = f" {arm.label}" if arm.wd is not None else ""
+        waiting = [f"neighbors of {cell[0]}{fixed}" for cell in cells if not self.tuned(arm, *cell).certified]
+        ends = [(model, edges) for model, tokens in cells if (edges := self.best(arm, model, tokens).edges)]
+        off = [model for model, tokens in cells if self.better_off_grid(arm, model, tokens) is not None]
+        words = []
+        if ends and len(budgets) == 1:
+            words.append(f"at the end of the grid{fixed}: {_listed(ends)}")
+        elif ends:
+            words.append(f"{len(ends)} of {len(cells)} optima{fixed} at the end of their grid")
+        words += [f"a run off the grid is better: {', '.join(off)}"] if off else []
+        return (*dict.fromkeys(waiting), *words, *(("one seed",) if self.scale.seeds < 2 else ()))
+
+    @memoized
+    def _noise(self, arm: Arm, model: str, tokens: int) -> Noise | None:
+        """Return the noise between seeds at the optima of all sizes of one budget; that of all runs without such seeds."""
+        # Not of all settings of the size: overfitted runs scatter far more than those that compete for the optimum.
+        points = [(other, self.tuned(arm, other, tokens).best) for other in self.scale.models]
+        runs = [self.seeds(arm, other, tokens, point, self.scale.seeds) for other, point in points if point is not None]
+        own = pooled_noise([record.loss for record in self.finite(dict(enumerate(group))).values()] for group in runs)
+        return own or seed_noise(self.records, model, tokens)
 
     # --- tuned on a full grid -------------------------------------------------------------------------------------------
 
@@ -259,6 +334,10 @@ class Study:
     ) -> Result:
         runs = self.seeds(arm, model, tokens, point, seeds)
         return Result(point, runs, self.finite(dict(enumerate(runs))), settled, edges, tried)
+
+
+def _listed(ends: Iterable[tuple[str, tuple[str, ...]]]) -> str:
+    return ", ".join(f"{model} ({', '.join(edges)})" for model, edges in ends)
 
 
 def _rounded(value: float) -> float:

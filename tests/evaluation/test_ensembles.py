@@ -3,7 +3,7 @@
 import copy
 import json
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +25,7 @@ from epochal.evaluation.ensembles import (
     ensemble_losses,
     evaluate_ensemble,
     member_log_probs,
+    refuse_equal_members,
 )
 from epochal.evaluation.subsets import curve_of, cyclic_subsets, jackknife_half_width
 from epochal.models.llama import build_model
@@ -293,6 +294,20 @@ def test_members_with_other_sequence_lengths_or_without_records_raise(tmp_path: 
         evaluate_ensemble(Ensemble(name="e", runs=("a", "b"), average="logits"), space, records)
     with pytest.raises(ValueError, match="'c' has no record"):
         evaluate_ensemble(Ensemble(name="e", runs=("a", "c"), average="logits"), space, records)
+
+
+def test_members_that_are_one_model_are_refused() -> None:
+    """Two seeds that draw the same order of two documents train the same model."""
+    jobs = [replace(tiny.run(Path("c.toml")), name=name) for name in ("a", "b", "c")]
+    losses = ((4.1, 2.5), (4.2, 2.5), (4.1, 2.5))
+    members = [
+        Record(job, "", "done", {"loss": loss, "train_loss": train})
+        for job, (loss, train) in zip(jobs, losses, strict=True)
+    ]
+    ensemble = Ensemble(name="e", runs=("a", "b", "c"), average="logits")
+    with pytest.raises(ValueError, match=r"members 'a' and 'c' ended with equal losses .* they are one model"):
+        refuse_equal_members(ensemble, members)
+    refuse_equal_members(ensemble, members[:2])
 
 
 def test_tasks_are_recorded_in_the_order_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def laws() -> MadeUpCampaign:
 
 def with_optimizers(scale: Scale) -> Scale:
     lr = [0.003, 0.01, 0.03]
-    once = {"name": "once", "tokens": 49152, "epochs": 1, "lr": lr, "wd": [0.1]}
+    once = {"name": "once", "tokens": 53248, "epochs": 1, "lr": lr, "wd": [0.1]}
     repeated = {"name": "repeated", "tokens": 24576, "epochs": 16, "lr": lr, "wd": [0.8, 3.2]}
     return with_table(scale, "optimizers", model="w32", seeds=3, settings=[once, repeated])
 

@@ -1,7 +1,7 @@
 """Continued pre-training: everything starts from the tuned base and is judged on both texts."""
 
 import pytest
-from made_up import MadeUpCampaign, MadeUpRecords, with_table
+from made_up import MadeUpCampaign, MadeUpRecords, simulate, with_table
 
 from epochal.campaign.plan import cost_estimate
 from epochal.run import AVERAGES, SOUP, Run
@@ -21,6 +21,8 @@ def test_continued_runs_start_from_the_tuned_base(continued_campaign: MadeUpCamp
     study = continued_campaign.study
     settings = study.settings(continued.Settings)
     assert settings is not None
+    here = continued.continuation(study)
+    assert here is not None
     later = [run for run in continued_campaign.runs if run.data == settings.data]
     large, small = settings.batch_sizes
     assert {run.init_from for run in later} == {heavy_weight_decay.best(study, settings.model, 24576).runs[0].name}
@@ -28,6 +30,10 @@ def test_continued_runs_start_from_the_tuned_base(continued_campaign: MadeUpCamp
     single_passes = {run.unique_tokens for run in later if run.batch_size == large}
     assert single_passes == {settings.unique_tokens, *settings.more_tokens}
     assert len({run.order_seed for run in later if run.epochs == settings.epochs}) == settings.members
+    assert {run.data_order for run in later} == {"sequences"}, "few long documents have few orders"
+    for step in continued.STEPS:
+        tried = [study.loss(run) for run in here.tries(step)]
+        assert len(tried) == len(settings.lr) and study.loss(here.steps()[step][0]) == min(tried)  # type: ignore[type-var]
 
 
 def test_ensembles_are_judged_on_both_texts(continued_campaign: MadeUpCampaign) -> None:
@@ -42,11 +48,21 @@ def test_ensembles_are_judged_on_both_texts(continued_campaign: MadeUpCampaign) 
 def test_claims_compare_each_step_with_the_one_before(continued_campaign: MadeUpCampaign) -> None:
     claims, here = continued_campaign.claims("continued"), continued.continuation(continued_campaign.study)
     assert here is not None
-    losses = [continued_campaign.study.loss(run) or 0.0 for run in here.steps()]
+    losses = [continued_campaign.study.loss(here.steps()[step][0]) or 0.0 for step in continued.STEPS]
     for id, before, after in (("small-batch", *losses[:2]), ("repeated", *losses[1:])):
         assert claims[f"continued.{id}"].value == f"{before - after:+.4f} nats"
         assert claims[f"continued.{id}"].holds == (after < before)
-    assert set(claims) == {f"continued.{id}" for id in ("small-batch", "repeated", "ensemble", "soup", "worth")}
+    ids = ("small-batch", "repeated", "forgetting", "ensemble", "soup", "worth")
+    assert set(claims) == {f"continued.{id}" for id in ids}
+
+
+def test_a_pass_of_few_steps_has_no_verdict(continued_campaign: MadeUpCampaign) -> None:
+    """24,576 tokens are 24 steps of the large batch."""
+    campaign = simulate(with_table(continued_campaign.scale, "continued", unique_tokens=24576), "continued")
+    claims = campaign.claims("continued")
+    assert claims["continued.small-batch"].holds is None
+    assert claims["continued.small-batch"].untestable == "a run has 24 optimizer steps, at least 100 are needed"
+    assert claims["continued.repeated"].holds is not None, "192 steps against 768"
 
 
 def test_the_papers_setting_is_priced() -> None:

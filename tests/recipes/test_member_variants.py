@@ -92,7 +92,7 @@ def test_gains_of_variants_are_paired_by_repetition(chain: MadeUpCampaign) -> No
         gains.append(before.loss - after.loss)
     claim = chain.claims("ensembling")["ensembling.variant.swa"]
     assert claim.value == f"{statistics.fmean(gains):+.4f} nats"
-    assert claim.interval is not None and claim.seeds == SETTINGS.seeds
+    assert claim.interval is None and "two seeds" in claim.provisional and claim.seeds == SETTINGS.seeds
     assert claim.holds == (statistics.fmean(gains) > 0)
 
 

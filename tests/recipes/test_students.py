@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from made_up import MadeUpCampaign, MadeUpRecords, size_of, with_table
+from made_up import MadeUpCampaign, MadeUpRecords, simulate, size_of, with_table
 
 from epochal.campaign.plan import AssumeAllDone, cost_estimate, flops_of
 from epochal.models.config import parameter_counts
@@ -63,7 +63,8 @@ def test_students_report_shares_of_the_gain_and_sizes(chain: MadeUpCampaign) -> 
     assert ensemble is not None
     assert {row[0] for row in ways.rows} == set(WAYS.values())
     for _, loss, half, gain, share, seeds in ways.rows:
-        assert gain == pytest.approx(single - loss) and seeds == settings.soft_targets.seeds and half > 0
+        assert gain == pytest.approx(single - loss) and seeds == settings.soft_targets.seeds
+        assert half is None, "two seeds have no interval"
         assert share == f"{100 * (single - loss) / (single - ensemble.loss):.0f}%"
     fractions = {model: size_of(model) / size_of("w32") for model in ("w64", "w32", "w10")}
     assert [(row[0], row[2], row[3]) for row in sizes.rows] == [
@@ -94,8 +95,8 @@ def test_the_cache_is_as_good_as_the_models_it_was_computed_from(chain: MadeUpCa
 def test_a_student_of_a_size_without_ensemble_has_no_teacher_of_its_size(chain: MadeUpCampaign) -> None:
     """Members of that size are not planned, so nothing may read them."""
     study = Study(chain.records, with_table(chain.scale, "distillation", model="w16", soft_targets=None))
-    assert distillation.student(study, "self") == ()
-    assert distillation.student(study, "ensemble")[-1].model == "w16"  # type: ignore[union-attr]
+    assert distillation.student(study, "self", 0.2) == ()
+    assert distillation.student(study, "ensemble", 0.2)[-1].model == "w16"  # type: ignore[union-attr]
 
 
 def test_soft_targets_need_an_ensemble_of_their_size() -> None:
@@ -144,3 +145,36 @@ def test_a_plan_prices_teachers_that_have_run(chain: MadeUpCampaign) -> None:
     )
     assert teachers > 0
     assert cost_estimate(("distillation",), records, chain.scale).today.flops == pytest.approx(plain + teachers)
+
+
+# --- tuned students, and the control without real text -------------------------------------------------------------------
+
+
+def test_a_tuned_student_tries_every_decay_once_and_the_control_takes_the_best() -> None:
+    """The made-up loss is lowest where the averaging window is 0.35 epochs."""
+    scale = replace(load_scale("demo"), seeds=3)
+    scale = with_table(scale, "distillation", tune_wd=[0.1, 1.6, 6.4], synthetic_only=True)
+    campaign = simulate(scale, "distillation")
+    study, table = campaign.study, scale.tables["distillation"]
+    for teacher in distillation.TEACHERS:
+        losses = distillation.tries(study, teacher)
+        best = distillation.best_decay(study, teacher)
+        assert sorted(losses) == [0.1, 1.6, 6.4] and losses[best] == min(losses.values())  # type: ignore[index]
+        runs = distillation.students(study, teacher).values()
+        assert [(run.init_seed, run.optimizer.wd) for run in runs] == [(seed, best) for seed in range(3)]
+    alone = list(distillation.students(study, distillation.SYNTHETIC).values())
+    mixed = list(distillation.students(study, "self").values())
+    for control, student in zip(alone, mixed, strict=True):
+        assert control.distill is not None and student.distill is not None and control.distill.fraction == 1.0
+        assert control.steps == student.steps == 4 * table["epochs"] * 48, "equal student cost"
+        assert (control.distill.samples, control.optimizer) == (student.distill.samples, student.optimizer)
+    claim = campaign.claims("distillation")["distillation.synthetic-only"]
+    assert claim.seeds == 3 and "the student is not tuned" not in claim.provisional
+    half = campaign.records.having([])
+    some = MadeUpRecords(
+        record for record in half if record.job.name != alone[0].name and "-wd6.4-text" not in record.job.name
+    )
+    first = Study(some, scale)
+    assert not distillation.tuned(first, "ensemble") and distillation.best_decay(first, "ensemble") is not None
+    reasons = {reason for c in distillation.report(first).claims for reason in c.provisional}
+    assert "decays of the student that have not run" in reasons

@@ -1,8 +1,25 @@
 """epochal.report.comparison against numbers computed by hand."""
 
-import pytest
+import math
+from types import SimpleNamespace
 
-from epochal.report.comparison import ArmLosses, Pair, comparison_table, difference_claim, gains_by_seed, pair_claims
+import pytest
+from scipy import stats
+
+from epochal.report.claims import Case, Claim, reservations, verdict_line
+from epochal.report.comparison import (
+    ArmLosses,
+    Pair,
+    comparison_table,
+    difference_claim,
+    family_claim,
+    gains_by_seed,
+    long_enough,
+    measured_case,
+    pair_claims,
+    settled,
+    welch_claim,
+)
 
 PLAIN = ArmLosses(label="AdamW", losses={0: 4.0, 1: 4.2, 2: 4.4}, cells=(0.01,))
 FIRA = ArmLosses(
@@ -53,11 +70,12 @@ def test_a_pair_without_a_common_seed_makes_no_claim():
 
 
 def test_an_interval_around_zero_is_provisional_except_for_a_claim_of_equality():
-    differences = [0.004, -0.002]
+    differences = [0.004, -0.002, 0.001]
     lower = difference_claim("a is lower", differences, caveats=("seeds of a",))
     assert (lower.holds, lower.provisional) == (True, ("seeds of a", "within noise"))
     equal = difference_claim("a is as good", differences, tolerance=0.01)
     assert (equal.holds, equal.provisional) == (True, ())
+    assert difference_claim("a is as good", differences[:2], tolerance=0.01).provisional == ("two seeds",)
     assert not difference_claim("a is as good", [0.02, 0.03], tolerance=0.01).holds
     assert difference_claim("a is as good", [0.001], tolerance=0.01).provisional == ("one seed",)
 
@@ -74,3 +92,61 @@ def test_an_unknown_arm_is_named_with_the_nearest_one():
 def test_a_tolerance_needs_its_own_text():
     with pytest.raises(ValueError, match="give the text too"):
         Pair(better="a", worse="b", tolerance=0.01)
+
+
+# --- unpaired baselines, families, sizes --------------------------------------------------------------------------------
+
+
+def test_an_unpaired_baseline_has_its_own_variance():
+    """The interval is that of Welch's test in scipy."""
+    losses, baseline = [4.0, 4.1, 4.05, 4.02], [4.3, 4.5, 4.2]
+    claim = welch_claim("a beats b", losses, baseline, id="a", paper="0.1 nats", size=0.1)
+    ends = stats.ttest_ind(baseline, losses, equal_var=False).confidence_interval(0.9)
+    assert claim.interval == pytest.approx((ends.low, ends.high)) and claim.seeds == 3
+    assert verdict_line(claim) == "reproduced (sign; 2.9x larger)"
+    one = welch_claim("a beats b", losses, [4.3], id="a")
+    assert one.interval is None and one.provisional == ("one seed",), "one run is no baseline for an interval"
+    assert welch_claim("a beats b", losses, [4.3, 4.2], id="a").provisional == ("two seeds",)
+    wide = welch_claim("a beats b", losses, baseline, id="a", search=0.3)
+    assert wide.provisional == ("within noise",) and wide.interval[0] < claim.interval[0]
+
+
+def test_cases_are_settled_by_holms_procedure():
+    """Chances of 0.01, 0.02 and 0.04 with three cases: 0.01 < 0.05 / 3, 0.02 < 0.05 / 2 and 0.04 < 0.05."""
+    cases = [Case(str(p), 0.1, None, float(stats.t.isf(p, 4)), 4) for p in (0.04, 0.01, 0.02)]
+    assert settled(cases, 1) == 3 and settled(cases, -1) == 0
+    cases[0] = Case("0.3", 0.1, None, float(stats.t.isf(0.3, 4)), 4)
+    assert settled(cases, 1) == 2
+    cases[2] = Case("0.03", 0.1, None, float(stats.t.isf(0.03, 4)), 4)
+    assert settled(cases, 1) == 1, "0.03 is above 0.05 / 2, so it and all larger ones stay open"
+
+
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [((0.2, 0.3), True), ((0.2, 0.001), True), ((0.2, -0.001), None), ((0.2, -0.3), False), ((-0.001, -0.002), False)],
+)
+def test_a_family_fails_where_one_case_is_settled_against_it(gains, holds):
+    cases = [measured_case(str(gain), gain, (gain - 0.01, gain + 0.01), dof=4) for gain in gains]
+    claim = family_claim("a beats b everywhere", cases, [gain > 0 for gain in gains], id="f", seeds=3)
+    assert claim.holds is holds and claim.cases == tuple(cases)
+    noisy = any("within noise" in reason for reason in claim.provisional)
+    assert noisy == (0.001 in gains or (holds is False and min(gains) > -0.01))
+
+
+def test_a_case_without_a_finite_interval_settles_nothing():
+    for interval in (None, (-math.inf, 0.2)):
+        case = measured_case("a", 0.1, interval)
+        assert (case.interval, case.t) == (None, None) and settled([case], 1) == 0
+
+
+@pytest.mark.parametrize(("seeds", "reason"), [(1, ("one seed",)), (2, ("two seeds",)), (3, ())])
+def test_a_verdict_without_interval_needs_three_seeds(seeds, reason):
+    assert reservations(Claim(text="t", value="1", holds=True, seeds=seeds)) == reason
+    assert reservations(Claim(text="t", value="1", holds=True, seeds=seeds, interval=(0.1, 0.2))) == ()
+
+
+def test_a_run_of_few_steps_tests_nothing():
+    claim = difference_claim("a is lower", [0.1, 0.2, 0.15])
+    assert long_enough(claim, [SimpleNamespace(steps=100)]) == claim
+    short = long_enough(claim, [SimpleNamespace(steps=100), SimpleNamespace(steps=6)])
+    assert (short.holds, short.untestable) == (None, "a run has 6 optimizer steps, at least 100 are needed")

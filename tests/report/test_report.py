@@ -144,7 +144,7 @@ def test_importing_the_report_loads_no_heavy_package():
 def test_markdown_shows_claims_first_and_escapes_markup(folder):
     text = (folder / "report.md").read_text()
     assert text.index("## All claims") < text.index("## First")
-    assert "4 claims: 1 reproduced, 1 does not hold, 1 not testable at this scale, 1 open; 1 provisional." in text
+    assert "4 claims: 1 reproduced, 1 does not hold, 1 not testable at this scale, 1 open; 2 provisional." in text
     assert "| 0.3 nats | 0.27 nats | 0.25 to 0.29 | 3 | reproduced |" in text
     assert "| open (provisional: one seed; neighbor wd=3.2 missing) |" in text
     assert "| not testable at this scale (needs three sizes) |" in text
@@ -201,7 +201,7 @@ def test_the_terminal_shows_every_claim_with_its_evidence():
     print_summary(sections(), console)
     text = console.file.getvalue()
     assert f"reproduced  {NASTY}" in text and "0.27 nats; 90% 0.25 to 0.29; 3 seeds; paper: 0.3 nats" in text
-    assert "1 seed; provisional: one seed, neighbor wd=3.2 missing" in text and "1 provisional." in text
+    assert "1 seed; provisional: one seed, neighbor wd=3.2 missing" in text and "2 provisional." in text
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------

@@ -211,6 +211,22 @@ def test_edges_are_the_fields_whose_grid_ends_at_the_best_point() -> None:
     assert all(point.epochs == 3 for point in state.visited)
 
 
+def test_a_descent_goes_on_from_a_better_known_run() -> None:
+    """A run that another recipe made differs in two fields, so no neighbor leads there; its own neighbors are run next."""
+    minimum, elsewhere = Point(lr=0.003, epochs=8, wd=0.4), Point(lr=0.003, epochs=16, wd=1.6)
+    losses = dict.fromkeys(POINTS, 5.0) | {minimum: 4.0, elsewhere: 3.9}
+    alone = descend(losses.get, minimum, GRID)
+    assert alone.certified and alone.best == minimum
+    known = {point: losses[point] for point in (minimum, *neighbors(minimum, GRID), elsewhere)}
+    search = descend(known.get, minimum, GRID, known=[elsewhere])
+    assert search.best == elsewhere and not search.certified
+    assert set(search.wanted) <= set(neighbors(elsewhere, GRID)) and minimum in search.visited
+    assert descend(losses.get, minimum, GRID, known=[elsewhere]).certified
+    off = [Point(lr=0.003, epochs=32, wd=1.6), Point(lr=0.003, epochs=16, wd=1.6, more=(("dropout", 0.1),))]
+    far = known | dict.fromkeys(off, 1.0)
+    assert descend(far.get, minimum, GRID, known=off).best == minimum, "a descent stays on its grid"
+
+
 def test_a_start_outside_the_grid_is_refused() -> None:
     with pytest.raises(ValueError, match=r"start wd 0.2 is not on its grid"):
         descend(lambda point: None, Point(lr=0.01, epochs=4, wd=0.2), GRID)

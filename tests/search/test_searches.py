@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from made_up import NOWHERE, MadeUpRecords, made_up_record, simulate, with_table
 
-from epochal.campaign.plan import cost_estimate, search_states
+from epochal.campaign.plan import cost_estimate, few_documents, search_states
 from epochal.cli import _hours, _search_lines
-from epochal.records import Record, Records
+from epochal.records import Record, Records, Workspace
 from epochal.run import Job, Run, fingerprint
 from epochal.scale import Point, Rung, Scale, load_scale
 from epochal.search.searches import early_stops, seed_noise
@@ -34,6 +36,20 @@ def test_a_search_without_start_says_that_it_waits(scale: Scale) -> None:
     states = {state.what: state for state in search_states(["heavy_weight_decay"], MadeUpRecords(), scale)}
     for what in ("w32 tuned, D = 24,576", "w32 at wd 0.1, D = 24,576"):
         assert states[what].state == "waits for the search it starts from"
+
+
+def test_a_plan_names_budgets_of_few_documents(scale: Scale, tmp_path: Path) -> None:
+    """Chapters of 1,200 tokens: 6,144 tokens hold six of them, 24,576 hold 21."""
+    store = tmp_path / "data" / "kjv"
+    store.mkdir(parents=True)
+    np.save(store / "train.lengths.npy", np.full(40, 1200))
+    point = Point(lr=0.01, epochs=2, wd=0.1)
+    runs = [scale.run("w16", tokens, point) for tokens in (6144, TOKENS)]
+    workspace = Workspace("demo", tmp_path, tmp_path)
+    (line,) = few_documents(runs, workspace)
+    assert line.startswith("kjv: the first 6,144 tokens hold 6 documents, so orders of documents hardly differ")
+    assert few_documents([replace(run, data_order="sequences") for run in runs], workspace) == []
+    assert few_documents(runs, NOWHERE) == [], "without a store nothing is known"
 
 
 # --- the limit of members as objective -----------------------------------------------------------------------------------

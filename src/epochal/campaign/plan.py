@@ -22,6 +22,8 @@ from epochal.study import Study
 
 # Model folders hold float32 weights.
 BYTES_PER_WEIGHT = 4
+# Documents of a budget at and below which two seeds may well draw the same order.
+FEW_DOCUMENTS = 6
 
 
 def recipe_folders() -> list[Path]:
@@ -319,6 +321,33 @@ def _state(search: Search, records: Records, scale: Scale, vocab_size: int | Non
         gain=search.gain,
         finer=search.finer,
     )
+
+
+def few_documents(jobs: Iterable[Job], workspace: Workspace) -> list[str]:
+    """Return a sentence for every budget whose order by documents hardly varies.
+
+    Budgets of stores that are not prepared are left out.
+    """
+    budgets = {
+        (job.data, job.unique_tokens - job.holdout_tokens): None
+        for job in jobs
+        if isinstance(job, Run) and job.data_order == "documents"
+    }
+    lines = []
+    for data, tokens in sorted(budgets):
+        path = workspace.data / find_config("data", data, ".toml").stem / "train.lengths.npy"
+        if not path.exists():
+            continue
+        # Imported here: a plan without a store needs no numpy.
+        import numpy as np
+
+        count = int(np.searchsorted(np.cumsum(np.load(path)), tokens)) + 1
+        if count <= FEW_DOCUMENTS:
+            lines.append(
+                f"{data}: the first {tokens:,} tokens hold {count} documents, so orders of documents hardly differ between "
+                'seeds; data_order "sequences" has more orders.'
+            )
+    return lines
 
 
 def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:

@@ -33,12 +33,13 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     Subsets are those of `cyclic_subsets`; `member_weights` of a subset are scaled to sum to one. Results, each also with
     the prefix `test_`: `loss`, `curve` (losses by k), `without` (leave-one-out means by k) and `interval` of `Curve`.
     `holdout` is `Learned` from text that all members held out, `tasks` the `Accuracy` on each task. Raises ValueError if
-    members differ in their data or sequence length, or the weights of one are missing.
+    members differ in their data or sequence length, two are the same model, or the weights of one are missing.
 
     `shown` is called with a split, the tokens of it that one more member has begun, and those of all members.
     """
     members = [record for name in ensemble.runs for record in member_records(name, records)]
     run = _common_run(ensemble, members)
+    refuse_equal_members(ensemble, members)
     store = _evaluation_store(ensemble, run, workspace)
     _check_vocabularies(members, store, workspace)
     # Loaders, not models: one member is in memory at a time.
@@ -174,6 +175,21 @@ def _check_vocabularies(members: list[Record], store: TokenStore, workspace: Wor
 def _splits(store: TokenStore, sequence_length: int) -> list[str]:
     # validation always, so that a missing one is an error; test only if it has at least one whole sequence
     return ["validation", *(["test"] if store.meta["tokens"]["test"] >= sequence_length else [])]
+
+
+def refuse_equal_members(ensemble: Ensemble, members: list[Record]) -> None:
+    """Raise ValueError if two members were trained to the same losses: they are one model, counted twice."""
+    seen: dict[tuple[float, float], Record] = {}
+    for record in members:
+        if "train_loss" not in record.results:
+            continue
+        other = seen.setdefault((record.loss, record.results["train_loss"]), record)
+        if other is not record:
+            raise ValueError(
+                f"ensemble {ensemble.name!r}: members {other.job.name!r} and {record.job.name!r} ended with equal losses "
+                f"({record.loss:.6f}), so they are one model. Their seeds gave the same order of the data: use "
+                'data_order "sequences", a budget of more documents, or other weights.'
+            )
 
 
 def _can_learn_weights(ensemble: Ensemble, members: list[Record]) -> bool:

@@ -13,7 +13,20 @@ from epochal.config import from_table
 
 CLAIM_COLUMNS = ("Claim", "Paper", "Measured", "90% interval", "Seeds", "Verdict")
 ID = r"[a-z0-9]+([.-][a-z0-9]+)*"
+FEWEST_SEEDS = 3  # of a verdict without an interval
+SIMILAR = 2.0  # an effect within this factor of the paper's has a similar size
 OPEN, UNTESTABLE = "open", "not testable at this scale"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size, budget or optimizer of a sentence that is claimed of several."""
+
+    name: str  # such as "w16.24576"
+    value: float
+    interval: tuple[float, float] | None = None  # 90%, of `value`
+    t: float | None = None  # how many standard errors the sentence is from false; negative where it is false
+    dof: float = 2.0  # degrees of freedom of the standard error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +45,10 @@ class Claim:
     # What the paper reports for the same sentence, with its place ("0.27 nats, section 5"); empty for a claim that
     # no paper makes.
     paper: str = ""
+    # Size of the measured effect and of the paper's, in one unit; "reproduced" carries their ratio.
+    sizes: tuple[float, float] | None = None
     untestable: str = ""  # why this scale cannot test the sentence
+    cases: tuple[Case, ...] = ()  # of a sentence that is claimed of several
     command: str = ""  # produces the records behind it
 
     def __post_init__(self) -> None:
@@ -53,12 +69,31 @@ def verdict(claim: Claim) -> str:
     return "holds" if claim.holds else "does not hold"
 
 
+def reservations(claim: Claim) -> tuple[str, ...]:
+    """Return why a verdict is provisional: what the claim says, and too few seeds for a verdict without an interval."""
+    few = claim.interval is None and claim.seeds < FEWEST_SEEDS and not claim.cases
+    counted = ("one seed" if claim.seeds < 2 else "two seeds",) if few and claim.holds is not None else ()
+    return tuple(dict.fromkeys((*claim.provisional, *counted)))
+
+
+def effect(claim: Claim) -> str:
+    """Return how large a reproduced effect is next to the paper's: "sign; 12x larger"; "" where that is not known."""
+    if claim.sizes is None or not claim.holds or min(claim.sizes) <= 0:
+        return ""
+    ratio = claim.sizes[0] / claim.sizes[1]
+    if 1 / SIMILAR < ratio < SIMILAR:
+        return "similar size"
+    times = max(ratio, 1 / ratio)
+    return f"sign; {times:.{0 if times >= 10 else 1}f}x {'larger' if ratio > 1 else 'smaller'}"
+
+
 def verdict_line(claim: Claim) -> str:
-    """Return the verdict, followed by why it is provisional or untestable."""
+    """Return the verdict, the size of the effect, and why it is provisional or untestable."""
     if claim.untestable:
         return f"{verdict(claim)} ({claim.untestable})"
-    reasons = f" (provisional: {'; '.join(claim.provisional)})" if claim.provisional else ""
-    return verdict(claim) + reasons
+    size, reasons = effect(claim), reservations(claim)
+    line = verdict(claim) + (f" ({size})" if size else "")
+    return line + (f" (provisional: {'; '.join(reasons)})" if reasons else "")
 
 
 def tally(claims: Iterable[Claim]) -> str:
@@ -72,7 +107,7 @@ def tally(claims: Iterable[Claim]) -> str:
     parts = [
         f"{counts[name]} {plural.get(name, name) if counts[name] > 1 else name}" for name in order if name in counts
     ]
-    provisional = sum(bool(claim.provisional) for claim in claims)
+    provisional = sum(bool(reservations(claim)) for claim in claims)
     end = f"; {provisional} provisional" if provisional else ""
     return f"{len(claims)} claim{'s' * (len(claims) > 1)}: {', '.join(parts)}{end}."
 
@@ -95,7 +130,7 @@ class ClaimRow(Claim):
 def placed(claim: Claim, *, scale: str, section: str, command: str) -> ClaimRow:
     """Return a claim with its place; `command` is used for a claim without one."""
     fields = {name: getattr(claim, name) for name in Claim.__dataclass_fields__}
-    fields["command"] = claim.command or command
+    fields |= {"command": claim.command or command, "provisional": reservations(claim)}
     return ClaimRow(**fields, scale=scale, section=section, verdict=verdict(claim))
 
 

@@ -3,14 +3,25 @@
 All intervals are Student's 90% intervals of the mean of paired differences.
 """
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from epochal.config import nearest
-from epochal.report.claims import Claim
+from epochal.records import Record
+from epochal.report.claims import Case, Claim
 from epochal.report.sections import Cell, Table
-from epochal.scaling import seed_caveats, seed_interval
+from epochal.run import Run
+from epochal.scaling import gain_interval, seed_caveats, seed_interval
+
+# With fewer optimizer steps the warm-up and the decay of the learning rate are most of a run.
+FEWEST_STEPS = 100
+# Two repetitions have no interval: one difference says nothing about the spread.
+FEWEST_REPETITIONS = 3
+# Standard errors of a difference without any scatter; claims.json has no infinity.
+CERTAIN = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,7 @@ class Pair:
     id: str = ""  # of the claim
     text: str = ""  # replaces "BETTER has a lower loss than WORSE"
     paper: str = ""  # of the claim
+    size: float | None = None  # of the paper's effect in nats
     tolerance: float | None = None  # in nats
 
     def __post_init__(self) -> None:
@@ -53,17 +65,18 @@ def difference_claim(
     *,
     id: str = "",
     paper: str = "",
+    size: float | None = None,
     caveats: Sequence[str] = (),
     tolerance: float | None = None,
 ) -> Claim:
     """Claim that the mean of differences is above zero, or within `tolerance` of it.
 
-    `differences` are in nats, one for each seed. The claim is provisional with any of `caveats`, with a single seed, and
-    while its interval contains zero; the latter does not count against a claim of equality.
+    `differences` are in nats, one for each seed, `size` is the paper's. The claim is provisional with any of `caveats`, with
+    fewer than three seeds, and while its interval contains zero; the latter does not count against a claim of equality.
     """
     mean = statistics.fmean(differences)
     # An interval that contains zero supports equality, not against it.
-    noise = [caveat for caveat in seed_caveats(differences) if tolerance is None or caveat == "one seed"]
+    noise = [caveat for caveat in seed_caveats(differences) if tolerance is None or caveat != "within noise"]
     return Claim(
         id=id,
         text=text,
@@ -72,15 +85,138 @@ def difference_claim(
         seeds=len(differences),
         holds=mean > 0 if tolerance is None else abs(mean) < tolerance,
         paper=paper,
+        sizes=None if size is None else (mean, size),
         provisional=tuple(dict.fromkeys((*caveats, *noise))),
     )
 
 
+def welch_claim(
+    text: str,
+    losses: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    id: str,
+    paper: str = "",
+    size: float | None = None,
+    caveats: Sequence[str] = (),
+    search: float = 0.0,
+) -> Claim:
+    """Claim that unpaired losses are below those of a baseline.
+
+    The baseline has its own variance (Welch).
+
+    `search` is the standard deviation in nats of the choice between tied settings, `size` the paper's effect. A baseline of
+    one run has no interval.
+    """
+    after, before = statistics.fmean(losses), statistics.fmean(baseline)
+    interval = _welch(losses, baseline, search)
+    few = {1: ("one seed",), 2: ("two seeds",)}.get(min(len(losses), len(baseline)), ()) if interval is None else ()
+    noise = ("within noise",) if interval is not None and interval[0] <= 0 <= interval[1] else ()
+    return Claim(
+        id=id,
+        text=text,
+        value=f"{before - after:+.4f} nats ({before:.4f} to {after:.4f})",
+        interval=interval,
+        seeds=min(len(losses), len(baseline)),
+        holds=after < before,
+        paper=paper,
+        sizes=None if size is None else (before - after, size),
+        provisional=tuple(dict.fromkeys((*caveats, *few, *noise))),
+    )
+
+
+# --- one sentence about several sizes, budgets or optimizers ------------------------------------------------------------
+
+
+def _welch(losses: Sequence[float], baseline: Sequence[float], search: float) -> tuple[float, float] | None:
+    enough = min(len(losses), len(baseline)) >= FEWEST_REPETITIONS
+    return gain_interval(losses, baseline, search=search) if enough else None
+
+
+def gain_case(name: str, losses: Sequence[float], baseline: Sequence[float], *, search: float = 0.0) -> Case:
+    """Return how far losses are below an unpaired baseline, with Welch's interval."""
+    gain = statistics.fmean(baseline) - statistics.fmean(losses)
+    return measured_case(name, gain, _welch(losses, baseline, search), dof=len(losses) + len(baseline) - 2)
+
+
+def measured_case(
+    name: str, gain: float, interval: tuple[float, float] | None, *, dof: float = 2.0, value: float | None = None
+) -> Case:
+    """Return a case whose sentence is that `gain` is above zero; `interval` is that of the gain.
+
+    Another measured number may be shown as its `value`, whose interval has the same width.
+    """
+    shown = gain if value is None else value
+    if interval is None or not all(map(math.isfinite, interval)):
+        return Case(name, shown)
+    from scipy.special import stdtrit
+
+    half = (interval[1] - interval[0]) / 2
+    # The half-width is the 95% quantile of Student's distribution times the standard error.
+    t = gain * float(stdtrit(dof, 0.95)) / half if half > 0 else math.copysign(CERTAIN, gain)
+    return Case(name, shown, (shown - half, shown + half), t, dof)
+
+
+def settled(cases: Sequence[Case], sign: int) -> int:
+    """Count the cases settled for (+1) or against (-1) the sentence, by Holm at 5%."""
+    from scipy.special import stdtr
+
+    chances = sorted(float(stdtr(case.dof, -sign * case.t)) for case in cases if case.t is not None)
+    count = 0
+    for rank, chance in enumerate(chances):
+        if chance > 0.05 / (len(chances) - rank):
+            break
+        count += 1
+    return count
+
+
+def family_claim(
+    text: str, cases: Sequence[Case], signs: Sequence[bool], *, id: str, unit: str = "nats", **fields: Any
+) -> Claim:
+    """Make one claim of a sentence about several cases; `signs` say in which of them it is true as measured.
+
+    It fails where a case is settled against it or none is true as measured, holds where all are, and is open otherwise.
+    """
+    for_it, against = settled(cases, 1), settled(cases, -1)
+    holds = False if against or not any(signs) else True if all(signs) else None
+    low, high = min(case.value for case in cases), max(case.value for case in cases)
+    spread = f"{low:+.4f} to {high:+.4f} {unit}" if len(cases) > 1 else f"{low:+.4f} {unit}"
+    open_cases = len(cases) - for_it - against
+    caveats = fields.pop("provisional", ())
+    if (holds and open_cases) or (holds is False and not against):
+        caveats = (*caveats, f"{open_cases} of {len(cases)} within noise or without an interval")
+    counted = (
+        f"in {sum(signs)} of {len(cases)} ({for_it} settled for, {against} against, Holm): " if len(cases) > 1 else ""
+    )
+    return Claim(
+        id=id,
+        text=text,
+        value=counted + spread,
+        interval=cases[0].interval if len(cases) == 1 else None,
+        holds=holds,
+        cases=tuple(cases),
+        provisional=tuple(caveats),
+        **fields,
+    )
+
+
+def family_table(claim: Claim, title: str, value: str = "value") -> Table:
+    """Return one row for each case of a claim."""
+    rows = [(case.name, case.value, *(case.interval or (None, None))) for case in claim.cases]
+    return Table(title=title, columns=("case", value, "90% low", "90% high"), rows=tuple(rows))
+
+
 def pair_claims(
-    arms: Sequence[ArmLosses], pairs: Sequence[Pair], *, condition: str = "", caveats: Sequence[str] = ()
+    arms: Sequence[ArmLosses],
+    pairs: Sequence[Pair],
+    *,
+    condition: str = "",
+    caveats: Sequence[str] = (),
+    selecting: int | None = None,
 ) -> list[Claim]:
     """Return one claim for each pair whose arms have a seed in common.
 
+    `selecting` is the seed that chose each arm's setting, whose losses are low by that; claims show the mean without it too.
     `condition` starts every text ("one pass over 393,216 tokens"). A claim carries the caveats of both of its arms and
     those given for all. Raises ValueError for a pair that names no arm.
     """
@@ -89,7 +225,8 @@ def pair_claims(
         better, worse = _arm(arms, pair.better), _arm(arms, pair.worse)
         # Paired: runs of one seed start from the same weights and read the same batches, so their difference has
         # less noise than either loss.
-        gains = list(gains_by_seed(better.losses, worse.losses).values())
+        by_seed = gains_by_seed(better.losses, worse.losses)
+        gains, fresh = list(by_seed.values()), [gain for seed, gain in by_seed.items() if seed != selecting]
         if not gains:
             continue
         text = pair.text or f"{pair.better} has a lower loss than {pair.worse}"
@@ -98,9 +235,13 @@ def pair_claims(
             gains,
             id=pair.id,
             paper=pair.paper,
+            size=pair.size,
             caveats=(*better.caveats, *worse.caveats, *caveats),
             tolerance=pair.tolerance,
         )
+        if selecting in by_seed and fresh:
+            value = f"{claim.value} ({statistics.fmean(fresh):+.4f} without seed {selecting}, which chose the settings)"
+            claim = replace(claim, value=value)
         claims.append(claim)
     return claims
 
@@ -122,6 +263,41 @@ def comparison_table(
         rows.append(row)
     measured = ("loss", f"gain over {baseline} (nats)", "90% low", "90% high", "seeds")
     return Table(title=title, columns=(heading, *columns, *measured), rows=tuple(rows))
+
+
+def members_gain(text: str, record: Record, *, id: str, paper: str, **fields: Any) -> Claim:
+    """Claim that the K members of an ensemble record are together below one of them.
+
+    The interval is a jackknife: the gain of K - 1 members without each of the K.
+    """
+    curve, without = record.results["curve"], record.results.get("without", {})
+    count = max(map(int, curve))
+    gain, interval = statistics.fmean(curve["1"]) - record.loss, None
+    left = [one - rest for one, rest in zip(without.get("1", ()), without.get(str(count - 1), ()), strict=False)]
+    if len(left) == count >= FEWEST_REPETITIONS:
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(count - 1, 0.95)) * math.sqrt((count - 1) * statistics.pvariance(left))
+        interval = gain - half, gain + half
+    return Claim(
+        id=id,
+        text=text,
+        value=f"{gain:+.4f} nats",
+        interval=interval,
+        seeds=count,
+        holds=gain > 0,
+        paper=paper,
+        **fields,
+    )
+
+
+def long_enough(claim: Claim, runs: Sequence[Run]) -> Claim:
+    """Return a claim, without a verdict where a run has fewer than FEWEST_STEPS steps."""
+    fewest = min((run.steps for run in runs), default=FEWEST_STEPS)
+    if fewest >= FEWEST_STEPS:
+        return claim
+    why = f"a run has {fewest} optimizer steps, at least {FEWEST_STEPS} are needed"
+    return replace(claim, holds=None, untestable=why, provisional=())
 
 
 def _arm(arms: Sequence[ArmLosses], label: str) -> ArmLosses:

@@ -146,7 +146,7 @@ def _draw_limit(axes: Any, law: Any, floor: float, ceiling: float, *, color: str
     axes.axhline(law.E, color=color, linestyle=(0, (5, 3)), linewidth=1.1, alpha=0.9, zorder=1.6)
     low, high = law.interval["E"] if law.interval else (math.nan, math.nan)
     edge = {"transform": axes.get_yaxis_transform(), "color": color, "linestyle": "none", "zorder": 2.5}
-    if math.isfinite(low) and math.isfinite(high):
+    if not (math.isnan(low) or math.isnan(high)):
         ends = [max(low, floor), min(high, ceiling)]
         bar = edge | {"linestyle": "solid", "linewidth": 5, "alpha": 0.4, "solid_capstyle": "butt"}
         axes.plot([0.985, 0.985], ends, **bar)

@@ -1,15 +1,17 @@
 """Losses as points over model size, data and members, from a CSV or from records.
 
-The CSV has one row for each measurement. The columns `recipe` (a name) and `loss` (nats per token) are required;
-`N_params`, `D_tokens` and `K` (parameters, distinct training tokens, members) are optional. Their cells may be written
-150M or 2.7B, be empty, `inf` for a limit, or `best` for the best over sizes. Rows that are equal in all columns but `loss`
-are seeds of one setting. Other columns are ignored.
+The CSV has one row for each measurement, with commas, semicolons or tabs between cells. The columns `recipe` (a name) and
+`loss` (nats per token) are required; `N_params`, `D_tokens`, `K` and `T_tokens` (parameters, distinct training tokens,
+members, tokens seen in all passes) are optional; NAMES lists other names that are understood. Their cells may be written
+150M, 2.7b or 1e8, be empty, `inf` for a limit, or `best` for the best over sizes. Rows that are equal in all columns but
+`loss` are seeds of one setting. Other columns are ignored.
 """
 
 import csv
 import math
+import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,33 @@ from typing import Any
 from epochal.records import Record, Records
 from epochal.run import Ensemble, Run, inputs
 
-COLUMNS = {"N_params": "N", "D_tokens": "D", "K": "K"}
+COLUMNS = ("N_params", "D_tokens", "K", "T_tokens")
+# Names of columns in lower case, without blanks, dashes and underscores.
+NAMES = {
+    "recipe": ("recipe", "name", "method", "arm"),
+    "loss": ("loss", "valloss", "validationloss", "evalloss", "testloss"),
+    "N": ("n", "nparams", "params", "parameters", "numparams", "modelsize", "size"),
+    "D": ("d", "dtokens", "uniquetokens", "distincttokens", "unique", "tokens", "datasize"),
+    "K": ("k", "members", "ensemblesize"),
+    "T": ("t", "ttokens", "tokensseen", "totaltokens", "traintokens"),
+}
+OTHER_UNITS = ("ppl", "perplexity", "accuracy", "bpb", "bitsperbyte")
 SERIES = ("single", "ensembles")  # the recipes of a campaign called NAME are "NAME, single" and "NAME, ensembles"
-SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+HIGHEST_LOSS = math.log(1e6)  # of a model that has learned nothing, with a vocabulary of a million
+WIDEST = 1e5  # factor between the sizes of one column
 
 
 @dataclass(frozen=True)
 class LossPoint:
-    """One loss of one recipe in nats per token; N, D and K are None where unknown, inf for a limit."""
+    """One loss of one recipe in nats per token; N, D, K and T are None where unknown, inf for a limit."""
 
     recipe: str
     loss: float
     N: float | None = None
     D: float | None = None
     K: float | None = None
+    T: float | None = None
 
 
 def read_points(path: Path) -> tuple[list[LossPoint], tuple[str, ...]]:
@@ -41,52 +56,100 @@ def read_points(path: Path) -> tuple[list[LossPoint], tuple[str, ...]]:
     try:
         # utf-8-sig: spreadsheets put a byte-order mark in front of the first column name.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
-            missing = [name for name in ("recipe", "loss") if name not in (table.fieldnames or ())]
-            if missing:
-                raise ValueError(
-                    f"{path} has no column {' and no '.join(missing)}; its first line must name recipe, loss and any of "
-                    f"{', '.join(COLUMNS)}."
-                )
+            first = file.readline()
+            file.seek(0)
+            separator = max(",;\t", key=first.count)
+            table = csv.DictReader(file, delimiter=separator)
+            columns = _columns(path, table.fieldnames or ())
             rows = list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as CSV ({error}); give a table with commas in UTF-8.") from None
+        raise ValueError(f"{path} cannot be read as CSV ({error}); give a table in UTF-8.") from None
     points, problems = [], []
     # Line 1 has the names.
     for number, row in enumerate(rows, start=2):
         try:
-            points.append(_point(row))
+            points.append(_point(row, columns, decimal_comma=separator == ";"))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     if not points:
-        raise ValueError(f"{path} has no row with a loss; give at least one.")
+        raise ValueError(f"{path} has no row with a loss; give at least one ({'; '.join(problems[:3])}).")
     return points, tuple(problems)
 
 
-def _point(row: Mapping[str, Any]) -> LossPoint:
+def _columns(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Find the columns by field of LossPoint; raises ValueError without recipe or loss, and for two of one field."""
+    plain = {name: re.sub(r"[\s_-]", "", name).lower() for name in names if name}
+    found: dict[str, str] = {}
+    for field, known in NAMES.items():
+        candidates = sorted((known.index(short), name) for name, short in plain.items() if short in known)
+        if candidates:
+            found[field] = candidates[0][1]
+    # `tokens` next to a column of distinct tokens are the tokens seen.
+    others = [name for name, short in plain.items() if short == "tokens" and name != found.get("D")]
+    if others and "T" not in found:
+        found["T"] = others[0]
+    missing = [name for name in ("recipe", "loss") if name not in found]
+    if missing:
+        units = [name for name, short in plain.items() if short in OTHER_UNITS]
+        unit = f" {units[0]!r} is not a loss in nats: convert it, a perplexity by its logarithm." * bool(units)
+        raise ValueError(
+            f"{path} has no column {' and no '.join(missing)}; found: {', '.join(plain) or 'none'}. Its first line must "
+            f"name recipe, loss and any of {', '.join(COLUMNS)}.{unit}"
+        )
+    return found
+
+
+def _point(row: Mapping[str, Any], columns: Mapping[str, str], *, decimal_comma: bool) -> LossPoint:
     if None in row or any(value is None for value in row.values()):  # how csv marks surplus and missing cells
         raise ValueError("the number of cells differs from that of the first line")
-    loss = _number(row, "loss")
+    cells = {field: row[name].strip() for field, name in columns.items()}
+    if decimal_comma:
+        cells |= {field: cell.replace(",", ".") for field, cell in cells.items() if field != "recipe"}
+    if cells["loss"].endswith("%"):
+        raise ValueError(f"loss is a percentage, got {cells['loss']!r}; give nats per token")
+    loss = _number(cells["loss"], columns["loss"])
     if loss is None or not math.isfinite(loss):
-        raise ValueError(f"loss must be a finite number, got {row['loss']!r}")
-    if not row["recipe"].strip():
+        raise ValueError(f"loss must be a finite number, got {cells['loss']!r}")
+    if not cells["recipe"]:
         raise ValueError("recipe is empty")
-    places = {field: _number(row, name) for name, field in COLUMNS.items() if name in row}
-    return LossPoint(row["recipe"].strip(), loss, **places)
+    places = {field: _number(cells[field], columns[field], suffixes=True) for field in "NDKT" if field in cells}
+    return LossPoint(cells["recipe"], loss, **places)
 
 
-def _number(row: Mapping[str, str], name: str) -> float | None:
-    text = row[name].strip()
-    if text in ("", "best"):
+def _number(text: str, name: str, *, suffixes: bool = False) -> float | None:
+    if text.lower() in ("", "best"):
         return None
-    unit = SUFFIXES.get(text[-1], 1.0) if name in COLUMNS else 1.0
+    unit = SUFFIXES.get(text[-1].lower(), 1.0) if suffixes else 1.0
     try:
         value = float(text if unit == 1.0 else text[:-1]) * unit
     except ValueError:
         raise ValueError(f"{name} must be a number, got {text!r}") from None
     if not value > 0:
         raise ValueError(f"{name} must be above 0, got {text!r}")
-    return value
+    # Places are compared as numbers: 0.1M and 100000 are one place, whatever the last bit says.
+    return float(f"{value:.12g}") if math.isfinite(value) else value
+
+
+def question_points(points: Sequence[LossPoint]) -> list[str]:
+    """Return one question for each unit that looks wrong: perplexities, percentages, mixed units."""
+    questions = []
+    losses = [point.loss for point in points]
+    if max(losses) > HIGHEST_LOSS:
+        high = sum(loss > HIGHEST_LOSS for loss in losses)
+        questions.append(
+            f"{high} of {len(losses)} losses are above {HIGHEST_LOSS:.1f} nats, up to {max(losses):g}: are they "
+            "perplexities or percentages? Give the logarithm of a perplexity."
+        )
+    if max(losses) < 1:
+        questions.append(
+            f"All losses are below 1 (highest {max(losses):g}): are they accuracies or bits per byte? Nats per token are "
+            "expected."
+        )
+    for field in "NDT":
+        values = [value for point in points if (value := getattr(point, field)) is not None and math.isfinite(value)]
+        if values and max(values) > WIDEST * min(values):
+            questions.append(f"{field} runs from {min(values):g} to {max(values):g}: are two units mixed?")
+    return questions
 
 
 def campaign_points(records: Records, name: str) -> list[LossPoint]:

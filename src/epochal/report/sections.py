@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epochal.report.claims import Claim, verdict_line
+from epochal.scaling import interval_text
 
 DASH = "–"
 Cell = str | float | int | None
@@ -97,8 +98,7 @@ def format_interval(claim: Claim) -> str:
         return DASH
     shown = re.search(r"\d\.(\d+)", claim.value)
     decimals = max(2, len(shown[1])) if shown else 4
-    low, high = (format_number(float(end), decimals=decimals) for end in claim.interval)
-    return f"{low} to {high}"
+    return interval_text(claim.interval, decimals)
 
 
 def claim_cells(claim: Claim) -> tuple[str, ...]:

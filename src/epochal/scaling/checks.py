@@ -1,14 +1,17 @@
-"""Can a law be trusted? Held-out sizes, model choice, comparison of two limits, and intervals over seeds."""
+"""Can a law be trusted? Held-out sizes, other forms, and the comparison of two limits."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from epochal.scaling.members import MembersLaw
-from epochal.scaling.power import TAILS, Interval, PowerLaw, checked, fit_constants
+from epochal.scaling.power import TAILS, Interval, PowerLaw, fit_constants
+from epochal.scaling.solve import Array
+
+LAW = "E + A/x^alpha"
 
 
 @dataclass(frozen=True)
@@ -51,62 +54,112 @@ def held_out_largest(law: PowerLaw) -> HeldOut:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The law with the lowest AICc; `warning` names the laws without a score."""
+class FormWeight:
+    """One form of a law: its limit (None: it has none), and its weight among all forms."""
 
-    best: str
-    scores: dict[str, float]
-    warning: str
+    name: str
+    E: float | None
+    weight: float
 
 
-def aicc(residuals: npt.ArrayLike, parameters: int, weights: npt.ArrayLike | None = None) -> float:
-    """Give Akaike's criterion with the small-sample correction.
+@dataclass(frozen=True)
+class LawChecks:
+    """What leaving out sizes says about a law; empty with too few sizes."""
 
-    inf with fewer than `parameters` + 3 points: the noise variance counts as one more constant.
+    left_out: tuple[HeldOut, ...]  # by ascending size
+    forms: tuple[FormWeight, ...]  # weights sum to 1
+
+    @property
+    def largest(self) -> HeldOut | None:
+        """The largest size, predicted from the others."""
+        return self.left_out[-1] if self.left_out else None
+
+    @property
+    def sentence(self) -> str:
+        """All of it in one sentence for a report."""
+        if not self.left_out:
+            return ""
+        worst = max(abs(held.error) for held in self.left_out)
+        forms = "; ".join(
+            f"{form.name} {form.weight:.2f}" + (f" (E = {form.E:.4f})" if form.E is not None else "")
+            for form in self.forms
+        )
+        return (
+            f"Predicted without it, the largest size is off by {self.left_out[-1].error:+.4f} nats, and the worst of "
+            f"{len(self.left_out)} sizes by {worst:.4f}. Weights of forms by such errors: {forms}."
+        )
+
+
+def check_law(law: PowerLaw) -> LawChecks:
+    """Leave out every size once, for the law and for other forms.
+
+    A form's weight is its squared errors at left-out sizes to the power -n / 2 of n sizes, the likelihood of normal errors
+    at their best variance. Empty unless there are more distinct sizes than constants.
     """
-    r = np.asarray(residuals, dtype=np.float64)
-    w = np.ones_like(r) if weights is None else np.asarray(weights, dtype=np.float64)
-    n, k = len(r), parameters + 1
-    if n - k - 1 <= 0:
-        return math.inf
-    # Normal likelihood with the variance at its optimum, rss / n; weights are inverse variances.
-    rss = float(np.sum(w * r**2))
-    likelihood = n * math.log(max(rss, np.finfo(float).tiny) / n) - float(np.sum(np.log(w)))
-    return likelihood + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+    sizes, group = np.unique(law.x, return_inverse=True)
+    if len(sizes) <= law.parameters:
+        return LawChecks((), ())
+    left_out = tuple(leave_one_out(law))
+    # One point for each size: seeds of a size do not show what the form misses there.
+    means = np.bincount(group, law.weights * law.y) / np.bincount(group, law.weights)
+    errors = {LAW if law.fixed_alpha is None else f"E + A/x^{law.fixed_alpha:g}": ([h.error for h in left_out], law.E)}
+    for name, (predict, limit) in _other_forms(sizes, means).items():
+        rest = [np.arange(len(sizes)) != i for i in range(len(sizes))]
+        errors[name] = ([predict(k, i) - means[i] for i, k in enumerate(rest)], limit)
+    scores = np.array([-len(sizes) / 2 * math.log(np.mean(np.square(e)) + 1e-300) for e, _ in errors.values()])
+    weights = np.exp(scores - np.max(scores))
+    weights /= np.sum(weights)
+    forms = (FormWeight(name, E, w) for (name, (_, E)), w in zip(errors.items(), weights.tolist(), strict=True))
+    return LawChecks(left_out, tuple(forms))
 
 
-def choose(laws: Mapping[str, PowerLaw]) -> Choice:
-    """Choose between laws fitted to the same points by AICc.
+def _other_forms(x: Array, y: Array) -> dict[str, tuple[Callable[[Array, int], float], float | None]]:
+    """Forms of two constants: how each predicts a size from the others, and its limit."""
+    logs = np.log(x)
 
-    For example between a free and a fixed exponent. Raises ValueError without laws, or for unequal points.
-    """
-    if not laws:
-        raise ValueError("No laws were given: pass at least one, by name.")
-    if len({len(law.y) for law in laws.values()}) > 1:
-        raise ValueError("The laws were fitted to different numbers of points: fit them to the same points first.")
-    scores = {name: aicc(law.residuals, law.parameters, law.weights) for name, law in laws.items()}
-    # Where no score is finite, the law with the fewest constants.
-    best = min(laws, key=lambda name: (scores[name], laws[name].parameters))
-    unscored = [name for name, score in scores.items() if math.isinf(score)]
-    warning = f"Too few points ({len(laws[best].y)}) for an AICc of {', '.join(unscored)}." if unscored else ""
-    return Choice(best, scores, warning)
+    def root(kept: Array, index: int) -> float:
+        return float(fit_constants(x[kept], y[kept], exponent=0.5).predict(x[index]))
+
+    def no_limit(kept: Array, index: int) -> float:
+        return math.exp(float(np.polyval(np.polyfit(logs[kept], np.log(y[kept]), 1), logs[index])))
+
+    def logarithm(kept: Array, index: int) -> float:
+        return float(np.polyval(np.polyfit(logs[kept], y[kept], 1), logs[index]))
+
+    return {
+        "E + A/x^0.5": (root, fit_constants(x, y, exponent=0.5).E),
+        "A/x^alpha": (no_limit, 0.0),
+        "a - b log x": (logarithm, None),
+    }
+
+
+class Limit(Protocol):
+    """A law with a limit: `PowerLaw` or `MembersLaw`."""
+
+    @property
+    def E(self) -> float: ...  # noqa: D102, N802
+    @property
+    def interval(self) -> dict[str, Interval] | None: ...  # noqa: D102
+    @property
+    def note(self) -> str: ...  # noqa: D102
+    def quantiles(self, probability: npt.ArrayLike, x: npt.ArrayLike, /) -> Array: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two limits compared in one sentence.
 
-    `probability` is that of B's limit being below A's (None: unknown); `difference` is B - A in nats per token.
+    `probability` is that of B's limit being below A's (None: unknown); `difference` is B - A in nats per token, with its
+    90% interval.
     """
 
     probability: float | None
     difference: float
     sentence: str
+    interval: Interval | None = None
 
 
-def compare_limits(
-    a: PowerLaw | MembersLaw, b: PowerLaw | MembersLaw, *, names: tuple[str, str] = ("A", "B")
-) -> Comparison:
+def compare_limits(a: Limit, b: Limit, *, names: tuple[str, str] = ("A", "B")) -> Comparison:
     """Compare two limits by their confidence distributions, taken as independent."""
     first, second = names
     difference = b.E - a.E
@@ -125,24 +178,7 @@ def compare_limits(
     # A distribution from a few points does not support a third digit in its tails.
     chance = "above 0.99" if likely > 0.99 else f"{likely:.2f}"
     sentence = f"{second} is {'lower' if probability >= 0.5 else 'higher'} than {first}{where}: probability {chance}"
-    return Comparison(probability, difference, f"{sentence} (difference {difference:+.3f} nats).")
-
-
-def seed_interval(losses: Sequence[float]) -> Interval | None:
-    """Give Student's 90% interval of the mean over seeds; None for fewer than two."""
-    from scipy.special import stdtrit
-
-    values = checked("losses", losses, positive=False)
-    if len(values) < 2:
-        return None
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    mean, half_width = float(np.mean(values)), float(stdtrit(len(values) - 1, TAILS[1])) * error
-    return mean - half_width, mean + half_width
-
-
-def seed_caveats(differences: Sequence[float]) -> tuple[str, ...]:
-    """Why the sign of a mean difference over seeds is uncertain: "one seed", "within noise", or nothing."""
-    interval = seed_interval(differences)
-    if interval is None:
-        return ("one seed",)
-    return ("within noise",) if interval[0] <= 0 <= interval[1] else ()
+    low, high = np.quantile(qb[:, None] - qa[None, :], TAILS).tolist()
+    # Two limits that were fitted differently from their draws must still be in the interval.
+    interval = min(low, difference), max(high, difference)
+    return Comparison(probability, difference, f"{sentence} (difference {difference:+.3f} nats).", interval)

@@ -12,9 +12,6 @@ import numpy as np
 
 from epochal.scaling.power import TAILS, Interval, PowerLaw
 
-SEARCH_DECADES = 30.0
-ROUNDS, POINTS = 5, 200  # (1 / 199) ** 5 of sixty decades is 4e-10, well below printed precision
-
 # Distinct tokens of the Slowrun's training text (FineWeb, GPT-2 tokenizer).
 SLOWRUN_TOKENS = 1e8
 
@@ -130,18 +127,10 @@ def _invert(law: PowerLaw, loss: float) -> float:
 
 
 def _band(law: PowerLaw, loss: float, *, end: int) -> float:
-    """Where the lower (0) or upper (1) edge of the law's band meets the loss; 0 or inf outside the search range."""
-    center = float(np.mean(np.log(law.x)))
-    span = SEARCH_DECADES * math.log(10)
-    low, high = center - span, center + span
-    # Both edges fall with D. Few rounds of wide grids: each call of the band is costly, however many points it has.
-    for _ in range(ROUNDS):
-        grid = np.linspace(low, high, POINTS)
-        above = law.quantiles(TAILS[end], np.exp(grid)) > loss
-        if above.all():
-            return math.inf
-        first = int(np.argmin(above))
-        if first == 0:
-            return 0.0
-        low, high = float(grid[first - 1]), float(grid[first])
-    return math.exp((low + high) / 2)
+    """Where the lower (0) or upper (1) edge of the law's band meets the loss; inf if it never does."""
+    assert law.posterior is not None
+    excess = loss - law.posterior.E
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        needed = np.exp(np.log(law.posterior.A / excess) / law.posterior.alpha)
+    needed = np.sort(np.where(excess > 0, needed, np.inf))
+    return float(needed[round(TAILS[end] * (len(needed) - 1))])

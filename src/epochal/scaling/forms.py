@@ -1,6 +1,6 @@
 """Fit laws in more than one size, such as Chinchilla's `E + A/N**alpha + B/D**beta`.
 
-Chinchilla: Hoffmann et al. 2022. A `Form` is linear in its coefficients at given shape constants,
+Chinchilla: Hoffmann et al. 2022; `named_form` lists the others. A `Form` is linear in its coefficients at given shape constants,
 `offset + basis @ coefficients`. Written for tens to hundreds of points.
 
 Shapes: n points, c coefficients, s shape constants; `offset` (n,), `basis` (n, c).
@@ -9,7 +9,7 @@ Shapes: n points, c coefficients, s shape constants; `offset` (n,), `basis` (n, 
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,9 @@ from epochal.scaling.solve import Array
 
 Data = Mapping[str, Array]
 STARTS = 7  # grid points per shape constant
+MOST_STARTS = 2500  # of a grid; forms with more shapes start from a Sobol sequence instead
 REFINED = 3  # grid points that start a local search
+NORMAL = 1.6448536269514722  # 95% quantile of the normal distribution
 HUBER_DELTA = 1e-3  # of log residuals, as in Chinchilla's third approach
 
 
@@ -44,9 +46,11 @@ class SurfaceLaw:
     form: Form
     constants: dict[str, float]  # coefficients and shapes, by name
     residuals: Array = field(repr=False)  # (n,) in nats
-    interval: dict[str, Interval] | None  # 90% profile interval of E, or None
+    # 90%: E by profile, or every constant by bootstrap; an E that the points do not bound above 0 has the lower end -inf
+    interval: dict[str, Interval] | None
     note: str
     dof: int  # degrees of freedom
+    replicates: Array = field(default_factory=lambda: np.empty((0, 0)), repr=False)  # (draws, constants) by bootstrap
 
     @property
     def E(self) -> float:  # noqa: N802 - named like the constant
@@ -55,12 +59,25 @@ class SurfaceLaw:
 
     def predict(self, **sizes: npt.ArrayLike) -> Array:
         """Evaluate the law at the named sizes (units of the fit; `math.inf` gives a limit)."""
+        return self._evaluate(np.array(list(self.constants.values())), sizes)
+
+    def predict_draws(self, **sizes: npt.ArrayLike) -> Array:
+        """Evaluate every bootstrap refit at the named sizes (n,), (draws, n)."""
+        return np.array([self._evaluate(constants, sizes) for constants in self.replicates])
+
+    def predict_interval(self, **sizes: npt.ArrayLike) -> tuple[Array, Array]:
+        """Give both ends of the pointwise 90% bootstrap band at the named sizes; nan without a bootstrap."""
+        if not self.replicates.size:
+            nothing = np.full(len(self.predict(**sizes)), np.nan)
+            return nothing, nothing
+        low, high = np.quantile(self.predict_draws(**sizes), TAILS, axis=0)
+        return np.asarray(low), np.asarray(high)
+
+    def _evaluate(self, constants: Array, sizes: Mapping[str, npt.ArrayLike]) -> Array:
         data = {name: np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in self.form.sizes}
-        coefficients, shapes = (
-            np.array([self.constants[name] for name in names]) for names in (self.form.coefficients, self.form.shapes)
-        )
-        offset, basis = self.form.model(shapes, data)
-        return np.asarray(offset + basis @ coefficients)
+        count = len(self.form.coefficients)
+        offset, basis = self.form.model(constants[count:], data)
+        return np.asarray(offset + basis @ constants[:count])
 
 
 def power_sum(first: str, second: str) -> Form:
@@ -78,12 +95,86 @@ CHINCHILLA = power_sum("N", "D")
 JOINT = power_sum("N", "K")
 
 
-def fit_surface(form: Form, loss: npt.ArrayLike, *, objective: str = "squares", **sizes: npt.ArrayLike) -> SurfaceLaw:
+def bryant_liu(uninformed: float, at: Mapping[str, float]) -> Form:
+    """Give the form of Bryant and Liu, `E + (L0 - E) h / (1 + h)`, `h = a/N**alpha + b/T**beta + c N**gamma/D**delta`.
+
+    Source: arXiv 2605.09189. N parameters, T tokens seen, D distinct tokens; L0 is the loss `uninformed` of a model that
+    has seen nothing, such as the log of the vocabulary. The terms of h are those at the sizes `at`, so that a, b and c do
+    not depend on units: a is a / N**alpha at `at["N"]`.
+    """
+
+    def model(shapes: Array, data: Data) -> tuple[Array, Array]:
+        a, b, c, alpha, beta, gamma, delta = shapes
+        N, T, D = (np.log(data[name]) - math.log(at[name]) for name in ("N", "T", "D"))
+        h = a * np.exp(-alpha * N) + b * np.exp(-beta * T) + c * np.exp(gamma * N - delta * D)
+        informed = 1 / (1 + h)
+        return uninformed * (1 - informed), informed[:, None]
+
+    terms, exponents = (
+        dict.fromkeys("abc", (1e-4, 3.0)),
+        dict.fromkeys(("alpha", "beta", "gamma", "delta"), (0.05, 2.0)),
+    )
+    return Form(
+        "E + (L0 - E) h/(1 + h), h = a/N^alpha + b/T^beta + c N^gamma/D^delta",
+        ("N", "T", "D"),
+        ("E",),
+        terms | exponents,
+        model,
+    )
+
+
+def soft_minimum(at: Mapping[str, float]) -> Form:
+    """Give the form `E + C (N**-x + r D**-y)**z`, between Chinchilla's (z = 1) and Kaplan's (y = 1, E = 0).
+
+    Kaplan et al. 2020, equation 1.5. N and D are in units of the sizes `at`, so that C and r do not depend on units.
+    """
+
+    def model(shapes: Array, data: Data) -> tuple[Array, Array]:
+        x, y, z, r = shapes
+        N, D = (np.log(data[name]) - math.log(at[name]) for name in ("N", "D"))
+        term = (np.exp(-x * N) + r * np.exp(-y * D)) ** z
+        return np.zeros(len(term)), np.stack([np.ones(len(term)), term], axis=1)
+
+    shapes = {"x": (0.05, 4.0), "y": (0.05, 4.0), "z": (0.05, 4.0), "r": (1e-3, 1e3)}
+    return Form("E + C (N^-x + r D^-y)^z", ("N", "D"), ("E", "C"), shapes, model)
+
+
+FORM_NAMES = ("chinchilla", "soft-minimum", "bryant-liu")
+
+
+def named_form(name: str, at: Mapping[str, float], *, uninformed: float) -> Form:
+    """Give a form by its name, one of FORM_NAMES; `at` and `uninformed` are those of `bryant_liu`.
+
+    Raises ValueError for another name, and for SoftQ (arXiv 2606.06888), whose formula is not in the public text.
+    """
+    match name:
+        case "chinchilla":
+            return CHINCHILLA
+        case "soft-minimum":
+            return soft_minimum(at)
+        case "bryant-liu":
+            return bryant_liu(uninformed, at)
+        case "softq":
+            raise ValueError("the form of SoftQ (arXiv 2606.06888) is not published as a formula; use soft-minimum.")
+    raise ValueError(f"there is no form {name!r}; choose from {', '.join(FORM_NAMES)}.")
+
+
+def fit_surface(
+    form: Form,
+    loss: npt.ArrayLike,
+    *,
+    objective: str = "squares",
+    draws: int = 0,
+    seed: int = 0,
+    **sizes: npt.ArrayLike,
+) -> SurfaceLaw:
     """Fit a form to losses (n,) in nats per token.
 
     For example `fit_surface(CHINCHILLA, loss, N=N, D=D)`. Each size is (n,) and may be inf. `objective="squares"` gives
     a 90% interval of E by profile likelihood with Student quantiles; "huber" minimizes Huber's loss of log residuals
-    (Chinchilla's third approach) and gives none. Raises ValueError for values that cannot be used.
+    (Chinchilla's third approach) and gives none. With `draws` there are 90% intervals of all constants from so many
+    refits of resampled places (all points of equal sizes together), whatever the objective. Raises ValueError for values
+    that cannot be used.
     """
     y = checked("loss", loss)
     if set(sizes) != set(form.sizes):
@@ -109,11 +200,60 @@ def fit_surface(form: Form, loss: npt.ArrayLike, *, objective: str = "squares", 
     values = [*coefficients.tolist(), *np.exp(log_shapes).tolist()]
     constants = dict(zip((*form.coefficients, *form.shapes), values, strict=True))
     dof, interval, note = len(y) - len(constants), None, ""
+    law = SurfaceLaw(form, constants, residuals, interval, note, max(dof, 0))
     if dof < MIN_DOF:
-        note = f"Too few points for an interval: {len(y)} points for {len(constants)} constants."
-    elif objective == "squares" and "E" in constants:
-        interval = {"E": _profile_limit(form, data, y, log_shapes, constants["E"], dof)}
-    return SurfaceLaw(form, constants, residuals, interval, note, max(dof, 0))
+        return replace(law, note=f"Too few points for an interval: {len(y)} points for {len(constants)} constants.")
+    if draws:
+        replicates = _bootstrap(law, data, y, objective, draws, np.random.default_rng(seed))
+        if not replicates.size:
+            return replace(law, note=f"Too few places to resample for {len(constants)} constants.")
+        return replace(law, replicates=replicates, interval=_percentiles(law, replicates))
+    if objective == "squares" and "E" in constants:
+        low, high = _profile_limit(form, data, y, log_shapes, constants["E"], dof)
+        interval = {"E": (low if low > 0 else -math.inf, high)}
+    return replace(law, interval=interval)
+
+
+def _bootstrap(law: SurfaceLaw, data: Data, y: Array, objective: str, draws: int, rng: np.random.Generator) -> Array:
+    """Refit resampled places, (draws, constants); none with too few places."""
+    from scipy.special import stdtrit
+
+    # Places, not points: seeds of a place share what the form misses there.
+    places, place = np.unique(np.stack(list(data.values())), axis=1, return_inverse=True)
+    members = [np.flatnonzero(place == index) for index in range(places.shape[1])]
+    # Refits of as many places as there are would vary too little by the constants, and by Student's quantile over the
+    # normal one: the number drawn is smaller instead.
+    free = len(members) - len(law.constants)
+    if free < MIN_DOF:
+        return np.empty((0, len(law.constants)))
+    count = max(round(free * (NORMAL / float(stdtrit(free, TAILS[1]))) ** 2), len(law.constants) + 1)
+    names = law.form.shapes
+    start = np.log([law.constants[name] for name in names])
+    low, high = _bounds(law.form)
+    start = np.clip(start, low + 1e-9, high - 1e-9)
+    rows = []
+    while len(rows) < draws:
+        picked = np.concatenate([members[i] for i in rng.integers(len(members), size=count)])
+        part = {name: values[picked] for name, values in data.items()}
+        if objective == "huber":
+            log_shapes, coefficients = _huber(law.form, part, y[picked], start, restart=False)
+        else:
+            log_shapes = _search(law.form, part, y[picked], [start], tolerance=1e-8)
+            coefficients = _linear(*law.form.model(np.exp(log_shapes), part), y[picked])[0]
+        rows.append([*coefficients.tolist(), *np.exp(log_shapes).tolist()])
+    return np.array(rows)
+
+
+def _percentiles(law: SurfaceLaw, replicates: Array) -> dict[str, Interval]:
+    intervals = {}
+    for (name, value), column in zip(law.constants.items(), replicates.T, strict=True):
+        low, high = np.quantile(column, TAILS).tolist()
+        intervals[name] = min(low, value), max(high, value)
+    if "E" in intervals:
+        low, high = intervals["E"]
+        # Coefficients are at least 0, and Huber's search reaches it only in the limit.
+        intervals["E"] = (low if low > 1e-6 else -math.inf, high)
+    return intervals
 
 
 def _size(name: str, values: npt.ArrayLike, count: int) -> Array:
@@ -147,11 +287,24 @@ def _bounds(form: Form) -> tuple[Array, Array]:
 
 def _grid(form: Form) -> list[Array]:
     """Starts of a search: STARTS interior points of each range, evenly in the log, in all combinations."""
-    axes = [np.linspace(a, b, STARTS + 2)[1:-1] for a, b in zip(*_bounds(form), strict=True)]
+    low, high = _bounds(form)
+    if STARTS ** len(low) > MOST_STARTS:
+        from scipy.stats import qmc
+
+        unit = qmc.Sobol(len(low), rng=np.random.default_rng(0)).random(2 ** int(math.log2(MOST_STARTS)))
+        return list(low + (high - low) * unit)
+    axes = [np.linspace(a, b, STARTS + 2)[1:-1] for a, b in zip(low, high, strict=True)]
     return [np.array(point) for point in itertools.product(*axes)]
 
 
-def _search(form: Form, data: Data, y: Array, starts: list[Array] | None = None, fixed_E: float | None = None) -> Array:
+def _search(
+    form: Form,
+    data: Data,
+    y: Array,
+    starts: list[Array] | None = None,
+    fixed_E: float | None = None,
+    tolerance: float = 1e-12,
+) -> Array:
     """Minimize the sum of squares over the log shapes, with E fixed at `fixed_E`."""
     from scipy.optimize import least_squares
 
@@ -168,14 +321,14 @@ def _search(form: Form, data: Data, y: Array, starts: list[Array] | None = None,
         # Variable projection: coefficients come from non-negative least squares, so only the shapes need starts.
         starts = sorted(_grid(form), key=lambda point: float(np.sum(residual(point) ** 2)))[:REFINED]
     fits = [
-        least_squares(residual, np.clip(s, low + 1e-9, high - 1e-9), bounds=(low, high), xtol=1e-12, ftol=1e-12)
+        least_squares(residual, np.clip(s, low + 1e-9, high - 1e-9), bounds=(low, high), xtol=tolerance, ftol=tolerance)
         for s in starts
     ]
     return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
 
 
-def _huber(form: Form, data: Data, y: Array, log_shapes: Array) -> tuple[Array, Array]:
-    """Minimize Huber's loss of log residuals over the log shapes and coefficients."""
+def _huber(form: Form, data: Data, y: Array, log_shapes: Array, *, restart: bool = True) -> tuple[Array, Array]:
+    """Minimize Huber's loss of log residuals over the log shapes and coefficients; `restart` from a grid as well."""
     from scipy.optimize import least_squares
 
     count = len(log_shapes)
@@ -183,7 +336,9 @@ def _huber(form: Form, data: Data, y: Array, log_shapes: Array) -> tuple[Array, 
 
     def residual(theta: Array) -> Array:
         level, columns = form.model(np.exp(theta[:count]), data)
-        return np.asarray(np.log(y / np.maximum(level + columns @ np.exp(theta[count:]), 1e-300)))
+        with np.errstate(over="ignore", divide="ignore"):  # a step too far, which the search takes back
+            ratio = y / np.clip(level + columns @ np.exp(theta[count:]), 1e-100, 1e100)
+        return np.asarray(np.log(ratio))
 
     def start(shapes: Array) -> Array:
         coefficients = _linear(*form.model(np.exp(shapes), data), y)[0]
@@ -195,13 +350,16 @@ def _huber(form: Form, data: Data, y: Array, log_shapes: Array) -> tuple[Array, 
         return float(np.sum(np.where(size <= HUBER_DELTA, quadratic, tail)))
 
     # Huber's loss is flat far from the optimum and has more basins than least squares, so one start is not enough.
-    starts = [start(np.clip(log_shapes, low + 1e-9, high - 1e-9)), *sorted(map(start, _grid(form)), key=cost)[:REFINED]]
+    starts = [start(np.clip(log_shapes, low + 1e-9, high - 1e-9))]
+    if restart:
+        starts += sorted(map(start, _grid(form)), key=cost)[:REFINED]
+    tolerance = 1e-12 if restart else 1e-8
     # Coefficients are searched by their logarithms, which keeps them positive.
     unbounded = np.full(len(form.coefficients), np.inf)
     ends = np.append(low, -unbounded), np.append(high, unbounded)
     fits = [
         least_squares(
-            residual, s, bounds=ends, loss="huber", f_scale=HUBER_DELTA, x_scale="jac", xtol=1e-12, ftol=1e-12
+            residual, s, bounds=ends, loss="huber", f_scale=HUBER_DELTA, x_scale="jac", xtol=tolerance, ftol=tolerance
         )
         for s in starts
     ]

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from epochal.scaling.power import TAILS, Interval, PowerLaw, checked, fit_power_law
 from epochal.scaling.solve import Array
 
+# Below it, simulated double limits had intervals of 4 nats, or missed the truth (four sizes over a factor of 15).
+MIN_SIZES, MIN_FACTOR = 6, 60.0
 SMALLEST_SIGMA = 1e-9  # nats; noiseless curves would otherwise get infinite weight
 
 
@@ -77,6 +79,14 @@ def fit_joint(
     elif set(inner) == set(limits) and all(law.interval for law in inner.values()):
         sigma, sigma_dof = _inner_sigma(list(inner.values()))
     outer = fit_power_law(list(limits), list(limits.values()), sigma=sigma, sigma_dof=sigma_dof)
+    factor = max(limits) / min(limits)
+    # A hair below, because sizes are rounded.
+    if len(limits) < MIN_SIZES or factor < 0.99 * MIN_FACTOR:
+        note = (
+            f"open: needs at least {MIN_SIZES} sizes over a factor of {MIN_FACTOR:g}, got {len(limits)} over a factor of "
+            f"{factor:.3g}."
+        )
+        return JointLaw(outer.E, None, note, inner, outer)
     unsure = [f"{size:g}" for size, law in inner.items() if law.interval is None]
     note = outer.note
     if outer.interval is not None and unsure:

@@ -16,7 +16,7 @@ POOLING = 0.5
 # The same where seed noise visibly shrinks toward the limit: the seeds are then well modeled.
 POOLING_SHRINKING = 0.05
 # Log-likelihood ratio above which the seeds are taken to prefer noise that shrinks toward the limit.
-SHRINKING_EVIDENCE = 1.0
+SHRINKING_EVIDENCE = 2.0
 EXCESS_ROUNDS = 4
 EXCESS_FLOOR = 0.05
 
@@ -46,7 +46,7 @@ def noise_variance(
         return total / max(dof, 1), dof, ""
     between, pure = max(total - within, 0.0) / dof_between, within / dof_within
     if pure == 0.0 or fdtrc(dof_between, dof_within, between / pure) < pooling:
-        note = "Sizes deviate from the law by more than their own noise, so the interval rests on the sizes alone."
+        note = "Sizes deviate from the law by more than their seeds do."
         return between, dof_between, note
     return total / (dof_between + dof_within), dof_between + dof_within, ""
 

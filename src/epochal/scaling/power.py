@@ -2,9 +2,11 @@
 
 The form is that of "Pre-training under infinite compute" (sections 3 to 5): x is parameters N, members K or tokens D, and E is
 the asymptote by which recipes are compared. The paper fits three constants to four points and gives no interval. The
-intervals here are by profile likelihood with Student quantiles; `benchmarks/laws.csv` has their measured coverage.
+intervals here are from a posterior with a scatter between sizes (`posterior.py`). Next to it stand the intervals by profile
+likelihood with Student quantiles, which use no priors; `benchmarks/coverage.csv` has the measured coverage of both.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -12,13 +14,29 @@ import numpy as np
 import numpy.typing as npt
 
 from epochal.scaling.noise import POOLING, POOLING_SHRINKING, noise_variance, seeds_prefer, shrinking_weights
+from epochal.scaling.posterior import Posterior, sample_posterior
 from epochal.scaling.solve import ALPHA_BOUNDS, Array, alpha_range, profile, solve
 
 LEVEL = 0.90
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 MIN_SIZES = 4  # distinct x needed for an interval
 MIN_DOF = 2  # degrees of freedom needed for an interval: AICc is undefined below two, and one tests nothing
-Interval = tuple[float, float]
+Interval = tuple[float, float]  # both ends; an end of -inf or inf is unbounded
+
+
+def interval_text(interval: Interval | None, decimals: int = 4) -> str:
+    """Show an interval as text: "4.0123 to 4.1234", "unbounded below, to 4.4445", or a dash for None."""
+    if interval is None:
+        return "–"
+    low, high = (f"{end:.{decimals}f}" if math.isfinite(end) else "" for end in interval)
+    match bool(low), bool(high):
+        case True, True:
+            return f"{low} to {high}"
+        case False, True:
+            return f"unbounded below, to {high}"
+        case True, False:
+            return f"from {low}, unbounded above"
+    return "unbounded"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +53,21 @@ class PowerLaw:
     y: Array = field(repr=False)
     weights: Array = field(repr=False)  # inverse variances, up to a factor
     residuals: Array = field(repr=False)
-    interval: dict[str, Interval] | None  # E, A and alpha to their 90% intervals; None with too few points
+    # E, A and alpha to their 90% intervals from the posterior; None with too few points. An E that the points and priors
+    # do not bound above 0 has the lower end -inf.
+    interval: dict[str, Interval] | None
     note: str  # why there is no interval, or what to know about it
     variance: float  # of a point of weight 1
     dof: int  # degrees of freedom of `variance`
     fixed_alpha: float | None = None
+    posterior: Posterior | None = field(default=None, repr=False)  # None without an interval
+
+    @functools.cached_property
+    def profile(self) -> dict[str, Interval] | None:
+        """E, A and alpha to their 90% profile intervals; None under two degrees of freedom."""
+        if self.posterior is None or self.dof < MIN_DOF:
+            return None
+        return _profile_interval(self)
 
     @property
     def parameters(self) -> int:
@@ -54,18 +82,32 @@ class PowerLaw:
         return np.asarray(self.E + self.A * np.exp(-self.alpha * np.log(sizes)))
 
     def quantiles(self, probability: npt.ArrayLike, x: npt.ArrayLike) -> Array:
-        """Give quantiles of the confidence distribution of the law at x, nan without an interval.
+        """Give quantiles of the posterior of the law at x, nan without one; the arguments broadcast.
 
-        `probability` and `x` broadcast. At `x = math.inf` this is the distribution whose central 90% is `interval["E"]`.
+        At `x = math.inf` this is the distribution of the limit.
         """
         levels, sizes = np.broadcast_arrays(np.asarray(probability, np.float64), np.asarray(x, np.float64))
-        if self.interval is None:
+        if self.posterior is None:
             return np.full(levels.shape, np.nan)
-        return _profile_quantiles(self, levels.ravel(), sizes.ravel()).reshape(levels.shape)
+        # Each x once, however many levels it has.
+        places, which = np.unique(sizes.ravel(), return_inverse=True)
+        draws = np.sort(self.posterior.at(places), axis=-1)
+        ranks = levels.ravel() * (draws.shape[-1] - 1)
+        lower = np.floor(ranks).astype(int)
+        upper = np.minimum(lower + 1, draws.shape[-1] - 1)
+        share = ranks - lower
+        values = (1 - share) * draws[which, lower] + share * draws[which, upper]
+        return np.asarray(values.reshape(levels.shape))
 
-    def predict_interval(self, x: npt.ArrayLike) -> tuple[Array, Array]:
-        """Give both ends of the pointwise 90% band at x, nan without an interval."""
-        return self.quantiles(TAILS[0], x), self.quantiles(TAILS[1], x)
+    def predict_interval(self, x: npt.ArrayLike, *, seeds: int | None = None) -> tuple[Array, Array]:
+        """Give both ends of the pointwise 90% band at x, nan without an interval.
+
+        With `seeds` it is the interval of a prediction: of the mean that so many new seeds of a new size x will measure.
+        """
+        if seeds is None or self.posterior is None:
+            return self.quantiles(TAILS[0], x), self.quantiles(TAILS[1], x)
+        low, high = np.quantile(self.posterior.measured_at(np.asarray(x, np.float64), seeds), TAILS, axis=-1)
+        return np.asarray(low), np.asarray(high)
 
 
 def fit_power_law(
@@ -75,6 +117,7 @@ def fit_power_law(
     exponent: float | None = None,
     sigma: npt.ArrayLike | None = None,
     sigma_dof: int = 0,
+    between: float | None = None,
 ) -> PowerLaw:
     """Fit `y = E + A / x**alpha` by least squares, with 90% intervals.
 
@@ -83,6 +126,8 @@ def fit_power_law(
     `exponent` fixes alpha (1.0 for an ensemble of independent members, section 4 of the paper).
     `sigma` are standard errors of y in nats known from elsewhere (say, limits of other fits), estimated with `sigma_dof`
     degrees of freedom in all; they weight the points and contribute to the noise estimate as repeated seeds would.
+    `between` is the standard deviation in nats between sizes as known from elsewhere (`search_noise`): the scale of its
+    half-normal prior.
 
     Raises ValueError for values that are not finite and positive, unequal lengths, and fewer than two distinct x.
     """
@@ -96,25 +141,30 @@ def fit_power_law(
     shortage = _shortage(constant, sigma_dof)
     if shortage:
         return replace(constant, note=shortage)
-    if sigma is not None:
-        return replace(constant, interval=_profile_interval(constant), note=_notes(constant))
+    law, seen = constant, ""
+    if sigma is None:
+        # Few points cannot show whether noise is constant or shrinks with the excess over the limit; seeds can.
+        by_excess = shrinking_weights(_centered_logs(constant.x)[0], constant.y, exponent)
+        if seeds_prefer(constant.x, constant.y, by_excess):
+            law = fit_constants(x, y, weights=by_excess, exponent=exponent, pooling=POOLING_SHRINKING)
+            seen = "Seeds scatter less near the limit, so points there have more weight."
+    posterior = sample_posterior(law.x, law.y, law.weights, alpha=exponent, sigma_dof=sigma_dof, between=between)
+    note = f"{seen} {_notes(law)}".strip()
+    if not posterior.E.size:
+        return replace(law, note=note)
+    law = replace(law, posterior=posterior, note=note)
+    return replace(law, interval=_posterior_interval(law, posterior))
 
-    # A few points cannot show whether noise is constant or shrinks with the excess over the limit, so fit both.
-    by_excess = shrinking_weights(_centered_logs(constant.x)[0], constant.y, exponent)
-    shrinks = seeds_prefer(constant.x, constant.y, by_excess)
-    pooling = POOLING_SHRINKING if shrinks else POOLING
-    shrinking = fit_constants(x, y, weights=by_excess, exponent=exponent, pooling=pooling)
-    law, other = (shrinking, constant) if shrinks else (constant, shrinking)
-    if shrinks:
-        seen = "Seeds scatter less near the limit, so points there have more weight."
-        law = replace(law, note=f"{seen} {law.note}".strip())
 
-    interval, alternative = _profile_interval(law), _profile_interval(other)
-    # The kind of noise hardly moves E, but moves A and alpha: their intervals cover both kinds.
-    for name in ("A", "alpha"):
-        (low, high), (other_low, other_high) = interval[name], alternative[name]
-        interval[name] = min(low, other_low), max(high, other_high)
-    return replace(law, interval=interval, note=_notes(law))
+def _posterior_interval(law: PowerLaw, posterior: Posterior) -> dict[str, Interval]:
+    intervals = {}
+    for name in ("E", "A", "alpha"):
+        low, high = np.quantile(getattr(posterior, name), TAILS).tolist()
+        # The priors may pull an interval off the best fit, which must be in it.
+        intervals[name] = min(low, getattr(law, name)), max(high, getattr(law, name))
+    low, high = intervals["E"]
+    intervals["E"] = (low if low > 0 else -math.inf, high)
+    return intervals
 
 
 def fit_constants(
