@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 
+from epochal.report import point_comparisons
 from epochal.report.point_laws import point_sections
 from epochal.report.points import LossPoint
 from epochal.scaling import CHINCHILLA, fit_members, fit_power_law, fit_surface
@@ -171,6 +172,7 @@ def study_surface(draws: int) -> Row:
 
 
 def study_decisions(draws: int) -> Row:
+    point_comparisons.DRAWS = 40  # for speed: a report has 100
     right, wrong = 0, 0
     for seed in range(draws):
         sections = point_sections(two_recipes(np.random.default_rng(seed), 0.04), reference="old")

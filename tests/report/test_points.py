@@ -1,19 +1,24 @@
 """Points from a CSV or from records, the laws through them, and two campaigns side by side."""
 
+import csv
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_up import simulate
 
 from epochal import cli
 from epochal.records import Record, Records, Workspace, load_records, write_record
+from epochal.report import point_comparisons
 from epochal.report.campaigns import CampaignReport, compare_campaigns
 from epochal.report.claims import read_claims
-from epochal.report.point_laws import DATA, MEMBERS, SIZE, fit_axis, point_sections
-from epochal.report.points import LossPoint, campaign_points, read_points
+from epochal.report.point_comparisons import joint_section, paired_section
+from epochal.report.point_laws import DATA, MEMBERS, SIZE, fit_axis, point_sections, referenced_sections
+from epochal.report.points import LossPoint, campaign_points, question_points, read_points
 from epochal.report.sections import Section
 from epochal.run import Ensemble, SequenceDistillation, fingerprint
 from epochal.scale import Point, load_scale
@@ -50,6 +55,32 @@ def test_a_csv_is_read_with_its_suffixes_and_limits(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("Recipe ; Val Loss ; Model Size ; Tokens", "ours;3,5;150m;1e8"),
+        ("method\tVALIDATION_LOSS\tparams\tunique_tokens\ttokens", "ours\t3.5\t0.15b\t100M\t2.4B"),
+        ("name,val-loss,N,D", "ours, 3.5 ,1.5e8,100000k"),
+    ],
+)
+def test_names_and_separators_of_others_are_understood(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    (point,), problems = read_points(table(tmp_path, *lines))
+    assert problems == () and replace(point, T=None) == LossPoint("ours", 3.5, 150e6, 1e8)
+    assert (2.4e9 if "unique_tokens" in lines[0] else None) == point.T
+
+
+def test_units_that_look_wrong_are_questioned(tmp_path: Path) -> None:
+    assert question_points([LossPoint("a", 3.0, 1e8), LossPoint("a", 2.9, 2e9)]) == []
+    (perplexity,) = question_points([LossPoint("a", 33.1, 1e8), LossPoint("a", 2.9, 2e8)])
+    assert perplexity.startswith("1 of 2 losses are above 13.8 nats, up to 33.1: are they perplexities")
+    (low,) = question_points([LossPoint("a", 0.93), LossPoint("a", 0.91)])
+    assert "accuracies or bits per byte" in low
+    (mixed,) = question_points([LossPoint("a", 3.0, 150), LossPoint("a", 2.9, 3e8)])
+    assert mixed == "N runs from 150 to 3e+08: are two units mixed?"
+    _, problems = read_points(table(tmp_path, "recipe,loss", "a,3.5", "a,35%"))
+    assert problems == ("line 3: loss is a percentage, got '35%'; give nats per token",)
+
+
 def test_unusable_rows_are_left_out_and_named(tmp_path: Path) -> None:
     path = table(
         tmp_path, "recipe,loss,K", "a,3.5,1", "a,,1", "a,nan,1", "a,low,1", ",3,1", "a,3,-2", "a,3", "a,3,1,9", "b,2,"
@@ -70,8 +101,9 @@ def test_unusable_rows_are_left_out_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        (("name,loss", "a,3"), "has no column recipe"),
-        (("a", "b"), "has no column recipe and no loss"),
+        (("title,loss", "a,3"), "has no column recipe; found: title, loss. Its first line must name recipe, loss"),
+        (("a", "b"), "has no column recipe and no loss; found: a"),
+        (("recipe,ppl", "a,3"), "'ppl' is not a loss in nats: convert it, a perplexity by its logarithm"),
         (("recipe,loss", "a,"), "has no row with a loss"),
     ],
 )
@@ -88,10 +120,10 @@ def test_laws_are_fitted_to_points_that_differ_along_one_axis() -> None:
     points += [LossPoint("c", members(k), 1e8, 1e8, k) for k in (1, 2, 3, 4, 5)]
     points += [LossPoint("b", data(d), None, d) for d in SIZES] + [LossPoint("b", data(d) + 1, 5.0, d) for d in SIZES]
     (fit,) = fit_axis(points, SIZE)
-    assert (fit.recipe, fit.place, len(fit.xs)) == ("a", "D = 100,000,000, K = 1", 5)
+    assert (fit.recipe, fit.place, len(fit.xs)) == ("a", "D = 1e+08, K = 1", 5)
     assert (fit.law.E, fit.law.alpha) == (pytest.approx(3.0, abs=1e-4), pytest.approx(0.5, abs=1e-3))
     (fit,) = fit_axis(points, MEMBERS)
-    assert (fit.recipe, fit.place) == ("c", "D = 100,000,000, N = 100,000,000")
+    assert (fit.recipe, fit.place) == ("c", "D = 1e+08, N = 1e+08")
     assert pytest.approx(2.9, abs=1e-4) == fit.law.E
     (fit,) = fit_axis(points, DATA)
     assert fit.recipe == "b" and fit.ys == tuple(data(d) for d in SIZES)  # the best at each budget
@@ -113,6 +145,82 @@ def test_limits_are_compared_with_the_reference() -> None:
     assert other.holds is False
     with pytest.raises(ValueError, match=r"recipe 'ol' has no points \(did you mean 'old'\?\)"):
         point_sections(points, reference="ol")
+
+
+def two_recipes(seed: int, unit: float = 1.0, sizes: int = 6) -> list[LossPoint]:
+    """Recipes 0.04 nats apart at six sizes and four budgets, two seeds of 0.01 nats; sizes in any unit."""
+    rng = np.random.default_rng(seed)
+    return [
+        LossPoint(
+            name, float(1.9 - below + 400 / N**0.34 + 410 / D**0.28 + 0.01 * rng.standard_normal()), N / unit, D / unit
+        )
+        for N in np.geomspace(1e7, 1e9, 6)[:sizes].tolist()
+        for D in np.geomspace(1e8, 1.6e9, 4).tolist()
+        for name, below in (("old", 0.0), ("new", 0.04))
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recipes_with_a_known_difference_are_decided_at_shared_places(seed: int) -> None:
+    """A small version of the row `decisions` of benchmarks/coverage.csv, which also counts the claims about limits."""
+    section = paired_section(two_recipes(seed), {"new": "old"})
+    assert section is not None
+    (claim,) = section.claims
+    assert claim.text == "new has a lower loss than old at 24 shared places" and claim.seeds == 2
+    assert claim.holds is True and claim.interval is not None and abs(float(claim.value.split()[0]) + 0.04) < 0.01
+    same = [replace(point, loss=point.loss + 0.04 * (point.recipe == "new")) for point in two_recipes(seed)]
+    (equal,) = paired_section(same, {"new": "old"}).claims  # type: ignore[union-attr]
+    assert abs(float(equal.value.split()[0])) < 0.01
+
+
+def test_a_verdict_needs_an_interval() -> None:
+    one = [LossPoint("a", 3.0, 1e8, 1e9), LossPoint("b", 2.0, 1e8, 1e9)]
+    (claim,) = paired_section(one, {"b": "a"}).claims  # type: ignore[union-attr]
+    assert claim.holds is None and claim.interval is None
+    assert claim.provisional == ("1 shared place with too few seeds",)
+    seeds = [LossPoint(name, loss + 0.001 * i, 1e8, 1e9) for name, loss in (("a", 3.0), ("b", 2.0)) for i in range(3)]
+    (decided,) = paired_section(seeds, {"b": "a"}).claims  # type: ignore[union-attr]
+    assert decided.holds is True and decided.interval == pytest.approx((-1.00174, -0.99826), abs=1e-4)
+
+
+def test_ensembles_are_paired_at_one_count_of_members() -> None:
+    points = [LossPoint(r, 3.0 + 0.1 / k, n, 1e8, k) for r in ("a", "b") for n in (1e6, 2e6) for k in (1, 2, 3)]
+    (claim,) = paired_section(points, {"b": "a"}).claims  # type: ignore[union-attr]
+    assert "at 2 shared places" in claim.text
+
+
+def test_units_of_sizes_do_not_change_a_word_of_the_verdicts() -> None:
+    """Budgets in billions once printed as "0" and were compared by that text, which gave a wrong verdict."""
+
+    def words(unit: float) -> list[tuple[object, ...]]:
+        sections = referenced_sections(two_recipes(0, unit, sizes=4), {"new": "old"})
+        assert {section.title for section in sections} >= {"Shared places", "Size", "Data"}
+        return [
+            (section.title, re.sub(r"D = [^,)]+", "D", claim.text), claim.holds, claim.value.split(" (")[0])
+            for section in sections
+            for claim in section.claims
+        ]
+
+    tokens = words(1.0)
+    assert len(tokens) == 6 and all(verdict is not False for _, _, verdict, _ in tokens)
+    assert words(1e6) == tokens and words(1e9) == tokens
+
+
+def test_chinchillas_points_give_its_limit_with_an_interval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All 245 points: Besiroglu et al. (arXiv 2404.10102) find 1.8172 after leaving five out by eye."""
+    monkeypatch.setattr(point_comparisons, "DRAWS", 20)
+    with (Path(__file__).parents[1] / "reference" / "chinchilla_points.csv").open() as file:
+        rows = [(1e6 * float(r["N_millions"]), 1e18 * float(r["flops_1e18"]), r["loss"]) for r in csv.DictReader(file)]
+    lines = [f"chinchilla;{loss};{N:.0f};{flops / (6 * N):.0f}" for N, flops, loss in rows]
+    points, _ = read_points(table(tmp_path, "Recipe;val loss;params;tokens", *lines))
+    section = joint_section(points, {}, "chinchilla")
+    assert section is not None and len(points) == 245
+    huber = section.tables[0].rows[0]
+    assert huber[1] == "huber" and huber[3] == pytest.approx(1.817, abs=0.02)
+    low, high = (float(end) for end in str(huber[4]).split(" to "))
+    assert low < 1.817 < high < low + 0.15
+    assert "of 245 points lie more than 8 robust standard deviations off and are left out" in section.notes[0]
 
 
 def test_nested_ensembles_give_a_law_in_members_without_an_interval() -> None:
@@ -153,7 +261,7 @@ def test_the_command_reports_a_csv(
     folder = tmp_path / "points-report"
     assert f"report: {folder / 'report.html'}" in captured.out
     assert (folder / "figures" / "loss-against-N-1.svg").exists()
-    assert [claim.verdict for claim in read_claims(folder / "claims.json")] == ["holds"]
+    assert [claim.verdict for claim in read_claims(folder / "claims.json")] == ["holds", "holds"]
     assert "1 rows were left out" in (folder / "report.md").read_text()
 
 

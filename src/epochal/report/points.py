@@ -77,7 +77,7 @@ def read_points(path: Path) -> tuple[list[LossPoint], tuple[str, ...]]:
 
 
 def _columns(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Find the columns by field of LossPoint; raises ValueError without recipe or loss, and for two of one field."""
+    """Find the columns by field of LossPoint; raises ValueError without recipe or loss."""
     plain = {name: re.sub(r"[\s_-]", "", name).lower() for name in names if name}
     found: dict[str, str] = {}
     for field, known in NAMES.items():
@@ -91,7 +91,7 @@ def _columns(path: Path, names: Sequence[str]) -> dict[str, str]:
     missing = [name for name in ("recipe", "loss") if name not in found]
     if missing:
         units = [name for name, short in plain.items() if short in OTHER_UNITS]
-        unit = f" {units[0]!r} is not a loss in nats: convert it, a perplexity by its logarithm." * bool(units)
+        unit = "".join(f" {u!r} is not a loss in nats: convert it, a perplexity by its logarithm." for u in units[:1])
         raise ValueError(
             f"{path} has no column {' and no '.join(missing)}; found: {', '.join(plain) or 'none'}. Its first line must "
             f"name recipe, loss and any of {', '.join(COLUMNS)}.{unit}"

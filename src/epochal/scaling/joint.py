@@ -72,11 +72,11 @@ def fit_joint(
         return JointLaw(lowest, None, note, inner, None)
 
     # The limits in K are points with known errors. `fit_power_law` pools these with the scatter about the law in N,
-    # unless the limits scatter more than their errors explain (`benchmarks/laws.csv` has the coverage).
+    # unless the limits scatter more than their errors explain (`benchmarks/coverage.csv` has the coverage of laws in N).
     if sigma is not None:
         first = [int(np.flatnonzero(Ns == size)[0]) for size in limits]
         sigma = checked("sigma", sigma)[first]
-    elif set(inner) == set(limits) and all(law.interval for law in inner.values()):
+    elif set(inner) == set(limits) and all(law.profile for law in inner.values()):
         sigma, sigma_dof = _inner_sigma(list(inner.values()))
     outer = fit_power_law(list(limits), list(limits.values()), sigma=sigma, sigma_dof=sigma_dof)
     factor = max(limits) / min(limits)
@@ -120,7 +120,8 @@ def _inner_sigma(laws: list[PowerLaw]) -> tuple[Array, int]:
     pooled = sum(law.variance * law.dof for law in laws) / dof
     sigma = []
     for law in laws:
-        low, high = law.quantiles(TAILS, np.inf)
+        assert law.profile is not None
+        low, high = law.profile["E"]
         # Half of the interval divided by its quantile, then rescaled to the shared variance.
         error = (high - low) / (2 * float(stdtrit(law.dof, TAILS[1])))
         sigma.append(error * np.sqrt(pooled / law.variance) if law.variance > 0 else 0.0)

@@ -96,8 +96,7 @@ def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
         note = "No interval: all K share members, and the losses without each member are not known."
     else:
         # The scatter about the law does not show how much another draw of members would differ: intervals from it
-        # covered the limit in 0% to 24% of simulated ensembles (`naive_E` in benchmarks/laws.csv). Leaving members
-        # out does.
+        # missed the limit of most simulated ensembles (`naive` in benchmarks/coverage.csv). Leaving members out does.
         replicates = np.array([_line(curve) for curve in curves])
         law = MembersLaw(E, A, B, {}, "", count - 1, laws, math.nan, replicates)
         low, high = (float(end) for end in law.predict_interval(math.inf))

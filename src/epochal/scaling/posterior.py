@@ -94,6 +94,8 @@ def sample_posterior(
             log_alpha = np.linspace(low, high, ALPHAS)
             best = np.max(log_weight(log_alpha), axis=1)
             inside = np.flatnonzero(best > np.max(best) + np.log(NEGLIGIBLE))
+            if len(inside) > ALPHAS / 3:
+                break
             low, high = log_alpha[max(inside[0] - 1, 0)], log_alpha[min(inside[-1] + 1, ALPHAS - 1)]
         half_cell = float(log_alpha[1] - log_alpha[0]) / 2
     log_weights = log_weight(log_alpha)

@@ -142,7 +142,7 @@ def fit_power_law(
     if shortage:
         return replace(constant, note=shortage)
     law, seen = constant, ""
-    if sigma is None:
+    if sigma is None and len(np.unique(constant.x)) < len(constant.x):
         # Few points cannot show whether noise is constant or shrinks with the excess over the limit; seeds can.
         by_excess = shrinking_weights(_centered_logs(constant.x)[0], constant.y, exponent)
         if seeds_prefer(constant.x, constant.y, by_excess):
