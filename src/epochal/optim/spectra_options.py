@@ -127,6 +127,11 @@ def check_group(group: Group) -> None:
     for name, allowed in choices.items():
         if group[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {group[name]!r}.")
+    if group["iterations"] is not None and group["operator"] == "soft" and group["method"] != "newton_schulz":
+        raise ValueError(
+            f"iterations={group['iterations']} is the number of published steps; pass method='newton_schulz' with it, or "
+            "leave it out."
+        )
     for name in ("clip", "pre_clip", "pre_clip_end"):
         if group[name] is not None and not group[name] > 0:
             raise ValueError(f"{name} must be above 0, got {group[name]}.")
