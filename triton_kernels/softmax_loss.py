@@ -25,7 +25,6 @@ from torch import Tensor
 from triton_kernels.backend import jit, tl, triton, use_kernel
 from triton_kernels.online import online, online_end
 
-
 # Longest row that one program holds in its registers: 64 values in each of 1,024 threads.
 ROW = 65536
 

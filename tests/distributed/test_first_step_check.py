@@ -138,7 +138,7 @@ def test_products_of_a_stack_may_round_differently_and_a_matrix_in_pieces_is_ref
     weights, gradients = ([torch.randn(48, 64, generator=generator) for _ in range(3)] for _ in range(2))
     plain = torch.baddbmm
 
-    def split(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float, alpha: float) -> torch.Tensor:
+    def split(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float, alpha: float = 1.0) -> torch.Tensor:
         if len(a) == 1:
             return plain(c, a, b, beta=beta, alpha=alpha)
         half = a.shape[2] // 2

@@ -61,6 +61,8 @@ class Count(TorchDispatchMode):
         return out
 
     def fused(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.compiled is not None:  # inside of another
+            return function(*args, **kwargs)
         before = {key: t._version for key, t in tensors((args, kwargs)).items()}
         self.compiled = []
         out = function(*args, **kwargs)
@@ -100,7 +102,7 @@ def ends_apart(**matrices: Any) -> list[dict[str, Any]]:
 
 def fira() -> Fira:
     optimizer = Fira(ends_apart(rank=192, update_proj_gap=10**9, alpha=0.25), lr=1e-3, weight_decay=0.1)
-    optimizer._clock = {p: 1 for p in optimizer.param_groups[0]["params"]}  # a step between two refreshes
+    optimizer._clock = dict.fromkeys(optimizer.param_groups[0]["params"], 1)  # a step between two refreshes
     return optimizer
 
 

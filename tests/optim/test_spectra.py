@@ -341,16 +341,6 @@ def test_groups_have_their_own_options() -> None:
 # --- refusals and compilation -----------------------------------------------------------------------------------------
 
 
-def test_a_flat_shard_instead_of_the_matrix_is_refused() -> None:
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    optimizer = Spectra([p], 1e-2)
-    flat = torch.nn.Parameter(torch.ones(16))
-    flat.grad = torch.ones(16)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match="keeps them whole"):
-        optimizer.step()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

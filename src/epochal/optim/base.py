@@ -188,14 +188,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
             whole = self.needs_whole(p, group)
             # A DTensor still has the shape of the whole; FSDP1 and deepspeed.zero.Init make a vector of any parameter.
             if (whole and hasattr(p, "to_local")) or (self.matrices and (_is_flat(p) or hasattr(p, "ds_shape"))):
-                raise ValueError(self._in_pieces(p))
+                raise ValueError(self._in_pieces(p, "is a piece that a wrapper such as FSDP made"))
             self._whole[p] = whole
 
-    def _in_pieces(self, parameter: Tensor) -> str:
+    def _in_pieces(self, parameter: Tensor, why: str) -> str:
         return (
-            f"{type(self).__name__} updates whole matrices, and a parameter of shape {tuple(parameter.shape)} is a piece that "
-            "a wrapper (DeepSpeed, FSDP) made of them; use DDP, `epochal run` with any preset, or an element-wise "
-            "optimizer such as AdamW or Lion."
+            f"{type(self).__name__} updates whole matrices, but the parameter of shape {tuple(parameter.shape)} {why}; train "
+            "with DDP or `epochal run --preset`, which keep them whole, or take an element-wise optimizer (AdamW, Lion, "
+            "Signum, AdEMAMix)."
         )
 
     # --- for subclasses to implement or override ---
@@ -287,7 +287,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "build the embedding with sparse=False."
                 )
             if strict and p not in self._whole:
-                raise ValueError(self._in_pieces(p))
+                why = "was not there when it was built, as when a wrapper such as DeepSpeed or FSDP puts pieces in their place"
+                raise ValueError(self._in_pieces(p, why))
             # Lazily, as in torch: parameters that never get a gradient have no state.
             if not self.state[p]:
                 self.state[p] = _like(p, self.init_state(local(p), group))
