@@ -218,6 +218,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Return what the weights of a bucket move by per learning rate; step (B,) counts the steps before this one."""
         return update
 
+    def step_scale(self, parameter: Tensor, group: Group) -> float:
+        """Return what the learning rate of a parameter that must be seen whole is multiplied with."""
+        return 1.0
+
     @staticmethod
     def decay_factor(like: Tensor, group: Group) -> Tensor:
         """Return 1 - lr wd as a 0-d tensor."""
@@ -308,13 +312,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         states = [self.state[p] for p in parameters]
         state = {name: joined(states, name) for name in states[0]}
         # Tensors on the device, made once a step: a kernel launch each.
-        key = (weights.device, dtype, group["lr"], group["weight_decay"])
+        whole = self.needs_whole(parameters[0], group)
+        scale = self.step_scale(parameters[0], group) if whole else 1.0
+        key = (weights.device, dtype, group["lr"], group["weight_decay"], scale)
         if key not in self._numbers:
-            self._numbers[key] = scalar(group["lr"], weights), self.decay_factor(weights, group)
+            self._numbers[key] = scalar(group["lr"] * scale, weights), self.decay_factor(weights, group)
         lr, decay = self._numbers[key]
         rule, options = self.direction(parameters[0], group)
         wide = weights.to(dtype)
-        if self.needs_whole(parameters[0], group):
+        if whole:
             step = state["step"].clone()  # the direction counts in place
             update, finite = _direct_(gradients, state, dtype, rule, options)
             _apply_(wide, self.transform(update, wide, step, group), finite, lr, decay)

@@ -34,7 +34,7 @@ def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.
     # The iteration needs singular values of at most 1; the Frobenius norm is an upper bound of the largest.
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = y @ y.mT
+        gram = torch.bmm(y, y.mT)
         # As torch.optim.Muon: the sums belong to the products, which saves rounding and passes over memory.
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).reshape(x.shape)
@@ -118,6 +118,9 @@ class Muon(MatrixOptimizer):
         return ADAMW.of(group)
 
     def transform(self, update: Tensor, weights: Tensor, step: Tensor, group: Group) -> Tensor:
-        """Return the orthogonalized momentum, scaled."""
-        scale = muon_scale(update.shape[-2], update.shape[-1], group["adjust_lr_fn"])
-        return orthogonalize(update, steps=group["ns_steps"]).to(update.dtype) * scale
+        """Return the orthogonalized momentum."""
+        return orthogonalize(update, steps=group["ns_steps"])
+
+    def step_scale(self, parameter: Tensor, group: Group) -> float:
+        """Return `muon_scale`."""
+        return muon_scale(*parameter.shape, group["adjust_lr_fn"])

@@ -25,10 +25,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from epochal.optim.base import Group, MatrixOptimizer, State, Update, per_item, scalar
+from epochal.optim.base import Group, MatrixOptimizer, State, Update, fused, per_item, scalar
 from epochal.optim.mars import MARS
 from epochal.optim.muon import orthogonalize
 from epochal.optim.spectra_options import (
+    THRESHOLD_OPTIONS,
     base_rule,
     check_group,
     check_patterns,
@@ -181,7 +182,7 @@ class Spectra(MatrixOptimizer):
         return self.rule.of(group)
 
     def transform(self, update: Tensor, weights: Tensor, step: Tensor, group: Group) -> Tensor:
-        """Return alpha H_c(U) of a bucket; U without an operator."""
+        """Return H_c(U) of a bucket; U without an operator."""
         if group["operator"] is None:
             return update
         if self._decays_inside(update.ndim - 1):
@@ -190,6 +191,13 @@ class Spectra(MatrixOptimizer):
         if update.ndim == 2:
             return clip_vectors(update, c, operator=group["operator"], compat=self.compat)
         return clip_matrices(update, c, group)
+
+    def step_scale(self, parameter: Tensor, group: Group) -> float:
+        """Return alpha of a matrix that is clipped."""
+        if group["operator"] is None or parameter.ndim < 2:
+            return 1.0
+        # Of the blocks: a fused QKV weight takes the same step as three separate matrices.
+        return math.sqrt(max(1.0, parameter.shape[-2] // group["blocks"] / parameter.shape[-1]))
 
     def _pre_clip(self, group: Group) -> None:
         """Clip the gradients of all matrices of a group in place, whatever `apply_to` selects."""
@@ -234,11 +242,11 @@ def clip_vectors(update: Tensor, c: Tensor, *, operator: str, compat: str | None
 
 
 def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
-    """Return alpha H_c(U) for U (B, ..., rows, columns) and c (B,).
+    """Return H_c(U) for U (B, ..., rows, columns) and c (B,).
 
     Every matrix is cut into `blocks` parts by rows, which are clipped separately.
     """
-    parts, alpha = _in_blocks(update, group)
+    parts = update.reshape(len(update), -1, update.shape[-2] // group["blocks"], update.shape[-1])
     thresholds = c[:, None].expand(parts.shape[:2])
     if group["operator"] == "normalize":
         out = orthogonalize(parts, steps=group["iterations"] or 5, dtype=group["dtype"] or torch.bfloat16)
@@ -246,18 +254,11 @@ def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
         out = hard_spectral_clip(parts, thresholds)
     else:
         out = _soft_clip(parts, thresholds, group)
-    return alpha * out.to(update.dtype).reshape(update.shape)
+    return out.to(update.dtype).reshape(update.shape)
 
 
 def _soft_clip(x: Tensor, c: Tensor, group: Group) -> Tensor:
     return soft_spectral_clip(x, c, method=group["method"], iterations=group["iterations"], dtype=group["dtype"])
-
-
-def _in_blocks(tensor: Tensor, group: Group) -> tuple[Tensor, float]:
-    """Return (B, ..., rows, columns) as k blocks (B, k, ...), and their alpha."""
-    rows, columns = tensor.shape[-2] // group["blocks"], tensor.shape[-1]
-    # alpha is that of the blocks: a fused QKV weight takes the same step as three separate matrices.
-    return tensor.reshape(len(tensor), -1, rows, columns), math.sqrt(max(1.0, rows / columns))
 
 
 def _arithmetic(group: Group, device: torch.device) -> torch.dtype:
@@ -272,4 +273,12 @@ def _arithmetic(group: Group, device: torch.device) -> torch.dtype:
 
 
 def _threshold_now(step: Tensor, group: Group) -> Tensor:
-    return clip_threshold(step, scalar(group["lr"], step.double()), group)
+    lr = group["lr"]
+    lr = lr.to(step.device, torch.float64) if isinstance(lr, Tensor) else step.new_full((), lr, dtype=torch.float64)
+    # Not the group: a compiled function would be compiled again for every learning rate in it.
+    return _threshold(step, lr, {name: group[name] for name in THRESHOLD_OPTIONS})
+
+
+@fused
+def _threshold(step: Tensor, lr: Tensor, options: Group) -> Tensor:
+    return clip_threshold(step, lr, options)

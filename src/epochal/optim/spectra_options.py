@@ -30,6 +30,17 @@ BASES: dict[str, Rule] = {
 }
 OPERATORS = ("soft", "hard", "normalize")
 
+# Keys of a group that `clip_threshold` reads.
+THRESHOLD_OPTIONS = (
+    "clip",
+    "base_lr",
+    "warmup_steps",
+    "total_steps",
+    "clip_decay",
+    "clip_decay_fraction",
+    "clip_final_scale",
+)
+
 # Threshold relative to `clip` after a fraction x of the decay, which ends at the factor F.
 DECAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "constant": lambda x, F: torch.ones_like(x),

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from epochal.optim.base import fused, largest_magnitude, per_item
-from epochal.optim.spectral_clip._common import frobenius
 
 # Largest a that the coefficients are made for. The bound on ||X||^2 exceeds it up to threefold, hence the margin.
 CONDITION = 8e4
@@ -43,17 +42,19 @@ def clip(x: Tensor, c: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         dtype = torch.float16 if x.device.type != "cpu" and wide == torch.float32 else wide
     (alpha, beta, gamma), *steps = COEFFICIENTS
     narrow, scale = _scaled(x, dtype)
-    gram = narrow @ narrow.mT
-    bound = frobenius(gram @ gram)
+    gram = torch.bmm(narrow, narrow.mT)
+    square = torch.linalg.vector_norm(
+        torch.bmm(gram, gram), dim=(-2, -1), dtype=torch.promote_types(dtype, torch.float32)
+    )
     # The first step: G needs no second product, and the identity block of A none at all.
-    gram, root, identity, factor = _normalised(gram, bound, c, scale)
+    gram, root, identity, factor = _normalised(gram, square, c, scale)
     t = torch.baddbmm(gram, gram, gram, beta=beta, alpha=gamma)
     a = _augmented(torch.baddbmm(narrow, t, narrow, beta=alpha), t, root, identity, alpha)
     for alpha, beta, gamma in steps[: RECTANGULAR - 1]:
-        gram = a @ a.mT
+        gram = torch.bmm(a, a.mT)
         a = torch.baddbmm(a, torch.baddbmm(gram, gram, gram, beta=beta, alpha=gamma), a, beta=alpha)
-    z = _inverse_root(a @ a.mT, steps[RECTANGULAR - 1 :])
-    return float32_product(z, a[..., : x.shape[2]]) * per_item(factor, x).to(wide)
+    z = _inverse_root(torch.bmm(a, a.mT), steps[RECTANGULAR - 1 :])
+    return float32_product(z, a[..., : x.shape[2]]) * per_item(factor, x)
 
 
 def _inverse_root(gram: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
@@ -61,9 +62,9 @@ def _inverse_root(gram: Tensor, steps: tuple[tuple[float, float, float], ...]) -
     (alpha, beta, gamma), *others = steps
     z = torch.baddbmm(gram, gram, gram, beta=beta, alpha=gamma)
     z.diagonal(dim1=-2, dim2=-1).add_(alpha)
-    y = gram @ z
+    y = torch.bmm(gram, z)
     for step, (alpha, beta, gamma) in enumerate(others):
-        q = z @ y
+        q = torch.bmm(z, y)
         t = torch.baddbmm(q, q, q, beta=beta, alpha=gamma)
         # The last Y is not used.
         y = torch.baddbmm(y, y, t, beta=alpha) if step + 1 < len(others) else y
@@ -96,13 +97,13 @@ def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @fused
 def _normalised(gram: Tensor, square: Tensor, c: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (G, rho, rho c, factor): G = rho^2 (X X^T + c^2 I), rho and factor (B,) float64, of the scaled X.
+    """Return (G, rho, rho c, factor): G = rho^2 (X X^T + c^2 I), rho (B,) float64, of the scaled X.
 
     square (B,): the Frobenius norm of (X X^T)^2, whose root bounds ||X||^2.
     """
     eps = torch.finfo(gram.dtype).eps
     # Products and norms are rounded, so a little more than computed is needed for a bound.
-    bound = square.sqrt().clamp(min=1e-30) * (1 + 8 * eps)
+    bound = square.double().sqrt().clamp(min=1e-30) * (1 + 8 * eps)
     given = (c * scale).clamp(1e-100, 1e100)
     # Far above ||X|| the clip is X up to a rounding, while rho X would leave the range of float16.
     squared = torch.maximum(torch.minimum(given * given, bound / eps), bound / (CONDITION - 1))
@@ -110,7 +111,8 @@ def _normalised(gram: Tensor, square: Tensor, c: Tensor, scale: Tensor) -> tuple
     wide = torch.promote_types(gram.dtype, torch.float32)
     out = gram.to(wide) * per_item(rho * rho, gram).to(wide)
     out.diagonal(dim1=-2, dim2=-1).add_((rho * rho * squared).to(wide)[:, None])
-    return out.to(gram.dtype), rho, rho * squared.sqrt(), torch.minimum(c, squared.sqrt() / scale)
+    factor = torch.minimum(c, squared.sqrt() / scale).to(wide)
+    return out.to(gram.dtype), rho, rho * squared.sqrt(), factor
 
 
 @fused
