@@ -15,8 +15,7 @@ from compiling import CountGraphs
 from fira_oracle import difference, drive, movement, spread_gradients, start
 
 import epochal.optim.fira as fira_module
-from epochal.optim.base import MatrixOptimizer
-from epochal.optim.fira import OPTIONS, Fira, _update_, fira_param_groups, fira_update
+from epochal.optim.fira import Fira, _update_, constants, fira_param_groups, fira_update
 
 STEPS, GAP, RANK = 30, 10, 8
 SHAPES = [(48, 32), (32, 48), (32, 32), (24,)]
@@ -456,11 +455,8 @@ def test_the_update_compiles_to_one_graph_for_all_steps_and_learning_rates(side,
         if i % 2:
             g[1, 2, 3] = float("nan")
         w2, state2 = w.clone(), {name: value.clone() for name, value in state.items()}
-        lr = torch.tensor(1e-2 / (i + 1))
-        group = hyper(lr=lr, variant=variant)
-        decay = MatrixOptimizer.decay_factor(w, group)
-        options = {name: group[name] for name in OPTIONS}
-        assert compiled(w, g, state, lr.double(), decay, options, side).tolist() == [True, i % 2 == 0]
+        group = hyper(lr=torch.tensor(1e-2 / (i + 1)), variant=variant)
+        assert compiled(w, g, state, *constants(w, state, group), side).tolist() == [True, i % 2 == 0]
         fira_update(w2, g, state2, group, side)
         torch.testing.assert_close(w, w2)
     assert backend.graphs == 1

@@ -270,6 +270,16 @@ def test_a_nan_gradient_skips_its_matrix_only(compat: str | None) -> None:
         assert bool(params[i].isfinite().all()) and not torch.equal(params[i], start[i])
 
 
+def test_a_vector_of_published_mars_that_is_skipped_does_not_decay() -> None:
+    """Its weight decay is inside of the update that is clipped."""
+    params = [torch.nn.Parameter(normal(i, 5, dtype=F32)) for i in range(2)]
+    start = copy.deepcopy(params)
+    optimizer = Spectra(params, 0.1, base="mars", compat="upstream", apply_to="all")
+    params[0].grad, params[1].grad = torch.full((5,), math.nan), torch.ones(5)
+    optimizer.step()
+    assert torch.equal(params[0], start[0]) and not torch.equal(params[1], start[1])
+
+
 # --- which matrices, and how ------------------------------------------------------------------------------------------
 
 

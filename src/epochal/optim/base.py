@@ -291,7 +291,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "build the embedding with sparse=False."
                 )
             if strict and p not in self._whole:
-                why = "was not there when it was built, as when a wrapper such as DeepSpeed or FSDP puts pieces in their place"
+                why = (
+                    "was not there when it was built: DeepSpeed, FSDP and the like put pieces in the place of matrices"
+                )
                 raise ValueError(self._in_pieces(p, why))
             # Lazily, as in torch: parameters that never get a gradient have no state.
             if not self.state[p]:
@@ -376,7 +378,11 @@ def _direct_(
 
 def _apply_(weights: Tensor, update: Tensor, finite: Tensor, lr: Tensor, decay: Tensor) -> None:
     """W <- (1 - lr wd) W - lr U in place; a skipped parameter, whose U is zero, does not decay either."""
-    factor = decay if known_true(finite) else per_item(torch.where(finite, decay, 1.0), weights)
+    factor = decay
+    if not known_true(finite):
+        factor = per_item(torch.where(finite, decay, 1.0), weights)
+        if update.ndim == 2:  # vectors, whose zero a transform may have moved: MARS's published decay
+            update = torch.where(per_item(finite, update), update, 0.0)
     # Not addcmul, and not compiled: rounding the two products separately gives a shard, which receives lr U from the
     # matrix's owner, exactly the bits of an unsharded step.
     weights.mul_(factor).sub_(update.to(weights.dtype) * lr)

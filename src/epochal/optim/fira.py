@@ -70,12 +70,16 @@ def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, si
     Returns:
         (B,) booleans: False for a matrix that was skipped because its gradient is not finite.
     """
+    with _tensor_cores(weight.device):
+        return _update_(weight, gradient, state, *constants(weight, state, group), side)
+
+
+def constants(weight: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor | None, Group]:
+    """Return a group's learning rate and decay factor as tensors (None without decay), and its other options."""
+    # A compiled function would be compiled again for every learning rate in a group.
     lr = scalar(group["lr"], state["step"].double())
     decay = MatrixOptimizer.decay_factor(weight, group) if group["weight_decay"] else None
-    # Only what is constant over a run: a compiled function would be compiled again for every learning rate.
-    options = {name: group[name] for name in OPTIONS}
-    with _tensor_cores(weight.device):
-        return _update_(weight, gradient, state, lr, decay, options, side)
+    return lr, decay, {name: group[name] for name in OPTIONS}
 
 
 @contextlib.contextmanager
