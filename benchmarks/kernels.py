@@ -15,7 +15,6 @@ import importlib.util
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from measure import HERE, append, environment, known, seconds
@@ -24,30 +23,15 @@ from torch import Tensor
 from epochal.optim import fira, soft_spectral_clip
 from epochal.optim.fira import Fira
 from epochal.optim.muon import orthogonalize
-from epochal.optim.spectral_clip import minimax, soft_clip_step
 from triton_kernels.backend import backend
 from triton_kernels.softmax_add import softmax_add
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 from triton_kernels.sparse_loss import sparse_loss, sparse_loss_reference
-from triton_kernels.sym_mm import sym_mm, sym_mm_reference
 
 # (shape, method -> function, bytes moved at least, floating-point operations at least)
 Case = tuple[str, dict[str, Callable[[], object]], float, float]
 
 COMPILED = torch.compile(softmax_loss_reference)
-
-
-def over(path: str, module: ModuleType, function: Callable[[], object]) -> Callable[[], object]:
-    """Return the function with an optimizer's table of operations chosen, the interpreter's kernels included."""
-
-    def call() -> object:
-        before, module.backend = module.backend, lambda device: path  # type: ignore[attr-defined]
-        try:
-            return function()
-        finally:
-            module.backend = before  # type: ignore[attr-defined]
-
-    return call
 
 
 def softmax_cases(device: str, tiny: bool) -> list[Case]:
@@ -78,53 +62,21 @@ def softmax_cases(device: str, tiny: bool) -> list[Case]:
     return cases
 
 
-def symmetric_cases(device: str, tiny: bool) -> list[Case]:
-    cases: list[Case] = []
-    shapes = (
-        [(2, 20, 30)]
-        if tiny
-        else [(b, m, m) for m in (768, 1024, 1600, 2048, 4096) for b in (1, 8, 48) if b * m <= 48 * 1024]
-    )
-    for batch, m, k in shapes:
-        x = torch.randn(batch, m, k, device=device, dtype=torch.float16)
-        plain, fused = f"sym_mm {batch}x{m}x{k}", f"alpha X X^T + beta C + delta I {batch}x{m}x{k}"
-        c, on = torch.zeros(batch, m, m, device=device, dtype=torch.float16), torch.ones(batch, device=device).int()
-        w = torch.randn(batch, 3, device=device)
-        methods: dict[str, Callable[[], object]] = {
-            "kernel": lambda x=x, on=on: sym_mm(x, x, active=on),
-            "torch": lambda x=x: torch.bmm(x, x.mT),
-        }
-        with_sums: dict[str, Callable[[], object]] = {
-            "kernel": lambda x=x, c=c, w=w: sym_mm(x, x, c, w),
-            "torch": lambda x=x, c=c, w=w: sym_mm_reference(x, x, c, w),
-        }
-        flops = float(batch * m * (m + 1) * k)
-        cases += [(plain, methods, 0.0, flops), (fused, with_sums, 0.0, flops)]
-    return cases
-
-
 def clip_cases(device: str, tiny: bool) -> list[Case]:
     """A clipped step of all matrices of equal shape in one stack, against one call per matrix of the published ten steps."""
     cases: list[Case] = []
     for layers, m, n in [(2, 20, 40)] if tiny else [(48, 768, 768), (24, 1600, 1600), (24, 2048, 2048)]:
         w, x = (torch.randn(layers, m, n, device=device) for _ in range(2))
-        c = torch.full((layers,), 10.0, device=device)
-        numbers = {"decay_factor": torch.full_like(c, 0.99), "step_size": torch.full_like(c, 0.01)}
-        fixed = {"iterations": 4, "dtype": torch.float16}  # what a CUDA graph can hold
 
         def update(w: Tensor, x: Tensor, method: str) -> None:
             for k in range(len(x)):
                 w[k].mul_(0.99).sub_(soft_spectral_clip(x[k], 10.0, method=method), alpha=0.01)
 
         def stacked(w: Tensor, x: Tensor) -> Tensor:
-            return w.mul_(0.99).sub_(soft_spectral_clip(x, 10.0, method="minimax"), alpha=0.01)
+            return w.mul_(0.99).sub_(soft_spectral_clip(x, 10.0, method="polar"), alpha=0.01)
 
         methods: dict[str, Callable[[], object]] = {
-            "kernel": over("triton", minimax, functools.partial(soft_clip_step, w, x, c, **numbers)),
-            "kernel, fixed count": over(
-                "triton", minimax, functools.partial(soft_clip_step, w, x, c, **numbers, **fixed)
-            ),
-            "torch": over("torch", minimax, functools.partial(stacked, w, x)),
+            "polar": functools.partial(stacked, w, x),
             "published steps": lambda w=w, x=x, update=update: update(w, x, "newton_schulz"),
             "muon, 5 steps": lambda w=w, x=x: w.mul_(0.99).sub_(orthogonalize(x), alpha=0.01),
         }
@@ -151,9 +103,8 @@ def fira_cases(device: str, tiny: bool) -> list[Case]:
         group = {"params": [torch.nn.Parameter(w[0].clone())], "rank": r, "alpha": 0.25}
         group = Fira([group], lr=1e-3, weight_decay=0.1).param_groups[0]
         run = functools.partial(fira.fira_update, w, g, state, group, "left")
-        methods = {"kernel": over("triton", fira, run), "torch": over("torch", fira, run), "fused AdamW": adam.step}
-        if device == "cuda":
-            methods["torch.compile"] = functools.partial(torch.compile(fira.fira_update), *run.args)
+        eager = functools.partial(fira._update_.__wrapped__, w, g, state, *fira.constants(w, state, group), "left")
+        methods = {"Fira": run, "torch": eager, "fused AdamW": adam.step}
         if importlib.util.find_spec("fira"):
             methods["published Fira"] = published_fira(w, g, r)
         moved = float(4 * batch * (4 * a * b + 9 * r * b))
@@ -187,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.csv if args.csv.is_absolute() else HERE / args.csv
     repeats, failed = 1 if args.tiny else args.repeats, 0
-    for make in (softmax_cases, symmetric_cases, clip_cases, fira_cases):
+    for make in (softmax_cases, clip_cases, fira_cases):
         for case in make(args.device, args.tiny):
             failed += measure_case(case, args.device, repeats, path)
     raise SystemExit(1 if failed else 0)

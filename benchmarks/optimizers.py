@@ -43,7 +43,7 @@ from epochal.optim.fira import Fira
 from epochal.optim.projection import compute_basis
 
 CLIP = 10.0
-CLIP_METHODS = ("published", "newton_schulz", "exact", "minimax", "auto")
+CLIP_METHODS = ("published", "newton_schulz", "exact", "polar", "auto")
 
 
 def published_clip(x: Tensor, c: float, steps: int = 10, dtype: torch.dtype = torch.bfloat16) -> Tensor:

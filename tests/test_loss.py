@@ -351,6 +351,21 @@ print("scores", field("VmHWM") - base)
 """
 
 
+def test_chunks_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as many full chunks as fit and a short one, whose products would run at a fraction of the speed."""
+    rows: list[int] = []
+    plain = epochal_loss._softmax_loss
+
+    def spy(z: Tensor, *arguments: object) -> Tensor:
+        rows.append(len(z))
+        return plain(z, *arguments)
+
+    monkeypatch.setattr(epochal_loss, "_softmax_loss", spy)
+    hidden, head, targets = torch.randn(100, 8), torch.randn(20, 8), torch.arange(100) % 20
+    cross_entropy(hidden, head, targets, chunk_tokens=33)
+    assert rows == [25, 25, 25, 25]
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak of memory")
 def test_peak_memory_does_not_depend_on_the_number_of_teachers():
     """All logits at once would be 134 MB."""

@@ -25,9 +25,6 @@ HAS_TRITON: bool = triton is not None
 # Read once: Triton decides when a kernel is decorated, so a later change of the variable has no effect.
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-# How float32 is multiplied: tf32x3 keeps its precision on NVIDIA tensor cores; AMD's compiler lacks the mode.
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
-
 
 def backend(device: torch.device | str) -> str:
     """Return ``"triton"``, ``"triton-interpreter"`` or ``"torch"`` for tensors on ``device``."""

@@ -276,7 +276,9 @@ def _over_chunks(
     may use the logits' buffer.
     """
     dtype, wide = options.dtype, torch.promote_types(options.dtype, torch.float32)
-    rows = min(options.chunk_tokens, max(hidden.shape[0], 1))
+    # Chunks of equal size: a short last one would run its products at a fraction of the speed.
+    chunks = max(1, -(-len(hidden) // options.chunk_tokens))
+    rows = max(1, -(-len(hidden) // chunks))
     # Sums, not means: in float16 the gradient of a mean would underflow. The caller divides the result.
     total = hidden.new_zeros((), dtype=wide)
     d_hidden = hidden.new_empty(hidden.shape if options.hidden_gradient else (0,))
@@ -317,9 +319,14 @@ def _add_teacher(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, scratch: Tensor | None = None) -> None:
-    """Add scale a @ b to ``total``; 16-bit products are summed in ``total``'s wider dtype."""
+    """Add scale a @ b to ``total``; 16-bit products are summed in ``total``'s wider dtype.
+
+    Without ``scratch``, of the product's shape in a's dtype, they are not rounded to 16 bits before, on a GPU.
+    """
     if a.dtype == total.dtype:
         total.addmm_(a, b, alpha=scale)
+    elif a.device.type == "cuda" and scratch is None:
+        total.add_(torch.mm(a, b, out_dtype=torch.float32), alpha=scale)
     else:
         total.add_(torch.mm(a, b, out=scratch), alpha=scale)
 

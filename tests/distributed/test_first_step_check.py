@@ -8,6 +8,7 @@ import torch
 
 from epochal.distributed.first_step_check import TOLERANCE, Before, ShardedUpdateCheck, clip_factor
 from epochal.distributed.layout import Entry
+from epochal.optim import Muon
 
 NAN = float("nan")
 
@@ -102,3 +103,51 @@ def test_one_process_steps_with_the_current_hyperparameters_and_the_clipped_grad
     stepped = check._step_alone(Before(1, processes.optimizer.entries[1], weight, gradient, {}))
     torch.testing.assert_close(stepped, weight - 0.5 * (gradient / 5 + 0.25 * weight))
     assert clip_factor(torch.tensor(0.5), 1.0) == 1.0
+
+
+def compared(weight: torch.Tensor, gradient: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """What the check says about a matrix that Muon moved from `weight` to `after`: (difference, allowed)."""
+    processes, check, _ = make_check()
+    processes.optimizer.rule = Muon([torch.nn.Parameter(weight.clone())])
+    processes.optimizer.hyperparameters = [{"lr": 0.1, "weight_decay": 0.0}]
+    processes.norm, processes.clip_norm, processes.rank = torch.tensor(1.0), 9.0, 0
+    processes.whole_weight = lambda parameter: after
+
+    def fresh(name: str, value: torch.Tensor) -> Any:
+        parameter = torch.nn.Parameter(value.clone())
+        return Muon([parameter]), parameter
+
+    processes.fresh_optimizer = fresh
+    entry = Entry("small", torch.empty(0), 0, weight.shape, 0)
+    return ShardedUpdateCheck._compare(check, Before(1, entry, weight, gradient, {}))
+
+
+def stepped(weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    params = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    for p, gradient in zip(params, gradients, strict=True):
+        p.grad = gradient.clone()
+    Muon(params, lr=0.1, weight_decay=0.0).step()
+    return [p.detach() for p in params]
+
+
+def test_products_of_a_stack_may_round_differently_and_a_matrix_in_pieces_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU multiplies one matrix and a stack in different kernels; here a stack's sums are split and rounded twice."""
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = ([torch.randn(48, 64, generator=generator) for _ in range(3)] for _ in range(2))
+    plain = torch.baddbmm
+
+    def split(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float, alpha: float = 1.0) -> torch.Tensor:
+        if len(a) == 1:
+            return plain(c, a, b, beta=beta, alpha=alpha)
+        half = a.shape[2] // 2
+        first = plain(c, a[..., :half], b[:, :half], beta=beta, alpha=alpha)
+        return plain(first, a[..., half:], b[:, half:], beta=1.0, alpha=alpha)
+
+    monkeypatch.setattr(torch, "baddbmm", split)
+    difference, allowed = compared(weights[0], gradients[0], stepped(weights, gradients)[0])
+    assert TOLERANCE < difference <= allowed, (difference, allowed)
+    pieces = torch.cat(stepped(list(weights[0].chunk(2)), list(gradients[0].chunk(2))))
+    difference, allowed = compared(weights[0], gradients[0], pieces)
+    assert difference > 2 * allowed, (difference, allowed)

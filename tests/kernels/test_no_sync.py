@@ -6,7 +6,6 @@ copies between devices, the remaining way to sync.
 
 from __future__ import annotations
 
-import contextlib
 import io
 
 import pytest
@@ -14,8 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from epochal.optim import Fira, Spectra, fira, soft_spectral_clip
-from epochal.optim.spectral_clip import minimax, soft_clip_step
+from epochal.optim import Fira, Spectra, soft_spectral_clip
 
 
 class OneDevice(TorchDispatchMode):
@@ -28,41 +26,34 @@ class OneDevice(TorchDispatchMode):
         return out
 
 
-@pytest.fixture(params=["triton", "torch"])
-def path(request, monkeypatch):
-    """Triton kernels, or torch as on a GPU without Triton."""
-    monkeypatch.setattr(minimax, "backend", lambda _: request.param)
-    monkeypatch.setattr(fira, "backend", lambda _: request.param)
-
-
 def zeros(*shapes):
     return [torch.nn.Parameter(torch.zeros(*shape, device="meta")) for shape in shapes]
 
 
-@pytest.mark.parametrize("options", [{}, {"iterations": 5}, {"dtype": torch.float16}], ids=str)
-def test_the_clip_does_not_sync(path, options):
-    x, one = torch.zeros(3, 12, 8, device="meta"), torch.ones(3, device="meta")
-    for mode in (contextlib.nullcontext(), OneDevice()):  # the first call builds the table of coefficients
-        with mode:
-            assert soft_clip_step(x, x, one, decay_factor=one, step_size=one, **options).shape == x.shape
-            assert soft_spectral_clip(x, 1.0, **options).shape == x.shape
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.float32}, {"method": "newton_schulz", "iterations": 5}], ids=str
+)
+def test_the_clip_does_not_sync(options):
+    x = torch.zeros(3, 12, 8, device="meta")
+    with OneDevice():
+        assert soft_spectral_clip(x, 1.0, **options).shape == x.shape
 
 
 @pytest.mark.parametrize("base", ["adamw", "signum", "ademamix", "mars", "lion", "sgdm"])
-def test_a_step_of_spectra_does_not_sync(path, base):
+def test_a_step_of_spectra_does_not_sync(base):
     """The whole optimizer: pre-clip, global clip, base, clip, weights, skipped gradients."""
     params = zeros((6, 4), (6, 4), (4, 6), (5, 5), (7,))
     optimizer = Spectra(params, 0.1, base=base, pre_clip=1.0, grad_clip=1.0, apply_to="all", warmup_steps=3)
-    for mode in (contextlib.nullcontext(), OneDevice()):
+    for _ in range(2):
         for p in params:
             p.grad = torch.zeros_like(p)
-        with mode:
+        with OneDevice():
             optimizer.step()
     assert all(value.is_meta for p in params for value in optimizer.state[p].values())
 
 
 @pytest.mark.parametrize("variant", ["code", "paper", "galore"])
-def test_a_step_of_fira_does_not_sync_with_a_state_from_another_device(path, variant):  # invariant 15 of Fira
+def test_a_step_of_fira_does_not_sync_with_a_state_from_another_device(variant):  # invariant 15 of Fira
     """A refresh reads the gradient's norm and the step count; the steps between refreshes read nothing."""
     shapes = ((6, 4), (6, 4), (4, 6), (7,))
     start = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]

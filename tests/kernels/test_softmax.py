@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import epochal.loss
+from triton_kernels import softmax_loss as module
 from triton_kernels.softmax_add import softmax_add, softmax_add_, softmax_add_reference
 from triton_kernels.softmax_loss import softmax_loss, softmax_loss_reference
 
@@ -39,6 +40,19 @@ def test_softmax_loss(device, no_worse, shape, dtype, weight, temperature):
     assert torch.equal(value, loss)
     no_worse(loss, plain, exact)
     no_worse(written, plain_gradient.to(dtype), exact_gradient)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_too_long_for_the_registers_takes_two_passes(device, no_worse, shape, monkeypatch):
+    """Both kernels of the loss without a teacher, on the same rows."""
+    z, y, _ = block(*shape, torch.float32, device)
+    exact, exact_gradient = softmax_loss_reference(z.double(), y)
+    plain, plain_gradient = softmax_loss_reference(z, y)
+    for longest in (module.ROW, 0):
+        monkeypatch.setattr(module, "ROW", longest)
+        written = z.clone()
+        no_worse(softmax_loss(written, y), plain, exact)
+        no_worse(written, plain_gradient, exact_gradient)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

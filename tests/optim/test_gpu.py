@@ -29,9 +29,9 @@ MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "galore": lambda params, lr: Fira(projected(params), lr=lr, variant="galore"),
     **{f"spectra-{base}": lambda params, lr, base=base: Spectra(params, lr, base=base, clip=2.0) for base in BASES},
 }
-# Largest difference of the weights relative to how far they moved. SPECTRA's clip is accurate to 1% on a GPU and 0.9% on a
-# CPU; Muon multiplies in bfloat16.
-ALLOWED = {"spectra": 3e-2, "muon": 5e-2}
+# Largest difference of the weights relative to how far they moved. SPECTRA's clip is accurate to 1% on a GPU; Muon
+# multiplies in bfloat16, Fira in tf32.
+ALLOWED = {"spectra": 3e-2, "muon": 5e-2, "fira": 1e-2, "galore": 1e-2}
 
 
 def projected(params: list[Tensor]) -> list[dict[str, object]]:
@@ -136,5 +136,7 @@ def test_the_clip_is_within_one_percent_of_float64(shape: tuple[int, ...], decad
     got = soft_spectral_clip((left * s @ right).float().cuda(), 1.0).double().cpu()
     assert (got - exact).norm() <= 1e-2 * exact.norm()
     inner = (left.mT @ got @ right.mT).diagonal(dim1=-2, dim2=-1)
-    assert ((inner * torch.sqrt(1 + s * s) / s - 1).abs() <= 2e-2).all()
+    clipped = s / torch.sqrt(1 + s * s)
+    # Rounding the matrix to float16 moves the smallest singular values by a fixed amount.
+    assert ((inner - clipped).abs() <= 2e-2 * clipped + 1e-3).all()
     assert torch.linalg.matrix_norm(got, 2).max() <= 1 + 1e-2

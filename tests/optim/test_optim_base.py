@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -141,13 +142,17 @@ def test_state_is_plain_tensors_of_the_documented_size(name: str) -> None:
     params = parameters()
     optimizer = OPTIMIZERS[name](params)
     train(optimizer, params, 0, 2)
+    storages = {
+        v.untyped_storage().data_ptr(): v.untyped_storage() for s in optimizer.state.values() for v in s.values()
+    }
+    elements = sum(value.numel() for state in optimizer.state.values() for value in state.values())
+    assert sum(storage.nbytes() for storage in storages.values()) == 4 * elements, "stacked, and nothing else is kept"
     for p in params:
         state = optimizer.state[p]
         buffers = BUFFERS[name][0 if p.ndim == 2 else 1]
         assert sum(value.numel() for value in state.values()) == 1 + buffers * p.numel()
         for value in state.values():
-            assert type(value) is Tensor and value.dtype == torch.float32
-            assert value.untyped_storage().nbytes() == value.numel() * value.itemsize
+            assert type(value) is Tensor and value.dtype == torch.float32 and value.is_contiguous()
 
 
 @every
@@ -220,7 +225,7 @@ def projected(params: list[torch.nn.Parameter]) -> Fira:
 
 
 MATRICES = [(name, shape) for name in (*OPTIMIZERS, "fira") for shape in ((40, 24), (24, 56), (301, 130))]
-VECTORS = [(name, (33,)) for name in ("signum", "ademamix", "mars", "lion", "muon", "spectra", "fira")]
+VECTORS = [(name, (33,)) for name in ("signum", "ademamix", "mars", "lion", "muon", "spectra", "fira")]  # by pieces
 
 
 @pytest.mark.parametrize(("name", "shape"), [*MATRICES, *VECTORS])
@@ -253,7 +258,8 @@ def test_the_peak_memory_of_a_step_does_not_grow_with_the_number_of_buckets(name
 def test_equal_shapes_are_split_so_that_a_step_needs_less_memory_than_a_copy_of_all(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(base.STACKED_ELEMENTS, "cpu", 64 * 128)
+    for limits in (base.STACKED_ELEMENTS, base.ELEMENTWISE_ELEMENTS):
+        monkeypatch.setitem(limits, "cpu", 64 * 128)
     assert peak_of_a_step(name, [(64, 128)] * 16) <= 16 * 4 * 64 * 128
 
 
@@ -301,13 +307,33 @@ def test_update_compiles_to_one_graph_for_all_steps(name: str) -> None:
     optimizer.step()
     backend = CountGraphs()
     group = optimizer.param_groups[0]
-    compiled = torch.compile(lambda p, g, s: optimizer.update(p, g, s, group), fullgraph=True, backend=backend)
+    rule, options = optimizer.direction(params[0], group)
+    compiled = torch.compile(lambda g, s: rule(g, s, **options), fullgraph=True, backend=backend)
     for step in range(1, 4):
         state = {key: value.unsqueeze(0) for key, value in optimizer.state[params[0]].items()}
-        weights, grads = params[0].detach().unsqueeze(0), torch.randn(1, *params[0].shape)
-        want, want_state = optimizer.update(weights, grads, state, group)
-        got, got_state = compiled(weights, grads, state)
+        grads = torch.randn(1, *params[0].shape)
+        want, want_state = rule(grads, state, **options)
+        got, got_state = compiled(grads, state)
         assert torch.allclose(got, want, atol=1e-5)
         assert all(torch.allclose(got_state[key], want_state[key]) for key in want_state)
         train(optimizer, params, step, step + 1)
     assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "spectra"])  # element-wise, and with a transform of matrices
+def test_a_step_compiled_as_on_a_gpu_moves_like_an_eager_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a gradient that is not finite: the masks are in the graph, as nothing may be read back there."""
+    eager, compiled = parameters(), parameters()
+    optimizers = [OPTIMIZERS[name](params) for params in (eager, compiled)]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for step in range(3):
+        for params, optimizer, device in ((eager, optimizers[0], "torch"), (compiled, optimizers[1], "triton")):
+            fill(params, step)
+            if step == 1:
+                params[2].grad[0, 0] = math.nan
+            with monkeypatch.context() as patch:
+                patch.setattr(base, "backend", lambda _, device=device: device)
+                optimizer.step()
+    for a, b in zip(eager, compiled, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+    assert int(optimizers[1].skipped) == 1

@@ -1,10 +1,13 @@
 """The base class of every optimizer in this package.
 
-An optimizer is a pure function of batches plus the class below. The function sees tensors with a leading axis B over
+An optimizer is pure functions of batches plus the class below. A function sees tensors with a leading axis B over
 parameters of one shape. The class groups the parameters, stacks them, and writes weights and state back:
 
     for each group: parameters with a gradient -> buckets of equal (shape, dtype, device, `bucket_key`)
-    for each bucket: stack -> U, state = update(...) -> W <- (1 - lr wd) W - lr U -> write back
+    for each bucket: stack -> U, state = direction(...) -> U = transform(U) -> W <- (1 - lr wd) W - lr U -> write back
+
+On a GPU with Triton a direction is compiled: one kernel, with the masks for non-finite gradients and, where no matrix is
+needed whole, with the step of the weights. State is stacked once: the state of a parameter is a view of its bucket's.
 
 Shapes: the B parameters of a bucket are (...) each, usually (m, n) with rows = outputs, columns = inputs.
 Non-finite gradients: a parameter whose gradient contains a NaN or an infinity is skipped, with its state and its step
@@ -14,20 +17,27 @@ count; the other parameters of the bucket are not affected.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-# Buckets are split at this many elements, so the peak temporary memory of a step is about ten times that size. Beyond
-# it, copying costs more than dispatching: a GPU copies a million elements in the time of three kernel launches, and one
-# step is about thirty launches.
-STACKED_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+from triton_kernels.backend import backend
+
+# Buckets are split at this many elements, so the peak temporary memory of a step is about ten times that size. On a CPU
+# copying more costs more than dispatching; on a GPU a bucket is a batch of matrix products.
+STACKED_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
+# On a GPU, where one compiled kernel steps a bucket of elements: copying a million takes as long as launching it.
+ELEMENTWISE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 20}
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
+Update = Callable[..., tuple[Tensor, State]]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 # --- helpers for batches of parameters ---------------------------------------------------------------------------
@@ -46,6 +56,59 @@ def per_item(value: Tensor, like: Tensor) -> Tensor:
 def stack(tensors: list[Tensor]) -> Tensor:
     """Stack B tensors of equal shape into (B, ...); a single tensor becomes a view, not a copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function of a tensor and others on a GPU with Triton: its element-wise operations become one kernel."""
+    compiled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or backend(args[0].device) != "triton":  # type: ignore[attr-defined]
+            return function(*args, **kwargs)
+        if not compiled:
+            # A process that trains models of several sizes needs more variants of a function than the default of 8.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            compiled.append(torch.compile(function, fullgraph=True, dynamic=True))
+        return compiled[0](*args, **kwargs)
+
+    return call
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the elements of a DTensor that this rank holds, and any other tensor as it is."""
+    held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return held
+
+
+def _like(parameter: Tensor, state: State) -> State:
+    """Return the state of a rank's elements of a parameter as DTensors, if the parameter is one."""
+    if not hasattr(parameter, "to_local"):
+        return state
+    wrapped: Any = type(parameter.data)  # tools that save sharded training look for it
+    where = (parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    shape = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return {name: wrapped.from_local(value, *where, **shape) if value.ndim else value for name, value in state.items()}
+
+
+def _is_flat(parameter: Tensor) -> bool:
+    return bool(getattr(parameter, "_is_flat_param", False))  # the flat parameters of FSDP1
+
+
+def joined(states: list[State], name: str) -> Tensor:
+    """Return the state `name` of B parameters as one tensor (B, ...), of which they become views."""
+    tensors = [local(state[name]) for state in states]
+    first, size = tensors[0], tensors[0].numel()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    if all(
+        x.untyped_storage().data_ptr() == storage and x.storage_offset() == start + i * size and x.is_contiguous()
+        for i, x in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    stacked = torch.stack(tensors)
+    for state, view in zip(states, stacked.unbind(0), strict=True):
+        state[name] = view
+    return stacked
 
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:
@@ -87,7 +150,7 @@ def new_state(parameter: Tensor, *names: str) -> State:
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """Base class; a subclass implements `init_state` and `update`.
+    """Base class; a subclass implements `init_state`, `direction` and, for matrices, `transform`.
 
     Every group needs the keys `lr` and `weight_decay`; `stochastic_rounding` (bfloat16 weights only) is optional.
 
@@ -98,26 +161,66 @@ class MatrixOptimizer(torch.optim.Optimizer):
     skipped: Tensor
 
     def __init__(self, params: Any, defaults: Group) -> None:
+        # Whether each parameter must be seen whole, settled here: a wrapper may put pieces in its place later.
+        self._whole: dict[Tensor, bool] = {}
         super().__init__(params, defaults)
         # The counter stays on the device of the parameters: counting must not sync.
         first = next((p for group in self.param_groups for p in group["params"]), None)
         self.skipped = torch.zeros((), dtype=torch.int64, device=None if first is None else first.device)
 
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's; also settles which parameters of the group must be seen whole.
+
+        Raises:
+            ValueError: for a matrix of which this process has a piece only.
+        """
+        super().add_param_group(param_group)
+        try:
+            self.settle(self.param_groups[-1])
+        except ValueError:
+            # torch has appended the group already.
+            self.param_groups.pop()
+            raise
+
+    def settle(self, group: Group) -> None:
+        """Check a group and note what is a matrix in it."""
+        for p in group["params"]:
+            whole = self.needs_whole(p, group)
+            # A DTensor still has the shape of the whole; FSDP1 and deepspeed.zero.Init make a vector of any parameter.
+            if (whole and hasattr(p, "to_local")) or (self.matrices and (_is_flat(p) or hasattr(p, "ds_shape"))):
+                raise ValueError(self._in_pieces(p, "is a piece that a wrapper such as FSDP made"))
+            self._whole[p] = whole
+
+    def _in_pieces(self, parameter: Tensor, why: str) -> str:
+        return (
+            f"{type(self).__name__} updates whole matrices, but the parameter of shape {tuple(parameter.shape)} {why}; train "
+            "with DDP or `epochal run --preset`, which keep them whole, or take an element-wise optimizer (AdamW, Lion, "
+            "Signum, AdEMAMix)."
+        )
+
     # --- for subclasses to implement or override ---
+
+    # Whether the class updates some parameters as matrices.
+    matrices: ClassVar[bool] = True
 
     def init_state(self, parameter: Tensor, group: Group) -> State:
         """Return the state of one parameter before its first step: plain tensors, one of them `step` (0-d)."""
         raise NotImplementedError
 
-    def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return (U, new state) of a bucket; everything is (B, ...). Must not write to its arguments."""
+    def direction(self, parameter: Tensor, group: Group) -> tuple[Update, Group]:
+        """Return the function of a bucket like `parameter`, (gradients, state, **options) -> (U, new state), and its options.
+
+        Everything is (B, ...); the function must not write to its arguments, and is compiled on a GPU.
+        """
         raise NotImplementedError
 
-    def apply_update(self, weights: Tensor, update: Tensor, step: Tensor, group: Group) -> Tensor:
-        """Return the new weights of a bucket, (1 - lr wd) W - lr U; step (B,) counts the steps before this one."""
-        # Not addcmul, which rounds product and sum together. Rounding the two products separately gives a shard, which
-        # receives lr U from the matrix's owner, exactly the bits of an unsharded step.
-        return (weights * self.decay_factor(weights, group)).sub_(update * scalar(group["lr"], weights))
+    def transform(self, update: Tensor, weights: Tensor, step: Tensor, group: Group) -> Tensor:
+        """Return what the weights of a bucket move by per learning rate; step (B,) counts the steps before this one."""
+        return update
+
+    def step_scale(self, parameter: Tensor, group: Group) -> float:
+        """Return what the learning rate of a parameter that must be seen whole is multiplied with."""
+        return 1.0
 
     @staticmethod
     def decay_factor(like: Tensor, group: Group) -> Tensor:
@@ -133,6 +236,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Return whether a shard of this parameter cannot be updated without the rest of it."""
         return parameter.ndim >= 2
 
+    def rounding(self, device: torch.device) -> float:
+        """Return the relative rounding of the products in which matrices are updated on a device."""
+        return torch.finfo(torch.float32).eps
+
     def rebind(self, params: Mapping[Tensor, Tensor]) -> Self:
         """Return the same optimizer, without state, over other tensors.
 
@@ -145,6 +252,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             {**group, "params": [params[p] for p in group["params"] if p in params]} for group in self.param_groups
         ]
         other.state = defaultdict(dict)
+        other._whole = {params[p]: whole for p, whole in self._whole.items() if p in params}
         first = next(iter(params.values()), self.skipped)
         other.skipped = torch.zeros_like(self.skipped, device=first.device)
         return other
@@ -158,18 +266,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for bucket in self.buckets(group):
-                self.step_bucket(bucket, group)
+        self._numbers: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        finite = [self.step_bucket(bucket, group) for group in self.param_groups for bucket in self.buckets(group)]
+        if finite:
+            good = torch.cat([part.to(self.skipped.device) for part in finite])
+            self.skipped += len(good) - good.sum()
         return loss
 
     def buckets(self, group: Group) -> list[list[Tensor]]:
         """Return the parameters with a gradient as lists that can be stacked; initializes missing state.
 
         Raises:
-            ValueError: for a sparse gradient.
+            ValueError: for a sparse gradient, and for a parameter in place of one that must be seen whole.
         """
         buckets: dict[Hashable, list[Tensor]] = {}
+        strict = any(self._whole.values())
         for p in group["params"]:
             # An empty parameter has no largest entry, which the check for non-finite gradients takes.
             if p.grad is None or p.numel() == 0:
@@ -179,41 +290,50 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} cannot use the sparse gradient of a parameter of shape {tuple(p.shape)}; "
                     "build the embedding with sparse=False."
                 )
+            if strict and p not in self._whole:
+                why = (
+                    "was not there when it was built: DeepSpeed, FSDP and the like put pieces in the place of matrices"
+                )
+                raise ValueError(self._in_pieces(p, why))
             # Lazily, as in torch: parameters that never get a gradient have no state.
             if not self.state[p]:
-                self.state[p] = self.init_state(p, group)
-            buckets.setdefault((p.shape, p.dtype, p.device, self.bucket_key(p, group)), []).append(p)
-        return [part for bucket in buckets.values() for part in _split(bucket)]
+                self.state[p] = _like(p, self.init_state(local(p), group))
+            # A DTensor is stepped where its state is, not stacked.
+            alone = p if local(p) is not p else None
+            if local(p).numel() > 0:
+                buckets.setdefault((p.shape, p.dtype, p.device, alone, self.bucket_key(p, group)), []).append(p)
+        return [
+            part for bucket in buckets.values() for part in _split(bucket, whole=self.needs_whole(bucket[0], group))
+        ]
 
-    def step_bucket(self, parameters: list[Tensor], group: Group) -> None:
-        """Update one bucket in place: stack, `update`, `apply_update`, write back."""
+    def step_bucket(self, parameters: list[Tensor], group: Group) -> Tensor:
+        """Update one bucket in place; returns (B,) booleans, False for a parameter that was skipped."""
         dtype = state_dtype(parameters[0].dtype)
-        weights = stack([p.detach() for p in parameters])
-        gradients = stack([p.grad for p in parameters if p.grad is not None]).to(dtype)
+        weights = stack([local(p.detach()) for p in parameters])
+        gradients = stack([local(p.grad) for p in parameters if p.grad is not None])
         states = [self.state[p] for p in parameters]
-        old = {name: stack([state[name] for state in states]) for name in states[0]}
-
-        # The largest magnitude is NaN or infinite exactly if one of the entries is; this needs no mask of that size.
-        finite = torch.isfinite(largest_magnitude(gradients.reshape(len(parameters), -1), 1))
-        self.skipped += (~finite).sum().to(self.skipped.device)
-        # The masks below cost memory traffic. On a CPU they are made only if needed; a GPU would have to sync to know.
-        clean = known_true(finite)
-        if not clean:
-            # Zeros instead of NaN, so that products over the whole bucket stay finite.
-            gradients = torch.where(per_item(finite, gradients), gradients, 0.0)
-
-        update, new = self.update(weights, gradients, old, group)
+        state = {name: joined(states, name) for name in states[0]}
+        # Tensors on the device, made once a step: a kernel launch each.
+        whole = self.needs_whole(parameters[0], group)
+        scale = self.step_scale(parameters[0], group) if whole else 1.0
+        key = (weights.device, dtype, group["lr"], group["weight_decay"], scale)
+        if key not in self._numbers:
+            self._numbers[key] = scalar(group["lr"] * scale, weights), self.decay_factor(weights, group)
+        lr, decay = self._numbers[key]
+        rule, options = self.direction(parameters[0], group)
         wide = weights.to(dtype)
-        moved = self.apply_update(wide, update.to(dtype), old["step"], group)
-        if not clean:
-            # The gradient was replaced by zeros, so decay and momentum would still move the weights: restore them.
-            moved = torch.where(per_item(finite, moved), moved, wide)
-            new = {name: torch.where(per_item(finite, value), value, old[name]) for name, value in new.items()}
-        if group.get("stochastic_rounding") and weights.dtype == torch.bfloat16:
-            moved = round_stochastically(moved)
-        torch._foreach_copy_(parameters, list(moved.unbind(0)))
-        for name, value in new.items():
-            torch._foreach_copy_([state[name] for state in states], list(value.unbind(0)))
+        if whole:
+            step = state["step"].clone()  # the direction counts in place
+            update, finite = _direct_(gradients, state, dtype, rule, options)
+            _apply_(wide, self.transform(update, wide, step, group), finite, lr, decay)
+        else:
+            finite = _step_(wide, gradients, state, lr, decay, rule, options)
+        # A view of a single parameter is updated already.
+        if len(parameters) > 1 or wide is not weights:
+            if group.get("stochastic_rounding") and weights.dtype == torch.bfloat16:
+                wide = round_stochastically(wide)
+            torch._foreach_copy_([local(p) for p in parameters], list(wide.unbind(0)))
+        return finite
 
     # --- saving and copying ---
 
@@ -228,14 +348,59 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self.state[p][name] = value.detach().to(device=p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch pickles three fields only, so copy.deepcopy and pickle would lose this one.
+        # torch pickles three fields only, so copy.deepcopy and pickle would lose these.
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "skipped": self.skipped}
+        return {**state, "skipped": self.skipped, "_whole": self._whole}
 
 
-def _split(bucket: list[Tensor]) -> list[list[Tensor]]:
-    elements = STACKED_ELEMENTS.get(bucket[0].device.type, STACKED_ELEMENTS["cuda"])
-    size = max(1, elements // bucket[0].numel())
+@fused
+def _direct_(
+    gradients: Tensor, state: State, dtype: torch.dtype, rule: Update, options: Group
+) -> tuple[Tensor, Tensor]:
+    """Return (U, finite) of a bucket and update its state; of a parameter whose gradient is not finite U is zero."""
+    gradients = gradients.to(dtype)
+    # The largest magnitude is NaN or infinite exactly if one of the entries is; this needs no mask of that size.
+    finite = torch.isfinite(largest_magnitude(gradients.reshape(len(gradients), -1), 1))
+    # The masks below cost memory traffic. On a CPU they are made only if needed; a GPU would have to sync to know.
+    clean = known_true(finite)
+    if not clean:
+        # Zeros instead of NaN, so that products over the whole bucket stay finite.
+        gradients = torch.where(per_item(finite, gradients), gradients, 0.0)
+    update, new = rule(gradients, state, **options)
+    if not clean:
+        # The gradient was replaced by zeros, so momentum would still move weights and state.
+        update = torch.where(per_item(finite, update), update, 0.0)
+        new = {name: torch.where(per_item(finite, value), value, state[name]) for name, value in new.items()}
+    for name, value in new.items():
+        state[name].copy_(value)
+    return update, finite
+
+
+def _apply_(weights: Tensor, update: Tensor, finite: Tensor, lr: Tensor, decay: Tensor) -> None:
+    """W <- (1 - lr wd) W - lr U in place; a skipped parameter, whose U is zero, does not decay either."""
+    factor = decay
+    if not known_true(finite):
+        factor = per_item(torch.where(finite, decay, 1.0), weights)
+        if update.ndim == 2:  # vectors, whose zero a transform may have moved: MARS's published decay
+            update = torch.where(per_item(finite, update), update, 0.0)
+    # Not addcmul, and not compiled: rounding the two products separately gives a shard, which receives lr U from the
+    # matrix's owner, exactly the bits of an unsharded step.
+    weights.mul_(factor).sub_(update.to(weights.dtype) * lr)
+
+
+@fused
+def _step_(
+    weights: Tensor, gradients: Tensor, state: State, lr: Tensor, decay: Tensor, rule: Update, options: Group
+) -> Tensor:
+    """Step a bucket whose elements are independent, in place; return which of its parameters were finite."""
+    update, finite = _direct_(gradients, state, weights.dtype, rule, options)
+    _apply_(weights, update, finite, lr, decay)
+    return finite
+
+
+def _split(bucket: list[Tensor], *, whole: bool) -> list[list[Tensor]]:
+    limits = STACKED_ELEMENTS if whole else ELEMENTWISE_ELEMENTS
+    size = max(1, limits.get(bucket[0].device.type, limits["cuda"]) // bucket[0].numel())
     return [bucket[i : i + size] for i in range(0, len(bucket), size)]
 
 
@@ -254,19 +419,22 @@ class Rule(NamedTuple):
     """
 
     init: Callable[[Tensor], State]
-    update: Callable[..., tuple[Tensor, State]]
+    update: Update
     defaults: Group
     elementwise: bool = True
 
-    def apply(self, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Call `update` with the hyperparameters of this rule; the group may have others too."""
-        return self.update(gradients, state, **{name: group[name] for name in self.defaults})
+    def of(self, group: Group) -> tuple[Update, Group]:
+        """Return `update` and its hyper-parameters out of a group, which may have others too."""
+        return self.update, {name: group[name] for name in self.defaults}
 
 
 class RuleOptimizer(MatrixOptimizer):
     """An optimizer that applies one `Rule` to all its parameters."""
 
     rule: ClassVar[Rule]
+
+    def __init_subclass__(cls) -> None:
+        cls.matrices = not cls.rule.elementwise
 
     def needs_whole(self, parameter: Tensor, group: Group) -> bool:
         """Return whether the rule needs all of a matrix."""
@@ -276,6 +444,6 @@ class RuleOptimizer(MatrixOptimizer):
         """Return the rule's state of one parameter."""
         return self.rule.init(parameter)
 
-    def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return the rule's (U, new state) of a bucket."""
-        return self.rule.apply(gradients, state, group)
+    def direction(self, parameter: Tensor, group: Group) -> tuple[Update, Group]:
+        """Return the rule."""
+        return self.rule.of(group)

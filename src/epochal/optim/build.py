@@ -129,9 +129,9 @@ def _keywords(choice: optimizer_config.Optimizer, steps: int) -> dict[str, Any]:
 
 
 def optimizer_backend(choice: optimizer_config.Optimizer, device: torch.device) -> str:
-    """Return how the optimizer's passes over matrices run: "triton" or "torch"."""
-    has_kernels = isinstance(choice, optimizer_config.Fira | optimizer_config.Spectra)
-    return "triton" if has_kernels and backend(device) == "triton" else "torch"
+    """Return how the optimizer's element-wise passes run: "compiled", or "torch" operations and kernels."""
+    own = not isinstance(choice, optimizer_config.AdamW)
+    return "compiled" if own and backend(device) == "triton" else "torch"
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ Use it for the matrices of attention and MLP blocks; embeddings, head and vector
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,9 @@ from epochal.optim.base import (
     Group,
     MatrixOptimizer,
     State,
+    Update,
+    fused,
+    joined,
     known_true,
     new_state,
     per_item,
@@ -41,11 +45,11 @@ from epochal.optim.base import (
     state_dtype,
 )
 from epochal.optim.projection import METHODS, PROJ_TYPES, compute_basis, project, projected_side, rotate_moments
-from triton_kernels import fira_step as kernels
-from triton_kernels.backend import backend
 
 VARIANTS = ("code", "paper", "galore")
 LIMITERS = ("zero_safe", "compat")
+# Keys of a projected group that do not change during a run.
+OPTIONS = ("alpha", "betas", "eps", "correct_bias", "variant", "gamma", "scaling", "limiter")
 RATIO_EPS = 1e-8  # of phi and of the limiter; a literal in the published code
 
 logger = logging.getLogger(__name__)
@@ -66,18 +70,43 @@ def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, si
     Returns:
         (B,) booleans: False for a matrix that was skipped because its gradient is not finite.
     """
-    alpha, dtype = group["alpha"], weight.dtype
+    with _tensor_cores(weight.device):
+        return _update_(weight, gradient, state, *constants(weight, state, group), side)
+
+
+def constants(weight: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor | None, Group]:
+    """Return a group's learning rate and decay factor as tensors (None without decay), and its other options."""
+    # A compiled function would be compiled again for every learning rate in a group.
+    lr = scalar(group["lr"], state["step"].double())
     decay = MatrixOptimizer.decay_factor(weight, group) if group["weight_decay"] else None
+    return lr, decay, {name: group[name] for name in OPTIONS}
+
+
+@contextlib.contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """Multiply float32 in tf32 on a GPU, whose error of 3e-4 is a sixtieth of the rounding of a bfloat16 gradient."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@fused
+def _update_(
+    weight: Tensor, gradient: Tensor, state: State, lr: Tensor, decay: Tensor | None, group: Group, side: str
+) -> Tensor:
+    alpha, dtype = group["alpha"], weight.dtype
 
     # Project: R = P^T G, and the squared norm of each column of G.
-    low, gradient_squares = project_gradient(gradient, state, side)
+    low, gradient_squares = project(gradient, state["basis"], side), square_sums(gradient, side)
 
     # A matrix with a non-finite gradient keeps its weights and state: R, the weight of R in the moments and, through
     # the bias correction, the step size become zero. Masks are needed only if there is such a matrix.
     finite = all_finite(gradient_squares)
     mask = None if known_true(finite) else finite
     moment_weights = [scalar(1 - beta, low) for beta in group["betas"]]
-    lr = scalar(group["lr"], state["step"].double())
     if decay is not None:
         lr = lr * decay  # the published code decays the updated weight: (1 - lr wd)(W - step U)
     if mask is not None:
@@ -86,7 +115,11 @@ def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, si
         decay = None if decay is None else per_item(torch.where(mask, decay, 1.0), weight)
 
     # Adam in the subspace: N = M / (sqrt(V) + eps), and the squared norms of the columns of R and N.
-    direction, low_squares, direction_squares = adam_in_subspace_(low, state, moment_weights, group["eps"], side)
+    direction, squares = adam_direction_(low, state, moment_weights, group["eps"])
+    low_squares, direction_squares = (
+        squares.sum(-2 if side == "left" else -1, keepdim=True),
+        square_sums(direction, side),
+    )
     # Read before the step is counted.
     first_step = state["step"] == 0
     state["step"].add_(finite)
@@ -150,6 +183,18 @@ def adam_direction_(gradient: Tensor, state: State, weights: Sequence[Tensor], e
     return torch.div(mean, square.sqrt().add_(safe_eps(eps))), squares
 
 
+def adam_update(
+    gradient: Tensor, state: State, *, betas: tuple[float, float], eps: float, correct_bias: bool, decay: Tensor | None
+) -> tuple[Tensor, State]:
+    """Return Adam's (U, new state) of a bucket that is not projected, in Hugging Face's form."""
+    new = {name: value.clone() for name, value in state.items()}
+    step = new["step"].add_(1)
+    direction, _ = adam_direction_(gradient, new, [scalar(1 - beta, gradient) for beta in betas], eps)
+    # The published code decays the updated weight, (1 - lr wd)(W - lr U); the base class decays only W.
+    factor = per_item(bias_correction(step, {"betas": betas, "correct_bias": correct_bias}), direction)
+    return direction.mul_(factor if decay is None else factor * decay), new
+
+
 def safe_eps(eps: float) -> float:
     """Return eps, but never 0, so that a zero gradient has a direction: 0, not NaN."""
     return max(eps, 1e-30)
@@ -186,42 +231,6 @@ def limit_growth(norm: Tensor, last: Tensor, first_step: Tensor, group: Group) -
     return divisor, limited
 
 
-# --- the three passes over matrices, by kernels or by torch ----------------------------------------------------------
-
-
-def uses_kernels(like: Tensor) -> bool:
-    """Return whether matrices as `like` go through triton_kernels.fira_step; a compiler fuses torch's operations."""
-    return backend(like.device) == "triton" and like.dtype == torch.float32 and not torch.compiler.is_compiling()
-
-
-def _projected_axis_first(tensor: Tensor, side: str) -> Tensor:
-    """View matrices as the kernels expect them."""
-    return tensor if side == "left" else tensor.mT
-
-
-def project_gradient(gradient: Tensor, state: State, side: str) -> tuple[Tensor, Tensor]:
-    """Return R and the `square_sums` of G."""
-    if uses_kernels(gradient):
-        operands = (gradient, state["basis"], state["exp_avg"])
-        low, squares = kernels.fira_project(*(_projected_axis_first(t, side) for t in operands))
-        return _projected_axis_first(low, side), _projected_axis_first(squares[:, None], side)
-    return project(gradient, state["basis"], side), square_sums(gradient, side)
-
-
-def adam_in_subspace_(
-    low: Tensor, state: State, weights: Sequence[Tensor], eps: float, side: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Update the moments of R in place; return N and the `square_sums` of R and N. Arguments: see `adam_direction_`."""
-    if uses_kernels(low):
-        both = torch.stack([weight.reshape(-1).expand(len(low)) for weight in weights], 1)
-        operands = (_projected_axis_first(t, side) for t in (low, state["exp_avg"], state["exp_avg_sq"]))
-        direction, *sums = kernels.fira_adam(*operands, both, scalar(safe_eps(eps), low))
-        low_squares, direction_squares = (_projected_axis_first(x[:, None], side) for x in sums)
-        return _projected_axis_first(direction, side), low_squares, direction_squares
-    direction, squares = adam_direction_(low, state, weights, eps)
-    return direction, squares.sum(-2 if side == "left" else -1, keepdim=True), square_sums(direction, side)
-
-
 def apply_fira_(
     weight: Tensor,
     gradient: Tensor,
@@ -241,16 +250,6 @@ def apply_fira_(
     lowrank_scale: (B, 1, 1). projection_coef, residual_scale: as `square_sums`, or (B, 1, 1); None for "galore".
     decay: 0-d or (B, 1, 1), None for no decay. mask: (B,), False where G is not finite and the scales are zero.
     """
-    if uses_kernels(weight):
-        w, g, p, n, r = (_projected_axis_first(t, side) for t in (weight, gradient, basis, direction, low))
-        # One kernel for all variants: a missing term has the coefficient zero, a missing decay the factor one.
-        zero, one = n.new_zeros(()), n.new_ones(())
-        whole, kept = ((one if x is None else x).reshape(-1).expand(len(n)) for x in (lowrank_scale, decay))
-        columns = (
-            zero if x is None else _projected_axis_first(x, side)[:, 0] for x in (projection_coef, residual_scale)
-        )
-        kernels.fira_update(w, g, p, n, r, whole, *(x.expand(len(n), n.shape[2]) for x in columns), kept)
-        return
     inner = direction.mul_(lowrank_scale)
     if projection_coef is not None:
         inner.addcmul_(low, projection_coef, value=-1)
@@ -322,15 +321,14 @@ class Fira(MatrixOptimizer):
             # The defaults of the published package.
             group = {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", **group}
         super().add_param_group(group)
-        try:
-            _check_group(self.param_groups[-1])
-        except ValueError:
-            # torch has appended the group already.
-            self.param_groups.pop()
-            raise
         if "rank" in group:
             logger.info("Fira projects %d matrices to rank %d", len(self.param_groups[-1]["params"]), group["rank"])
         self._reset_clock()
+
+    def settle(self, group: Group) -> None:
+        """Check a group and note what is a matrix in it."""
+        _check_group(group)
+        super().settle(group)
 
     def _reset_clock(self) -> None:
         # Per matrix, an upper bound of its completed steps that needs no read from the device; see `_due`.
@@ -347,6 +345,10 @@ class Fira(MatrixOptimizer):
     def needs_whole(self, parameter: Tensor, group: Group) -> bool:
         """Return whether the parameter is projected."""
         return "rank" in group
+
+    def rounding(self, device: torch.device) -> float:
+        """Return tf32's on a GPU, which has the mantissa of float16."""
+        return torch.finfo(torch.float16 if device.type == "cuda" else torch.float32).eps
 
     def rebind(self, params: Mapping[Tensor, Tensor]) -> Self:
         """As the base class; `stagger` still counts all matrices, so refreshes stay at the same steps."""
@@ -423,41 +425,28 @@ class Fira(MatrixOptimizer):
 
     # --- the step ---
 
-    def step_bucket(self, parameters: list[Tensor], group: Group) -> None:
+    def step_bucket(self, parameters: list[Tensor], group: Group) -> Tensor:
         """Update one bucket in place; a single float32 matrix is updated without copying it."""
         if "rank" not in group:
-            super().step_bucket(parameters, group)
-            return
+            return super().step_bucket(parameters, group)
         dtype = parameters[0].dtype
         wide = state_dtype(dtype)
         weights = stack([p.detach() for p in parameters]).to(wide)
         gradients = stack([p.grad for p in parameters if p.grad is not None]).to(wide)
         states = [self.state[p] for p in parameters]
-        state = {name: stack([one[name] for one in states]) for name in states[0]}
-
+        state = {name: joined(states, name) for name in states[0]}
         finite = fira_update(weights, gradients, state, group, projected_side(parameters[0].shape, group["proj_type"]))
-        self.skipped += (~finite).sum().to(self.skipped.device)
-
         if group["stochastic_rounding"] and dtype == torch.bfloat16:
             weights = round_stochastically(weights)
-        # `stack` returned views of a single matrix and its state, which are updated already; write back only copies.
+        # `stack` returned a view of a single matrix, which is updated already.
         if len(parameters) > 1 or dtype != wide:
             torch._foreach_copy_(parameters, list(weights.unbind(0)))
-        if len(parameters) > 1:
-            for name, value in state.items():
-                # `fira_update` does not change the basis.
-                if name != "basis":
-                    torch._foreach_copy_([one[name] for one in states], list(value.unbind(0)))
+        return finite
 
-    def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return Adam's (U, new state) of a bucket that is not projected."""
-        new = {name: value.clone() for name, value in state.items()}
-        step = new["step"].add_(1)
-        weights = [scalar(1 - beta, gradients) for beta in group["betas"]]
-        direction, _ = adam_direction_(gradients, new, weights, group["eps"])
-        # The published code decays the updated weight, (1 - lr wd)(W - lr U); the base class decays only W.
-        factor = per_item(bias_correction(step, group), direction) * self.decay_factor(gradients, group)
-        return direction.mul_(factor), new
+    def direction(self, parameter: Tensor, group: Group) -> tuple[Update, Group]:
+        """Return Adam's rule for parameters that are not projected."""
+        decay = self.decay_factor(parameter, group) if group["weight_decay"] else None
+        return adam_update, {"decay": decay, **{name: group[name] for name in ("betas", "eps", "correct_bias")}}
 
 
 # --- checks and parameter groups -----------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epochal.optim.adamw import adamw_init, adamw_update
-from epochal.optim.base import Group, MatrixOptimizer, State
+from epochal.optim.adamw import ADAMW, adamw_init
+from epochal.optim.base import Group, MatrixOptimizer, State, Update
 from epochal.optim.signum import momentum_init
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the published quintic, chosen for the steepest slope at zero
@@ -28,16 +28,16 @@ def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.
     """Push the singular values of x (..., m, n) towards 1 by Newton-Schulz steps."""
     # The published coefficients trade accuracy for speed: singular values end near 1, not at 1.
     a, b, c = COEFFICIENTS
-    y = x.to(dtype)
+    y = x.to(dtype).reshape(-1, *x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     y = y.mT if tall else y  # the Gram matrix of the smaller side
     # The iteration needs singular values of at most 1; the Frobenius norm is an upper bound of the largest.
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
-    out: Tensor = y.mT if tall else y
-    return out
+        gram = torch.bmm(y, y.mT)
+        # As torch.optim.Muon: the sums belong to the products, which saves rounding and passes over memory.
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).reshape(x.shape)
 
 
 def muon_scale(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
@@ -47,24 +47,18 @@ def muon_scale(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def muon_update(
-    gradient: Tensor, state: State, *, momentum: float, nesterov: bool, ns_steps: int, adjust_lr_fn: str | None
-) -> tuple[Tensor, State]:
-    """Return (U, new state) of a batch of matrices.
+def muon_direction(gradient: Tensor, state: State, *, momentum: float, nesterov: bool) -> tuple[Tensor, State]:
+    """Return (d, new state) of a batch, before it is orthogonalized.
 
     Args:
         gradient: (B, m, n).
         state: `momentum_buffer` (b) of the same shape, `step` (B,).
         momentum: mu.
         nesterov: whether d looks one step ahead.
-        ns_steps: number of Newton-Schulz steps.
-        adjust_lr_fn: see `muon_scale`.
     """
     buffer = torch.lerp(state["momentum_buffer"], gradient, 1 - momentum)
     direction = torch.lerp(gradient, buffer, momentum) if nesterov else buffer
-    rows, columns = gradient.shape[-2:]
-    update = orthogonalize(direction, steps=ns_steps).to(gradient.dtype) * muon_scale(rows, columns, adjust_lr_fn)
-    return update, {"step": state["step"] + 1, "momentum_buffer": buffer}
+    return direction, {"step": state["step"] + 1, "momentum_buffer": buffer}
 
 
 class Muon(MatrixOptimizer):
@@ -76,7 +70,8 @@ class Muon(MatrixOptimizer):
     Args:
         params: parameters or groups; a group with `"orthogonalize": False` takes AdamW.
         lr, weight_decay: as in AdamW.
-        momentum, nesterov, ns_steps: as in `muon_update`.
+        momentum, nesterov: as in `muon_direction`.
+        ns_steps: number of Newton-Schulz steps.
         adjust_lr_fn: torch's; None or "original" scales by sqrt(max(1, rows/columns)), "match_rms_adamw" by
             0.2 sqrt(max(rows, columns)), so that one learning rate suits matrices and vectors.
         betas, eps: of AdamW.
@@ -108,13 +103,24 @@ class Muon(MatrixOptimizer):
         """Return whether the parameter is a matrix that is orthogonalized."""
         return parameter.ndim == 2 and bool(group["orthogonalize"])
 
+    def rounding(self, device: torch.device) -> float:
+        """Return bfloat16's."""
+        return torch.finfo(torch.bfloat16).eps
+
     def init_state(self, parameter: Tensor, group: Group) -> State:
         """Return a momentum buffer for a matrix, two moments for any other parameter."""
         return momentum_init(parameter) if self.needs_whole(parameter, group) else adamw_init(parameter)
 
-    def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return Muon's (U, new state) of a bucket of matrices, AdamW's of any other."""
-        if "momentum_buffer" not in state:
-            return adamw_update(gradients, state, betas=group["betas"], eps=group["eps"])
-        names = ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")
-        return muon_update(gradients, state, **{name: group[name] for name in names})
+    def direction(self, parameter: Tensor, group: Group) -> tuple[Update, Group]:
+        """Return Muon's momentum for a matrix, AdamW's rule for any other parameter."""
+        if self.needs_whole(parameter, group):
+            return muon_direction, {name: group[name] for name in ("momentum", "nesterov")}
+        return ADAMW.of(group)
+
+    def transform(self, update: Tensor, weights: Tensor, step: Tensor, group: Group) -> Tensor:
+        """Return the orthogonalized momentum."""
+        return orthogonalize(update, steps=group["ns_steps"])
+
+    def step_scale(self, parameter: Tensor, group: Group) -> float:
+        """Return `muon_scale`."""
+        return muon_scale(*parameter.shape, group["adjust_lr_fn"])

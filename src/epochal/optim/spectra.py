@@ -8,7 +8,7 @@ c_k lr_k = c base_lr; afterwards c_k = c, and it may decay over the last steps. 
 
 Differs from the published code (which `compat="upstream"` follows) in that
 - U_k comes straight from the base, not from a difference of weights, and nothing is cloned;
-- the clip is accurate to 1% whatever the conditioning, not ten steps in bfloat16;
+- the clip is accurate to 1%, not ten steps in bfloat16 (see `epochal.optim.spectral_clip` for the conditions);
 - a vector is clipped as a 1 x n matrix, without the jump at ||u|| = c;
 - Signum and SGDM start their momentum at zero, not at the weights;
 - base_lr is each group's own learning rate, not one number;
@@ -25,10 +25,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from epochal.optim.base import Group, MatrixOptimizer, State, per_item, scalar
+from epochal.optim.base import Group, MatrixOptimizer, State, Update, fused, per_item, scalar
 from epochal.optim.mars import MARS
 from epochal.optim.muon import orthogonalize
 from epochal.optim.spectra_options import (
+    THRESHOLD_OPTIONS,
     base_rule,
     check_group,
     check_patterns,
@@ -36,7 +37,7 @@ from epochal.optim.spectra_options import (
     is_clipped,
     pre_clip_threshold,
 )
-from epochal.optim.spectral_clip import hard_spectral_clip, soft_clip_step, soft_spectral_clip, uses_kernels
+from epochal.optim.spectral_clip import hard_spectral_clip, soft_spectral_clip
 
 
 class Spectra(MatrixOptimizer):
@@ -113,21 +114,24 @@ class Spectra(MatrixOptimizer):
                 "and a parallelism preset that keeps parameters whole."
             )
 
-    def add_param_group(self, group: Group) -> None:
-        """As torch's; also checks the group and determines which of its parameters are clipped."""
-        super().add_param_group(group)
-        added = self.param_groups[-1]
-        if added["base_lr"] is None:
-            added["base_lr"] = float(added["lr"])
-        check_group(added)
+    def settle(self, group: Group) -> None:
+        """Check a group and determine which of its parameters are clipped."""
+        if group["base_lr"] is None:
+            group["base_lr"] = float(group["lr"])
+        check_group(group)
         # By parameter: a bucket must be clipped as a whole or not at all.
-        self.selected.update(zip(added["params"], is_clipped(added), strict=True))
+        self.selected.update(zip(group["params"], is_clipped(group), strict=True))
+        super().settle(group)
 
     def needs_whole(self, parameter: Tensor, group: Group) -> bool:
         """Whether the parameter or its gradient is clipped, or the base's update mixes its elements."""
         matrix = parameter.ndim >= 2
         # pre_clip changes the gradient of every matrix, whatever `apply_to` selects.
         return self.selected[parameter] or (matrix and (group["pre_clip"] is not None or not self.rule.elementwise))
+
+    def rounding(self, device: torch.device) -> float:
+        """Return that of the least precise clip of the groups."""
+        return max(torch.finfo(_arithmetic(group, device)).eps for group in self.param_groups)
 
     def rebind(self, params: Mapping[Tensor, Tensor]) -> Self:
         """As the base class; a replacement is clipped if its parameter is."""
@@ -144,11 +148,6 @@ class Spectra(MatrixOptimizer):
 
     def bucket_key(self, parameter: Tensor, group: Group) -> Hashable:
         """Whether the parameter is clipped."""
-        if parameter not in self.selected:
-            raise ValueError(
-                f"Spectra was not constructed with this parameter of shape {tuple(parameter.shape)}; if a wrapper "
-                "flattened or sharded the matrices, use a parallelism preset that keeps them whole, such as DDP."
-            )
         return self.selected[parameter]
 
     @torch.no_grad()
@@ -166,45 +165,39 @@ class Spectra(MatrixOptimizer):
         super().step()
         return loss
 
-    def step_bucket(self, parameters: list[Tensor], group: Group) -> None:
+    def step_bucket(self, parameters: list[Tensor], group: Group) -> Tensor:
         """Update one bucket in place: clipped, or as the base would."""
-        super().step_bucket(parameters, group if self.selected[parameters[0]] else {**group, "operator": None})
+        if not self.selected[parameters[0]]:
+            group = {**group, "operator": None}
+            if self._decays_inside(parameters[0].ndim):
+                group["weight_decay"] = 0.1 * group["vector_lr_scale"]
+        return super().step_bucket(parameters, group)
 
-    def update(self, parameters: Tensor, gradients: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
-        """Return (alpha H_c(U), new state) of a bucket.
+    def _decays_inside(self, axes: int) -> bool:
+        # The published vectors of MARS decay by 0.1 at their own learning rate, inside U.
+        return self.compat == "upstream" and self.rule is MARS and axes < 2
 
-        U is not clipped without an operator, or if `apply_update` will clip it.
-        """
-        update, new = self.rule.apply(gradients, state, group)
-        if self.compat == "upstream" and self.rule is MARS and parameters.ndim < 3:
-            # The published vectors decay by 0.1 at their own learning rate, inside U.
-            inside = 0.1 * group["vector_lr_scale"] - group["weight_decay"]
-            update = update + inside * parameters.to(update.dtype)
-        if group["operator"] is None or _clips_in_kernel(update, group):
-            return update, new
-        c = _threshold_now(state["step"], group)
+    def direction(self, parameter: Tensor, group: Group) -> tuple[Update, Group]:
+        """Return the base's rule."""
+        return self.rule.of(group)
+
+    def transform(self, update: Tensor, weights: Tensor, step: Tensor, group: Group) -> Tensor:
+        """Return H_c(U) of a bucket; U without an operator."""
+        if group["operator"] is None:
+            return update
+        if self._decays_inside(update.ndim - 1):
+            update = update + (0.1 * group["vector_lr_scale"] - group["weight_decay"]) * weights
+        c = _threshold_now(step, group)
         if update.ndim == 2:
-            return clip_vectors(update, c, operator=group["operator"], compat=self.compat), new
-        return clip_matrices(update, c, group), new
+            return clip_vectors(update, c, operator=group["operator"], compat=self.compat)
+        return clip_matrices(update, c, group)
 
-    def apply_update(self, weights: Tensor, update: Tensor, step: Tensor, group: Group) -> Tensor:
-        """Return the new weights of a bucket; a kernel clips while it updates them."""
-        if group["operator"] is None or not _clips_in_kernel(update, group):
-            return super().apply_update(weights, update, step, group)
-        # Blocks of all matrices become one batch, which one kernel clips.
-        (w, _), (u, alpha) = _in_blocks(weights, group), _in_blocks(update, group)
-        lr = scalar(group["lr"], step.double())
-        count = u.shape[0] * u.shape[1]
-        new_weights = soft_clip_step(
-            w.flatten(0, 1),
-            u.flatten(0, 1),
-            _threshold_now(step, group).repeat_interleave(u.shape[1], output_size=count),
-            decay_factor=(1 - lr * group["weight_decay"]).expand(count),
-            step_size=(alpha * lr).expand(count),
-            iterations=group["iterations"],
-            dtype=group["dtype"],
-        )
-        return new_weights.reshape(weights.shape)
+    def step_scale(self, parameter: Tensor, group: Group) -> float:
+        """Return alpha of a matrix that is clipped."""
+        if group["operator"] is None or parameter.ndim < 2:
+            return 1.0
+        # Of the blocks: a fused QKV weight takes the same step as three separate matrices.
+        return math.sqrt(max(1.0, parameter.shape[-2] // group["blocks"] / parameter.shape[-1]))
 
     def _pre_clip(self, group: Group) -> None:
         """Clip the gradients of all matrices of a group in place, whatever `apply_to` selects."""
@@ -249,11 +242,11 @@ def clip_vectors(update: Tensor, c: Tensor, *, operator: str, compat: str | None
 
 
 def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
-    """Return alpha H_c(U) for U (B, ..., rows, columns) and c (B,).
+    """Return H_c(U) for U (B, ..., rows, columns) and c (B,).
 
     Every matrix is cut into `blocks` parts by rows, which are clipped separately.
     """
-    parts, alpha = _in_blocks(update, group)
+    parts = update.reshape(len(update), -1, update.shape[-2] // group["blocks"], update.shape[-1])
     thresholds = c[:, None].expand(parts.shape[:2])
     if group["operator"] == "normalize":
         out = orthogonalize(parts, steps=group["iterations"] or 5, dtype=group["dtype"] or torch.bfloat16)
@@ -261,25 +254,31 @@ def clip_matrices(update: Tensor, c: Tensor, group: Group) -> Tensor:
         out = hard_spectral_clip(parts, thresholds)
     else:
         out = _soft_clip(parts, thresholds, group)
-    return alpha * out.to(update.dtype).reshape(update.shape)
+    return out.to(update.dtype).reshape(update.shape)
 
 
 def _soft_clip(x: Tensor, c: Tensor, group: Group) -> Tensor:
     return soft_spectral_clip(x, c, method=group["method"], iterations=group["iterations"], dtype=group["dtype"])
 
 
-def _in_blocks(tensor: Tensor, group: Group) -> tuple[Tensor, float]:
-    """Return (B, ..., rows, columns) as k blocks (B, k, ...), and their alpha."""
-    rows, columns = tensor.shape[-2] // group["blocks"], tensor.shape[-1]
-    # alpha is that of the blocks: a fused QKV weight takes the same step as three separate matrices.
-    return tensor.reshape(len(tensor), -1, rows, columns), math.sqrt(max(1.0, rows / columns))
-
-
-def _clips_in_kernel(update: Tensor, group: Group) -> bool:
-    """Whether one kernel clips an update (B, ...) and applies it to the weights."""
-    soft = group["operator"] == "soft" and group["method"] in ("auto", "minimax")
-    return soft and update.ndim > 2 and uses_kernels(update.device)
+def _arithmetic(group: Group, device: torch.device) -> torch.dtype:
+    """Return the dtype of the products of a group's clip."""
+    if group["dtype"] is not None:
+        dtype: torch.dtype = group["dtype"]
+        return dtype
+    if group["operator"] == "normalize" or group["method"] == "newton_schulz":
+        return torch.bfloat16
+    exact = group["method"] == "exact" or group["operator"] == "hard" or device.type == "cpu"
+    return torch.float32 if exact else torch.float16
 
 
 def _threshold_now(step: Tensor, group: Group) -> Tensor:
-    return clip_threshold(step, scalar(group["lr"], step.double()), group)
+    lr = group["lr"]
+    lr = lr.to(step.device, torch.float64) if isinstance(lr, Tensor) else step.new_full((), lr, dtype=torch.float64)
+    # Not the group: a compiled function would be compiled again for every learning rate in it.
+    return _threshold(step, lr, {name: group[name] for name in THRESHOLD_OPTIONS})
+
+
+@fused
+def _threshold(step: Tensor, lr: Tensor, options: Group) -> Tensor:
+    return clip_threshold(step, lr, options)

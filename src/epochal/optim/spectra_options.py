@@ -30,6 +30,17 @@ BASES: dict[str, Rule] = {
 }
 OPERATORS = ("soft", "hard", "normalize")
 
+# Keys of a group that `clip_threshold` reads.
+THRESHOLD_OPTIONS = (
+    "clip",
+    "base_lr",
+    "warmup_steps",
+    "total_steps",
+    "clip_decay",
+    "clip_decay_fraction",
+    "clip_final_scale",
+)
+
 # Threshold relative to `clip` after a fraction x of the decay, which ends at the factor F.
 DECAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "constant": lambda x, F: torch.ones_like(x),
@@ -127,6 +138,11 @@ def check_group(group: Group) -> None:
     for name, allowed in choices.items():
         if group[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {group[name]!r}.")
+    if group["iterations"] is not None and group["operator"] == "soft" and group["method"] != "newton_schulz":
+        raise ValueError(
+            f"iterations={group['iterations']} is the number of published steps; pass method='newton_schulz' with it, or "
+            "leave it out."
+        )
     for name in ("clip", "pre_clip", "pre_clip_end"):
         if group[name] is not None and not group[name] > 0:
             raise ValueError(f"{name} must be above 0, got {group[name]}.")
