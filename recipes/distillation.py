@@ -9,8 +9,9 @@ Results: recipes/results/<scale>/report.md
 
 import statistics
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
+from epochal.ranges import Decay, Items
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import welch_claim
@@ -33,7 +34,7 @@ class Settings(_soft_targets.Student):
 
     soft_targets: _soft_targets.Settings | None = None
     # Decays that the first seed of each student tries; all seeds take the best. Empty: `wd`, untuned.
-    tune_wd: tuple[float, ...] = ()
+    tune_wd: Annotated[tuple[Decay, ...], Items(least=0)] = ()
     synthetic_only: bool = False  # students of one member's text without real text as well
 
     def check(self, scale: Scale) -> None:
