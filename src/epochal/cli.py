@@ -158,6 +158,10 @@ def run(
     ] = 1,
     preset: Annotated[str | None, typer.Option(help="Parallelism preset (configs/accelerate).")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward pass and process.")] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="How runs compute: compile, cuda-graph, deterministic, fused, recompute; may be repeated."),
+    ] = None,
     tracker: Annotated[
         list[str] | None, typer.Option(help="tensorboard, trackio, wandb or none. Default: tensorboard if installed.")
     ] = None,
@@ -196,6 +200,7 @@ def run(
         threads=max(1, len(os.sched_getaffinity(0)) // jobs),
         preset=None if preset is None else str(find_config("accelerate", preset, ".yaml")),
         micro_batch=micro_batch,
+        modes=tuple(mode or ()),
         trackers=_trackers(tracker),
         checkpoint_seconds=seconds(checkpoint_every),
         seconds_left=None if time_limit is None else seconds(time_limit),
@@ -209,9 +214,11 @@ def run(
 
 
 def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
-    """Check scale, records, token stores and micro-batch before any worker starts; returns what the campaign costs."""
+    """Check scale, records, token stores, micro-batch and modes before any worker starts; returns the campaign's cost."""
     from epochal.data.store import open_store
+    from epochal.distributed.presets import read_preset
 
+    read_preset({}, config.modes)
     setting, records = _load(config.scale, Path(config.results), Path(config.work))
     estimate = _estimate(config.recipes, records, setting)
     for run in estimate.largest:

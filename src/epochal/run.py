@@ -35,6 +35,7 @@ __all__ += optimizer_config.__all__
 ORDERS = ("documents", "sequences", "fixed")
 WD_SCHEDULES = ("constant", "antiphase")
 PRECISIONS = ("fp32", "bf16")
+RESIDUALS = ("float32", "bfloat16")
 AVERAGES = ("logits", "probs")
 SOUP = "parameters"
 WEIGHT_AVERAGING = ("last", "ema", "swa")
@@ -111,12 +112,17 @@ class Run:
     averaging_window: float = 0.1  # share of the run
     dropout: float = 0.0  # this and the next: see `epochal.training.noise`
     input_mask_prob: float = 0.0
+    # Precision of the stream that layers add to: "bfloat16" halves its memory and traffic, and rounds after every layer.
+    residual: str = "float32"
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         choose("data_order", self.data_order, ORDERS)
         choose("wd_schedule", self.wd_schedule, WD_SCHEDULES)
         choose("precision", self.precision, PRECISIONS)
+        choose("residual", self.residual, RESIDUALS)
+        if self.residual == "bfloat16" and self.precision != "bf16":
+            raise ValueError(f'residual "bfloat16" needs precision "bf16", got {self.precision!r}; change one of them.')
         for field in ("unique_tokens", "epochs", "batch_size", "num_evals"):
             at_least(field, getattr(self, field), 1)
         at_least("sequence_length", self.sequence_length, 2)

@@ -52,6 +52,7 @@ class WorkerConfig:
     threads: int  # of torch, on a CPU
     preset: str | None = None  # an accelerate YAML; each Run is then trained by the processes it launches
     micro_batch: int | None = None  # sequences per forward pass and process
+    modes: tuple[str, ...] = ()  # execution modes of Runs (`epochal.distributed.presets.MODES`)
     trackers: tuple[str, ...] = ()
     checkpoint_seconds: float = 300.0
     seconds_left: float | None = None  # time limit
@@ -220,7 +221,7 @@ def execute(job: Job, config: WorkerConfig) -> Record | None:
             from epochal.training.loop import RuntimeOptions, train
 
             options = RuntimeOptions(
-                config.micro_batch, config.trackers, config.checkpoint_seconds, config.preset or "here"
+                config.micro_batch, config.trackers, config.checkpoint_seconds, config.preset or "here", config.modes
             )
             return train(job, workspace, options)
         case Ensemble():
