@@ -101,16 +101,9 @@ def clip(bench: Bench) -> None:
     for batch, m, n in ((2, 8, 12),) if bench.tiny else ((24, 2048, 2048), (48, 768, 768), (36, 768, 2048)):
         x = torch.randn(batch, m, n, device=bench.device)
         name = f"{batch}x{m}x{n}"
-        bench.row(
-            "clip", name, "minimax", bench.milliseconds(lambda x=x: soft_spectral_clip(x, 10.0, method="minimax")), "ms"
-        )
-        bench.row(
-            "clip",
-            name,
-            "exact, one matrix",
-            bench.milliseconds(lambda x=x: soft_spectral_clip(x[0], 10.0, method="exact")),
-            "ms",
-        )
+        for method in ("minimax", "newton_schulz"):
+            clipped = functools.partial(soft_spectral_clip, x, 10.0, method=method)
+            bench.row("clip", name, method, bench.milliseconds(clipped), "ms")
     x = torch.randn((8, 12) if bench.tiny else (512, 768), device=bench.device)
     largest = float(torch.linalg.matrix_norm(x.double(), ord=2))
     for condition in (30, 1000, 30_000):
@@ -282,9 +275,10 @@ def members_per_second(
                 pipe.send(duration)
             yield count, sum(pipe.recv() for pipe in pipes[:count])
     finally:
-        for process in processes:
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(None)
+            process.join(5)
             process.kill()
-            process.join()
         for name in clients:
             os.environ.pop(name, None)
 
@@ -297,8 +291,8 @@ def member(bench: Bench, pipe: Any, core: int) -> None:
     for _ in range(3):
         trained.step()
     pipe.send("ready")
-    while True:
-        duration, begin, steps = pipe.recv(), time.monotonic(), 0
+    while (duration := pipe.recv()) is not None:
+        begin, steps = time.monotonic(), 0
         while time.monotonic() < begin + duration:
             loss = float(trained.step())  # waits for the device
             steps += 1

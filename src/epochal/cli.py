@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from epochal.campaign.worker import WorkerConfig
     from epochal.records import Record, Records
     from epochal.report.sections import Section
-    from epochal.run import Job
+    from epochal.run import Job, Run
     from epochal.scale import Hardware, Scale
 
 app = typer.Typer(
@@ -94,7 +94,7 @@ def plan(
     every: Annotated[str, typer.Option(help="With --watch: refresh interval.")] = "5s",
 ) -> None:
     """Show which jobs are done, ready and waiting, and what they cost. Changes nothing."""
-    from epochal.campaign.plan import recipe_names
+    from epochal.campaign.plan import recipe_names, store_vocab_size
 
     setting, records = _load(scale, results, work, problems=not watch)
     names = tuple(recipes or recipe_names(setting))
@@ -110,6 +110,8 @@ def plan(
     ):
         compute = f"{cost.flops:.2e} FLOPs, about {_hours(cost, hardware)}"
         print(f"  {title}: {cost.jobs} jobs, {compute}, {cost.disk / 1e9:,.2f} GB of models")
+    for line in _memory_lines(estimate.largest, setting, store_vocab_size(records.workspace, setting)):
+        print(line)
     for line in _search_lines(estimate.searches, hardware, all_searches=searches):
         print(line)
     if jobs:
@@ -117,6 +119,19 @@ def plan(
             print(f"  ready    {job.name}")
         for name, sources in status.waiting.items():
             print(f"  waiting  {name}  for {', '.join(sources)}")
+
+
+def _memory_lines(runs: "Sequence[Run]", setting: "Scale", vocab_size: int | None) -> list[str]:
+    """Format which micro-batch of the scale's largest model fits on its devices, if their memory is known."""
+    from dataclasses import replace
+
+    from epochal.distributed.memory import describe_fitting, device_bytes
+
+    size = device_bytes(setting.hardware.device)
+    if size is None or not runs:
+        return []
+    largest = replace(runs[0], model=setting.models[-1])
+    return [f"  {describe_fitting(largest, size, world=setting.hardware.devices, vocab_size=vocab_size)}"]
 
 
 def _hours(cost: "Cost", hardware: "Hardware") -> str:

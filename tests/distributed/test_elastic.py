@@ -83,6 +83,38 @@ def test_noise_does_not_depend_on_the_number_of_processes(processes: Processes, 
         assert results[1][key] == pytest.approx(results[0][key], abs=1e-5)
 
 
+def test_modes_agree_with_one_process_under_ddp_and_fsdp2(processes: Processes, tmp_path: Path) -> None:
+    """Compiled layers trace through DDP and FSDP2, whose hooks stay outside of the graphs; here a graph runs eagerly."""
+    space, _, config = tiny.workspace(tmp_path)
+    noise: dict[str, Any] = {"dropout": 0.1, "input_mask_prob": 0.5}
+    one = processes(1).run("chain:part", "ddp", space, chain.make_run(config, "one", "adamw", **noise), None)[0]
+    for preset, world in (("ddp", 2), ("zero2", 2), ("fsdp2", 2)):
+        plain = None
+        for modes in ((), ("recompute",), ("compile",), ("compile", "recompute")):
+            run = chain.make_run(config, "-".join((preset, *modes)), "adamw", **noise)
+            found = processes(world).run("chain:part", preset, space, run, None, 1, modes, "eager")[0]
+            assert found["provenance"].pop("modes") == list(modes)
+            plain = plain or found
+            for key in ("loss", "train_loss", "test_loss", "curve"):
+                assert found[key] == plain[key], (preset, modes, "the same bits as without modes")
+        assert plain is not None
+        for key in ("loss", "train_loss", "test_loss"):
+            assert plain[key] == pytest.approx(one[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("modes", [(), ("recompute",)])
+def test_linear_maps_gathered_alone_in_bf16_give_the_bits_of_whole_layers(
+    processes: Processes, tmp_path: Path, modes: tuple[str, ...]
+) -> None:
+    space, _, config = tiny.workspace(tmp_path)
+    results = []
+    for preset in ("fsdp2", "fsdp2-nodes"):
+        run = chain.make_run(config, preset, "adamw", precision="bf16", dropout=0.1)
+        results.append(processes(2).run("chain:part", preset, space, run, None, 1, modes)[0])
+    for key in ("loss", "train_loss", "test_loss", "curve"):
+        assert results[0][key] == results[1][key]
+
+
 def test_a_full_disk_on_one_process_fails_on_all_and_leaves_no_checkpoint(processes: Processes, tmp_path: Path) -> None:
     space, _, config = tiny.workspace(tmp_path)
     run = chain.make_run(config, "full", "adamw")

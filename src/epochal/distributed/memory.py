@@ -5,7 +5,7 @@ Checked against the peak that one H100 reported (benchmarks/training_gpu.csv): w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from epochal.distributed.presets import Preset
@@ -114,3 +114,21 @@ def memory_problem(
         f"Run {run.name!r} needs about {needed / 1e9:.0f} GB on each of {world} devices of {device_bytes / 1e9:.0f} GB "
         f"with a micro-batch of {size} ({preset.backend}); {remedy}."
     )
+
+
+def describe_fitting(run: Run, device_bytes: float, *, world: int, vocab_size: int | None = None) -> str:
+    """Return a line that says which micro-batch of a run fits on each of `world` devices, by preset and mode."""
+    presets = {"one process": Preset()} if world == 1 else {"ddp": Preset(), "fsdp2": Preset("fsdp2")}
+    parts = []
+    for name, preset in presets.items():
+        for mode in ("", "compile", "recompute"):
+            changed = replace(preset, modes=frozenset({mode} if mode else ()))
+            fitting = fitting_micro_batches(run, device_bytes, world=world, preset=changed, vocab_size=vocab_size)
+            parts.append(f"{name}{' ' * bool(mode)}{mode} {max(fitting) if fitting else 'none'}")
+    where = f"{run.model} at {run.sequence_length:,} tokens"
+    return f"largest micro-batch of {where} in {device_bytes / 1e9:.0f} GB, estimated: {', '.join(parts)}"
+
+
+def device_bytes(name: str) -> float | None:
+    """Return the memory of a device by its name, None for an unknown one."""
+    return next((size for part, size in DEVICE_BYTES.items() if part in name), None)

@@ -35,13 +35,8 @@ class GraphedPass:
     All calls must have tokens of one shape and one normaliser. Parameters and gradients keep their memory.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor, int, float], Tensor],
-        parameters: Iterable[Tensor],
-        capture: Callable[[Callable[[], None]], Callable[[], Any]] = capture,
-    ) -> None:
-        self._function, self._capture = function, capture
+    def __init__(self, function: Callable[[Tensor, int, float], Tensor], parameters: Iterable[Tensor]) -> None:
+        self._function = function
         self._parameters = list(parameters)
         self._gradients: list[Tensor] = []
         self._replay: Callable[[], Any] | None = None
@@ -72,7 +67,7 @@ class GraphedPass:
         def function() -> None:
             self._loss.copy_(self._function(self._tokens, first_row, normaliser))
 
-        self._replay = self._capture(function)
+        self._replay = capture(function)
         self._attach()
 
     def _attach(self) -> None:
