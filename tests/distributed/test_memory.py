@@ -1,11 +1,13 @@
 """The memory of a run, estimated before it starts, against a measured peak and the paper's models on H100s."""
 
 import csv
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from epochal.campaign.executor import _cores
 from epochal.config import REPOSITORY
 from epochal.distributed.memory import (
     describe_fitting,
@@ -77,3 +79,11 @@ def test_the_doctor_names_the_mps_daemon_and_what_fits() -> None:
     assert "--mode deterministic" in lines[1]
     assert lines[-1].startswith("largest micro-batch of ic-3.2b at 4,096 tokens in 86 GB, estimated: one process ")
     assert "MPS daemon: runs" in gpu_advice(H100, 8, 16, mps=True)[0]
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 8])
+def test_workers_of_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7})
+    shares = [_cores(number, jobs) for number in range(jobs)]
+    assert {core for share in shares for core in share} == {2, 3, 5, 7}
+    assert all(shares) and (jobs > 4 or sum(map(len, shares)) == 4)
