@@ -18,6 +18,9 @@ from epochal.training import cuda_graph
 sys.path.append(str(REPOSITORY / "benchmarks"))
 import gpu
 
+# torch's own, while it traces a tensor that another layer computed.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 
 class ThreadContext:
     """A multiprocessing context that starts threads, which need no imports."""

@@ -24,6 +24,8 @@ from epochal.training.noise import Noise
 
 TOKENS = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
+# torch's own, while it traces a tensor that another layer computed.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 needs_compiler = pytest.mark.skipif(not layers.has_compiler(CPU), reason="torch.compile needs a C++ compiler")
 
 
@@ -172,6 +174,7 @@ def test_graphs_of_models_with_and_without_dropout_are_not_confused(traced: Any)
 
 
 @needs_compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # where torch imports its compiler
 def test_compiled_layers_differ_by_rounding_and_a_stopped_run_resumes_bit_identically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
