@@ -305,7 +305,7 @@ def member(bench: Bench, pipe: Any, core: int) -> None:
 
 # Parts in order of value, with the most seconds each may take.
 PARTS: dict[str, tuple[Callable[[Bench], None], int]] = {
-    "training": (training, 120),
+    "training": (training, 150),
     "small": (small, 60),
     "clip": (clip, 40),
     "deterministic": (deterministic, 40),

@@ -12,6 +12,7 @@ the CSV are skipped; ratios are to AdamW of the same run.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -100,6 +101,7 @@ class Training:
 
 def measure(case: Case, device: str, *, warmup: int = 3, steps: int = 8) -> dict[str, object]:
     """Train for a few steps; returns the columns of a row."""
+    gc.collect()  # the model before: layers that are compiled refer to themselves
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

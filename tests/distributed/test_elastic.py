@@ -10,6 +10,7 @@ import tiny
 from ranks import Group
 
 from epochal.optimizer_config import AdamW, Spectra
+from epochal.training.loop import train
 
 Processes = Callable[[int], Group]
 
@@ -87,19 +88,23 @@ def test_modes_agree_with_one_process_under_ddp_and_fsdp2(processes: Processes, 
     """Compiled layers trace through DDP and FSDP2, whose hooks stay outside of the graphs; here a graph runs eagerly."""
     space, _, config = tiny.workspace(tmp_path)
     noise: dict[str, Any] = {"dropout": 0.1, "input_mask_prob": 0.5}
-    one = processes(1).run("chain:part", "ddp", space, chain.make_run(config, "one", "adamw", **noise), None)[0]
-    for preset, world in (("ddp", 2), ("zero2", 2), ("fsdp2", 2)):
-        plain = None
-        for modes in ((), ("recompute",), ("compile",), ("compile", "recompute")):
-            run = chain.make_run(config, "-".join((preset, *modes)), "adamw", **noise)
-            found = processes(world).run("chain:part", preset, space, run, None, 1, modes, "eager")[0]
-            assert found["provenance"].pop("modes") == list(modes)
-            plain = plain or found
-            for key in ("loss", "train_loss", "test_loss", "curve"):
-                assert found[key] == plain[key], (preset, modes, "the same bits as without modes")
-        assert plain is not None
+    cells: dict[str, list[tuple[str, ...]]] = {
+        "ddp": [(), ("recompute",), ("compile",)],
+        "zero2": [(), ("compile", "recompute")],
+        "fsdp2": [(), ("recompute",), ("compile",)],
+    }
+    one = train(tiny.run(config, name="one", epochs=1, **noise), space)
+    assert one is not None
+    for preset, modes_of_preset in cells.items():
+        found = []
+        for modes in modes_of_preset:
+            run = tiny.run(config, name="-".join((preset, *modes)), epochs=1, **noise)
+            found.append(processes(2).run("chain:part", preset, space, run, None, 1, modes, "eager")[0])
+            assert found[-1]["provenance"]["modes"] == list(modes)
+        for key in ("loss", "train_loss", "test_loss", "curve"):
+            assert all(each[key] == found[0][key] for each in found), (preset, "the same bits as without modes")
         for key in ("loss", "train_loss", "test_loss"):
-            assert plain[key] == pytest.approx(one[key], abs=1e-5)
+            assert found[0][key] == pytest.approx(one.results[key], abs=1e-5)
 
 
 @pytest.mark.parametrize("modes", [(), ("recompute",)])
@@ -109,7 +114,7 @@ def test_linear_maps_gathered_alone_in_bf16_give_the_bits_of_whole_layers(
     space, _, config = tiny.workspace(tmp_path)
     results = []
     for preset in ("fsdp2", "fsdp2-nodes"):
-        run = chain.make_run(config, preset, "adamw", precision="bf16", dropout=0.1)
+        run = tiny.run(config, name=preset, epochs=1, precision="bf16", dropout=0.1)
         results.append(processes(2).run("chain:part", preset, space, run, None, 1, modes)[0])
     for key in ("loss", "train_loss", "test_loss", "curve"):
         assert results[0][key] == results[1][key]

@@ -78,9 +78,9 @@ def _activation_bytes(config: Mapping[str, Any], run: Run, preset: Preset) -> fl
     eager = 4 * stream * h + casts * width * h + 3 * width * q + 2 * width * k + 4 * width * f
     # Fused kernels keep the inputs of the norms and one copy of each output.
     compiled = 2 * stream * h + 2 * width * h + 3 * width * q + 2 * width * k + 3 * width * f
-    layer = compiled if "compile" in preset.modes else eager
+    layer: float = compiled if "compile" in preset.modes else eager
     # Of every layer its input, and all of the one that is computed again.
-    return stream * h * L + layer if "recompute" in preset.modes else layer * L
+    return float(stream * h * L + layer if "recompute" in preset.modes else layer * L)
 
 
 def fitting_micro_batches(

@@ -279,7 +279,9 @@ def _shard_by_rows(model_with_loss: torch.nn.Module, preset: Preset, precision: 
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in getattr(getattr(model_with_loss.model, "model", None), "layers", ()):
         if preset.gather_linears:
-            linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+            linears: list[torch.nn.Module] = [
+                module for module in block.modules() if isinstance(module, torch.nn.Linear)
+            ]
             fully_shard(linears, reshard_after_forward=preset.reshard_after_forward, mp_policy=policy)
         else:
             fully_shard(block, reshard_after_forward=preset.reshard_after_forward)

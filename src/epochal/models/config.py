@@ -117,7 +117,9 @@ def parameter_counts(config: Mapping[str, Any] | str | Path, *, vocab_size: int 
     return ParameterCounts(total=non_embedding + vocabulary, non_embedding=non_embedding)
 
 
-def flops_per_token(config: Mapping[str, Any] | str | Path, sequence_length: int, *, vocab_size: int | None = None) -> int:
+def flops_per_token(
+    config: Mapping[str, Any] | str | Path, sequence_length: int, *, vocab_size: int | None = None
+) -> int:
     """Return the operations of a forward and backward pass for one token of a sequence of T tokens.
 
     6 for each parameter that multiplies: the embedding is a lookup and counts only where it is the head too. 12 L q T for
@@ -129,7 +131,8 @@ def flops_per_token(config: Mapping[str, Any] | str | Path, sequence_length: int
     heads, _, head_dim = head_shape(config)
     counts = parameter_counts(config, vocab_size=vocab_size)
     multiplied = counts.non_embedding + V * config["hidden_size"]
-    return 6 * multiplied + 12 * config["num_hidden_layers"] * heads * head_dim * sequence_length
+    flops: int = 6 * multiplied + 12 * config["num_hidden_layers"] * heads * head_dim * sequence_length
+    return flops
 
 
 def head_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:

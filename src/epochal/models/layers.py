@@ -4,6 +4,7 @@ None of it changes a parameter, its name or the saved folder; what changes round
 transformers model for causal language modelling whose `model.layers` are its layers.
 """
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -26,6 +27,8 @@ MOST_GRAPHS = 256
 def apply_modes(model: Any, modes: Collection[str], device: torch.device, context_fn: Callable[[], Any]) -> None:
     """Apply execution modes (`distributed.presets.MODES`) to a model that is only trained; see the functions below."""
     use_causal_attention(model)
+    if modes:
+        gc.collect()  # the model of an earlier run in this process: changed layers refer to themselves
     if "fused" in modes:
         fuse_projections(model)
     if "compile" in modes:
@@ -87,7 +90,7 @@ def set_deterministic(on: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
     # torch would fill every new tensor with NaN in this mode, which finds errors and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = not on
     # The backward pass of cuDNN's attention adds in any order, and has no other.
     torch.backends.cuda.enable_cudnn_sdp(not on)  # type: ignore[no-untyped-call]
 
@@ -149,7 +152,7 @@ def _fused_attention(attention: Any) -> Callable[..., tuple[Tensor, None]]:
         shape = hidden_states.shape[:-1]
         q, k, v = (
             part.reshape(*shape, -1, attention.head_dim).transpose(1, 2)
-            for part in joint.split([each.out_features for each in maps], dim=-1)
+            for part in torch.split(joint, [each.out_features for each in maps], dim=-1)
         )
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         output, _weights = sdpa_attention_forward(attention, q, k, v, None, scaling=attention.scaling)

@@ -17,7 +17,7 @@ WARM_UP = 3
 def capture(function: Callable[[], None]) -> Callable[[], Any]:
     """Capture the kernels of a function in a CUDA graph; returns what replays them."""
     # Warm-up and capture are on a stream of their own: the default stream cannot be captured.
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
