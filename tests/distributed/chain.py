@@ -83,3 +83,10 @@ def refusal(preset: str, space: Workspace, run: Run) -> str:
     except ValueError as error:
         return str(error)
     return "trained"
+
+
+def graphs_so_far() -> int:
+    """The number of graphs that torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -95,6 +95,7 @@ def test_modes_agree_with_one_process_under_ddp_and_fsdp2(processes: Processes, 
     }
     one = train(tiny.run(config, name="one", epochs=1, **noise), space)
     assert one is not None
+    before = processes(2).run("chain:graphs_so_far")
     for preset, modes_of_preset in cells.items():
         found = []
         for modes in modes_of_preset:
@@ -105,6 +106,8 @@ def test_modes_agree_with_one_process_under_ddp_and_fsdp2(processes: Processes, 
             assert all(each[key] == found[0][key] for each in found), (preset, "the same bits as without modes")
         for key in ("loss", "train_loss", "test_loss"):
             assert found[0][key] == pytest.approx(one.results[key], abs=1e-5)
+    for first, last in zip(before, processes(2).run("chain:graphs_so_far"), strict=True):
+        assert last - first <= 4, "one graph of a layer and one of the norm, for whole weights and for gathered ones"
 
 
 @pytest.mark.parametrize("modes", [(), ("recompute",)])
