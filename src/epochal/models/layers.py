@@ -90,9 +90,9 @@ def set_deterministic(on: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
     # torch would fill every new tensor with NaN in this mode, which finds errors and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = not on
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
     # The backward pass of cuDNN's attention adds in any order, and has no other.
-    torch.backends.cuda.enable_cudnn_sdp(not on)  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(not on)
 
 
 def has_compiler(device: torch.device) -> bool:
