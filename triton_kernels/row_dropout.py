@@ -54,7 +54,9 @@ def row_dropout_kernel(x: Tensor, seeds: Tensor, p: float) -> Tensor:
 
 @torch.library.custom_op("epochal_kernels::row_dropout", mutates_args=())
 def row_dropout(x: Tensor, seeds: Tensor, p: float) -> Tensor:
-    """Return x (b, ...) with a share p of each row set to zero, the rest divided by 1 - p; seeds (b,).
+    """Set a share p of each row of x (b, ...) to zero and divide the rest by 1 - p.
+
+    Row i draws its mask from seeds[i], (b,).
 
     Raises ValueError for another number of seeds than rows, or a p outside of [0, 1).
     """

@@ -122,7 +122,7 @@ def plan(
 
 
 def _memory_lines(runs: "Sequence[Run]", setting: "Scale", vocab_size: int | None) -> list[str]:
-    """Format which micro-batch of the scale's largest model fits on its devices, if their memory is known."""
+    """Format which micro-batch of the largest model fits; nothing for unknown devices."""
     from dataclasses import replace
 
     from epochal.distributed.memory import describe_fitting, device_bytes

@@ -1,4 +1,4 @@
-"""GPU memory of one process of a run, estimated from the model file before anything starts.
+"""GPU memory of one process of a run, estimated from its model file.
 
 N parameters, V vocabulary, h width, L layers, q = heads x head_dim, k = kv heads x head_dim, f the inner size of the MLP.
 Checked against the peak that one H100 reported (benchmarks/training_gpu.csv): within 5%. Without torch.
@@ -117,7 +117,7 @@ def memory_problem(
 
 
 def describe_fitting(run: Run, device_bytes: float, *, world: int, vocab_size: int | None = None) -> str:
-    """Return a line that says which micro-batch of a run fits on each of `world` devices, by preset and mode."""
+    """Return a line with the largest micro-batch that fits, by preset and mode."""
     presets = {"one process": Preset()} if world == 1 else {"ddp": Preset(), "fsdp2": Preset("fsdp2")}
     parts = []
     for name, preset in presets.items():

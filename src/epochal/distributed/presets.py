@@ -163,7 +163,7 @@ def _compiles(environment: Mapping[str, str]) -> bool:
 
 
 def check_modes(preset: Preset, run: Run, *, world: int, device: str) -> None:
-    """Raise ValueError if a mode does not work with the Run, the preset, or the kind of device.
+    """Raise ValueError if a mode does not work with the Run, preset or device.
 
     `device` is torch's name of it: "cpu", "cuda".
     """

@@ -120,7 +120,7 @@ def parameter_counts(config: Mapping[str, Any] | str | Path, *, vocab_size: int 
 def flops_per_token(
     config: Mapping[str, Any] | str | Path, sequence_length: int, *, vocab_size: int | None = None
 ) -> int:
-    """Return the operations of a forward and backward pass for one token of a sequence of T tokens.
+    """Return the FLOPs of training on one token of a sequence of T tokens.
 
     6 for each parameter that multiplies: the embedding is a lookup and counts only where it is the head too. 12 L q T for
     attention, as if it were not causal (the convention of PaLM, appendix B, and of nanochat). The one formula of MFU.

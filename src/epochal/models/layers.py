@@ -84,7 +84,7 @@ def eager(modes: Collection[str]) -> AbstractContextManager[Any]:
 
 
 def set_deterministic(on: bool) -> None:
-    """Let torch use algorithms that give the same bits every time, or leave the choice to it."""
+    """Let torch use only algorithms that give the same bits every time, or any."""
     if on:
         # cuBLAS reads it when it is first used: with several streams it may else choose another algorithm each time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -110,8 +110,9 @@ def last_norm(model: Any) -> torch.nn.Module:
 
 
 def recompute_layers(model: Any, context_fn: Callable[[], Any]) -> None:
-    """Keep only the input of each layer for the backward pass, which computes the layer again: the same bits.
+    """Compute each layer again in the backward pass instead of keeping its activations.
 
+    The same bits.
     `context_fn` is that of torch's checkpoint; it restores the state that a layer reads besides its arguments.
     """
     for layer in model.model.layers:
@@ -129,9 +130,9 @@ def _recomputed(forward: Callable[..., Any], context_fn: Callable[[], Any]) -> C
 
 
 def fuse_projections(model: Any) -> None:
-    """Compute q, k, v of a Llama as one product, and gate and up as one; changes the order of sums in gradients.
+    """Compute q, k, v of a Llama as one product, gate and up as another.
 
-    The weights stay separate parameters. Raises ValueError for another architecture.
+    Sums in gradients have another order. The weights stay separate parameters. Raises ValueError for another architecture.
     """
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 

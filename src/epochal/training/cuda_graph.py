@@ -1,7 +1,7 @@
-"""Forward and backward pass of a micro-batch as one CUDA graph, for models whose steps are mostly launches.
+"""Forward and backward pass of a micro-batch as one CUDA graph.
 
-A small model needs a thousand kernels a step, each shorter than its launch. A graph launches them as one; kernels and
-numbers are the same.
+For small models, which need a thousand kernels a step, each shorter than its launch. A graph launches them
+as one; kernels and numbers are the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,9 +30,9 @@ def capture(function: Callable[[], None]) -> Callable[[], Any]:
 
 
 class GraphedPass:
-    """A function (tokens, first row, normaliser) -> loss that also adds to the gradients, replayed from a graph.
+    """A `GradientPass` of the training loop, replayed from a graph.
 
-    All calls must have tokens of one shape and one normaliser. Parameters and gradients keep their memory.
+    It maps (tokens, first row, normaliser) to a loss and adds to the gradients. All calls must have tokens of one shape and one normaliser. Parameters and gradients keep their memory.
     """
 
     def __init__(self, function: Callable[[Tensor, int, float], Tensor], parameters: Iterable[Tensor]) -> None:

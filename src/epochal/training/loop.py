@@ -388,7 +388,7 @@ def _rows_of_this_process(run: Run, processes: Processes, options: RuntimeOption
 
 
 def _check_memory(run: Run, processes: Processes, options: RuntimeOptions, vocab_size: int) -> None:
-    """Raise ValueError for a run that is larger than its devices, and warn of one that may not fit."""
+    """Raise ValueError for a run larger than its devices; warn where it is close."""
     if processes.device.type != "cuda":
         return
     size = float(torch.cuda.get_device_properties(processes.device).total_memory)
@@ -416,7 +416,7 @@ GradientPass = Callable[[torch.Tensor, int, float], torch.Tensor]
 
 
 def gradient_pass(processes: Processes, model: torch.nn.Module) -> GradientPass:
-    """Return the forward and backward pass of a micro-batch, as one CUDA graph in the mode cuda-graph."""
+    """Return the forward and backward pass of a micro-batch; a CUDA graph in the mode cuda-graph."""
 
     def add_gradients(tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
         loss: torch.Tensor = processes.wrapped(tokens, first_row, normaliser)
