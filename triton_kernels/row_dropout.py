@@ -54,10 +54,9 @@ def row_dropout_kernel(x: Tensor, seeds: Tensor, p: float) -> Tensor:
 
 @torch.library.custom_op("epochal_kernels::row_dropout", mutates_args=())
 def row_dropout(x: Tensor, seeds: Tensor, p: float) -> Tensor:
-    """Set a share p of each row of x (b, ...) to zero and divide the rest by 1 - p.
+    """Drop a share p of each row; divide the others by 1 - p.
 
-    Row i draws its mask from seeds[i], (b,).
-
+    x (b, ...), seeds (b,): row i draws its mask from seeds[i].
     Raises ValueError for another number of seeds than rows, or a p outside of [0, 1).
     """
     if seeds.shape != x.shape[:1] or not 0 <= p < 1:

@@ -112,8 +112,7 @@ def last_norm(model: Any) -> torch.nn.Module:
 def recompute_layers(model: Any, context_fn: Callable[[], Any]) -> None:
     """Compute each layer again in the backward pass instead of keeping its activations.
 
-    The same bits.
-    `context_fn` is that of torch's checkpoint; it restores the state that a layer reads besides its arguments.
+    The same bits. `context_fn` is that of torch's checkpoint; it restores the state that a layer reads besides its arguments.
     """
     for layer in model.model.layers:
         layer.forward = _recomputed(layer.forward, context_fn)

@@ -1,7 +1,7 @@
 """Forward and backward pass of a micro-batch as one CUDA graph.
 
-For small models, which need a thousand kernels a step, each shorter than its launch. A graph launches them
-as one; kernels and numbers are the same.
+For small models, which need a thousand kernels a step, each shorter than its launch. A graph launches them as one; kernels
+and numbers are the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ def capture(function: Callable[[], None]) -> Callable[[], Any]:
 class GraphedPass:
     """A `GradientPass` of the training loop, replayed from a graph.
 
-    It maps (tokens, first row, normaliser) to a loss and adds to the gradients. All calls must have tokens of one shape and one normaliser. Parameters and gradients keep their memory.
+    All calls must have tokens of one shape and one normaliser. Parameters and gradients keep their memory.
     """
 
     def __init__(self, function: Callable[[Tensor, int, float], Tensor], parameters: Iterable[Tensor]) -> None:
