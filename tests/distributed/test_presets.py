@@ -145,8 +145,8 @@ def test_settings_of_accelerate_that_are_modes_are_read() -> None:
     [
         (Preset("zero3", modes=frozenset({"compile"})), {}, 2, "cuda", "compile does not work under zero3"),
         (Preset("zero3", modes=frozenset({"recompute"})), {}, 2, "cuda", "recompute does not work under zero3"),
-        (Preset("fsdp2", gather_linears=True, modes=frozenset({"compile"})), {}, 2, "cuda", "that gather linear maps"),
-        (Preset("fsdp2", gather_linears=True, modes=frozenset({"fused"})), {}, 2, "cuda", "that gather linear maps"),
+        (Preset("fsdp2", gather_linears=True, modes=frozenset({"compile"})), {}, 2, "cuda", "that gathers linear maps"),
+        (Preset("fsdp2", gather_linears=True, modes=frozenset({"fused"})), {}, 2, "cuda", "that gathers linear maps"),
         (GRAPH, {}, 1, "cpu", "this machine has no CUDA device"),
         (GRAPH, {}, 2, "cuda", "the run has 2 processes"),
         (GRAPH, {"dropout": 0.1}, 1, "cuda", "dropout and masked inputs"),

@@ -188,7 +188,7 @@ def test_compiled_layers_differ_by_rounding_and_a_stopped_run_resumes_bit_identi
     options = RuntimeOptions(modes=("compile",))
     whole = trained(tiny.run(config, name="whole", **changes), space, options)
     assert whole["provenance"]["modes"] == ["compile"] and eager["provenance"]["modes"] == []
-    assert whole["results"]["loss"] == pytest.approx(eager["results"]["loss"], abs=2e-3)
+    assert whole["results"]["loss"] == pytest.approx(eager["results"]["loss"], abs=5e-3)
     polls = itertools.count(1)
     run = tiny.run(config, name="cut", **changes)
     with monkeypatch.context() as patch:

@@ -167,14 +167,14 @@ def check_modes(preset: Preset, run: Run, *, world: int, device: str) -> None:
 
     `device` is torch's name of it: "cpu", "cuda".
     """
-    parts = {"zero3": preset.backend == "zero3", "presets that gather linear maps": preset.gather_linears}
-    for mode in sorted(preset.modes & {"compile", "fused", "recompute"}):
-        for name, used in parts.items():
-            # Their hooks gather a weight when its module is called: inside a layer that is compiled, or not at all.
-            if used and not (mode == "recompute" and preset.gather_linears):
-                raise ValueError(
-                    f"the mode {mode} does not work under {name}, which collect weights inside a layer; use fsdp2 or zero2."
-                )
+    # Their hooks gather a weight when its module is called: inside a layer that is compiled, or not at all.
+    where, broken = "zero3", preset.modes & {"compile", "fused", "recompute"}
+    if preset.gather_linears:
+        where, broken = "a preset that gathers linear maps", preset.modes & {"compile", "fused"}
+    if broken and (preset.gather_linears or preset.backend == "zero3"):
+        raise ValueError(
+            f"the mode {min(broken)} does not work under {where}, which gathers weights inside a layer; use fsdp2 or zero2."
+        )
     if "cuda-graph" in preset.modes:
         _check_cuda_graph(preset, run, world, device)
 
