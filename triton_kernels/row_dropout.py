@@ -33,7 +33,9 @@ def row_dropout_reference(x: Tensor, seeds: Tensor, p: float) -> Tensor:
 
 
 @jit
-def _row_dropout_kernel(y, x, seeds, size, p, scale, BLOCK: tl.constexpr):
+def _row_dropout_kernel(
+    y, x, seeds, size, p, scale, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size

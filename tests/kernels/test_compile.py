@@ -23,6 +23,7 @@ from triton.runtime.jit import KernelInterface
 from triton_kernels import backend, sym_mm as sym
 from triton_kernels.clip_update import clip_update, clip_update_where_
 from triton_kernels.fira_step import fira_adam, fira_project, fira_update
+from triton_kernels.row_dropout import row_dropout_kernel
 from triton_kernels.softmax_add import softmax_add_
 from triton_kernels.softmax_loss import softmax_loss
 from triton_kernels.sparse_loss import sparse_loss
@@ -61,6 +62,7 @@ y, ids = torch.arange(N), torch.arange(K).repeat(N, 1)
 softmax_loss(z, y, p, 0.5, 2.0)
 softmax_add_(p, z, 0.5, 2.0, True)
 sparse_loss(z, y, ids, p[:, :K].half(), 0.5)
+row_dropout_kernel(z, torch.arange(N), 0.5)
 x, small = torch.randn(2, 300, 400), torch.randn(2, 300, 300)
 for dtype in (torch.float16, torch.float32):
     w = torch.randn(2, 3)
