@@ -12,5 +12,9 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 limit=${1:-9m}
 shift || true
-# Small models leave a GPU waiting for its host: several workers share it.
+# Small models leave a GPU waiting for its host: several workers share it, at the same time where MPS is installed.
+if command -v nvidia-cuda-mps-control >/dev/null; then
+    # It stays when this script ends: echo quit | nvidia-cuda-mps-control stops it.
+    [[ -e ${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}/control ]] || nvidia-cuda-mps-control -d
+fi
 exec "${PYTHON:-python3}" -m epochal.cli run "$@" --scale gpu --jobs "${JOBS:-8}" --time-limit "$limit" --tracker none

@@ -83,6 +83,7 @@ def a_run(**changes: object) -> Run:
         ("dropout", 1.0),
         ("dropout", -0.1),
         ("input_mask_prob", 1.0),
+        ("residual", "bf16"),
         ("holdout_tokens", 100),
         ("holdout_tokens", 4096),
         ("holdout_tokens", -128),
@@ -287,6 +288,7 @@ def test_every_field_matters() -> None:
         "averaging_window": 0.2,
         "dropout": 0.1,
         "input_mask_prob": 0.5,
+        "residual": "bfloat16",
     }
     assert {*others, "name", "data"} == {field.name for field in dataclasses.fields(Run)}
     marks = {fingerprint(a_run()), *(fingerprint(a_run(**{field: value})) for field, value in others.items())}

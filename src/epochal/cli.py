@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from epochal.campaign.worker import WorkerConfig
     from epochal.records import Record, Records
     from epochal.report.sections import Section
-    from epochal.run import Job
+    from epochal.run import Job, Run
     from epochal.scale import Hardware, Scale
 
 app = typer.Typer(
@@ -130,7 +130,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show which jobs are done, ready and waiting, and what they cost. Changes nothing."""
-    from epochal.campaign.plan import few_documents, recipe_names
+    from epochal.campaign.plan import few_documents, recipe_names, store_vocab_size
 
     setting, records = _load(scale, results, work, problems=not watch)
     if decide is not None:
@@ -149,6 +149,8 @@ def plan(
     ):
         compute = f"{cost.flops:.2e} FLOPs, about {_hours(cost, hardware)}"
         print(f"  {title}: {cost.jobs} jobs, {compute}, {cost.disk / 1e9:,.2f} GB of models")
+    for line in _memory_lines(estimate.largest, setting, store_vocab_size(records.workspace, setting)):
+        print(line)
     for line in _search_lines(estimate.searches, hardware, all_searches=searches):
         print(line)
     for line in few_documents((*status.done, *status.ready), records.workspace):
@@ -172,6 +174,19 @@ def _print_decisions(first: str, second: str, records: "Records", scale: "Scale"
         if decision.options:
             best = decision.cheapest
             print(f"  cheapest with probability 0.8: {best.what if best else 'none of these'}")
+
+
+def _memory_lines(runs: "Sequence[Run]", setting: "Scale", vocab_size: int | None) -> list[str]:
+    """Format which micro-batch of the largest model fits; nothing for unknown devices."""
+    from dataclasses import replace
+
+    from epochal.distributed.memory import describe_fitting, device_bytes
+
+    size = device_bytes(setting.hardware.device)
+    if size is None or not runs:
+        return []
+    largest = replace(runs[0], model=setting.models[-1])
+    return [f"  {describe_fitting(largest, size, world=setting.hardware.devices, vocab_size=vocab_size)}"]
 
 
 def _hours(cost: "Cost", hardware: "Hardware") -> str:
@@ -215,6 +230,10 @@ def run(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, max=10**7, help="Sequences per forward pass and process.")
     ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="How runs compute: compile, cuda-graph, deterministic, fused, recompute; may be repeated."),
+    ] = None,
     tracker: Annotated[
         list[str] | None, typer.Option(help="tensorboard, trackio, wandb or none. Default: tensorboard if installed.")
     ] = None,
@@ -256,6 +275,7 @@ def run(
         threads=max(1, len(os.sched_getaffinity(0)) // jobs),
         preset=None if preset is None else _preset_path(preset),
         micro_batch=micro_batch,
+        modes=tuple(mode or ()),
         trackers=_trackers(tracker),
         checkpoint_seconds=seconds(checkpoint_every),
         seconds_left=None if time_limit is None else seconds(time_limit),
@@ -277,9 +297,11 @@ def _preset_path(name: str) -> str:
 
 
 def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
-    """Check scale, records, token stores and micro-batch before any worker starts; returns what the campaign costs."""
+    """Check scale, records, token stores, micro-batch and modes before any worker starts; returns the campaign's cost."""
     from epochal.data.store import open_store
+    from epochal.distributed.presets import read_preset
 
+    read_preset({}, config.modes)
     setting, records = _load(config.scale, Path(config.results), Path(config.work))
     estimate = _estimate(config.recipes, records, setting)
     for run in estimate.largest:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from epochal.config import find_config
 from epochal.provenance import device_name, versions
@@ -54,6 +55,9 @@ def examine() -> int:
         works.append(_check(f"two processes ({preset}, {backend})", arguments, environment, NETWORK_REMEDY))
 
     print(f"recommended for many small runs: --jobs {gpus or cores}")
+    if gpus:
+        total = float(torch.cuda.get_device_properties(0).total_memory)
+        print(*gpu_advice(total, gpus, cores, mps=mps_runs()), sep="\n")
     if gpus > 1:
         print(
             f"recommended for one large run: a copy of --preset ddp8, or fsdp2 to shard the model, with {gpus} processes"
@@ -71,6 +75,32 @@ def next_steps(works: bool, missing: list[str], workers: int) -> list[str]:
     if works:
         steps.append(f"try it: epochal data kjv, then epochal run --scale demo --jobs {workers}, then epochal report")
     return ["to do:", *(f"  {step}" for step in steps)]
+
+
+def mps_runs() -> bool:
+    """Whether an MPS daemon serves this machine's CUDA processes."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # NVIDIA's default
+    return (Path(folder) / "control").exists()
+
+
+def gpu_advice(device_bytes: float, gpus: int, cores: int, *, mps: bool) -> list[str]:
+    """Return lines on sharing GPUs, on determinism, and on the micro-batches that fit."""
+    from epochal.distributed.memory import describe_fitting
+    from epochal.run import AdamW, Run
+
+    daemon = "runs" if mps else "does not run: start it with nvidia-cuda-mps-control -d before workers share a GPU"
+    lines = [
+        f"MPS daemon: {daemon}; each worker of --jobs is pinned to its share of {cores} cores",
+        "the same Run twice: equal to the last bit with --mode deterministic; without it the backward pass of attention may "
+        "add in another order each time",
+    ]
+    for model in ("ic-300m", "ic-1.4b", "ic-3.2b"):
+        base = Run(
+            name=model, model=model, data="dclm", unique_tokens=64 * 4096, epochs=1, batch_size=64,
+            sequence_length=4096, optimizer=AdamW(),
+        )  # fmt: skip
+        lines.append(describe_fitting(base, device_bytes, world=gpus))
+    return lines
 
 
 def _check(title: str, arguments: list[str], environment: dict[str, str], remedy: str) -> bool:

@@ -55,6 +55,7 @@ __all__ += optimizer_config.__all__
 ORDERS = ("documents", "sequences", "fixed")
 WD_SCHEDULES = ("constant", "antiphase")
 PRECISIONS = ("fp32", "bf16")
+RESIDUALS = ("float32", "bfloat16")
 AVERAGES = ("logits", "probs")
 SOUP = "parameters"
 WEIGHT_AVERAGING = ("last", "ema", "swa")
@@ -128,9 +129,13 @@ class Run(Ranged):
     averaging_window: SomeShare = 0.1  # of the run
     dropout: LessThanAll = 0.0  # this and the next: see `epochal.training.noise`
     input_mask_prob: LessThanAll = 0.0
+    # Precision of the stream that layers add to: "bfloat16" halves its memory and traffic, and rounds after every layer.
+    residual: Annotated[str, OneOf(RESIDUALS)] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.residual == "bfloat16" and self.precision != "bf16":
+            raise ValueError(f'residual "bfloat16" needs precision "bf16", got {self.precision!r}; change one of them.')
         if self.unique_tokens % self.batch_tokens:
             # Whole steps per epoch: otherwise an epoch would end within a batch.
             low = max(1, self.unique_tokens // self.batch_tokens) * self.batch_tokens

@@ -11,6 +11,7 @@ from unittest import mock
 import tiny
 import toy
 
+from epochal.models import layers
 from epochal.records import Workspace
 from epochal.run import AdamW, Fira, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
@@ -27,7 +28,15 @@ def make_run(config: Path, name: str, kind: str, **changes: Any) -> Run:
     return tiny.run(config, name=name, optimizer=OPTIMIZERS[kind], epochs=2, **changes)
 
 
-def part(preset: str, space: Workspace, run: Run, stop_after: int | None, micro_batch: int = 1) -> dict[str, Any] | str:
+def part(
+    preset: str,
+    space: Workspace,
+    run: Run,
+    stop_after: int | None,
+    micro_batch: int = 1,
+    modes: tuple[str, ...] = (),
+    compiler: str = layers.COMPILER,
+) -> dict[str, Any] | str:
     """Train until a stop is requested after so many steps; returns the results of the record, or the stop's message."""
     toy.choose(preset)
     polls = itertools.count(1)
@@ -36,9 +45,13 @@ def part(preset: str, space: Workspace, run: Run, stop_after: int | None, micro_
         return "test" if stop_after is not None and next(polls) > stop_after else None
 
     # Processes agree on a stop at least every LOG_STEPS steps.
-    with mock.patch.object(loop, "stop_reason", reason), mock.patch.object(loop, "LOG_STEPS", 2):
+    with (
+        mock.patch.object(loop, "stop_reason", reason),
+        mock.patch.object(loop, "LOG_STEPS", 2),
+        mock.patch.object(layers, "COMPILER", compiler),
+    ):
         try:
-            record = loop.train(run, space, loop.RuntimeOptions(micro_batch=micro_batch))
+            record = loop.train(run, space, loop.RuntimeOptions(micro_batch=micro_batch, modes=modes))
         except Stopped as stopped:
             return str(stopped)
     return {} if record is None else {**record.results, "provenance": record.provenance}
@@ -70,3 +83,10 @@ def refusal(preset: str, space: Workspace, run: Run) -> str:
     except ValueError as error:
         return str(error)
     return "trained"
+
+
+def graphs_so_far() -> int:
+    """The number of graphs that torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -10,6 +10,7 @@ import tiny
 from ranks import Group
 
 from epochal.optimizer_config import AdamW, Spectra
+from epochal.training.loop import train
 
 Processes = Callable[[int], Group]
 
@@ -81,6 +82,40 @@ def test_noise_does_not_depend_on_the_number_of_processes(processes: Processes, 
         results.append(processes(world).run("chain:part", "ddp", space, run, None)[0])
     for key in ("loss", "train_loss", "test_loss"):
         assert results[1][key] == pytest.approx(results[0][key], abs=1e-5)
+
+
+def test_modes_agree_with_one_process_under_ddp_and_fsdp2(processes: Processes, tmp_path: Path) -> None:
+    """Compiled layers trace through DDP and FSDP2, whose hooks stay outside of the graphs; here a graph runs eagerly."""
+    space, _, config = tiny.workspace(tmp_path)
+    changes: dict[str, Any] = {"unique_tokens": 1024, "epochs": 1, "dropout": 0.1, "input_mask_prob": 0.5}
+    cells = [("ddp", ()), ("ddp", ("compile",)), ("ddp", ("recompute",)), ("zero2", ("compile", "recompute"))]
+    cells += [("fsdp2", ("compile",)), ("fsdp2", ("recompute",))]
+    before, found = processes(2).run("chain:graphs_so_far"), []
+    for preset, modes in cells:
+        run = tiny.run(config, name="-".join((preset, *modes)), **changes)
+        found.append(processes(2).run("chain:part", preset, space, run, None, 2, modes, "eager")[0])
+        assert found[-1]["provenance"]["modes"] == list(modes)
+        for key in ("loss", "train_loss", "test_loss", "curve"):
+            assert found[-1][key] == found[0][key], (preset, modes, "the same bits as DDP without modes")
+    for first, last in zip(before, processes(2).run("chain:graphs_so_far"), strict=True):
+        assert last - first <= 4, "one graph of a layer and one of the norm, for whole weights and for gathered ones"
+    alone = train(tiny.run(config, name="alone", **changes), space)
+    assert alone is not None
+    for key in ("loss", "test_loss"):
+        assert found[0][key] == pytest.approx(alone.results[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("modes", [(), ("recompute",)])
+def test_linear_maps_gathered_alone_in_bf16_give_the_bits_of_whole_layers(
+    processes: Processes, tmp_path: Path, modes: tuple[str, ...]
+) -> None:
+    space, _, config = tiny.workspace(tmp_path)
+    results = []
+    for preset in ("fsdp2", "fsdp2-nodes"):
+        run = tiny.run(config, name=preset, unique_tokens=1024, epochs=1, precision="bf16", dropout=0.1)
+        results.append(processes(2).run("chain:part", preset, space, run, None, 1, modes)[0])
+    for key in ("loss", "train_loss", "test_loss", "curve"):
+        assert results[0][key] == results[1][key]
 
 
 def test_a_full_disk_on_one_process_fails_on_all_and_leaves_no_checkpoint(processes: Processes, tmp_path: Path) -> None:

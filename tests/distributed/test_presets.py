@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from epochal.config import REPOSITORY
-from epochal.distributed.presets import REASONS, check_deepspeed, deepspeed_config, read_preset
+from epochal.distributed.presets import REASONS, Preset, check_deepspeed, check_modes, deepspeed_config, read_preset
 
+GRAPH = Preset(modes=frozenset({"cuda-graph"}))
 DEEPSPEED = sorted((REPOSITORY / "configs" / "deepspeed").glob("*.json"))
 
 
@@ -35,6 +37,7 @@ def table(**changes: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 2}, **changes}
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 REFUSED = [
     (table(optimizer={"type": "AdamW"}), "optimizer"),
     (table(scheduler={"type": "WarmupLR"}), "scheduler"),
@@ -106,11 +109,59 @@ def test_offload_that_would_replace_the_optimizer_is_refused() -> None:
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}, "fsdp_transformer_layer_cls_to_wrap"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER"}, "dynamo_backend to AOT_EAGER"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "max-autotune"}, "dynamo_mode"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_USE_DYNAMIC": "True"}, "dynamo_use_dynamic"),
     ],
 )
 def test_a_setting_of_accelerate_that_would_change_a_result_is_refused(variables: dict[str, str], setting: str) -> None:
     with pytest.raises(ValueError, match=setting):
         read_preset(variables)
+
+
+def launched(name: str) -> dict[str, str]:
+    """The environment in which `accelerate launch` starts the processes of a committed preset."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = REPOSITORY / "configs" / "accelerate" / f"{name}.yaml"
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "x.py"]))
+    return dict(prepare_multi_gpu_env(arguments))
+
+
+def test_settings_of_accelerate_that_are_modes_are_read() -> None:
+    assert read_preset({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}).modes == {"compile"}
+    assert read_preset(FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, ["fused"]).modes == {"recompute", "fused"}
+    assert read_preset(launched("fsdp2-nodes")).gather_linears and not read_preset(launched("fsdp2")).gather_linears
+    with pytest.raises(
+        ValueError, match=r"mode 'compiled' is unknown \(did you mean 'compile'\?\); choose from compile,"
+    ):
+        read_preset({}, ["compiled"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "world", "device", "message"),
+    [
+        (Preset("zero3", modes=frozenset({"compile"})), {}, 2, "cuda", "compile does not work under zero3"),
+        (Preset("zero3", modes=frozenset({"recompute"})), {}, 2, "cuda", "recompute does not work under zero3"),
+        (Preset("fsdp2", gather_linears=True, modes=frozenset({"compile"})), {}, 2, "cuda", "that gathers linear maps"),
+        (Preset("fsdp2", gather_linears=True, modes=frozenset({"fused"})), {}, 2, "cuda", "that gathers linear maps"),
+        (GRAPH, {}, 1, "cpu", "this machine has no CUDA device"),
+        (GRAPH, {}, 2, "cuda", "the run has 2 processes"),
+        (GRAPH, {"dropout": 0.1}, 1, "cuda", "dropout and masked inputs"),
+        (GRAPH, {"input_mask_prob": 0.1}, 1, "cuda", "dropout and masked inputs"),
+        (Preset(modes=frozenset({"cuda-graph", "recompute"})), {}, 1, "cuda", "recompute saves nothing"),
+    ],
+)
+def test_a_mode_that_does_not_work_is_refused_with_the_reason(
+    preset: Preset, changes: dict[str, Any], world: int, device: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_modes(preset, tiny.run(Path("tiny.toml"), **changes), world=world, device=device)
+    check_modes(
+        Preset("fsdp2", modes=frozenset({"compile", "recompute"})), tiny.run(Path("x.toml")), world=2, device="cpu"
+    )
 
 
 def test_a_damaged_config_is_named_in_the_error(tmp_path: Path) -> None:

@@ -25,7 +25,13 @@ STEPS, ROWS, VOCABULARY, WIDTH = 30, 8, 23, 12
 PEAK = 5e-2
 """A learning rate at which weights move by about their own size, so that differences are not only their rounding."""
 
-NAMES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
+NAMES = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    "ACCELERATE_USE_FSDP",
+    "FSDP_VERSION",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP",
+)
 BASES = ("adamw", "signum", "ademamix", "mars", "lion", "sgdm")
 
 
@@ -112,8 +118,10 @@ def choose(preset: str) -> None:
     if preset.startswith("zero") or preset.endswith(".json"):
         path = preset if preset.endswith(".json") else str(REPOSITORY / "configs" / "deepspeed" / f"{preset}.json")
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": path}
-    elif preset == "fsdp2":
+    elif preset.startswith("fsdp2"):
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        if preset == "fsdp2-nodes":
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "Linear"
 
 
 def start(preset: str, **settings: Any) -> Processes:

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import KernelInterface
 from triton_kernels import backend
+from triton_kernels.row_dropout import row_dropout_kernel
 from triton_kernels.softmax_add import softmax_add_
 from triton_kernels.softmax_loss import softmax_loss
 from triton_kernels.sparse_loss import sparse_loss
@@ -60,6 +61,7 @@ softmax_loss(z, y, p, 0.5, 2.0)
 softmax_add_(p, z, 0.5, 2.0, True)
 sparse_loss(z, y, ids, p[:, :K].half(), 0.5)
 softmax_loss(torch.randn(N, 50304, dtype=torch.bfloat16), y)
+row_dropout_kernel(z, torch.arange(N), 0.5)
 print(len(set(compiled)), "kernels")
 """
 

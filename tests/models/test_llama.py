@@ -17,6 +17,7 @@ INFINITE_COMPUTE = {
     "ic-300m": (299_649_792, 102_648_576),
     "ic-600m": (602_457_088, 339_788_800),
     "ic-1.4b": (1_431_373_824, 906_037_248),
+    "ic-3.2b": (3_243_444_224, 2_718_107_648),
 }
 # docs/spectra.md, section 2.2: total and non-embedding, in millions.
 SPECTRA = {"spectra-160m": (162.2, 85.0)}

@@ -90,6 +90,9 @@ def _start(config: WorkerConfig, number: int, jobs: int, log_path: Path, events:
             text=True,
             env=environment,
         )
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        # Before it imports torch: threads inherit the cores. A worker that moves between cores leaves its GPU waiting.
+        os.sched_setaffinity(worker.pid, _cores(number, jobs))
     assert worker.stdin is not None and worker.stdout is not None
     with worker.stdin as pipe:
         json.dump(asdict(config), pipe)
@@ -97,6 +100,12 @@ def _start(config: WorkerConfig, number: int, jobs: int, log_path: Path, events:
     worker.reader = threading.Thread(target=_listen_to, args=(worker.stdout, events), daemon=True)
     worker.reader.start()
     return worker
+
+
+def _cores(number: int, jobs: int) -> list[int]:
+    """Return a worker's share of the cores that this process may use, at least one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[number::jobs] or [cores[number % len(cores)]]
 
 
 def _gpus(number: int, jobs: int, *, launches: bool) -> dict[str, str]:

@@ -59,6 +59,7 @@ class WorkerConfig(Ranged):
     threads: Annotated[int, Range(1, 100_000)]  # of torch, on a CPU
     preset: str | None = None  # an accelerate YAML; each Run is then trained by the processes it launches
     micro_batch: Batch | None = None  # sequences per forward pass and process
+    modes: tuple[str, ...] = ()  # execution modes of Runs (`epochal.distributed.presets.MODES`)
     trackers: tuple[str, ...] = ()
     checkpoint_seconds: Seconds = 300.0
     seconds_left: Seconds | None = None  # time limit
@@ -232,6 +233,7 @@ def execute(job: Job, config: WorkerConfig) -> Record | None:
                 config.checkpoint_seconds,
                 # The name alone: a record must not hold the paths of a machine.
                 Path(config.preset).stem if config.preset else "here",
+                config.modes,
             )
             return train(job, workspace, options)
         case Ensemble():

@@ -5,13 +5,23 @@ refuses every setting that would change a result, or that has not been tested to
 torch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from epochal.config import find_config, read_json
+from epochal.config import find_config, nearest, read_json
 from epochal.ranges import Range, shown
+from epochal.run import Run
+
+# Execution modes of a run, by name; `epochal run --mode NAME`.
+MODES = {
+    "compile": "decoder layers are compiled (torch.compile); rounding of float32 sums changes",
+    "cuda-graph": "forward and backward are one CUDA graph, for small models on one GPU; the same bits",
+    "deterministic": "only algorithms that give the same bits every time; slower attention",
+    "fused": "q, k, v are one product, and gate and up; rounding of gradients changes",
+    "recompute": "activations are computed again in the backward pass, which saves memory; the same bits",
+}
 
 DEEPSPEED_KEYS = {
     "train_batch_size",
@@ -109,21 +119,26 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Preset:
-    """How the processes of a launch share a model: replicated, zero1, zero2, zero3 or fsdp2."""
+    """How the processes of a launch share a model, and how each of them computes."""
 
     backend: str = "replicated"  # replicated, zero1, zero2, zero3 or fsdp2
     deepspeed: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's config; empty for the others
     reshard_after_forward: bool = True  # of FSDP2
+    gather_linears: bool = False  # FSDP2 gathers the linear maps of a layer alone, in the precision of the Run
+    modes: frozenset[str] = frozenset()  # keys of MODES
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def read_preset(environment: Mapping[str, str]) -> Preset:
-    """Return the preset that `accelerate launch` put into the environment.
+def read_preset(environment: Mapping[str, str], modes: Sequence[str] = ()) -> Preset:
+    """Return the preset that `accelerate launch` put into the environment, with further modes.
 
-    Raises ValueError for a preset that would change a result.
+    Raises ValueError for a preset that would change a result, and for an unknown mode.
     """
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is unknown{nearest(mode, MODES)}; choose from {', '.join(MODES)}.")
 
     def on(name: str) -> bool:
         return environment.get(name, "false").lower() in ("true", "1")
@@ -145,11 +160,64 @@ def read_preset(environment: Mapping[str, str]) -> Preset:
     ):
         if on(name):
             raise ValueError(f"the preset uses {what}, which splits matrices; use ddp, zero1-3 or fsdp2.")
+    preset = Preset()
     if on("ACCELERATE_USE_DEEPSPEED"):
-        return _deepspeed_preset(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
-    if on("ACCELERATE_USE_FSDP"):
-        return _fsdp_preset(environment)
-    return Preset()
+        preset = _deepspeed_preset(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
+    elif on("ACCELERATE_USE_FSDP"):
+        preset = _fsdp_preset(environment)
+    own = {"compile"} if _compiles(environment) else set()
+    return replace(preset, modes=preset.modes | own | set(modes))
+
+
+def _compiles(environment: Mapping[str, str]) -> bool:
+    """Whether the preset has dynamo_config with the backend INDUCTOR, which stands for the mode "compile"."""
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("no", "inductor"):
+        raise ValueError(f"the preset sets dynamo_backend to {backend.upper()}; write INDUCTOR, or leave it out.")
+    for name, default in (
+        ("MODE", "default"),
+        ("USE_FULLGRAPH", "false"),
+        ("USE_DYNAMIC", "false"),
+        ("USE_REGIONAL_COMPILATION", "false"),
+    ):
+        value = environment.get(f"ACCELERATE_DYNAMO_{name}", default)
+        if backend != "no" and value.lower() != default:
+            raise ValueError(
+                f"the preset sets dynamo_{name.lower()} to {value!r}, but layers are compiled one way; leave it out."
+            )
+    return backend != "no"
+
+
+def check_modes(preset: Preset, run: Run, *, world: int, device: str) -> None:
+    """Raise ValueError if a mode does not work with the Run, preset or device.
+
+    `device` is torch's name of it: "cpu", "cuda".
+    """
+    # Their hooks gather a weight when its module is called: inside a layer that is compiled, or not at all.
+    where, broken = "zero3", preset.modes & {"compile", "fused", "recompute"}
+    if preset.gather_linears:
+        where, broken = "a preset that gathers linear maps", preset.modes & {"compile", "fused"}
+    if broken and (preset.gather_linears or preset.backend == "zero3"):
+        raise ValueError(
+            f"the mode {min(broken)} does not work under {where}, which gathers weights inside a layer; use fsdp2 or zero2."
+        )
+    if "cuda-graph" in preset.modes:
+        _check_cuda_graph(preset, run, world, device)
+
+
+def _check_cuda_graph(preset: Preset, run: Run, world: int, device: str) -> None:
+    reasons = {
+        "this machine has no CUDA device": device != "cuda",
+        f"the run has {world} processes": world > 1 or preset.backend != "replicated",
+        "dropout and masked inputs draw new numbers in every step": bool(run.dropout or run.input_mask_prob),
+        "cached soft targets are read from disk in every step": run.teach is not None and run.teach.mode == "cached",
+        "a graph keeps all activations anyway, so recompute saves nothing": "recompute" in preset.modes,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"Run {run.name!r} cannot use the mode cuda-graph, a graph of one process: {reason}; leave the mode out."
+            )
 
 
 def _deepspeed_preset(name: str) -> Preset:
@@ -246,12 +314,24 @@ def _fsdp_preset(environment: Mapping[str, str]) -> Preset:
         raise ValueError(f"fsdp_version is {version}: FSDP1 flattens matrices and is refused; write fsdp_version: 2.")
     for name, what in (
         ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing"),
+        ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "fsdp_activation_checkpointing_offload"),
     ):
         if environment.get(name, "false").lower() == "true":
             raise ValueError(f"{what} is not tested with matrix optimizers; write false, or use zero3-offload.")
+    wrapped = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    if wrapped not in ("", "Linear"):
+        raise ValueError(
+            f"fsdp_transformer_layer_cls_to_wrap is {wrapped!r}; leave it out to gather whole decoder layers, or write "
+            "Linear to gather the linear maps of each layer in the precision of the Run."
+        )
+    recompute = environment.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
     reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
-    return Preset("fsdp2", reshard_after_forward=reshard not in ("false", "no_shard", "shard_grad_op"))
+    return Preset(
+        "fsdp2",
+        reshard_after_forward=reshard not in ("false", "no_shard", "shard_grad_op"),
+        gather_linears=bool(wrapped),
+        modes=frozenset({"recompute"} if recompute else ()),
+    )
 
 
 def deepspeed_config(preset: Preset, *, micro_batch: int, world: int, clip_norm: float) -> dict[str, Any]:

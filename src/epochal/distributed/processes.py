@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -39,10 +39,16 @@ class Processes:
     norm: Tensor
 
     def __init__(
-        self, *, clip_norm: float, micro_batch: int = 1, trackers: Sequence[str] = (), folder: Path | None = None
+        self,
+        *,
+        clip_norm: float,
+        micro_batch: int = 1,
+        trackers: Sequence[str] = (),
+        folder: Path | None = None,
+        modes: Sequence[str] = (),
     ) -> None:
         # accelerate launch passes its YAML to the processes as environment variables.
-        self.preset = read_preset(os.environ)
+        self.preset = read_preset(os.environ, modes)
         self.clip_norm = clip_norm
         self.accelerator = _accelerator(self.preset, clip_norm, micro_batch, trackers, folder)
         self.rank: int = self.accelerator.process_index
@@ -55,10 +61,23 @@ class Processes:
         """One of replicated, zero1, zero2, zero3, fsdp2."""
         return self.preset.backend
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The execution modes of the preset and the run, sorted."""
+        return tuple(sorted(self.preset.modes))
+
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, model_with_loss: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
-        """Distribute a module, whose `model` holds all parameters, and its optimizer over the processes."""
+    def prepare(
+        self,
+        model_with_loss: torch.nn.Module,
+        make_optimizer: Callable[[Any], torch.optim.Optimizer],
+        precision: str = "fp32",
+    ) -> None:
+        """Distribute a module, whose `model` holds all parameters, and its optimizer over the processes.
+
+        `precision`: that of the Run, in which linear maps are gathered where the preset gathers them alone.
+        """
         model: Any = model_with_loss.model
         # Before sharding: the first-step check rebuilds the optimizer from whole shapes.
         self._bare, self._make_optimizer = _bare_copy(model, {}), make_optimizer
@@ -67,7 +86,7 @@ class Processes:
             model_with_loss.to(self.device)
         # Before the optimizer is built, because `fully_shard` replaces the parameters by DTensors.
         if self.backend == "fsdp2":
-            _shard_by_rows(model_with_loss, self.preset.reshard_after_forward)
+            _shard_by_rows(model_with_loss, self.preset, precision)
         self.model, names = model, list(model.named_parameters())
         # Shapes decide which rule steps a parameter. They are whole under every backend, since a DTensor has its
         # global shape.
@@ -248,13 +267,24 @@ def _bare_copy(model: torch.nn.Module, data: dict[str, Tensor]) -> Any:
     return copy.deepcopy(model, parameters)  # as deepcopy's memo: these count as copied already
 
 
-def _shard_by_rows(model_with_loss: torch.nn.Module, reshard: bool) -> None:
+def _shard_by_rows(model_with_loss: torch.nn.Module, preset: Preset, precision: str) -> None:
     """Shard a model with FSDP2: one unit for each transformer block, and the root for all else."""
     # Not accelerate's FSDP2: it needs GPUs, and replaces the parameters of an optimizer that exists already.
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # Autocast would cast these weights to bf16 after gathering them in float32, so the products have the same bits. Whole
+    # blocks cannot be gathered so: their norms compute with float32 weights.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in getattr(getattr(model_with_loss.model, "model", None), "layers", ()):
-        fully_shard(block, reshard_after_forward=reshard)
+        if preset.gather_linears:
+            linears: list[torch.nn.Module] = [
+                module for module in block.modules() if isinstance(module, torch.nn.Linear)
+            ]
+            fully_shard(linears, reshard_after_forward=preset.reshard_after_forward, mp_policy=policy)
+        else:
+            fully_shard(block, reshard_after_forward=preset.reshard_after_forward)
     fully_shard(model_with_loss, reshard_after_forward=False)
 
 
@@ -270,8 +300,11 @@ def _accelerator(
         "project_dir": None if folder is None else str(folder),
     }
     if not preset.deepspeed:
-        # FSDP2 is applied in `prepare`, so accelerate must not see it. With cpu=True processes communicate by gloo.
-        with patch_environment(ACCELERATE_USE_FSDP="false"):
+        # Gradients live in DDP's buckets: one copy of them less, 4 bytes a parameter.
+        settings["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        # FSDP2 is applied in `prepare` and layers are compiled by the training loop, so accelerate must not see either.
+        # With cpu=True processes communicate by gloo.
+        with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_DYNAMO_BACKEND="no"):
             return Accelerator(cpu=on_cpu, **settings)
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -283,7 +316,7 @@ def _accelerator(
         settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = deepspeed_config(preset, micro_batch=micro_batch, world=world, clip_norm=clip_norm)
-    with _quiet_deepspeed():
+    with _quiet_deepspeed(), patch_environment(ACCELERATE_DYNAMO_BACKEND="no"):
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False), **settings)
 
 

@@ -154,6 +154,24 @@ def parameter_counts(config: Mapping[str, Any] | str | Path, *, vocab_size: int 
     return ParameterCounts(total=non_embedding + vocabulary, non_embedding=non_embedding)
 
 
+def flops_per_token(
+    config: Mapping[str, Any] | str | Path, sequence_length: int, *, vocab_size: int | None = None
+) -> int:
+    """Return the FLOPs of training on one token of a sequence of T tokens.
+
+    6 for each parameter that multiplies: the embedding is a lookup and counts only where it is the head too. 12 L q T for
+    attention, as if it were not causal (the convention of PaLM, appendix B, and of nanochat). The one formula of MFU.
+    """
+    if isinstance(config, str | Path):
+        config = read_config(config)
+    V = config["vocab_size"] if vocab_size is None else vocab_size
+    heads, _, head_dim = head_shape(config)
+    counts = parameter_counts(config, vocab_size=vocab_size)
+    multiplied = counts.non_embedding + V * config["hidden_size"]
+    flops: int = 6 * multiplied + 12 * config["num_hidden_layers"] * heads * head_dim * sequence_length
+    return flops
+
+
 def head_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return (heads, kv heads, head_dim); the last two have transformers' defaults."""
     heads: int = config["num_attention_heads"]

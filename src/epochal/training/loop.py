@@ -20,10 +20,13 @@ import torch
 
 from epochal.data.store import Batches, Tokens, TokenStore, open_samples, open_store, sampled_stream
 from epochal.distributed.first_step_check import ShardedUpdateCheck
+from epochal.distributed.memory import USABLE, memory_problem
+from epochal.distributed.presets import check_modes
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
-from epochal.models.config import parameter_counts
+from epochal.models.config import flops_per_token, parameter_counts
 from epochal.models.folder import save_model, write_settings
+from epochal.models.layers import apply_modes, eager, set_deterministic, use_bf16_residual
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
 from epochal.provenance import provenance, utilisation
@@ -31,6 +34,7 @@ from epochal.records import Record, Workspace, input_fingerprints, load_records
 from epochal.run import Run, fingerprint
 from epochal.stopping import Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from epochal.training.cuda_graph import GraphedPass
 from epochal.training.noise import MASKED_WEIGHT, Noise
 from epochal.training.schedule import decay_multiplier, multiplier
 from epochal.training.teacher import Teacher, load_teacher
@@ -54,6 +58,7 @@ class RuntimeOptions:
     trackers: tuple[str, ...] = ()  # names of accelerate's trackers
     checkpoint_seconds: float = 300.0  # longest time between two checkpoints
     preset: str = "here"
+    modes: tuple[str, ...] = ()  # execution modes, keys of `distributed.presets.MODES`
 
 
 class ModelWithLoss(torch.nn.Module):
@@ -90,7 +95,8 @@ class ModelWithLoss(torch.nn.Module):
         # A second pass over the same rows with some input embeddings hidden; its loss is added with a small weight.
         if self.noise.masking:
             self.noise.begin(rows, "masked")
-            hidden, targets = next_token(self.model, tokens, self.noise.hide(self.model.model.embed_tokens(tokens)))
+            masked = self.noise.hide(self.model.model.embed_tokens(tokens), rows)
+            hidden, targets = next_token(self.model, tokens, masked)
             loss = loss + MASKED_WEIGHT * cross_entropy(hidden, head, targets, normaliser=normaliser)
         return loss
 
@@ -112,6 +118,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     store, records = open_store(run.data, workspace), load_records(workspace)
     # Taken before training: these are the inputs that were read, whatever happens to their records meanwhile.
     marks = input_fingerprints(run, records)
+    _check_memory(run, processes, options, store.vocab_size)
     batches = _batches(run, store, workspace)
     validation = store.sequences("validation", run.sequence_length)
 
@@ -136,17 +143,22 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     # batch draws the same.
     noise = Noise(seed=run.order_seed, dropout=run.dropout, input_mask_prob=run.input_mask_prob)
     noise.attach(model)
+    if run.residual == "bfloat16":
+        use_bf16_residual(model)
+    # How fast the model computes, never what: see `distributed.presets.MODES`.
+    apply_modes(model, processes.modes, processes.device, noise.recomputing)
     warmup_steps = round(run.warmup * run.steps)
     # Deferred too: the check of the first step builds a second optimizer, as one process alone would.
     make_optimizer = functools.partial(
         build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=warmup_steps
     )
-    processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer)
+    processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer, run.precision)
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
     settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
     progress = _resume(run, workspace, processes, checkpoint, average)
+    add_gradients = gradient_pass(processes, model)
 
     # --- steps -----------------------------------------------------------------------------------------------------
     # `num_evals` evenly spaced steps, the last of which is the last step.
@@ -166,7 +178,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
 
         # Forward, backward and optimizer step. Rows are numbered over the whole run: each has its own noise.
         batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
-        loss, norm = _step(run, processes, batch, first_row, options.micro_batch, clock, check)
+        loss, norm = _step(run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check)
         progress.add(loss)
         progress.step = step + 1
         average.update(model, progress.step)
@@ -226,6 +238,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     # Checkpoints hold the optimizer state too, several times the size of the model.
     shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
     counts = parameter_counts(run.model, vocab_size=store.vocab_size)
+    flops = flops_per_token(run.model, run.sequence_length, vocab_size=store.vocab_size)
     speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
     return Record(
         job=run,
@@ -244,6 +257,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             **provenance(),
             "world_size": processes.world,
             "preset": options.preset,
+            "modes": list(processes.modes),
             "loss_backend": backend(processes.device),
             "optimizer_backend": optimizer_backend(run.optimizer, processes.device),
             "sharding": processes.backend,
@@ -255,8 +269,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             "resumed_at": start_step or None,
             "hours": round(hours, 5),
             "tokens_per_second": round(speed, 1),
-            # 6 N FLOPs per token: 2 N forward and 4 N backward.
-            "mfu": utilisation(6 * counts.total * speed, devices=processes.world),
+            "mfu": utilisation(flops * speed, devices=processes.world),
         },
     )
 
@@ -271,7 +284,8 @@ def evaluate(processes: Processes, sequences: Tokens) -> float:
     # float64, so that the mean does not depend on how sequences are split over processes.
     total = torch.zeros((), dtype=torch.float64)
     processes.wrapped.eval()
-    with torch.no_grad():
+    # Never compiled: another shape would be another graph, and evaluations are the same function under every preset.
+    with torch.no_grad(), eager(processes.modes):
         for first in range(0, share, size):
             # Interleaved: sequence i goes to process i mod world, so shares differ by at most one sequence.
             wanted = np.arange(first, min(share, first + size)) * processes.world + processes.rank
@@ -342,7 +356,10 @@ def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Proce
         micro_batch=options.micro_batch or 1,
         trackers=options.trackers,
         folder=workspace.folder(run.name),
+        modes=options.modes,
     )
+    check_modes(processes.preset, run, world=processes.world, device=processes.device.type)
+    set_deterministic("deterministic" in processes.modes)
     # The average is a sum of whole weights; a shard has only a part of them.
     if run.weight_averaging != "last" and processes.backend in ("zero3", "fsdp2"):
         raise ValueError(
@@ -371,6 +388,21 @@ def _rows_of_this_process(run: Run, processes: Processes, options: RuntimeOption
     return slice(processes.rank * share, (processes.rank + 1) * share)
 
 
+def _check_memory(run: Run, processes: Processes, options: RuntimeOptions, vocab_size: int) -> None:
+    """Raise ValueError for a run larger than its devices; warn where it is close."""
+    if processes.device.type != "cuda":
+        return
+    size = float(torch.cuda.get_device_properties(processes.device).total_memory)
+    problem = functools.partial(
+        memory_problem, run, options.micro_batch, world=processes.world, preset=processes.preset, vocab_size=vocab_size
+    )
+    # An estimate: refuse only what exceeds the device even if all of it could be used.
+    if certain := problem(size / USABLE):
+        raise ValueError(certain)
+    if possible := problem(size):
+        log.warning("%s", possible)
+
+
 def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
     real = store.training_stream(run)
     if run.distill is None:
@@ -387,9 +419,25 @@ def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
     return Batches(real, sampled, run.distill.fraction, run.batch_size)
 
 
+# Adds the gradient of a micro-batch (b, T), given its first row and the normaliser, and returns its loss.
+GradientPass = Callable[[torch.Tensor, int, float], torch.Tensor]
+
+
+def gradient_pass(processes: Processes, model: torch.nn.Module) -> GradientPass:
+    """Return the forward and backward pass of a micro-batch; a CUDA graph in the mode cuda-graph."""
+
+    def add_gradients(tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
+        loss: torch.Tensor = processes.wrapped(tokens, first_row, normaliser)
+        processes.backward(loss)
+        return loss.detach()
+
+    return GraphedPass(add_gradients, model.parameters()) if "cuda-graph" in processes.modes else add_gradients
+
+
 def _step(
     run: Run,
     processes: Processes,
+    add_gradients: GradientPass,
     rows: Tokens,
     first_row: int,
     micro_batch: int | None,
@@ -405,9 +453,7 @@ def _step(
     loss = torch.zeros((), device=processes.device)
     for number, part in enumerate(parts, start=1):
         with processes.accumulating(last=number == len(parts)):
-            part_loss = processes.wrapped(part, first_row, targets)
-            processes.backward(part_loss)
-        loss += part_loss.detach()
+            loss += add_gradients(part, first_row, targets)
         first_row += len(part)
     clock.mark()
     # At the first step this compares the update with that of one process; later it does nothing.

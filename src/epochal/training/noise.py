@@ -9,11 +9,16 @@ Masked inputs: arXiv 2606.06888 and its published code. Each sequence masks a sh
 that the model has the same parameters with and without.
 """
 
-import functools
 import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from triton_kernels.backend import backend
+from triton_kernels.row_dropout import row_dropout
 
 # Modules of Llama whose outputs are the residual stream's start and its additions.
 DROPOUT_SITES = ("embed_tokens", "o_proj", "down_proj")
@@ -27,39 +32,63 @@ class Noise:
 
     def __init__(self, *, seed: int, dropout: float, input_mask_prob: float) -> None:
         self.seed, self.dropout, self.masking = seed, dropout, input_mask_prob
-        self._rows, self._pass = range(0), ""
+        self._sites: dict[str, torch.nn.Module] = {}
 
     def attach(self, model: Any) -> None:
         """Add dropout hooks to a Llama, active in training mode; without dropout the model is not changed."""
         if self.dropout:
             for name, module in model.named_modules():
                 if name.rpartition(".")[2] in DROPOUT_SITES:
-                    module.register_forward_hook(functools.partial(self._drop, name))
+                    self._sites[name] = module
+                    # The same function at all sites, which reads attributes: one compiled graph serves all layers.
+                    module.dropout_share, module.row_seeds = self.dropout, torch.zeros(0, dtype=torch.int64)
+                    module.register_forward_hook(_drop)
 
     def begin(self, rows: range, name: str = "plain") -> None:
-        """Set the rows and the name of the next forward pass; every (row, pass) has its own masks."""
-        self._rows, self._pass = rows, name
+        """Draw the seeds of the next forward pass; every (row, pass, site) has its own."""
+        if self._sites:
+            table = [[self._seed(row, name, site) for row in rows] for site in self._sites]
+            device = next(next(iter(self._sites.values())).parameters()).device
+            # The kernel reads seeds on the device; generators are seeded by the host.
+            seeds = torch.tensor(table, device=device if backend(device) == "triton" else "cpu")
+            self._set([each.clone() for each in seeds])
 
-    def hide(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def hide(self, embeddings: Tensor, rows: range) -> Tensor:
         """Set embeddings (b, T, d) to zero at a random share of each row's positions."""
         kept = []
-        for row in self._rows:
+        for row in rows:
+            generator = torch.Generator(embeddings.device).manual_seed(self._seed(row, "masked", "inputs"))
             # One draw more than positions: the first is the share that this row masks.
-            draws = self._uniform(row, "inputs", (embeddings.shape[1] + 1,), embeddings.device)
+            draws = torch.rand((embeddings.shape[1] + 1,), generator=generator, device=embeddings.device)
             kept.append(draws[1:] >= draws[0] * self.masking)
         return embeddings * torch.stack(kept)[..., None].to(embeddings.dtype)
 
-    def _drop(self, site: str, module: Any, _: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if not module.training:
-            return None
-        draws = [self._uniform(row, site, tuple(output.shape[1:]), output.device) for row in self._rows]
-        kept = (torch.stack(draws) >= self.dropout).to(output.dtype)
-        # Inverted dropout: scaled in training, so that evaluation needs no factor.
-        return output * kept.div_(1.0 - self.dropout)
+    def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the contexts of a forward pass and of its recomputation: the `context_fn` of torch's checkpoint."""
+        # By the time of the backward pass `begin` may have been called for another pass.
+        return nullcontext(), self._seeds_of(self._current())
 
-    def _uniform(self, row: int, site: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    @contextmanager
+    def _seeds_of(self, seeds: Sequence[Tensor]) -> Iterator[None]:
+        last = self._current()
+        self._set(seeds)
+        try:
+            yield
+        finally:
+            self._set(last)
+
+    def _current(self) -> list[Any]:
+        return [module.row_seeds for module in self._sites.values()]
+
+    def _set(self, seeds: Sequence[Any]) -> None:
+        for module, each in zip(self._sites.values(), seeds, strict=True):
+            module.row_seeds = each
+
+    def _seed(self, row: int, name: str, site: str) -> int:
         # Every sequence has its own random numbers: `row` counts all sequences since the first step of the run.
-        key = f"{self.seed}/{row}/{self._pass}/{site}".encode()
-        generator = torch.Generator(device)
-        generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big"))
-        return torch.rand(shape, generator=generator, device=device)
+        key = f"{self.seed}/{row}/{name}/{site}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
+
+
+def _drop(module: Any, _: Any, output: Tensor) -> Tensor | None:
+    return row_dropout(output, module.row_seeds, module.dropout_share) if module.training else None

@@ -13,6 +13,7 @@ from epochal.data.soft_targets import TargetStore
 from epochal.data.store import Batches, TokenStore
 from epochal.data.tokenizer import vocabulary_difference
 from epochal.loss import cached_distillation_loss, distillation_loss
+from epochal.models.layers import use_causal_attention
 from epochal.models.llama import next_token
 from epochal.models.load import load_model, member_records
 from epochal.records import Records, Workspace
@@ -135,6 +136,8 @@ def load_teacher(
     for member in members:
         check_tokenizer(run.name, member.job.name, store, workspace)
     models = [load_model(workspace, member.job.name).requires_grad_(False) for member in members]
+    for model in models:
+        use_causal_attention(model)
     average, shares = averaging(record.job)
     return OnlineTeacher(teach, models, average=average, shares=shares)
 
