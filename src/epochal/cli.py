@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a job failed, 2 wrong use, 75 stopped early on purpose: ru
 
 # Imports that are not needed for --help stand in the functions: `epochal --help` must answer fast, and only commands that
 # compute may load torch.
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from epochal.config import REPOSITORY, find_config, from_table, nearest, seconds
 from epochal.stopping import EXIT_STOPPED, Stopped, listen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from epochal.campaign.plan import Cost, CostEstimate, SearchState
     from epochal.campaign.worker import WorkerConfig
@@ -45,9 +46,13 @@ Recipes = Annotated[list[str] | None, typer.Argument(help="Recipes; all if none 
 RESULTS, WORK = Path("recipes/results"), Path("work")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
+# Set by a worker for the processes that it launches.
+WORKER_VARIABLE = "EPOCHAL_ERROR_FILE"
+
 
 def main() -> None:
     """Run the command line; an error of the user is printed as one sentence."""
+    _drop_launcher_variables()
     try:
         app()
     except ValueError as error:
@@ -57,6 +62,20 @@ def main() -> None:
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
         _fail(f"{path}{error.strerror or error}; free some space or check the path, then run again.", 1)
+
+
+def _drop_launcher_variables() -> None:
+    """Make this one process, whatever variables of a launcher its shell has, unless a launcher started it."""
+    from epochal.campaign.environment import is_launched, launcher_variables
+
+    # A worker has cleaned the environment of the processes that it launches.
+    if is_launched(os.environ) or WORKER_VARIABLE in os.environ:
+        return
+    dropped = [name for name in launcher_variables(os.environ) if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    for name in launcher_variables(os.environ):
+        del os.environ[name]
+    if dropped:
+        print(f"epochal: {', '.join(dropped)} in the environment are ignored: no launcher runs this.", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:
@@ -165,6 +184,9 @@ def run(
         str | None, typer.Option(help="Save and stop after this time, e.g. 9m or 2h; run again to continue.")
     ] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Longest time between two checkpoints.")] = "5m",
+    rank_timeout: Annotated[
+        str, typer.Option(help="With --preset: end a run when a process has not answered for this time.")
+    ] = "30m",
     cluster: Annotated[
         str | None, typer.Option(help="Run on a Slurm cluster: a name from configs/cluster, or a path.")
     ] = None,
@@ -176,6 +198,8 @@ def run(
     """Run the missing jobs of recipes. Several starts share the work; a stopped one continues when run again."""
     import uuid
 
+    if cluster is None:
+        listen()  # from here on a signal is a request to stop, also while the campaign is still being planned
     from epochal.campaign.plan import recipe_names
     from epochal.campaign.worker import WorkerConfig
     from epochal.scale import load_scale
@@ -198,6 +222,7 @@ def run(
         micro_batch=micro_batch,
         trackers=_trackers(tracker),
         checkpoint_seconds=seconds(checkpoint_every),
+        rank_timeout=seconds(rank_timeout),
         seconds_left=None if time_limit is None else seconds(time_limit),
     )
     # Before any worker starts: an error in a config should show in seconds, not in a log.
@@ -411,11 +436,12 @@ def train(
     if not runs:
         return
     folder = config.workspace.folder(runs[0].name)
-    # Processes on other nodes get no signal, but see the file.
-    listen(stop_file=folder / STOP_NOTE if launched else None)
+    # Processes on other nodes get no signal, but see the file; without their launcher they stop.
+    listen(stop_file=folder / STOP_NOTE if launched else None, parent=os.getppid() if launched else None)
     try:
         for run in runs:
-            _train_and_record(run, config, note)
+            with _claimed(run, config, launched=launched):
+                _train_and_record(run, config, note)
     except Stopped as stopped:
         print(f"epochal: {stopped}; run again to continue.", file=sys.stderr)
         _exit(EXIT_STOPPED)
@@ -476,19 +502,42 @@ def _find_job(name: str, scale: str, results: Path, work: Path) -> "Job":
     return jobs[name]
 
 
+@contextlib.contextmanager
+def _claimed(job: "Job", config: "WorkerConfig", *, launched: bool) -> "Iterator[None]":
+    """Hold the claim of a job; raises ValueError if another process runs it."""
+    from epochal.campaign.worker import claim, claim_of_rank
+
+    if launched:  # the worker has the claim; each rank keeps it, should worker and launcher be killed
+        with claim_of_rank(config.workspace, job.name):
+            yield
+        return
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with claim(config.workspace, job) as claimed:
+        if not claimed:
+            raise ValueError(f"{job.name!r} is being trained by another process; wait for it, or stop it first.")
+        yield
+
+
 def _train_and_record(job: "Job", config: "WorkerConfig", like: dict[str, str]) -> None:
     from dataclasses import replace
 
-    from epochal.campaign.integrity import write_checksums
-    from epochal.campaign.worker import execute
-    from epochal.records import write_record
+    from epochal.campaign.integrity import quarantine_corrupt_inputs
+    from epochal.campaign.worker import execute, finish
+    from epochal.records import load_records
 
+    records = load_records(config.workspace)
+    if os.environ.get("RANK", "0") == "0":
+        messages = quarantine_corrupt_inputs(job, records)
+        if messages:
+            raise ValueError(f"{' '.join(messages)} Run epochal run to make it again.")
     record = execute(job, config)
     if record is not None:  # rank 0
         if like:
             record = replace(record, provenance={**record.provenance, "like": like})
-        write_checksums(config.workspace, job)
-        print(f"{write_record(config.workspace, record)}: {record.status}, loss {record.loss:.4f}")
+        path = finish(record, config.workspace, records)
+        print(f"{path}: {record.status}, loss {record.loss:.4f}")
 
 
 def _exit(code: int) -> None:

@@ -6,6 +6,7 @@ accelerate starts the processes, DDP and DeepSpeed; FSDP2 is torch's own `fully_
 
 import contextlib
 import copy
+import datetime
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +40,18 @@ class Processes:
     norm: Tensor
 
     def __init__(
-        self, *, clip_norm: float, micro_batch: int = 1, trackers: Sequence[str] = (), folder: Path | None = None
+        self,
+        *,
+        clip_norm: float,
+        micro_batch: int = 1,
+        trackers: Sequence[str] = (),
+        folder: Path | None = None,
+        timeout: float = 1800.0,
     ) -> None:
         # accelerate launch passes its YAML to the processes as environment variables.
         self.preset = read_preset(os.environ)
         self.clip_norm = clip_norm
-        self.accelerator = _accelerator(self.preset, clip_norm, micro_batch, trackers, folder)
+        self.accelerator = _accelerator(self.preset, clip_norm, micro_batch, trackers, folder, timeout)
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -259,7 +266,12 @@ def _shard_by_rows(model_with_loss: torch.nn.Module, reshard: bool) -> None:
 
 
 def _accelerator(
-    preset: Preset, clip_norm: float, micro_batch: int, trackers: Sequence[str], folder: Path | None
+    preset: Preset,
+    clip_norm: float,
+    micro_batch: int,
+    trackers: Sequence[str],
+    folder: Path | None,
+    timeout: float,
 ) -> Accelerator:
     # One worker trains many runs, and accelerate would keep the settings of the first.
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -268,6 +280,7 @@ def _accelerator(
         "mixed_precision": "no",  # autocast is inside the wrapped model, so no backend keeps 16-bit weights
         "log_with": list(trackers) or None,
         "project_dir": None if folder is None else str(folder),
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))],
     }
     if not preset.deepspeed:
         # FSDP2 is applied in `prepare`, so accelerate must not see it. With cpu=True processes communicate by gloo.
@@ -280,7 +293,9 @@ def _accelerator(
         # Otherwise DeepSpeed compiles a shared-memory operation at the first start; gloo does not need it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Not Accelerator(cpu=True): that silently trains as DDP.
-        settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+        settings["kwargs_handlers"] = [
+            InitProcessGroupKwargs(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        ]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = deepspeed_config(preset, micro_batch=micro_batch, world=world, clip_norm=clip_norm)
     with _quiet_deepspeed():

@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from epochal.config import replaced_folder
+from epochal.config import replaced_folder, write_atomic
 from epochal.data.store import Batches, Tokens, TokenStore, open_store, sampled_stream
 from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
-from epochal.models.config import parameter_counts
+from epochal.meaning import describe, meaning_of, take_folder
+from epochal.models.config import parameter_counts, read_config
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
-from epochal.provenance import provenance, utilisation
-from epochal.records import Record, Workspace, input_fingerprints, load_records
-from epochal.run import Run, fingerprint
-from epochal.stopping import Stopped, stop_reason
+from epochal.provenance import code_hash, provenance, utilisation
+from epochal.records import Record, Records, Workspace, input_fingerprints, load_records
+from epochal.run import Run
+from epochal.stopping import SAVE_SECONDS, Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from epochal.training.noise import MASKED_WEIGHT, Noise
 from epochal.training.schedule import decay_multiplier, multiplier
@@ -53,6 +54,7 @@ class RuntimeOptions:
     trackers: tuple[str, ...] = ()  # names of accelerate's trackers
     checkpoint_seconds: float = 300.0  # longest time between two checkpoints
     preset: str = "here"
+    rank_timeout: float = 1800.0  # seconds after which a process that does not answer ends the run
 
 
 class ModelWithLoss(torch.nn.Module):
@@ -109,8 +111,9 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
 
     # --- data ------------------------------------------------------------------------------------------------------
     store, records = open_store(run.data, workspace), load_records(workspace)
-    # Taken before training: these are the inputs that were read, whatever happens to their records meanwhile.
-    marks = input_fingerprints(run, records)
+    # Taken before training: this is what was read, whatever happens to files and records meanwhile.
+    marks, config = input_fingerprints(run, records), read_config(run.model)
+    meaning = _meaning(run, workspace, records, processes)
     batches = _batches(run, store, workspace)
     validation = store.sequences("validation", run.sequence_length)
 
@@ -118,14 +121,14 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     # Deferred because it is called twice: sharded weights are gathered into a second model at the end.
     build = functools.partial(
         build_model,
-        run.model,
+        config,
         vocab_size=store.vocab_size,
         max_positions=run.sequence_length,
         seed=run.init_seed,
         bos_token_id=store.meta["bos"],
         eos_token_id=store.meta["eos"],
     )
-    model, checkpoint = build(), _checkpoint(run, workspace, processes)
+    model, checkpoint = build(), _checkpoint(run, workspace, processes, meaning)
     if checkpoint is None:
         start_from(run, model, workspace)
     else:
@@ -144,7 +147,8 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
-    progress = _resume(run, workspace, processes, checkpoint, average)
+    progress, resumed_code = _resume(run, workspace, processes, checkpoint, average)
+    _start_trackers(run, processes, options, meaning, progress.step)
 
     # --- steps -----------------------------------------------------------------------------------------------------
     # `num_evals` evenly spaced steps, the last of which is the last step.
@@ -199,7 +203,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         # Save and stop. After the last step there is nothing to resume.
         reason, due = stopper.poll(progress.step)
         if progress.step < run.steps and due:
-            _save(run, workspace, processes, average, progress)
+            _save(run, workspace, processes, average, progress, meaning)
             stopper.saved()
         if reason and progress.step < run.steps:
             processes.end()
@@ -221,13 +225,11 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         return None
     if not progress.diverged:
         _save_model(final, store, workspace.folder(run.name) / "model")
-    # Checkpoints hold the optimizer state too, several times the size of the model.
-    shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
-    counts = parameter_counts(run.model, vocab_size=store.vocab_size)
+    counts = parameter_counts(config, vocab_size=store.vocab_size)
     speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
     return Record(
         job=run,
-        fingerprint=fingerprint(run),
+        fingerprint=meaning["fingerprint"],
         status="diverged" if progress.diverged else "done",
         results={
             **progress.results(),
@@ -240,6 +242,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         inputs=marks,
         provenance={
             **provenance(),
+            "code": code_hash(),
             "world_size": processes.world,
             "preset": options.preset,
             "loss_backend": backend(processes.device),
@@ -251,6 +254,8 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             "optimizer_share": clock.share,
             # A resumed run: hours and speed cover the last session only.
             "resumed_at": start_step or None,
+            # Of the code that wrote the checkpoint, if it was another than this one's `code`.
+            "resumed_from_code": resumed_code,
             "hours": round(hours, 5),
             "tokens_per_second": round(speed, 1),
             # 6 N FLOPs per token: 2 N forward and 4 N backward.
@@ -340,14 +345,13 @@ def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Proce
         micro_batch=options.micro_batch or 1,
         trackers=options.trackers,
         folder=workspace.folder(run.name),
+        timeout=options.rank_timeout,
     )
     # The average is a sum of whole weights; a shard has only a part of them.
     if run.weight_averaging != "last" and processes.backend in ("zero3", "fsdp2"):
         raise ValueError(
             f"Run {run.name!r} averages its weights, which {processes.backend} shards; use ddp, zero1 or zero2."
         )
-    if options.trackers:
-        processes.accelerator.init_trackers("epochal", config={"run": run.name})
     return processes
 
 
@@ -443,34 +447,72 @@ class Stopper:
         return None, any(other_due for _, other_due, _ in answers)
 
 
-def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpoint | None:
+def _meaning(run: Run, workspace: Workspace, records: Records, processes: Processes) -> dict[str, Any]:
+    """Take the run's folder on the main process, and return the meaning that all processes agree on."""
+    if processes.is_main:
+        take_folder(run, workspace, records)
+    meanings = processes.gather(meaning_of(run, workspace, records))
+    for rank, other in enumerate(meanings):
+        if other != meanings[0]:
+            raise ValueError(
+                f"Run {run.name!r} has other inputs on rank {rank} than on rank 0 ({describe(other, meanings[0])}); give all "
+                "machines the same files."
+            )
+    first: dict[str, Any] = meanings[0]
+    return first
+
+
+def _checkpoint(run: Run, workspace: Workspace, processes: Processes, meaning: dict[str, Any]) -> Checkpoint | None:
     folder = workspace.folder(run.name) / "checkpoints"
-    newest = newest_checkpoint(folder, warn=log.warning) if processes.is_main else None
+    newest = newest_checkpoint(folder, meaning, warn=log.warning) if processes.is_main else None
     path = processes.gather(newest)[0]  # the main process chooses for all
     return None if path is None else Checkpoint(path)
 
 
 def _resume(
     run: Run, workspace: Workspace, processes: Processes, checkpoint: Checkpoint | None, average: WeightAverage
-) -> Progress:
+) -> tuple[Progress, str | None]:
     """Load all of a checkpoint but the weights, and truncate metrics.jsonl to its step.
 
-    Without a checkpoint the run starts at step 0.
+    Without a checkpoint the run starts at step 0. Also returns the hash of the code that wrote it, if it was another.
     """
-    folder, progress = workspace.folder(run.name), Progress(0, [])
+    folder, progress, code = workspace.folder(run.name), Progress(0, []), code_hash()
     if checkpoint is not None:
         processes.optimizer.load_named_state(checkpoint)
-        progress = Progress(**checkpoint.state)
+        state = {key: value for key, value in checkpoint.state.items() if key not in ("meaning", "code")}
+        progress, code = Progress(**state), checkpoint.state["code"]
         checkpoint.load_average(average.tensors)
+    if code != code_hash() and processes.is_main:
+        log.warning(
+            "%s: %s was written by another version of epochal; resuming it", run.name, checkpoint and checkpoint.path
+        )
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
         # The steps after the checkpoint are trained and logged again.
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         kept = [line for line in lines if _step_of(line) <= progress.step]
-        metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_atomic(metrics, "".join(f"{line}\n" for line in kept))
     processes.wait()
-    return progress
+    return progress, code if code != code_hash() else None
+
+
+def _start_trackers(
+    run: Run, processes: Processes, options: RuntimeOptions, meaning: dict[str, Any], step: int
+) -> None:
+    """Open the run's page in each tracker: a resumed run is the same page, without the steps after its checkpoint."""
+    if not options.trackers:
+        return
+    # The fingerprint, so that a run of another meaning is another page. wandb itself ignores steps that it has seen, and
+    # they were equal; TensorBoard draws them twice unless they are purged.
+    page = f"{run.name}-{meaning['fingerprint']}"
+    settings = {
+        "tensorboard": {"purge_step": step + 1 if step else None},
+        "wandb": {"name": run.name, "id": page[-64:], "resume": "allow"},
+        "trackio": {"name": page, "resume": "allow"},
+    }
+    chosen = {name: settings[name] for name in options.trackers if name in settings}
+    processes.accelerator.init_trackers("epochal", config={"run": run.name}, init_kwargs=chosen)
 
 
 def _step_of(line: str) -> float:
@@ -480,16 +522,27 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _save(run: Run, workspace: Workspace, processes: Processes, average: WeightAverage, progress: Progress) -> None:
+def _save(
+    run: Run,
+    workspace: Workspace,
+    processes: Processes,
+    average: WeightAverage,
+    progress: Progress,
+    meaning: dict[str, Any],
+) -> None:
+    started = time.monotonic()
     save_checkpoint(
         workspace.folder(run.name) / "checkpoints",
         progress.step,
         processes.weights_on_main(),
         processes.optimizer.named_state(),
-        progress.state(processes),
+        {**progress.state(processes), "meaning": meaning, "code": code_hash()},
         average.tensors,
         group=processes,
     )
+    if processes.is_main:
+        # A worker that is asked to stop waits for as long as a save takes.
+        write_atomic(workspace.folder(run.name) / SAVE_SECONDS, f"{time.monotonic() - started:.3f}")
 
 
 def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **values: float) -> None:
