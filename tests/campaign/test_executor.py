@@ -149,7 +149,7 @@ def test_sigterm_stops_a_campaign_and_a_failing_job_is_reported_and_tried_again(
     assert len(before) < len(undisturbed)
 
     victim = next(job.name for job in missing_jobs(campaign) if isinstance(job, Run))
-    obstacle = campaign.workspace.folder(victim) / "metrics.jsonl"
+    obstacle = campaign.workspace.folder(victim) / "meaning.json"
     obstacle.unlink(missing_ok=True)
     obstacle.mkdir(parents=True)
     second = start()

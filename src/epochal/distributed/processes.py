@@ -62,6 +62,11 @@ class Processes:
         """One of replicated, zero1, zero2, zero3, fsdp2."""
         return self.preset.backend
 
+    @property
+    def rebuilds_buckets(self) -> bool:
+        """Whether the first backward pass sums gradients in another order than later ones, as DDP's does."""
+        return self.backend == "replicated" and self.world > 1
+
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def prepare(self, model_with_loss: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:

@@ -156,6 +156,8 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     started, start_step = time.monotonic(), progress.step
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
     stopper = Stopper(processes, options.checkpoint_seconds)
+    if processes.rebuilds_buckets and start_step < run.steps:
+        _settle_buckets(run, processes, batches(start_step)[rows], rows.start, options.micro_batch)
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
 
@@ -410,6 +412,17 @@ def _step(
         norm = processes.step()
     clock.mark()
     return loss, norm
+
+
+def _settle_buckets(run: Run, processes: Processes, rows: Tokens, first_row: int, micro_batch: int | None) -> None:
+    """Let DDP arrange its buckets in a step that changes nothing."""
+    # After its first backward pass DDP arranges gradients in the order in which they became ready, and sums them in that
+    # order from then on. A resumed run would sum its first step in another order than the undisturbed one, which from three
+    # processes on changes the last bit.
+    part = torch.from_numpy(rows[: micro_batch or len(rows)]).to(processes.device)
+    loss = processes.wrapped(part, first_row, len(rows) * (run.sequence_length - 1))
+    processes.backward(0.0 * loss)
+    processes.optimizer.zero_grad()
 
 
 class Stopper:
