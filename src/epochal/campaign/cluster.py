@@ -5,6 +5,7 @@ Submission itself is in `launch/`.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Cluster:
     time_limit: str = "4h"  # of one allocation
     grace: str = "2m"  # a run gets a request to save a checkpoint this long before the limit
     retries: int = 2  # of a failed job
+    rank_timeout: str = "30m"  # with a preset: a run ends when a process has not answered for this time
     micro_batch: int | None = None  # sequences per forward pass and process
     setup: tuple[str, ...] = ()  # shell lines that run first
     slurm: dict[str, Any] = field(default_factory=dict)  # sbatch options, by submitit's names
@@ -42,6 +44,7 @@ class Cluster:
             )
         if self.nodes > 1 and self.preset is None:
             raise ValueError(f"nodes is {self.nodes} without a preset; name one from configs/accelerate.")
+        seconds(self.rank_timeout)
         if not seconds(self.grace) < seconds(self.time_limit):
             raise ValueError(f"grace must be shorter than time_limit {self.time_limit}, got {self.grace}.")
 
@@ -105,6 +108,7 @@ def cluster_campaign(config: WorkerConfig, cluster: Cluster) -> ClusterCampaign:
             micro_batch=config.micro_batch or cluster.micro_batch,
             retries=cluster.retries,
             grace_seconds=seconds(cluster.grace),
+            rank_timeout=seconds(cluster.rank_timeout),
         ),
         cluster=cluster,
     )
@@ -119,6 +123,10 @@ def load_cluster_campaign(path: Path) -> ClusterCampaign | None:
     return from_table(table, ClusterCampaign, where=str(path))
 
 
+# File systems whose locks never reach another machine.
+LOCKS_OF_ONE_MACHINE = ("fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "fuse.mount-s3")
+
+
 def check_locks(folder: Path, mounts: str | None = None) -> None:
     """Raise ValueError if file locks in `folder` hold on one machine only.
 
@@ -127,13 +135,16 @@ def check_locks(folder: Path, mounts: str | None = None) -> None:
     text = Path("/proc/mounts").read_text(encoding="utf-8") if mounts is None else mounts
     path, point, file_system, options = folder.resolve(), "", "", set[str]()
     for line in text.splitlines():
-        fields = line.split()
+        # Blanks in a path are written as \040.
+        fields = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field) for field in line.split()]
         # The deepest mount point above the folder counts.
         if path.is_relative_to(fields[1]) and len(fields[1]) >= len(point):
             point, file_system, options = fields[1], fields[2], set(fields[3].split(","))
     if file_system == "nfs4":
         options.discard("nolock")  # NFS 4 has locks in the protocol and ignores this option
-    local = options & {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
+    local = options & {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock", "nobrl"}
+    if file_system.startswith("9p") or file_system in LOCKS_OF_ONE_MACHINE:
+        local = {"no locks between machines"}
     if local:
         raise ValueError(
             f"{folder} is on {file_system} mounted at {point} with {min(local)}: locks hold on one machine only and a job "

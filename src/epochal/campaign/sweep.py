@@ -37,10 +37,11 @@ def _left(workspace: Workspace) -> Iterator[tuple[str, Path]]:
             yield from ((folder.name, path) for path in folder.glob(pattern) if path.name != RESUMED)
         # A process that is killed after it wrote the record has not deleted them. Without a model they are of a run that
         # is made again.
-        checkpoints = folder / "checkpoints"
-        if checkpoints.is_dir() and (record := load_record(workspace, folder.name)) is not None:
-            if record.status == "diverged" or (folder / "model").is_dir():
-                yield folder.name, checkpoints
+        checkpoints, record = folder / "checkpoints", None
+        if checkpoints.is_dir():
+            record = load_record(workspace, folder.name)
+        if record is not None and (record.status == "diverged" or (folder / "model").is_dir()):
+            yield folder.name, checkpoints
 
 
 def _delete(path: Path) -> int:

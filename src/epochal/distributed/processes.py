@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from epochal.distributed.heartbeat import start_heartbeat
 from epochal.distributed.presets import Preset, deepspeed_config, read_preset
 from epochal.distributed.sharding import Distributed, Replicated, Sharded
 
@@ -56,6 +57,7 @@ class Processes:
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
+        self._heartbeat = start_heartbeat(self.rank, self.world, timeout) if self.world > 1 else None
 
     @property
     def backend(self) -> str:
@@ -176,6 +178,8 @@ class Processes:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.wait()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
 
     # --- whole tensors, in which all processes must take part --------------------------------------------------------
 
