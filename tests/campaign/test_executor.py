@@ -144,7 +144,7 @@ def test_sigterm_stops_a_campaign_and_a_failing_job_is_reported_and_tried_again(
     assert first.wait() == 75, first.text
     assert time.monotonic() - asked < 10
     until(lambda: not first.alive(), "the processes to end")
-    assert "run the same command again" in first.text
+    assert "run the same command again" in first.text and "stopping (SIGTERM): saving" in first.text
     before = results_of(campaign)
     assert len(before) < len(undisturbed)
 
