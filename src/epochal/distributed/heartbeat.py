@@ -76,8 +76,7 @@ _started = 0
 
 def start_heartbeat(rank: int, world: int, timeout: float) -> Heartbeat:
     """Start the thread of this rank; all ranks must call this the same number of times."""
-    from torch.distributed import PrefixStore
-    from torch.distributed.distributed_c10d import _get_default_store
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
     global _started
     _started += 1  # a process may train several runs
