@@ -38,10 +38,9 @@ from epochal.distributed import launcher
 from epochal.records import Record, Workspace, load_records
 from epochal.run import Ensemble, Job
 from epochal.stopping import Stopped, listen
-from epochal.training import loop  # noqa: F401  # imported before the forks
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "distributed")]
-campaigns, tiny, toy = (importlib.import_module(name) for name in ("campaigns", "tiny", "toy"))
+campaigns, ranks, tiny, toy = (importlib.import_module(name) for name in ("campaigns", "ranks", "tiny", "toy"))
 
 PATIENCE = 60.0  # seconds after which a process that outlives its campaign is an orphan
 ROLES = ("parent", "worker", "launcher", "rank")
@@ -139,19 +138,19 @@ def run_launcher(path: str, env: dict[str, str], world: int, preset: str, pids: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
+    forked = [
         Forked("rank", functools.partial(run_rank, path, rank, world, port, preset), pids) for rank in range(world)
     ]
-    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+    while any(rank.poll() is None for rank in forked) and not any(rank.poll() for rank in forked):
         time.sleep(0.02)
     for act in (Forked.terminate, lambda rank: os.kill(rank.pid, signal.SIGKILL)):
-        for rank in ranks:
+        for rank in forked:
             if rank.poll() is None:
                 act(rank)
         with contextlib.suppress(worker.subprocess.TimeoutExpired):
-            for rank in ranks:
+            for rank in forked:
                 rank.wait(10.0)
-    codes = [rank.wait() for rank in ranks]
+    codes = [rank.wait() for rank in forked]
     return launcher.exit_code(codes) if any(codes) else 0
 
 
@@ -174,8 +173,8 @@ def run_rank(path: str, rank: int, world: int, port: int, preset: str) -> None:
 
 
 def make_jobs(config: Path) -> list[Job]:
-    """Three runs and their ensemble."""
-    runs = [tiny.run(config, name=f"m{seed}", epochs=8, init_seed=seed, order_seed=seed) for seed in range(3)]
+    """Two runs and their ensemble."""
+    runs = [tiny.run(config, name=f"m{seed}", epochs=6, init_seed=seed, order_seed=seed) for seed in range(2)]
     return [*runs, Ensemble(name="all", runs=tuple(run.name for run in runs), average="logits")]
 
 
@@ -210,12 +209,18 @@ def leftovers(workspace: Workspace) -> list[Path]:
 
 
 def campaign(
-    place: tuple[Workspace, Path], preset: str | None, world: int, kills: int, rng: random.Random, count: Counter[str]
+    place: tuple[Workspace, Path],
+    preset: str | None,
+    world: int,
+    kills: int,
+    until: float,
+    rng: random.Random,
+    count: Counter[str],
 ) -> dict[str, tuple[Any, ...]]:
-    """Run a campaign to its end with up to `kills` kills; returns its records and counts what went wrong."""
+    """Run a campaign to its end with up to `kills` kills before `until`; returns its records and counts what went wrong."""
     workspace, scale = place
     pids, writes, killed = workspace.work / "pids", workspace.work / "writes", 0
-    settings = {"recipes": ("none",), "threads": 1, "checkpoint_seconds": 0.3, "retries": 1, "micro_batch": 1}
+    settings = {"recipes": ("none",), "threads": 1, "checkpoint_seconds": 0.2, "retries": 1, "micro_batch": 1}
     places = {"scale": str(scale), "results": str(workspace.results), "work": str(workspace.work)}
     write_record = worker.write_record
 
@@ -230,8 +235,8 @@ def campaign(
             pids.unlink(missing_ok=True)
             config = worker.WorkerConfig(session=uuid.uuid4().hex, preset=preset, **settings, **places)
             parent = Forked("parent", functools.partial(run_parent, config, 1 if preset else 2, world, pids), pids)
-            while parent.poll() is None and killed < kills:
-                time.sleep(rng.uniform(0.3, 3.0))
+            while parent.poll() is None and killed < kills and time.monotonic() < until:
+                time.sleep(rng.uniform(0.2, 2.0))
                 running = alive(pids)
                 roles = sorted({role for role, _ in running})
                 if parent.poll() is not None or not roles:
@@ -270,9 +275,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="of each preset, after which no campaign is begun")
+    parser.add_argument("--seconds", type=float, default=1e9, help="of each preset, after which nothing is killed")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ |= ranks.ENVIRONMENT
+    for name in ranks.IMPORTED:  # once, before the forks: it takes seconds
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         space, _, config = tiny.workspace(Path(folder) / "text")
         scale = Path(folder) / "tiny.toml"
@@ -280,7 +288,7 @@ def main() -> None:
         jobs = make_jobs(config)
         worker.campaign_jobs = executor.campaign_jobs = lambda *_: jobs
         for preset in options.presets.split(","):
-            rng, count, started = random.Random(options.seed), Counter[str](), time.monotonic()
+            rng, count, until = random.Random(options.seed), Counter[str](), time.monotonic() + options.seconds
             world = 1 if preset == "one" else options.world
 
             def place(number: int, preset: str = preset) -> tuple[Workspace, Path]:
@@ -291,13 +299,15 @@ def main() -> None:
                 (workspace.work / "data").symlink_to(space.data)
                 return workspace, scale
 
-            fire = functools.partial(campaign, preset=None if preset == "one" else preset, world=world, rng=rng)
+            fire = functools.partial(
+                campaign, preset=None if preset == "one" else preset, world=world, until=until, rng=rng
+            )
             undisturbed = fire(place(0), kills=0, count=Counter[str]())
             for number in range(1, 10**6):
                 done = sum(count[f"kills_{role}"] for role in ROLES)
-                if done >= options.kills or time.monotonic() - started > options.seconds:
+                if done >= options.kills or time.monotonic() > until:
                     break
-                found = fire(place(number), kills=min(12, options.kills - done), count=count)
+                found = fire(place(number), kills=min(15, options.kills - done), count=count)
                 count["campaigns"] += 1
                 count["records"] += len(found)
                 count["lost"] += len(undisturbed.keys() - found.keys())
