@@ -124,9 +124,14 @@ def run_worker(config: worker.WorkerConfig, world: int, pids: Path) -> int:
     worker.subprocess.Popen = launch  # type: ignore[assignment,misc]
     worker.launch_command = lambda config: []
     try:
-        return worker.work(config, lambda event: None)
+        return worker.work(config, _print_failure)
     except Stopped:
         return 75
+
+
+def _print_failure(event: dict[str, Any]) -> None:
+    if event["event"] in ("failed", "error", "note"):
+        print(event["message"], file=sys.stderr, flush=True)
 
 
 def run_launcher(path: str, env: dict[str, str], world: int, preset: str, pids: Path) -> int:
@@ -255,6 +260,10 @@ def campaign(
                 count["orphans"] += 1
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            print(
+                f"{workspace.results.name}: exit code {code}, {killed} killed, {len(results_of(workspace))} records",
+                flush=True,
+            )
             if code == 0:
                 break
     finally:

@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _drop_launcher_variables() -> None:
-    """Make this one process, whatever variables of a launcher its shell has, unless a launcher started it."""
+    """Ignore a launcher's variables in the shell, unless a launcher started this process."""
     from epochal.campaign.environment import is_launched, launcher_variables
 
     # A worker has cleaned the environment of the processes that it launches.

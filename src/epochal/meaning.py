@@ -1,4 +1,4 @@
-"""What the files in a job's folder were made from, and where files made from something else go.
+"""What the files in a job's folder were made from.
 
 `work/<scale>/<job>/meaning.json` holds the fields and the fingerprint of the job, the fingerprints of the jobs it reads, and
 hashes of the files it reads. A job whose meaning differs moves what it finds to the folder `aside` and starts afresh.
@@ -76,7 +76,7 @@ def describe(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move the state in a job's folder to its folder `aside`, where one earlier state is kept."""
+    """Move the state in a job's folder to its folder `aside`; one earlier state is kept."""
     aside = folder / ASIDE
     # The meaning is moved last: if it is there, what is in `aside` is complete and older. Otherwise a killed process
     # has begun to move this state.
@@ -94,7 +94,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def _state(folder: Path) -> list[Path]:
-    """Return what a job left in its folder, apart from the files of the running attempt."""
+    """Return what a job left in its folder; files of the running attempt are left out."""
     kept = {*OF_THE_ATTEMPT, ASIDE, MEANING}
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     # Temporary files of killed writers are deleted with the claim (`epochal.campaign.sweep`), and are not state.

@@ -36,7 +36,7 @@ def _git(*arguments: str) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """Return a hash of the installed source files of epochal and its kernels, as they are on the disk now."""
+    """Return a hash of the installed source files of epochal and its kernels."""
     digest = hashlib.sha256()
     for folder in (REPOSITORY / "src" / "epochal", REPOSITORY / "triton_kernels"):
         for path in sorted(folder.rglob("*.py")):

@@ -130,7 +130,7 @@ class Records:
         return record is not None and record.status == "diverged"
 
     def has_output(self, job: Job) -> bool:
-        """Whether what other jobs read from this one is on this machine's disk, made by the job that is recorded."""
+        """Whether a job's output is on this disk and was made by the recorded job."""
         output, record = self.workspace.output(job), self._records.get(job.name)
         if output is None:
             return True
@@ -138,7 +138,7 @@ class Records:
         return present and (record is None or self.made_output(record))
 
     def made_output(self, record: Record) -> bool:
-        """Whether the files in a job's folder were made by the job and from the inputs of this record."""
+        """Whether a job's folder was made by the job and inputs of this record."""
         made_from = read_table(self.workspace.folder(record.job.name) / MEANING)
         return (made_from.get("fingerprint"), made_from.get("inputs")) == (record.fingerprint, record.inputs)
 

@@ -1,4 +1,4 @@
-"""The environment of processes that a campaign starts, without what a launcher or a shell left in it."""
+"""The environment of processes that a campaign starts, without a launcher's variables."""
 
 from collections.abc import Mapping
 
@@ -32,12 +32,12 @@ KEPT = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_DISABLE_RIC
 
 
 def launcher_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the names of the variables that make a process one of several, or give it a preset."""
+    """Return the variables that make a process one of several, or give it a preset."""
     return sorted(name for name in environment if name in NAMES or (name.startswith(PREFIXES) and name not in KEPT))
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun or `accelerate launch` started this process, and not a shell that still has its variables."""
+    """Whether torchrun or `accelerate launch` started this process."""
     # Both set all of these; a port and an address alone are often exported by hand.
     return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
 

@@ -120,7 +120,7 @@ LAST_START = "last_start.json"
 
 
 def notes_on_the_start(config: WorkerConfig) -> list[str]:
-    """Return what differs between this start and the last one on the same work folder, and remember this one."""
+    """Return what differs from the last start on the work folder; remember this one."""
     workspace = config.workspace
     path = workspace.work / workspace.scale / LAST_START
     scale = to_table(load_scale(config.scale))

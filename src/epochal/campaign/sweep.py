@@ -1,4 +1,4 @@
-"""What killed processes left in the folders of a campaign is deleted at the next start."""
+"""Delete what killed processes left in the folders of a campaign."""
 
 import shutil
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def sweep(workspace: Workspace) -> int:
 
 
 def _left(workspace: Workspace) -> Iterator[tuple[str, Path]]:
-    """Yield the name of a job and what a killed process may have left of it."""
+    """Yield the name of a job and what a killed process may have left."""
     for path in workspace.records.glob(".*.json.*.tmp"):
         yield path.name.removeprefix(".").rpartition(".json.")[0], path
     root = workspace.work / workspace.scale

@@ -203,7 +203,7 @@ def _ranks_are_gone(path: Path) -> bool:
 
 @contextmanager
 def claim_of_rank(workspace: Workspace, name: str) -> Iterator[None]:
-    """Keep a job claimed while this rank lives, even if its launcher and its worker are killed."""
+    """Keep a job claimed while this rank lives, whatever happens to its launcher and worker."""
     path = _lock_path(workspace, name).with_suffix(".ranks")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -53,7 +53,7 @@ def exit_code(codes: list[int]) -> int:
 
 
 def _name_killed_rank(failures: Mapping[int, Any]) -> None:
-    """Write which rank was killed into the error file, before what the others said about their lost connection."""
+    """Write which rank was killed into the error file, before what the others said."""
     # torch ends the others by SIGTERM.
     killed = [(rank, -f.exitcode) for rank, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
     path = os.environ.get(ERROR_FILE_VARIABLE)

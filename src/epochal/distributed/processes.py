@@ -66,7 +66,7 @@ class Processes:
 
     @property
     def rebuilds_buckets(self) -> bool:
-        """Whether the first backward pass sums gradients in another order than later ones, as DDP's does."""
+        """Whether the first backward pass sums gradients in another order than later ones."""
         return self.backend == "replicated" and self.world > 1
 
     # --- a step ------------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _assembled(places: list[tuple[int, Any, str]], start: int, stop: int) -> tor
 
 
 def newest_checkpoint(folder: Path, meaning: Mapping[str, Any], *, warn: Callable[[str], None]) -> Path | None:
-    """Return the folder of the newest intact checkpoint of a job of this meaning, or None.
+    """Return the newest intact checkpoint of a job of this meaning, or None.
 
     `warn` is called with a sentence for each checkpoint that is damaged, or of another job, which is renamed.
     """

@@ -461,7 +461,7 @@ class Stopper:
 
 
 def _meaning(run: Run, workspace: Workspace, records: Records, processes: Processes) -> dict[str, Any]:
-    """Take the run's folder on the main process, and return the meaning that all processes agree on."""
+    """Take the run's folder, and return the meaning that all processes agree on."""
     if processes.is_main:
         take_folder(run, workspace, records)
     meanings = processes.gather(meaning_of(run, workspace, records))
