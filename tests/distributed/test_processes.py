@@ -119,7 +119,11 @@ def test_a_worker_reports_the_error_file_of_a_launched_run(tmp_path: Path, monke
     worker.run_job(tiny.run(config, name="refused"), options, events.append, {})
     assert [event["event"] for event in events] == ["started", "failed"]
     assert events[1]["message"] == "refused"
-    assert sorted(file.name for file in space.folder("refused").iterdir()) == ["failure.json", "run.json"]
+    assert sorted(file.name for file in space.folder("refused").iterdir()) == [
+        "failure.json",
+        "meaning.json",
+        "run.json",
+    ]
 
 
 def test_the_first_error_of_a_launched_run_is_reported(tmp_path: Path) -> None:
