@@ -18,10 +18,12 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -80,7 +82,7 @@ class Forked:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
-                raise worker.subprocess.TimeoutExpired("forked", timeout)
+                raise subprocess.TimeoutExpired("forked", timeout)
             time.sleep(0.02)
         assert self.returncode is not None
         return self.returncode
@@ -121,7 +123,9 @@ def run_worker(config: worker.WorkerConfig, world: int, pids: Path) -> int:
             "launcher", functools.partial(run_launcher, command[-1], env, world, config.preset or "", pids), pids
         )
 
-    worker.subprocess.Popen = launch  # type: ignore[assignment,misc]
+    # The name in that module only: others start git.
+    places = {"Popen": launch, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
+    worker.subprocess = types.SimpleNamespace(**places)  # type: ignore[assignment]
     worker.launch_command = lambda config: []
     try:
         return worker.work(config, _print_failure)
@@ -152,7 +156,7 @@ def run_launcher(path: str, env: dict[str, str], world: int, preset: str, pids: 
         for rank in forked:
             if rank.poll() is None:
                 act(rank)
-        with contextlib.suppress(worker.subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired):
             for rank in forked:
                 rank.wait(10.0)
     codes = [rank.wait() for rank in forked]
