@@ -89,7 +89,12 @@ def _for_planner(options: dict[str, Any]) -> dict[str, Any]:
 def _environment() -> list[str]:
     """Shell lines that give a job the submitter's folder and Python path."""
     paths = shlex.quote(f"{REPOSITORY / 'src'}:{REPOSITORY}")
-    return [f"cd {shlex.quote(str(Path.cwd()))}", f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+    # Without the safe path, `python -m` would import a file such as numpy.py of the working folder.
+    return [
+        "export PYTHONSAFEPATH=1",
+        f"cd {shlex.quote(str(Path.cwd()))}",
+        f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+    ]
 
 
 def planner_script(campaign: ClusterCampaign) -> str:

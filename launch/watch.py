@@ -13,8 +13,7 @@ from rich.live import Live
 from epochal.campaign.cluster import ClusterCampaign, load_cluster_campaign
 from epochal.campaign.display import last_metrics
 from epochal.campaign.plan import campaign_jobs, partition_jobs
-from epochal.campaign.worker import read_table
-from epochal.records import Workspace, load_records
+from epochal.records import Workspace, load_records, read_table
 from epochal.scale import Scale
 from launch import slurm
 from launch.planner import names_of

@@ -74,3 +74,14 @@ def test_what_the_readme_shows_of_the_optimizers_runs_as_it_stands(tmp_path: Pat
     loop, trainer = block.split("optimizer = Spectra")
     done = run("python", f"{READERS_OWN}{loop}{LOWER}optimizer = Spectra{trainer}{LOWER}", tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_test_that_a_promise_names_exists() -> None:
+    text, file = (REPOSITORY / "docs" / "promises.md").read_text(encoding="utf-8"), ""
+    named = re.findall(r"`(tests/[\w/]+\.py)?(?:::(test_\w+))?`", text)
+    assert len(named) > 20
+    for path, test in named:
+        file = path or file  # `::test` is of the file before it
+        if test or path:
+            source = (REPOSITORY / file).read_text(encoding="utf-8")
+            assert not test or f"def {test}(" in source, f"{file}::{test} is promised and does not exist"

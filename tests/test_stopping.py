@@ -15,9 +15,7 @@ from campaigns import Campaign
 
 from epochal import stopping
 from epochal.campaign import worker
-from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_reason
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from epochal.stopping import EXIT_STOPPED, SIGNALS, Stopped, check_stop, listen, stop_reason
 
 
 @pytest.fixture(autouse=True)
@@ -63,24 +61,66 @@ def test_a_worker_without_its_parent_takes_no_job(campaign: Campaign, monkeypatc
     assert not campaign.workspace.records.exists()
 
 
-def test_a_launched_run_gets_a_stop_file_and_is_terminated_if_it_takes_too_long(tmp_path: Path) -> None:
-    class Process:
-        """A process that takes `needs` seconds to save."""
+class Process:
+    """A process that takes `needs` seconds to save, on a clock that it moves itself."""
 
-        def __init__(self, needs: float) -> None:
-            self.needs, self.calls = needs, list[object]()
+    pid = 2**22 + 1  # above the largest process id
 
-        def wait(self, seconds: float = 1e9) -> None:
-            self.calls.append(seconds)
-            if self.needs > seconds:
-                raise subprocess.TimeoutExpired("run", seconds)
+    def __init__(self, needs: float, monkeypatch: pytest.MonkeyPatch, writes: Path | None = None) -> None:
+        self.now, self.needs, self.ended_by = 0.0, needs, ""
+        self.writes = writes
+        monkeypatch.setattr(worker.time, "monotonic", lambda: self.now)
 
-        def terminate(self) -> None:
-            self.calls.append("terminate")
+    def wait(self, seconds: float = 1e9) -> None:
+        self.now += min(seconds, max(0.0, self.needs - self.now))
+        if self.writes is not None:
+            with self.writes.open("a") as file:
+                file.write("x")
+        if self.needs > self.now and not self.ended_by:
+            raise subprocess.TimeoutExpired("run", seconds)
+        self.ended_by = self.ended_by or "itself"
 
-    for needs, calls in ((5.0, [8.0]), (20.0, [8.0, "terminate", 1e9])):
-        stop_file = tmp_path / f"stop-{needs}"
-        process = Process(needs)
-        worker._stop_launched(process, stop_file, 10.0)  # type: ignore[arg-type]
-        listen(stop_file=stop_file)
-        assert stopping.stop_reason() is not None and process.calls == calls
+    def terminate(self) -> None:
+        self.ended_by = f"the worker after {self.now:.0f} s"
+
+
+@pytest.mark.parametrize(
+    ("needs", "last_save", "writing", "ended_by"),
+    [
+        (5.0, None, False, "itself"),
+        (20.0, None, False, "the worker after 8 s"),
+        (20.0, 9.0, False, "itself"),
+        (40.0, 9.0, False, "the worker after 27 s"),
+        (40.0, None, True, "itself"),
+        (20.0, "damaged", False, "the worker after 8 s"),
+    ],
+)
+def test_a_launched_run_gets_a_stop_file_and_as_long_as_its_last_save_took(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    needs: float,
+    last_save: float | str | None,
+    writing: bool,
+    ended_by: str,
+) -> None:
+    """Eight seconds, three times the last save, or as long as the files of a checkpoint grow."""
+    if last_save is not None:
+        (tmp_path / "save_seconds").write_text(str(last_save))
+    growing = tmp_path / "checkpoints" / ".step-00000003.tmp" / "model.safetensors"
+    growing.parent.mkdir(parents=True)
+    process = Process(needs, monkeypatch, growing if writing else None)
+    worker._stop_launched(process, tmp_path, 10.0)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    listen(stop_file=tmp_path / worker.STOP_NOTE)
+    assert stopping.stop_reason() is not None and process.ended_by == ended_by
+
+
+def test_a_request_before_the_campaign_starts_is_kept_and_nohup_is_respected() -> None:
+    listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    listen(forget=False)
+    assert stop_reason() == "SIGHUP"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop_reason() is None, "a campaign under nohup outlives its terminal"

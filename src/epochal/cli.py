@@ -44,6 +44,9 @@ Recipes = Annotated[list[str] | None, typer.Argument(help="Recipes; all if none 
 RESULTS, WORK = Path("recipes/results"), Path("work")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
+# Set by a worker for the processes that it launches.
+WORKER_VARIABLE = "EPOCHAL_ERROR_FILE"
+
 
 @app.callback()
 def options(
@@ -61,6 +64,7 @@ def options(
 
 def main() -> None:
     """Run the command line; an error of the user is printed as one sentence."""
+    _drop_launcher_variables()
     try:
         app()
     except ValueError as error:
@@ -70,6 +74,20 @@ def main() -> None:
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
         _fail(f"{path}{error.strerror or error}; free some space or check the path, then run again.", 1)
+
+
+def _drop_launcher_variables() -> None:
+    """Ignore a launcher's variables in the shell, unless a launcher started this process."""
+    from epochal.campaign.environment import is_launched, launcher_variables
+
+    # A worker has cleaned the environment of the processes that it launches.
+    if is_launched(os.environ) or WORKER_VARIABLE in os.environ:
+        return
+    dropped = [name for name in launcher_variables(os.environ) if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    for name in launcher_variables(os.environ):
+        del os.environ[name]
+    if dropped:
+        print(f"epochal: {', '.join(dropped)} in the environment are ignored: no launcher runs this.", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:
@@ -241,6 +259,9 @@ def run(
         str | None, typer.Option(help="Save and stop after this time, e.g. 9m or 2h; run again to continue.")
     ] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Longest time between two checkpoints.")] = "5m",
+    rank_timeout: Annotated[
+        str, typer.Option(help="With --preset: end a run when a process has not answered for this time.")
+    ] = "30m",
     cluster: Annotated[
         str | None, typer.Option(help="Run on a Slurm cluster: a name from configs/cluster, or a path.")
     ] = None,
@@ -255,6 +276,8 @@ def run(
     """
     import uuid
 
+    if cluster is None:
+        listen()  # from here on a signal is a request to stop, also while the campaign is still being planned
     from epochal.campaign.plan import recipe_names
     from epochal.campaign.worker import WorkerConfig
     from epochal.scale import load_scale
@@ -278,6 +301,7 @@ def run(
         modes=tuple(mode or ()),
         trackers=_trackers(tracker),
         checkpoint_seconds=seconds(checkpoint_every),
+        rank_timeout=seconds(rank_timeout),
         seconds_left=None if time_limit is None else seconds(time_limit),
     )
     # Before any worker starts: an error in a config should show in seconds, not in a log.
@@ -566,11 +590,12 @@ def train(
         config = replace(config, preset=use_preset(preset, os.environ))
         _prepare_process()
     folder = config.workspace.folder(runs[0].name)
-    # Processes on other nodes get no signal, but see the file.
-    listen(stop_file=folder / STOP_NOTE if launched else None)
+    # Processes on other nodes get no signal, but see the file; without their launcher they stop.
+    listen(stop_file=folder / STOP_NOTE if launched else None, parent=os.getppid() if launched else None)
     try:
         for run in runs:
-            _train_and_record(run, config, note, shown=not launched and os.environ.get("RANK", "0") == "0")
+            with _claimed(run, config, launched=launched):
+                _train_and_record(run, config, note, shown=not launched and os.environ.get("RANK", "0") == "0")
     except Stopped as stopped:
         print(f"epochal: {stopped}; run again to continue.", file=sys.stderr)
         _exit(EXIT_STOPPED)
@@ -665,20 +690,43 @@ def _progress(job: "Job", config: "WorkerConfig", *, shown: bool) -> contextlib.
     return RunDisplay(Console(stderr=True), config.workspace, job, vocab_size=vocab_size, processes=processes)
 
 
+@contextlib.contextmanager
+def _claimed(job: "Job", config: "WorkerConfig", *, launched: bool) -> "Iterator[None]":
+    """Hold the claim of a job; raises ValueError if another process runs it."""
+    from epochal.campaign.worker import claim, claim_of_rank
+
+    if launched:  # the worker has the claim; each rank keeps it, should worker and launcher be killed
+        with claim_of_rank(config.workspace, job.name):
+            yield
+        return
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with claim(config.workspace, job) as claimed:
+        if not claimed:
+            raise ValueError(f"{job.name!r} is being trained by another process; wait for it, or stop it first.")
+        yield
+
+
 def _train_and_record(job: "Job", config: "WorkerConfig", like: dict[str, str], *, shown: bool) -> None:
     from dataclasses import replace
 
-    from epochal.campaign.integrity import write_checksums
-    from epochal.campaign.worker import execute
-    from epochal.records import write_record
+    from epochal.campaign.integrity import quarantine_corrupt_inputs
+    from epochal.campaign.worker import execute, finish
+    from epochal.records import load_records
 
+    records = load_records(config.workspace)
+    if os.environ.get("RANK", "0") == "0":
+        messages = quarantine_corrupt_inputs(job, records)
+        if messages:
+            raise ValueError(f"{' '.join(messages)} Run epochal run to make it again.")
     with _progress(job, config, shown=shown):
         record = execute(job, config)
     if record is not None:  # rank 0
         if like:
             record = replace(record, provenance={**record.provenance, "like": like})
-        write_checksums(config.workspace, job)
-        print(f"{write_record(config.workspace, record)}: {record.status}, loss {record.loss:.4f}")
+        path = finish(record, config.workspace, records)
+        print(f"{path}: {record.status}, loss {record.loss:.4f}")
 
 
 def _exit(code: int) -> None:

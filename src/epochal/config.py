@@ -9,6 +9,8 @@ import difflib
 import functools
 import json
 import os
+import platform
+import secrets
 import shutil
 import tomllib
 import types
@@ -226,6 +228,13 @@ def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the values that differ between two nested tables, as dotted name to (old, new)."""
+    before, after = flat_table(old), flat_table(new)
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return {name: (before.get(name), after.get(name)) for name in names}
+
+
 def seconds(text: str) -> float:
     """Parse a duration such as 90s, 9m, 2h or plain seconds, at most a year; raises ValueError for anything else."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -246,7 +255,8 @@ def replaced(path: Path) -> Iterator[Path]:
     Readers see the old file or the new one, never half of it. After an error the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
+    # Several processes may write the same file, and containers that share a folder may have equal process ids.
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from epochal.campaign.environment import clean_environment
 from epochal.config import find_config
 from epochal.provenance import device_name, versions
 
@@ -109,7 +110,7 @@ def _check(title: str, arguments: list[str], environment: dict[str, str], remedy
         # In a separate process: a crash of a driver must not end the doctor.
         result = subprocess.run(
             [sys.executable, "-m", *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**clean_environment(os.environ), "OMP_NUM_THREADS": "1", **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -33,6 +34,16 @@ def commit() -> dict[str, Any]:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(REPOSITORY), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@functools.cache
+def code_hash() -> str:
+    """Return a hash of the installed source files of epochal and its kernels."""
+    digest = hashlib.sha256()
+    for folder in (REPOSITORY / "src" / "epochal", REPOSITORY / "triton_kernels"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(REPOSITORY).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

@@ -23,6 +23,12 @@ STATUSES = ("done", "diverged")
 FIELDS = ("job", "fingerprint", "results", "inputs", "provenance")
 SEED_FIELDS = ("name", "init_seed", "order_seed")
 
+# A file in a job's folder that says what its files were made from (`epochal.meaning`).
+MEANING = "meaning.json"
+
+# Characters that no folder of a campaign may have: they would end a line of a batch file.
+CONTROL = {*map(chr, range(32)), "\x7f", "\x85", "\u2028", "\u2029"}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -49,6 +55,14 @@ class Workspace:
     scale: str
     results: Path = Path("recipes/results")
     work: Path = Path("work")
+
+    def __post_init__(self) -> None:
+        for what, text in (("scale", self.scale), ("results", str(self.results)), ("work", str(self.work))):
+            if set(text) & CONTROL:
+                raise ValueError(f"{what} is {text!r}, which has a line break or control character; rename it.")
+        # Slurm separates job names by commas, and its tables by bars.
+        if not self.scale or set(self.scale) & set(",|/"):
+            raise ValueError(f"scale is {self.scale!r}; a scale's name must have no ',', '|' or '/': rename its file.")
 
     @property
     def records(self) -> Path:
@@ -118,9 +132,17 @@ class Records:
         return record is not None and record.status == "diverged"
 
     def has_output(self, job: Job) -> bool:
-        """Whether what other jobs read from this one is on this machine's disk."""
-        output = self.workspace.output(job)
-        return output is None or output.exists()
+        """Whether a job's output is on this disk and was made by the recorded job."""
+        output, record = self.workspace.output(job), self._records.get(job.name)
+        if output is None:
+            return True
+        present = any(output.iterdir()) if output.is_dir() else output.is_file()
+        return present and (record is None or self.made_output(record))
+
+    def made_output(self, record: Record) -> bool:
+        """Whether a job's folder was made by the job and inputs of this record."""
+        made_from = read_table(self.workspace.folder(record.job.name) / MEANING)
+        return (made_from.get("fingerprint"), made_from.get("inputs")) == (record.fingerprint, record.inputs)
 
     @functools.cached_property
     def settings(self) -> list[list[Record]]:
@@ -386,6 +408,10 @@ def input_fingerprints(job: Job, records: Records) -> dict[str, str]:
     Raises ValueError if one has no record, or diverged and so has no weights.
     """
     fingerprints = {}
+    # Text drawn from each member depends on the ensemble only through its weights, not through its average.
+    source = records.named(job.source) if isinstance(job, Samples) and job.draw == "members" else None
+    if source is not None and isinstance(source.job, Ensemble) and source.job.member_weights is None:
+        return input_fingerprints(source.job, records)
     for name in inputs(job):
         record = records.named(name)
         if record is None:
@@ -396,6 +422,15 @@ def input_fingerprints(job: Job, records: Records) -> dict[str, str]:
         if isinstance(record.job, Ensemble):
             fingerprints |= input_fingerprints(record.job, records)
     return fingerprints
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a small JSON object; empty if the file is missing or malformed."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
 
 
 def file_hash(path: Path) -> str:

@@ -293,11 +293,18 @@ def fingerprint(job: Job) -> str:
     """
     meaning = {"kind": type(job).__name__, **_non_defaults(job)}
     meaning.pop("name")
-    if isinstance(job, Run):
-        meaning["model"] = config_hash(_config_path("models", job.model, Path.cwd()))
-    if isinstance(job, Run | Ensemble) and job.data is not None:
-        meaning["data"] = config_hash(_config_path("data", job.data, Path.cwd()))
+    meaning |= {kind: config_hash(path) for kind, path in config_files(job).items()}
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def config_files(job: Job) -> dict[str, Path]:
+    """Return the files that a job names: its "model", its "data"."""
+    files = {}
+    if isinstance(job, Run):
+        files["model"] = _config_path("models", job.model, Path.cwd())
+    if isinstance(job, Run | Ensemble) and job.data is not None:
+        files["data"] = _config_path("data", job.data, Path.cwd())
+    return files
 
 
 @functools.cache

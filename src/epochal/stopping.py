@@ -1,4 +1,4 @@
-"""Requests to stop: SIGINT, SIGTERM, SIGUSR1, a time limit, a stop file, or a parent process that has exited.
+"""Requests to stop: SIGINT, SIGTERM, SIGHUP, SIGUSR1, a time limit, a stop file, or a parent that has exited.
 
 Long loops call `check_stop()` between steps; it raises `Stopped` once a stop was requested. The program then saves and exits
 with code 75 ("run again to continue").
@@ -11,6 +11,11 @@ from pathlib import Path
 
 EXIT_STOPPED = 75
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+# A file in a run's folder with the seconds that its last checkpoint took: the time to wait for one after a request.
+SAVE_SECONDS = "save_seconds"
+
 
 class Stopped(Exception):  # noqa: N818  # not an error
     """Raised between two steps when a stop was requested; the message is the reason."""
@@ -22,17 +27,22 @@ _parent: int | None = None
 _stop_file: Path | None = None
 
 
-def listen(*, deadline: float = float("inf"), parent: int | None = None, stop_file: Path | None = None) -> None:
-    """Install the signal handlers, and forget earlier requests.
+def listen(
+    *, deadline: float = float("inf"), parent: int | None = None, stop_file: Path | None = None, forget: bool = True
+) -> None:
+    """Install the signal handlers; `forget` earlier requests.
 
     deadline: in `time.monotonic()` seconds. parent: stop when this process id is no longer the parent. stop_file: stop when
     it exists.
     """
     # Module state, because a signal handler is global to the process too.
     global _reason, _deadline, _parent, _stop_file
-    _reason, _deadline, _parent, _stop_file = None, deadline, parent, stop_file
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _on_signal)
+    _reason = None if forget else _reason
+    _deadline, _parent, _stop_file = deadline, parent, stop_file
+    for number in SIGNALS:
+        # nohup ignores SIGHUP, so that a campaign outlives its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _on_signal)
 
 
 def _on_signal(number: int, frame: object) -> None:

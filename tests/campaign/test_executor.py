@@ -144,12 +144,12 @@ def test_sigterm_stops_a_campaign_and_a_failing_job_is_reported_and_tried_again(
     assert first.wait() == 75, first.text
     assert time.monotonic() - asked < 10
     until(lambda: not first.alive(), "the processes to end")
-    assert "run the same command again" in first.text
+    assert "run the same command again" in first.text and "stopping (SIGTERM): saving" in first.text
     before = results_of(campaign)
     assert len(before) < len(undisturbed)
 
     victim = next(job.name for job in missing_jobs(campaign) if isinstance(job, Run))
-    obstacle = campaign.workspace.folder(victim) / "metrics.jsonl"
+    obstacle = campaign.workspace.folder(victim) / "meaning.json"
     obstacle.unlink(missing_ok=True)
     obstacle.mkdir(parents=True)
     second = start()

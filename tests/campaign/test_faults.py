@@ -156,7 +156,7 @@ def test_a_job_that_kills_its_worker_three_times_has_failed(campaign: Campaign) 
 
 def test_a_failed_job_is_tried_again_as_often_as_retries_says(campaign: Campaign) -> None:
     name = ready_jobs(campaign_jobs(["epoching"], campaign.records, campaign.scale), campaign.records)[0].name
-    obstacle = campaign.workspace.folder(name) / "metrics.jsonl"
+    obstacle = campaign.workspace.folder(name) / "meaning.json"
     obstacle.mkdir(parents=True)
     events: list[dict[str, Any]] = []
     assert work(campaign.worker_config("epoching", only=(name,), retries=2), events.append) == 1

@@ -1,6 +1,7 @@
 """One worker: which job it claims next, what it leaves on disk, and when it gives up."""
 
 import fcntl
+import json
 import subprocess
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,14 @@ def record_of(job: Job, status: str = "done") -> Record:
     return Record(job, fingerprint(job), status, {"loss": 1.0, "parameters": 1} if status == "done" else {})
 
 
+def leave_model(campaign: Campaign, job: Job) -> None:
+    """Leave what a finished run leaves: a model and what it was made from."""
+    folder = campaign.workspace.folder(job.name)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "model.safetensors").touch()
+    (folder / "meaning.json").write_text(json.dumps({"fingerprint": fingerprint(job), "inputs": {}}))
+
+
 def test_a_process_that_waits_for_a_lock_and_a_later_one_see_the_same_lock(campaign: Campaign) -> None:
     """If the lock file were deleted with its lock, both could hold a claim: one of them on a file without a name."""
     job, workspace = one_run(campaign), campaign.workspace
@@ -33,7 +42,7 @@ def test_a_process_that_waits_for_a_lock_and_a_later_one_see_the_same_lock(campa
         assert claimed
         with claim(workspace, job) as claimed_again:
             assert not claimed_again
-        waiting = next((workspace.work / workspace.scale / "locks").iterdir()).open("a")
+        waiting = next((workspace.work / workspace.scale / "locks").glob("*.lock")).open("a")
     with waiting:
         fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with claim(workspace, job) as claimed:
@@ -58,7 +67,9 @@ def test_jobs_that_unlock_others_come_first_then_the_longest(
     campaign: Campaign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def execute(job: Job, config: WorkerConfig) -> Record:
-        (campaign.workspace.folder(job.name) / "model").mkdir(parents=True)
+        if isinstance(job, Run):
+            (campaign.workspace.folder(job.name) / "model").mkdir()
+            (campaign.workspace.folder(job.name) / "model" / "model.safetensors").touch()
         return record_of(job)
 
     runs = [replace(one_run(campaign), name=f"of-{epochs}", epochs=epochs) for epochs in (2, 4, 1, 3)]
@@ -88,7 +99,7 @@ def test_the_next_claim_skips_jobs_of_other_workers_and_finished_ones(campaign: 
         assert next_name(records) is None, "another worker wrote a record after the records were read"
         records = load_records(workspace)
         assert next_name(records) == "job", "a record without its weights, as in a fresh clone"
-        (workspace.folder("job") / "model").mkdir(parents=True)
+        leave_model(campaign, job)
         assert next_name(records) is None, "another worker made the weights after the records were read"
 
 
@@ -101,7 +112,7 @@ def test_a_failed_job_decides_the_exit_code_only_of_workers_that_could_take_it(
     monkeypatch.setattr(worker, "campaign_jobs", lambda *_: [*runs, both])
     write_record(workspace, record_of(runs[0], "diverged"))  # the ensemble is never ready
     write_record(workspace, record_of(runs[1]))
-    (workspace.folder("kept") / "model").mkdir(parents=True)
+    leave_model(campaign, runs[1])
     events: list[dict[str, Any]] = []
     assert worker.work(config, events.append) == 0
     worker._write_failure(both, config, "no disk", "")

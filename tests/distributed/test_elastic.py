@@ -43,6 +43,20 @@ def test_a_run_moves_between_numbers_of_processes_and_presets(
     assert moved["curve"] == [[step, pytest.approx(loss, abs=1e-5)] for step, loss in one["curve"]]
 
 
+def test_a_run_on_four_processes_resumes_to_the_last_bit_under_ddp(processes: Processes, tmp_path: Path) -> None:
+    """DDP sums the first step's gradients in another order than later ones; from three processes on that is visible."""
+    space, _, config = tiny.workspace(tmp_path)
+    results = []
+    for name, parts in (("whole", (None,)), ("parts", (3, None))):
+        run = chain.make_run(config, name, "adamw")
+        for stop_after in parts:
+            results.append(processes(4).run("chain:part", "ddp", space, run, stop_after)[0])
+    whole, parts = results[0], results[-1]
+    assert parts["provenance"]["resumed_at"] is not None
+    for key in ("loss", "train_loss", "test_loss", "curve"):
+        assert parts[key] == whole[key], key
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_presets_agree_to_the_last_bit_if_gradients_are_summed_in_the_same_order(
     processes: Processes, tmp_path: Path, precision: Literal["fp32", "bf16"]

@@ -76,7 +76,8 @@ def test_a_signal_saves_on_all_processes_and_ends_with_75(tmp_path: Path) -> Non
     checkpoints = list(space.folder("long").glob("checkpoints/*"))
     assert len(checkpoints) == 1 and checkpoints[0].name.startswith("step-")
     assert {file.name for file in checkpoints[0].iterdir()} >= {"optimizer-0.safetensors", "optimizer-1.safetensors"}
-    assert newest_checkpoint(space.folder("long") / "checkpoints", warn=pytest.fail) == checkpoints[0]
+    meaning = json.loads((space.folder("long") / "meaning.json").read_text())
+    assert newest_checkpoint(space.folder("long") / "checkpoints", meaning, warn=pytest.fail) == checkpoints[0]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,11 @@ def test_a_worker_reports_the_error_file_of_a_launched_run(tmp_path: Path, monke
     worker.run_job(tiny.run(config, name="refused"), options, events.append, {})
     assert [event["event"] for event in events] == ["started", "failed"]
     assert events[1]["message"] == "refused"
-    assert sorted(file.name for file in space.folder("refused").iterdir()) == ["failure.json", "run.json"]
+    assert sorted(file.name for file in space.folder("refused").iterdir()) == [
+        "failure.json",
+        "meaning.json",
+        "run.json",
+    ]
 
 
 def test_the_first_error_of_a_launched_run_is_reported(tmp_path: Path) -> None:

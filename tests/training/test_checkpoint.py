@@ -46,7 +46,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: Replicated, *, warn: Any) -> dict[str, Any] | None:
-    path = newest_checkpoint(folder, warn=warn)
+    path = newest_checkpoint(folder, {}, warn=warn)
     if path is None:
         return None
     newest = Checkpoint(path)
@@ -275,7 +275,7 @@ def test_a_damaged_shard_of_the_second_process_is_reported_and_the_previous_chec
         for thread in ranks:
             thread.join(30)
     newest = tmp_path / "step-00000004"
-    assert newest_checkpoint(tmp_path, warn=pytest.fail) == newest
+    assert newest_checkpoint(tmp_path, {}, warn=pytest.fail) == newest
     assert Checkpoint(newest).piece("w", 2, 6)["exp_avg"].tolist() == [0, 0, 1, 1]
 
     shard = newest / "optimizer-1.safetensors"
@@ -286,5 +286,5 @@ def test_a_damaged_shard_of_the_second_process_is_reported_and_the_previous_chec
     if damage == "delete":
         shard.unlink()
     warnings: list[str] = []
-    assert newest_checkpoint(tmp_path, warn=warnings.append) == tmp_path / "step-00000002"
+    assert newest_checkpoint(tmp_path, {}, warn=warnings.append) == tmp_path / "step-00000002"
     assert len(warnings) == 1 and "optimizer-1.safetensors" in warnings[0]

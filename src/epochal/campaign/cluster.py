@@ -42,6 +42,7 @@ class Cluster(Ranged):
     time_limit: str = "4h"  # of one allocation
     grace: str = "2m"  # a run gets a request to save a checkpoint this long before the limit
     retries: Retries = 2  # of a failed job
+    rank_timeout: str = "30m"  # with a preset: a run ends when a process has not answered for this time
     micro_batch: Batch | None = None  # sequences per forward pass and process
     setup: tuple[str, ...] = ()  # shell lines that run first
     slurm: dict[str, Any] = field(default_factory=dict)  # sbatch options, by submitit's names
@@ -55,6 +56,7 @@ class Cluster(Ranged):
             )
         if self.nodes > 1 and self.preset is None:
             raise ValueError(f"nodes is {self.nodes} without a preset; name one from configs/accelerate.")
+        seconds(self.rank_timeout)
         if not seconds(self.grace) < seconds(self.time_limit):
             raise ValueError(f"grace must be shorter than time_limit {self.time_limit}, got {self.grace}.")
         for table in ("slurm", "planner"):
@@ -139,6 +141,7 @@ def cluster_campaign(config: WorkerConfig, cluster: Cluster) -> ClusterCampaign:
             micro_batch=config.micro_batch or cluster.micro_batch,
             retries=cluster.retries,
             grace_seconds=seconds(cluster.grace),
+            rank_timeout=seconds(cluster.rank_timeout),
         ),
         cluster=cluster,
     )

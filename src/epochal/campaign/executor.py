@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -16,10 +17,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from epochal.campaign.worker import WorkerConfig
+from epochal.campaign.environment import clean_environment
+from epochal.campaign.plan import campaign_jobs, ready_jobs
+from epochal.campaign.sweep import sweep
+from epochal.campaign.worker import Patience, WorkerConfig, kill_tree
+from epochal.config import changed, to_table, write_atomic
+from epochal.provenance import code_hash
+from epochal.records import load_records, read_table
+from epochal.scale import load_scale
 from epochal.stopping import EXIT_STOPPED, listen, stop_reason
 
-TICK_SECONDS = 0.5
+TICK_SECONDS = 0.2
 
 
 @dataclass
@@ -43,11 +51,23 @@ def run_campaign(config: WorkerConfig, *, jobs: int, progress: Progress, log_pre
     the CampaignStatus and each event, and with None at every tick.
     """
     deadline = float("inf") if config.seconds_left is None else time.monotonic() + config.seconds_left
-    listen(deadline=deadline)
-    log_folder = config.workspace.work / config.workspace.scale / "logs"
+    listen(deadline=deadline, forget=False)
+    workspace = config.workspace
+    sweep(workspace)
+    log_folder = workspace.work / workspace.scale / "logs"
     log_folder.mkdir(parents=True, exist_ok=True)
+    # A log for each worker of each start: two starts may share the folder.
+    log_prefix = f"{log_prefix}{time.strftime('%Y%m%d-%H%M%S')}-{config.session[:6]}-"
     events: queue.Queue[dict[str, Any]] = queue.Queue()
     status = CampaignStatus()
+
+    def note(message: str) -> None:
+        progress(status, {"event": "note", "message": message})
+
+    for message in notes_on_the_start(config):
+        note(message)
+    if stop_reason() is not None:
+        return EXIT_STOPPED
     # Workers stop when their parent ends, even if it is killed.
     config = replace(config, parent=os.getpid())
     workers = [
@@ -60,8 +80,11 @@ def run_campaign(config: WorkerConfig, *, jobs: int, progress: Progress, log_pre
                 _update(status, event)
                 progress(status, event)
             progress(status, None)
+        if stop_reason() is not None:
+            note(f"stopping ({stop_reason()}): saving {', '.join(status.running) or 'nothing'} ...")
     finally:
-        _stop(workers, config.grace_seconds)
+        # Of several workers, some may have been killed while others run.
+        _stop(workers, Patience([workspace.folder(name) for name in status.running], config.grace_seconds))
     while not events.empty():
         event = events.get()
         _update(status, event)
@@ -72,12 +95,59 @@ def run_campaign(config: WorkerConfig, *, jobs: int, progress: Progress, log_pre
         return EXIT_STOPPED
     if 2 in codes:
         raise ValueError(status.errors[0] if status.errors else f"a worker refused to start; see {log_folder}.")
+    died = [number for number, code in enumerate(codes) if code not in (0, 1)]
+    if died and not status.failed and 1 not in codes:
+        named = ", ".join(f"worker {number} ended with {_described(codes[number])}" for number in died)
+        missing = _missing(config)
+        note(f"{named}; " + (f"{missing} jobs are missing: run again." if missing else "the others did its work."))
+        return int(missing > 0)
     return int(bool(status.failed) or any(codes))
+
+
+def _described(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}; see its log"
+
+
+def _missing(config: WorkerConfig) -> int:
+    """Return how many jobs of a campaign could still run."""
+    records = load_records(config.workspace)
+    jobs = campaign_jobs(config.recipes, records, load_scale(config.scale))
+    return sum(not config.only or job.name in config.only for job in ready_jobs(jobs, records))
+
+
+# The scale, results folder and code of the last start in a work folder.
+LAST_START = "last_start.json"
+
+
+def notes_on_the_start(config: WorkerConfig) -> list[str]:
+    """Return what differs from the last start on the work folder; remember this one."""
+    workspace = config.workspace
+    path = workspace.work / workspace.scale / LAST_START
+    scale = to_table(load_scale(config.scale))
+    now = {"scale": scale, "results": str(workspace.results.resolve()), "code": code_hash()}
+    now = json.loads(json.dumps(now))
+    before = read_table(path)
+    notes = []
+    if before and (differing := changed(before.get("scale", {}), now["scale"])):
+        what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in differing.items())
+        notes.append(
+            f"scale {workspace.scale!r} differs from that of the last start in {path.parent} ({what}); files of jobs that it "
+            "changes are set aside."
+        )
+    if before and before.get("results") != now["results"]:
+        notes.append(
+            f"the last start in {path.parent} had its records in {before.get('results')}, not {now['results']}."
+        )
+    if before and before.get("code") != now["code"]:
+        notes.append(f"the last start in {path.parent} was of another version of epochal ({before.get('code')}).")
+    if before != now:
+        write_atomic(path, json.dumps(now, indent=1))
+    return notes
 
 
 def _start(config: WorkerConfig, number: int, jobs: int, log_path: Path, events: "queue.Queue[dict[str, Any]]") -> Any:
     """Start one worker process and a thread that reads its events."""
-    environment = {**os.environ, **_gpus(number, jobs, launches=config.preset is not None)}
+    environment = {**clean_environment(os.environ), **_gpus(number, jobs, launches=config.preset is not None)}
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Set before numpy and torch are imported, which read it once.
     environment["OMP_NUM_THREADS"] = str(config.threads)
@@ -142,17 +212,16 @@ def _update(status: CampaignStatus, event: dict[str, Any]) -> None:
         status.running.remove(name)
 
 
-def _stop(workers: list[Any], grace_seconds: float) -> None:
+def _stop(workers: list[Any], patience: Patience) -> None:
     """Ask all workers to stop, wait for them to save, and kill the rest: they resume from the last checkpoint."""
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
-    deadline = time.monotonic() + grace_seconds
+    while any(worker.poll() is None for worker in workers) and patience.waits():
+        time.sleep(TICK_SECONDS)
     for worker in workers:
-        try:
-            worker.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
+        if worker.poll() is None:
+            kill_tree(worker.pid)  # its launcher and ranks too
             worker.wait()
     for worker in workers:
         # With a timeout: a process that outlives its worker may hold the pipe open.

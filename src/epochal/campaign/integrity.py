@@ -7,9 +7,11 @@ copied in by hand) are not checked.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from epochal.config import write_atomic
-from epochal.records import Records, Workspace, file_hash
+from epochal.config import flat_table, to_table, write_atomic
+from epochal.meaning import describe, set_aside
+from epochal.records import MEANING, Record, Records, Workspace, file_hash, load_records, read_table
 from epochal.run import Ensemble, Job, inputs
 
 
@@ -27,10 +29,17 @@ def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
     """Move the corrupt inputs of a job aside, so that they are recomputed; returns one message for each."""
     messages = []
     for name in sorted(_files_read(job, records)):
-        damage = _damage(records.workspace.folder(name))
-        record = records.named(name)
+        record, folder = records.named(name), records.workspace.folder(name)
         output = None if record is None else records.workspace.output(record.job)
-        if damage is None or output is None or not output.exists():
+        if record is None or output is None:
+            continue
+        if output.exists() and not records.made_output(record):
+            difference = describe(read_table(folder / MEANING), _meaning_of(record))
+            aside = set_aside(folder)
+            messages.append(f"{output} was made {difference}: moved to {aside}, it will be recomputed.")
+            continue
+        damage = _damage(folder)
+        if damage is None or not output.exists():
             continue
         aside = output.with_name(f"{output.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -39,6 +48,23 @@ def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
         output.rename(aside)
         messages.append(f"{output} is damaged ({damage}): moved to {aside.name}, it will be recomputed.")
     return messages
+
+
+def _meaning_of(record: Record) -> dict[str, Any]:
+    fields = flat_table(to_table(record.job))
+    del fields["name"]
+    return {"fingerprint": record.fingerprint, "inputs": record.inputs, "job": fields}
+
+
+def check_inputs_unchanged(job: Job, before: Records) -> None:
+    """Raise ValueError if an input of a job was replaced since `before` was read."""
+    now = load_records(before.workspace)
+    for name in sorted(_files_read(job, before)):
+        old, new = before.named(name), now.named(name)
+        if old is None or new is None or new.fingerprint != old.fingerprint or not now.made_output(new):
+            raise ValueError(
+                f"{name!r} was replaced while {job.name!r} read it; run again to make {job.name!r} from it."
+            )
 
 
 def _files_read(job: Job, records: Records) -> set[str]:

@@ -5,32 +5,37 @@ writes its result as a record. Events go to the parent process as JSON lines on 
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
-from epochal.campaign.integrity import quarantine_corrupt_inputs, write_checksums
+from epochal.campaign.integrity import check_inputs_unchanged, quarantine_corrupt_inputs, write_checksums
 from epochal.campaign.plan import campaign_jobs, flops_of, ready_jobs
-from epochal.config import LONGEST_SECONDS, from_table, to_table, write_atomic
+from epochal.config import LONGEST_SECONDS, changed, from_table, to_table, write_atomic
+from epochal.distributed.launcher import ERROR_FILE_VARIABLE
 from epochal.distributed.presets import read_launch_file
+from epochal.meaning import take_folder
 from epochal.ranges import Batch, Range, Ranged
-from epochal.records import Record, Records, Workspace, load_record, load_records, write_record
+from epochal.records import Record, Records, Workspace, load_record, load_records, read_table, write_record
 from epochal.run import Ensemble, Job, Run, Samples, Targets
-from epochal.scale import load_scale
-from epochal.stopping import EXIT_STOPPED, Stopped, check_stop, listen, stop_reason
+from epochal.scale import Scale, load_scale
+from epochal.stopping import EXIT_STOPPED, SAVE_SECONDS, Stopped, check_stop, listen, stop_reason
 
 POLL_SECONDS = 0.5
+TICK_SECONDS = 0.2  # between looks at a process that was asked to stop
 
 # Give up on a job after this many crashes without an error message or a new checkpoint.
 MAX_SILENT_CRASHES = 3
@@ -67,7 +72,8 @@ class WorkerConfig(Ranged):
     only: tuple[str, ...] = ()  # names of the jobs the worker may take (empty: all)
     nodes: Nodes = 1  # machines per Run, above 1 inside a Slurm allocation only
     retries: Retries = 0  # of a failed job in the same session
-    grace_seconds: Seconds = 8.0  # time a job gets to save a checkpoint before it is killed
+    grace_seconds: Seconds = 8.0  # time a job gets at least to save a checkpoint before it is killed
+    rank_timeout: Seconds = 1800.0  # after which a rank that does not answer ends its run
 
     @property
     def workspace(self) -> Workspace:
@@ -98,9 +104,12 @@ def main() -> int:
 
 def work(config: WorkerConfig, emit: Emit) -> int:
     """Run ready jobs until this worker can do no more; returns 1 if a job failed, else 0."""
-    workspace, scale = config.workspace, load_scale(config.scale)
+    workspace, scale, said = config.workspace, load_scale(config.scale), False
     while True:
         check_stop()
+        if not said and (message := _edited(config.scale, scale)):
+            emit({"event": "note", "message": message})
+            said = True
         records = load_records(workspace)
         # Planned again after every job: recipes are functions of the records, and another worker may have added
         # some.
@@ -121,6 +130,20 @@ def work(config: WorkerConfig, emit: Emit) -> int:
         time.sleep(POLL_SECONDS)
 
 
+def _edited(path: str, scale: Scale) -> str | None:
+    """Return a sentence if the file of a scale has changed since it was read."""
+    try:
+        now = load_scale(path)
+    except ValueError as error:
+        return f"the scale was edited while its campaign runs, and is no longer valid ({error}); this start does not use it."
+    if now == scale:
+        return None
+    changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed(to_table(scale), to_table(now)).items())
+    return (
+        f"scale {path} was edited while its campaign runs ({changes}); this start does not use it, the next one will."
+    )
+
+
 def urgency(job: Job) -> tuple[float, str]:
     """Sort key of ready jobs, most urgent last: long runs, then the cheap jobs that unlock others."""
     # Of the runs the longest starts first, so that it does not end long after all others.
@@ -139,22 +162,64 @@ def claim_next(ready: Sequence[Job], records: Records) -> Iterator[Job | None]:
     yield None
 
 
+def claim(workspace: Workspace, job: Job) -> AbstractContextManager[bool]:
+    """Try to claim a job; enters with False if another process holds the claim."""
+    return claim_name(workspace, job.name)
+
+
 @contextmanager
-def claim(workspace: Workspace, job: Job) -> Iterator[bool]:
-    """Try to claim a job; yields False if another process holds the claim."""
+def claim_name(workspace: Workspace, name: str) -> Iterator[bool]:
+    """Try to claim the job of this name; yields False if another process holds the claim."""
     # The kernel releases a lock when its process ends, however it ends, so claims need no expiry and no clock.
-    path = workspace.work / workspace.scale / "locks" / f"{job.name}.lock"
+    path = _lock_path(workspace, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file is never deleted: otherwise two processes could lock two files of the same name.
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(file, fcntl.LOCK_EX) or not _ranks_are_gone(path):
             yield False
             return
-        # Processes started for the job inherit the lock: the job stays claimed while one of them lives.
+        # The launcher of a run inherits the lock; its ranks, which do not, hold their own.
         os.set_inheritable(file.fileno(), True)
         yield True
+
+
+def _lock_path(workspace: Workspace, name: str) -> Path:
+    return workspace.work / workspace.scale / "locks" / f"{name}.lock"
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Lock a file without waiting; False if another process holds it, ValueError if the file system has no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        raise ValueError(
+            f"the file system of {file.name} has no file locks ({error.strerror}), by which workers claim jobs; choose a "
+            "--work on a local disk, or mount it with locks (Lustre: flock, NFS: without nolock)."
+        ) from None
+    return True
+
+
+def _ranks_are_gone(path: Path) -> bool:
+    """Whether no rank of an earlier start still trains the job: a killed launcher leaves its ranks to finish a step."""
+    with path.with_suffix(".ranks").open("a") as file:
+        return _lock(file, fcntl.LOCK_EX)  # released when closed, before ranks of this start need it
+
+
+@contextmanager
+def claim_of_rank(workspace: Workspace, name: str) -> Iterator[None]:
+    """Keep a job claimed while this rank lives, whatever happens to its launcher and worker."""
+    path = _lock_path(workspace, name).with_suffix(".ranks")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        # Shared among the ranks. Waits for a worker that looks at it in this moment.
+        while not _lock(file, fcntl.LOCK_SH):
+            check_stop()
+            time.sleep(0.05)
+        yield
 
 
 def _still_needed(job: Job, records: Records) -> bool:
@@ -179,7 +244,7 @@ def run_job(job: Job, config: WorkerConfig, emit: Emit, jobs_by_name: Mapping[st
     try:
         _begin_attempt(job, config)
         emit({"event": "started", "name": job.name})
-        record = _run_and_record(job, config)
+        record = _run_and_record(job, config, emit)
     # A stop is not a failure: without attempt.json the next attempt does not count it as a crash.
     except Stopped:
         (folder / "attempt.json").unlink(missing_ok=True)
@@ -204,8 +269,13 @@ def run_job(job: Job, config: WorkerConfig, emit: Emit, jobs_by_name: Mapping[st
     )
 
 
-def _run_and_record(job: Job, config: WorkerConfig) -> Record:
-    workspace = config.workspace
+def _run_and_record(job: Job, config: WorkerConfig, emit: Emit) -> Record:
+    workspace, records = config.workspace, load_records(config.workspace)
+    if not isinstance(job, Ensemble):  # leaves no files
+        # Here and not only where the files are written, so that the message reaches the terminal.
+        _, message = take_folder(job, workspace, records)
+        if message is not None:
+            emit({"event": "note", "message": message})
     if isinstance(job, Run) and config.preset is not None:
         _launch(job, config)  # rank 0 writes the record
         record = load_records(workspace).named(job.name)
@@ -213,10 +283,22 @@ def _run_and_record(job: Job, config: WorkerConfig) -> Record:
         return record
     record = execute(job, config)
     assert record is not None
-    # Checksums first: a record says that the outputs are complete.
-    write_checksums(workspace, job)
-    write_record(workspace, record)
+    finish(record, workspace, records)
     return record
+
+
+def finish(record: Record, workspace: Workspace, before: Records) -> Path:
+    """Write the checksums and the record of a finished job; returns the record's path.
+
+    Raises ValueError if an input was replaced since the records `before` were read.
+    """
+    check_inputs_unchanged(record.job, before)
+    # Checksums first: a record says that the outputs are complete.
+    write_checksums(workspace, record.job)
+    path = write_record(workspace, record)
+    # Checkpoints last: until the record is written, a failure must cost only the steps since the newest.
+    shutil.rmtree(workspace.folder(record.job.name) / "checkpoints", ignore_errors=True)
+    return path
 
 
 def execute(job: Job, config: WorkerConfig) -> Record | None:
@@ -234,6 +316,7 @@ def execute(job: Job, config: WorkerConfig) -> Record | None:
                 # The name alone: a record must not hold the paths of a machine.
                 Path(config.preset).stem if config.preset else "here",
                 config.modes,
+                config.rank_timeout,
             )
             return train(job, workspace, options)
         case Ensemble():
@@ -263,11 +346,14 @@ def _launch(run: Run, config: WorkerConfig) -> None:
         (folder / note).unlink(missing_ok=True)
     # close_fds=False: the lock of the claim is inherited.
     process = subprocess.Popen(
-        [*launch_command(config), "-m", "epochal.cli", "train", str(path)], close_fds=False, stdin=subprocess.DEVNULL
+        [*launch_command(config), "-m", "epochal.cli", "train", str(path)],
+        close_fds=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, ERROR_FILE_VARIABLE: str(folder / ERROR_FILE)},
     )
     while process.poll() is None:
         if stop_reason() is not None:
-            _stop_launched(process, folder / STOP_NOTE, config.grace_seconds)
+            _stop_launched(process, folder, config.grace_seconds)
         time.sleep(0.1)
     if process.returncode == 0:
         return
@@ -281,16 +367,70 @@ def _launch(run: Run, config: WorkerConfig) -> None:
     raise RuntimeError(f"{run.name}: accelerate launch ended with exit code {process.returncode}: {message}")
 
 
-def _stop_launched(process: "subprocess.Popen[bytes]", note: Path, grace_seconds: float) -> None:
+def _stop_launched(process: "subprocess.Popen[bytes]", folder: Path, grace_seconds: float) -> None:
     """Ask the processes of a run to save and stop; terminate any that do not."""
     # A file reaches ranks on other nodes too. A signal to the launcher would leave them only 30 seconds (torchrun's
     # own limit), too short for a large checkpoint.
-    note.touch()
+    (folder / STOP_NOTE).touch()
+    patience = Patience([folder], 0.8 * grace_seconds)
+    while patience.waits():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TICK_SECONDS)
+            return
+    process.terminate()
+    # The launcher waits for ranks that take no signal, for example stopped ones.
     try:
-        process.wait(0.8 * grace_seconds)
+        process.wait(grace_seconds)
     except subprocess.TimeoutExpired:
-        process.terminate()
+        kill_tree(process.pid)
         process.wait()
+
+
+class Patience:
+    """How long to wait for jobs that were asked to save and stop.
+
+    At least `grace_seconds`, at least three times the last save of each, and on while a checkpoint is being written.
+    """
+
+    def __init__(self, folders: Sequence[Path], grace_seconds: float) -> None:
+        self.folders, self.grace_seconds, self._seen = folders, grace_seconds, self._written(folders)
+        self.last_save = max((_seconds_in(folder / SAVE_SECONDS) for folder in folders), default=0.0)
+        self._deadline = time.monotonic() + max(grace_seconds, 3 * self.last_save)
+
+    def waits(self) -> bool:
+        """Whether there is still reason to wait."""
+        written = self._written(self.folders)
+        if written and written != self._seen:
+            self._deadline = max(self._deadline, time.monotonic() + self.grace_seconds)
+        self._seen = written
+        return time.monotonic() < self._deadline
+
+    @staticmethod
+    def _written(folders: Sequence[Path]) -> list[tuple[str, int]]:
+        """Names and sizes of the files of checkpoints that are being written."""
+        sizes = []
+        for path in (path for folder in folders for path in folder.glob("checkpoints/.*.tmp/*")):
+            with contextlib.suppress(OSError):  # renamed in the meantime
+                sizes.append((str(path), path.stat().st_size))
+        return sorted(sizes)
+
+
+def _seconds_in(path: Path) -> float:
+    try:
+        return float(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it started; those that ended are left out."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for child in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 # A file in a run's folder with the error of the first of its processes that failed, for the worker that launched them.
@@ -382,15 +522,6 @@ def _begin_attempt(job: Job, config: WorkerConfig) -> None:
         "pid": os.getpid(),
     }
     write_atomic(path, json.dumps(attempt))
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """Read a small JSON object; empty if the file is missing or malformed."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}
 
 
 # --- the worker process ----------------------------------------------------------------------------------------------

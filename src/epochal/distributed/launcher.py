@@ -2,17 +2,26 @@
 
     python -m epochal.distributed.launcher --config_file configs/accelerate/ddp8.yaml -m epochal.cli train run.json
 
-On SIGTERM, SIGINT or SIGUSR1 (which Slurm sends before a time limit) each process saves at a step boundary and exits with
-75, and so does the launcher. If a process dies, torch still ends the others.
+On SIGTERM, SIGINT, SIGHUP or SIGUSR1 (which Slurm sends before a time limit) each process saves at a step boundary and
+exits with 75, and so does the launcher; also when the process that started the launcher ends. If a process dies, torch ends
+the others, and the launcher says which one it was.
 """
 
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from epochal.stopping import EXIT_STOPPED
+from epochal.stopping import EXIT_STOPPED, SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Names the file for the error of a run; set by the worker.
+ERROR_FILE_VARIABLE = "EPOCHAL_ERROR_FILE"
+
+WATCH_SECONDS = 0.5
 
 
 def main() -> None:
@@ -21,12 +30,15 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torch's own handler of SIGTERM would kill the processes after 30 seconds, too early for a large checkpoint.
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
-    for number in STOP_SIGNALS:
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")
+    for number in SIGNALS:
         signal.signal(number, _forward)
+    # A killed worker sends no signal, and its ranks would train on without it.
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     try:
         launch()
     except ChildFailedError as error:
+        _name_killed_rank(error.failures)
         # accelerate would exit with 1 whatever the processes' codes.
         sys.exit(exit_code([failure.exitcode for failure in error.failures.values()]))
 
@@ -38,6 +50,25 @@ def exit_code(codes: list[int]) -> int:
         if code in codes and all(other == code or other < 0 for other in codes):
             return code
     return 1
+
+
+def _name_killed_rank(failures: Mapping[int, Any]) -> None:
+    """Write which rank was killed into the error file, before what the others said."""
+    # torch ends the others by SIGTERM.
+    killed = [(rank, -f.exitcode) for rank, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if not killed or path is None:
+        return
+    others = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    named = ", ".join(f"rank {rank} was killed by {signal.Signals(number).name}" for rank, number in killed)
+    Path(path).write_text(f"{named}" + (f"; the others ended with: {others}" if others else ""), encoding="utf-8")
+
+
+def _watch_parent(parent: int) -> None:
+    """Ask the processes to stop when the process that started the launcher has ended."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _forward(number: int, frame: object) -> None:

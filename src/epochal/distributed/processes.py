@@ -6,6 +6,7 @@ accelerate starts the processes, DDP and DeepSpeed; FSDP2 is torch's own `fully_
 
 import contextlib
 import copy
+import datetime
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from epochal.distributed.heartbeat import start_heartbeat
 from epochal.distributed.presets import Preset, deepspeed_config, read_preset
 from epochal.distributed.sharding import Distributed, Replicated, Sharded
 
@@ -46,15 +48,17 @@ class Processes:
         trackers: Sequence[str] = (),
         folder: Path | None = None,
         modes: Sequence[str] = (),
+        timeout: float = 1800.0,
     ) -> None:
         # accelerate launch passes its YAML to the processes as environment variables.
         self.preset = read_preset(os.environ, modes)
         self.clip_norm = clip_norm
-        self.accelerator = _accelerator(self.preset, clip_norm, micro_batch, trackers, folder)
+        self.accelerator = _accelerator(self.preset, clip_norm, micro_batch, trackers, folder, timeout)
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
+        self._heartbeat = start_heartbeat(self.rank, self.world, timeout) if self.world > 1 else None
 
     @property
     def backend(self) -> str:
@@ -65,6 +69,11 @@ class Processes:
     def modes(self) -> tuple[str, ...]:
         """The execution modes of the preset and the run, sorted."""
         return tuple(sorted(self.preset.modes))
+
+    @property
+    def rebuilds_buckets(self) -> bool:
+        """Whether the first backward pass sums gradients in another order than later ones."""
+        return self.backend == "replicated" and self.world > 1
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -183,6 +192,8 @@ class Processes:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.wait()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
 
     # --- whole tensors, in which all processes must take part --------------------------------------------------------
 
@@ -289,7 +300,12 @@ def _shard_by_rows(model_with_loss: torch.nn.Module, preset: Preset, precision: 
 
 
 def _accelerator(
-    preset: Preset, clip_norm: float, micro_batch: int, trackers: Sequence[str], folder: Path | None
+    preset: Preset,
+    clip_norm: float,
+    micro_batch: int,
+    trackers: Sequence[str],
+    folder: Path | None,
+    timeout: float,
 ) -> Accelerator:
     # One worker trains many runs, and accelerate would keep the settings of the first.
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -298,10 +314,11 @@ def _accelerator(
         "mixed_precision": "no",  # autocast is inside the wrapped model, so no backend keeps 16-bit weights
         "log_with": list(trackers) or None,
         "project_dir": None if folder is None else str(folder),
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))],
     }
     if not preset.deepspeed:
         # Gradients live in DDP's buckets: one copy of them less, 4 bytes a parameter.
-        settings["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        settings["kwargs_handlers"].append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
         # FSDP2 is applied in `prepare` and layers are compiled by the training loop, so accelerate must not see either.
         # With cpu=True processes communicate by gloo.
         with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_DYNAMO_BACKEND="no"):
@@ -313,7 +330,9 @@ def _accelerator(
         # Otherwise DeepSpeed compiles a shared-memory operation at the first start; gloo does not need it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Not Accelerator(cpu=True): that silently trains as DDP.
-        settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+        settings["kwargs_handlers"] = [
+            InitProcessGroupKwargs(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        ]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = deepspeed_config(preset, micro_batch=micro_batch, world=world, clip_norm=clip_norm)
     with _quiet_deepspeed(), patch_environment(ACCELERATE_DYNAMO_BACKEND="no"):

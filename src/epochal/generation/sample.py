@@ -16,6 +16,7 @@ import torch
 
 from epochal.config import write_atomic
 from epochal.data.store import Tokens, TokenStore, open_store
+from epochal.meaning import take_folder
 from epochal.models.load import Loader, load_model, load_source, member_records
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace, input_fingerprints
@@ -32,7 +33,8 @@ def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
     Texts come from each member or from their average. The file holds one flat array of tokens, each text from its start
     token to its end token (or `max_length` tokens). Raises ValueError if the source is not a finished model.
     """
-    members = member_records(samples.source, records)
+    members, marks = member_records(samples.source, records), input_fingerprints(samples, records)
+    take_folder(samples, workspace, records)
     store, texts = _draw_all(samples, members, workspace, records)
     bos = int(store.meta["bos"])
     tokens = np.concatenate(texts).astype(store.meta["dtype"])
@@ -49,7 +51,7 @@ def sample(samples: Samples, workspace: Workspace, records: Records) -> Record:
             "members": len(members),
             "vocabulary": store.vocabulary,
         },
-        inputs=_input_fingerprints(samples, members, records),
+        inputs=marks,
         provenance=provenance(),
     )
 
@@ -97,13 +99,6 @@ def _ends(samples: Samples, models: int, records: Records) -> list[int]:
 def _weights(samples: Samples, records: Records) -> tuple[float, ...] | None:
     source = records.named(samples.source)
     return source.job.member_weights if source is not None and isinstance(source.job, Ensemble) else None
-
-
-def _input_fingerprints(samples: Samples, members: list[Record], records: Records) -> dict[str, str]:
-    # Sampling from each member depends on the ensemble only through its weights, not through its average.
-    if samples.draw == "average" or _weights(samples, records) is not None:
-        return input_fingerprints(samples, records)
-    return {member.job.name: member.fingerprint for member in members}
 
 
 def _loaders(samples: Samples, members: list[Record], workspace: Workspace, records: Records) -> list[Loader]:

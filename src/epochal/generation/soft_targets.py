@@ -21,6 +21,7 @@ import torch
 from epochal.config import write_atomic
 from epochal.data.soft_targets import Sequence, shard_is_complete, write_shard
 from epochal.data.store import Tokens, TokenStore, open_store
+from epochal.meaning import take_folder
 from epochal.models.llama import next_token
 from epochal.models.load import load_model, member_records
 from epochal.provenance import provenance
@@ -48,7 +49,10 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
     store = open_store(run.data, workspace)
     sequences = training_sequences(job, store)
     folder = workspace.folder(job.name) / "targets"
-    temporary = _prepare(folder, {"job": fingerprint(job), "inputs": marks})
+    # After this, shards of an interrupted job are of this job and these inputs.
+    take_folder(job, workspace, records)
+    temporary = folder.with_name(".targets.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
     _check_room(job, store.vocab_size, temporary)
     # All members in memory: each batch of text needs all of them.
     models = [load_model(workspace, member.job.name) for member in members]
@@ -94,16 +98,6 @@ def training_sequences(job: Targets, store: TokenStore) -> Tokens:
     count = job.unique_tokens // job.sequence_length
     tokens = store.tokens("train")[: count * job.sequence_length]
     return tokens.reshape(count, job.sequence_length).astype(np.int64)
-
-
-def _prepare(folder: Path, meaning: dict[str, Any]) -> Path:
-    """Return the temporary folder, with the shards of an interrupted job of the same `meaning`."""
-    temporary = folder.with_name(".targets.tmp")
-    mark = temporary / "meaning.json"
-    if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != meaning:
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_atomic(mark, json.dumps(meaning))
-    return temporary
 
 
 def _check_room(job: Targets, vocab_size: int, folder: Path) -> None:

@@ -94,26 +94,34 @@ class ParameterCounts(NamedTuple):
 
 
 def read_config(
-    name_or_path: str | Path, *, vocab_size: int | None = None, max_positions: int | None = None
+    name_or_path: str | Path | Mapping[str, Any], *, vocab_size: int | None = None, max_positions: int | None = None
 ) -> dict[str, Any]:
     """Read and check one model file.
 
-    * `name_or_path`: a name in ``configs/models``, a JSON file, or a folder with a ``config.json``.
+    * `name_or_path`: a name in ``configs/models``, a JSON file, a folder with a ``config.json``, or its content.
     * `vocab_size`: replaces that of the file.
     * `max_positions`: longest sequence in tokens, replaces that of the file; no parameter depends on it.
 
     Raises ValueError for a missing or damaged file and for everything that `check_config` rejects.
     """
-    path = model_path(name_or_path)
-    try:
-        config = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"Model file '{path}' {error}.") from None
+    if isinstance(name_or_path, Mapping):
+        path, config = Path("(already read)"), dict(name_or_path)
+    else:
+        path = model_path(name_or_path)
+        config = _read_json(path)
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
     if max_positions is not None:
         config["max_position_embeddings"] = max_positions
     check_config(config, where=f"Model file '{path}'")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"Model file '{path}' {error}.") from None
     return config
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,7 +52,7 @@ def load_config(name_or_path: str | Path, *, vocab_size: int | None = None) -> L
 
 
 def build_model(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Mapping[str, Any],
     *,
     vocab_size: int,
     max_positions: int,
@@ -63,7 +64,7 @@ def build_model(
 ) -> LlamaForCausalLM:
     """Build a Llama on the CPU, float32; weights are a function of (file, vocab_size, initialisation, seed).
 
-    * `name_or_path`: as for `load_config`.
+    * `name_or_path`: as for `read_config`.
     * `vocab_size`: of the run's tokenizer (padding included, if any).
     * `max_positions`: longest sequence in tokens; no weight depends on it.
     * `seed`: any integer.

@@ -3,7 +3,8 @@
 checkpoints/step-00000123/{model.safetensors, optimizer-0.safetensors, ..., state.json, manifest.json}, and
 average.safetensors if the run averages its weights. With the files of the model's config and tokenizer it is a Hugging Face
 folder. Each process writes the optimizer state that it holds, by parameter name, so that any number of processes under any
-preset can resume. The last two checkpoints are kept; a damaged one is skipped with a warning.
+preset can resume. The last two checkpoints are kept; a damaged one is skipped with a warning; one of another job is set
+aside. state.json holds the meaning of the job (`epochal.meaning`).
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from epochal.meaning import describe
 from epochal.records import file_hash
 
 KEEP = 2
@@ -177,16 +179,23 @@ def _assembled(places: list[tuple[int, Any, str]], start: int, stop: int) -> tor
     return torch.cat(parts)
 
 
-def newest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
-    """Return the folder of the newest intact checkpoint, or None.
+def newest_checkpoint(folder: Path, meaning: Mapping[str, Any], *, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest intact checkpoint of a job of this meaning, or None.
 
-    `warn` is called with a sentence for each damaged checkpoint.
+    `warn` is called with a sentence for each checkpoint that is damaged, or of another job, which is renamed.
     """
     for path in reversed(_steps(folder)):
         problem = _damage(path)
-        if problem is None:
+        if problem is not None:
+            warn(f"checkpoint {path} is damaged ({problem}); using the previous one.")
+            continue
+        before = json.loads((path / "state.json").read_text(encoding="utf-8")).get("meaning", {})
+        if before == meaning:
             return path
-        warn(f"checkpoint {path} is damaged ({problem}); using the previous one.")
+        aside = path.with_name(f"aside-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        warn(f"checkpoint {path} was made {describe(before, dict(meaning))}; renamed to {aside.name} and not used.")
     return None
 
 

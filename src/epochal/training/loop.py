@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from epochal.config import write_atomic
 from epochal.data.store import Batches, Tokens, TokenStore, open_samples, open_store, sampled_stream
 from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.memory import USABLE, memory_problem
 from epochal.distributed.presets import check_modes
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
-from epochal.models.config import flops_per_token, parameter_counts
+from epochal.meaning import describe, meaning_of, take_folder
+from epochal.models.config import flops_per_token, parameter_counts, read_config
 from epochal.models.folder import save_model, write_settings
 from epochal.models.layers import apply_modes, eager, set_deterministic, use_bf16_residual
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
-from epochal.provenance import provenance, utilisation
-from epochal.records import Record, Workspace, input_fingerprints, load_records
-from epochal.run import Run, fingerprint
-from epochal.stopping import Stopped, stop_reason
+from epochal.provenance import code_hash, provenance, utilisation
+from epochal.records import Record, Records, Workspace, input_fingerprints, load_records
+from epochal.run import Run
+from epochal.stopping import SAVE_SECONDS, Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from epochal.training.cuda_graph import GraphedPass
 from epochal.training.noise import MASKED_WEIGHT, Noise
@@ -59,6 +60,7 @@ class RuntimeOptions:
     checkpoint_seconds: float = 300.0  # longest time between two checkpoints
     preset: str = "here"
     modes: tuple[str, ...] = ()  # execution modes, keys of `distributed.presets.MODES`
+    rank_timeout: float = 1800.0  # seconds after which a process that does not answer ends the run
 
 
 class ModelWithLoss(torch.nn.Module):
@@ -111,13 +113,12 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     # --- processes -------------------------------------------------------------------------------------------------
     processes = _processes(run, workspace, options)
     rows = _rows_of_this_process(run, processes, options)
-    if processes.device.type == "cuda" and backend(processes.device) == "torch":
-        log.warning("%s: Triton is not installed, so losses and optimizers use plain torch, which is slower", run.name)
 
     # --- data ------------------------------------------------------------------------------------------------------
     store, records = open_store(run.data, workspace), load_records(workspace)
-    # Taken before training: these are the inputs that were read, whatever happens to their records meanwhile.
-    marks = input_fingerprints(run, records)
+    # Taken before training: this is what was read, whatever happens to files and records meanwhile.
+    marks, config = input_fingerprints(run, records), read_config(run.model)
+    meaning = _meaning(run, workspace, records, processes)
     _check_memory(run, processes, options, store.vocab_size)
     batches = _batches(run, store, workspace)
     validation = store.sequences("validation", run.sequence_length)
@@ -126,14 +127,14 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     # Deferred because it is called twice: sharded weights are gathered into a second model at the end.
     build = functools.partial(
         build_model,
-        run.model,
+        config,
         vocab_size=store.vocab_size,
         max_positions=run.sequence_length,
         seed=run.init_seed,
         bos_token_id=store.meta["bos"],
         eos_token_id=store.meta["eos"],
     )
-    model, checkpoint = build(), _checkpoint(run, workspace, processes)
+    model, checkpoint = build(), _checkpoint(run, workspace, processes, meaning)
     if checkpoint is None:
         start_from(run, model, workspace, store.tokenizer_folder)
     else:
@@ -157,7 +158,8 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     average = WeightAverage(run, model)
     settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
-    progress = _resume(run, workspace, processes, checkpoint, average)
+    progress, resumed_code = _resume(run, workspace, processes, checkpoint, average)
+    _start_trackers(run, processes, options, meaning, progress.step)
     add_gradients = gradient_pass(processes, model)
 
     # --- steps -----------------------------------------------------------------------------------------------------
@@ -166,6 +168,8 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     started, start_step = time.monotonic(), progress.step
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
     stopper = Stopper(processes, options.checkpoint_seconds)
+    if processes.rebuilds_buckets:
+        _settle_buckets(run, processes, batches(start_step)[rows], rows.start, options.micro_batch)
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
 
@@ -213,7 +217,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         # Save and stop. After the last step there is nothing to resume.
         reason, due = stopper.poll(progress.step)
         if progress.step < run.steps and due:
-            _save(run, workspace, processes, average, progress, settings)
+            _save(run, workspace, processes, average, progress, meaning, settings)
             stopper.saved()
         if reason and progress.step < run.steps:
             processes.end()
@@ -235,14 +239,12 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         return None
     if not progress.diverged:
         save_model(final, store.tokenizer_folder, workspace.folder(run.name) / "model")
-    # Checkpoints hold the optimizer state too, several times the size of the model.
-    shutil.rmtree(workspace.folder(run.name) / "checkpoints", ignore_errors=True)
-    counts = parameter_counts(run.model, vocab_size=store.vocab_size)
-    flops = flops_per_token(run.model, run.sequence_length, vocab_size=store.vocab_size)
+    counts = parameter_counts(config, vocab_size=store.vocab_size)
+    flops = flops_per_token(config, run.sequence_length, vocab_size=store.vocab_size)
     speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
     return Record(
         job=run,
-        fingerprint=fingerprint(run),
+        fingerprint=meaning["fingerprint"],
         status="diverged" if progress.diverged else "done",
         results={
             **progress.results(),
@@ -255,6 +257,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         inputs=marks,
         provenance={
             **provenance(),
+            "code": code_hash(),
             "world_size": processes.world,
             "preset": options.preset,
             "modes": list(processes.modes),
@@ -267,6 +270,8 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             "optimizer_share": clock.share,
             # A resumed run: hours and speed cover the last session only.
             "resumed_at": start_step or None,
+            # Of the code that wrote the checkpoint, if it was another than this one's `code`.
+            "resumed_from_code": resumed_code,
             "hours": round(hours, 5),
             "tokens_per_second": round(speed, 1),
             "mfu": utilisation(flops * speed, devices=processes.world),
@@ -357,6 +362,7 @@ def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Proce
         trackers=options.trackers,
         folder=workspace.folder(run.name),
         modes=options.modes,
+        timeout=options.rank_timeout,
     )
     check_modes(processes.preset, run, world=processes.world, device=processes.device.type)
     set_deterministic("deterministic" in processes.modes)
@@ -365,8 +371,8 @@ def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Proce
         raise ValueError(
             f"Run {run.name!r} averages its weights, which {processes.backend} shards; use ddp, zero1 or zero2."
         )
-    if options.trackers:
-        processes.accelerator.init_trackers("epochal", config={"run": run.name})
+    if processes.device.type == "cuda" and backend(processes.device) == "torch":
+        log.warning("%s: Triton is not installed, so losses and optimizers use plain torch, which is slower", run.name)
     return processes
 
 
@@ -463,6 +469,17 @@ def _step(
     return loss, norm
 
 
+def _settle_buckets(run: Run, processes: Processes, rows: Tokens, first_row: int, micro_batch: int | None) -> None:
+    """Let DDP arrange its buckets in a step that changes nothing."""
+    # After its first backward pass DDP arranges gradients in the order in which they became ready, and sums them in that
+    # order from then on. A resumed run would sum its first step in another order than the undisturbed one, which from three
+    # processes on changes the last bit.
+    part = torch.from_numpy(rows[: micro_batch or len(rows)]).to(processes.device)
+    loss = processes.wrapped(part, first_row, len(rows) * (run.sequence_length - 1))
+    processes.backward(0.0 * loss)
+    processes.optimizer.zero_grad()
+
+
 class Stopper:
     """Decides when to stop and when to save, with the same answer on all processes."""
 
@@ -498,34 +515,72 @@ class Stopper:
         return None, any(other_due for _, other_due, _ in answers)
 
 
-def _checkpoint(run: Run, workspace: Workspace, processes: Processes) -> Checkpoint | None:
+def _meaning(run: Run, workspace: Workspace, records: Records, processes: Processes) -> dict[str, Any]:
+    """Take the run's folder, and return the meaning that all processes agree on."""
+    if processes.is_main:
+        take_folder(run, workspace, records)
+    meanings = processes.gather(meaning_of(run, workspace, records))
+    for rank, other in enumerate(meanings):
+        if other != meanings[0]:
+            raise ValueError(
+                f"Run {run.name!r} has other inputs on rank {rank} than on rank 0 ({describe(other, meanings[0])}); give all "
+                "machines the same files."
+            )
+    first: dict[str, Any] = meanings[0]
+    return first
+
+
+def _checkpoint(run: Run, workspace: Workspace, processes: Processes, meaning: dict[str, Any]) -> Checkpoint | None:
     folder = workspace.folder(run.name) / "checkpoints"
-    newest = newest_checkpoint(folder, warn=log.warning) if processes.is_main else None
+    newest = newest_checkpoint(folder, meaning, warn=log.warning) if processes.is_main else None
     path = processes.gather(newest)[0]  # the main process chooses for all
     return None if path is None else Checkpoint(path)
 
 
 def _resume(
     run: Run, workspace: Workspace, processes: Processes, checkpoint: Checkpoint | None, average: WeightAverage
-) -> Progress:
+) -> tuple[Progress, str | None]:
     """Load all of a checkpoint but the weights, and truncate metrics.jsonl to its step.
 
-    Without a checkpoint the run starts at step 0.
+    Without a checkpoint the run starts at step 0. Also returns the hash of the code that wrote it, if it was another.
     """
-    folder, progress = workspace.folder(run.name), Progress(0, [])
+    folder, progress, code = workspace.folder(run.name), Progress(0, []), code_hash()
     if checkpoint is not None:
         processes.optimizer.load_named_state(checkpoint)
-        progress = Progress(**checkpoint.state)
+        state = {key: value for key, value in checkpoint.state.items() if key not in ("meaning", "code")}
+        progress, code = Progress(**state), checkpoint.state["code"]
         checkpoint.load_average(average.tensors)
+    if code != code_hash() and processes.is_main:
+        log.warning(
+            "%s: %s was written by another version of epochal; resuming it", run.name, checkpoint and checkpoint.path
+        )
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
         # The steps after the checkpoint are trained and logged again.
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         kept = [line for line in lines if _step_of(line) <= progress.step]
-        metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_atomic(metrics, "".join(f"{line}\n" for line in kept))
     processes.wait()
-    return progress
+    return progress, code if code != code_hash() else None
+
+
+def _start_trackers(
+    run: Run, processes: Processes, options: RuntimeOptions, meaning: dict[str, Any], step: int
+) -> None:
+    """Open the run's page in each tracker: a resumed run is the same page, without the steps after its checkpoint."""
+    if not options.trackers:
+        return
+    # The fingerprint, so that a run of another meaning is another page. wandb itself ignores steps that it has seen, and
+    # they were equal; TensorBoard draws them twice unless they are purged.
+    page = f"{run.name}-{meaning['fingerprint']}"
+    settings = {
+        "tensorboard": {"purge_step": step + 1 if step else None},
+        "wandb": {"name": run.name, "id": page[-64:], "resume": "allow"},
+        "trackio": {"name": page, "resume": "allow"},
+    }
+    chosen = {name: settings[name] for name in options.trackers if name in settings}
+    processes.accelerator.init_trackers("epochal", config={"run": run.name}, init_kwargs=chosen)
 
 
 def _step_of(line: str) -> float:
@@ -541,18 +596,23 @@ def _save(
     processes: Processes,
     average: WeightAverage,
     progress: Progress,
+    meaning: dict[str, Any],
     settings: Callable[[Path], None],
 ) -> None:
+    started = time.monotonic()
     save_checkpoint(
         workspace.folder(run.name) / "checkpoints",
         progress.step,
         processes.weights_on_main(),
         processes.optimizer.named_state(),
-        progress.state(processes),
+        {**progress.state(processes), "meaning": meaning, "code": code_hash()},
         average.tensors,
         settings=settings,
         group=processes,
     )
+    if processes.is_main:
+        # A worker that is asked to stop waits for as long as a save takes.
+        write_atomic(workspace.folder(run.name) / SAVE_SECONDS, f"{time.monotonic() - started:.3f}")
 
 
 def _log(processes: Processes, workspace: Workspace, run: Run, step: int, **values: float) -> None:
