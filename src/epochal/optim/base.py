@@ -101,7 +101,8 @@ def _is_flat(parameter: Tensor) -> bool:
 def joined(states: list[State], name: str) -> Tensor:
     """Return a state of B parameters as one tensor (B, ...).
 
-    The parameters' own become views of it."""
+    The parameters' own become views of it.
+    """
     tensors = [local(state[name]) for state in states]
     first, size = tensors[0], tensors[0].numel()
     storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
@@ -216,7 +217,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def direction(self, parameter: Tensor, group: Group) -> tuple[Update, Group]:
         """Return the function that steps a bucket like `parameter`, and its options.
 
-        The function is (gradients, state, **options) -> (U, new state). Everything is (B, ...); the function must not write to its arguments, and is compiled on a GPU.
+        The function is (gradients, state, **options) -> (U, new state). Everything is (B, ...); it must not write to its
+        arguments, and is compiled on a GPU.
         """
         raise NotImplementedError
 

@@ -77,7 +77,8 @@ def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, si
 def constants(weight: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor | None, Group]:
     """Return a group's learning rate and decay factor as tensors, and its other options.
 
-    The decay factor is None without weight decay."""
+    The decay factor is None without weight decay.
+    """
     # A compiled function would be compiled again for every learning rate in a group.
     lr = scalar(group["lr"], state["step"].double())
     decay = MatrixOptimizer.decay_factor(weight, group) if group["weight_decay"] else None
@@ -88,7 +89,8 @@ def constants(weight: Tensor, state: State, group: Group) -> tuple[Tensor, Tenso
 def _tensor_cores(device: torch.device) -> Iterator[None]:
     """Multiply float32 in tf32 on a GPU.
 
-    Its error of 3e-4 is a sixtieth of the rounding of a bfloat16 gradient."""
+    Its error of 3e-4 is a sixtieth of the rounding of a bfloat16 gradient.
+    """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before or device.type == "cuda"
     try:

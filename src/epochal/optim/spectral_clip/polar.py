@@ -89,7 +89,8 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return X scale in `dtype`, and the scale (B,) in float64.
 
-    At this scale no product of X overflows float16."""
+    At this scale no product of X overflows float16.
+    """
     # No row of X scale is longer than 1, so the entries of its Gram matrix are at most 1, and those of the square m.
     size = largest_magnitude(x, (-2, -1)).double() * math.sqrt(x.shape[2])
     scale = 1 / torch.where(size == 0, 1.0, size)
