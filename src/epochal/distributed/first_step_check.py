@@ -19,6 +19,7 @@ from torch import Tensor
 
 from epochal.distributed.layout import Entry
 from epochal.distributed.processes import Processes
+from epochal.optim.base import MatrixOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,9 @@ class ShardedUpdateCheck:
         """
         processes, judge = self.processes, before.entry.owner or 0
         after, difference = processes.whole_weight(before.entry.parameter), (0.0, TOLERANCE)
-        if before.entry.owner is not None:
-            self.allowed = max(TOLERANCE, ROUNDINGS * processes.optimizer.rule.rounding(after.device))
+        rule = processes.optimizer.rule
+        if before.entry.owner is not None and isinstance(rule, MatrixOptimizer):
+            self.allowed = max(TOLERANCE, ROUNDINGS * rule.rounding(after.device))
         if judge == processes.rank:
             alone = self._step_alone(before)
             moved = max(float((alone - before.weight).abs().max()), float((after - before.weight).abs().max()), 1e-30)

@@ -20,6 +20,7 @@ with a raised threshold: small singular values shrink, none grows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def clip(x: Tensor, c: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return float32_product(z, a[..., : x.shape[2]]) * per_item(factor, x)
 
 
-def _inverse_root(gram: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
+def _inverse_root(gram: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
     """Return Z, close to gram^(-1/2), by coupled steps; 4 K - 3 products of square matrices for K steps."""
     (alpha, beta, gamma), *others = steps
     z = torch.baddbmm(gram, gram, gram, beta=beta, alpha=gamma)
