@@ -396,9 +396,9 @@ def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, see
 
 
 def _resolve(member: str, folder: Path | None) -> str:
-    """Return the path of a member, which must lie in the ensemble's folder if there is one.
+    """Return the path of a member, inside the ensemble's folder if it has one.
 
-    Raises ValueError for another path: a downloaded folder must not choose what else is read.
+    Raises ValueError for a path outside: a downloaded folder must not choose what else is read.
     """
     if folder is None:
         return member
