@@ -173,7 +173,8 @@ class Ranged:
 
     def __post_init__(self) -> None:
         """Raise ValueError for the first field that is outside of its range."""
-        for name, check in _checks(type(self)):
+        cls: Any = type(self)
+        for name, check in _checks(cls):
             check(getattr(self, name), name)
 
 
