@@ -55,8 +55,9 @@ def plan(study: Study) -> list[Job]:
         for wd in decays(study) if teacher in TEACHERS else ():
             jobs += student(study, teacher, wd)
         best = best_decay(study, teacher)
-        for seed in range(study.scale.seeds) if best is not None and tuned(study, teacher) else ():
-            jobs += student(study, teacher, best, seed)
+        if best is not None and tuned(study, teacher):
+            for seed in range(study.scale.seeds):
+                jobs += student(study, teacher, best, seed)
     if settings is not None and settings.soft_targets is not None:
         jobs += _soft_targets.plan(study, settings, settings.soft_targets)
     return jobs

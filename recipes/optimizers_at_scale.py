@@ -365,13 +365,13 @@ def _average_claim(here: Comparison) -> list[Claim]:
             cases.append(Case(label.lower(), gaps[max(gaps)] - gaps[min(gaps)]))
     if not cases:
         return []
-    grow, gaps = [case.value > 0 for case in cases], [f"{case.name} {case.value:+.4f}" for case in cases]
+    grow, shown = [case.value > 0 for case in cases], [f"{case.name} {case.value:+.4f}" for case in cases]
     return [
         Claim(
             id="optimizers-at-scale.averages",
             text=f"{here.sweep.model} members: the mean of probabilities gains on the mean of logits as K grows from 2 to "
             f"{here.settings.members}, with every optimizer",
-            value=f"in {sum(grow)} of {len(grow)}: {', '.join(gaps)} nats",
+            value=f"in {sum(grow)} of {len(grow)}: {', '.join(shown)} nats",
             seeds=here.settings.members,
             holds=all(grow),
             cases=tuple(cases),
