@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from campaigns import Campaign, make_campaign
 
+from epochal.campaign.environment import is_launched
 from epochal.config import REPOSITORY
 from epochal.distributed.presets import read_preset
 from epochal.distributed.started_by import launcher, local_processes, use_preset
@@ -89,6 +90,13 @@ def test_the_documented_lines_train(
         program.split()[: 2 if "accelerate" in program else 1]
     )
     assert (record["provenance"]["sharding"], record["provenance"]["world_size"]) == (sharding, world)
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, DEEPSPEED, ACCELERATE], ids=["torchrun", "deepspeed", "accelerate"])
+def test_variables_of_a_launcher_are_not_taken_for_those_of_a_shell(environment: dict[str, str]) -> None:
+    whole = {**environment, "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    assert is_launched(whole)
+    assert not is_launched({name: value for name, value in whole.items() if name != "RANK"})
 
 
 def test_without_a_preset_torchrun_is_ddp_and_deepspeed_is_zero_2() -> None:

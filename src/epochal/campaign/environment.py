@@ -37,9 +37,10 @@ def launcher_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun or `accelerate launch` started this process."""
-    # Both set all of these; a port and an address alone are often exported by hand.
-    return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    """Whether torchrun, `accelerate launch` or deepspeed started this process."""
+    # They set all of these; a port and an address alone are often exported by hand.
+    processes = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    return processes and ("TORCHELASTIC_RUN_ID" in environment or {"CROSS_RANK", "CROSS_SIZE"} <= environment.keys())
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
