@@ -79,6 +79,33 @@ def data(config: str, work: Work = WORK) -> None:
 
 
 @app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the new data config and scale.")],
+    text: Annotated[list[str], typer.Argument(help="Files, folders or patterns.")],
+    hours: Annotated[float | None, typer.Option(min=0.001, max=10_000, help="Time of the campaign.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, max=600_000, help="The same in minutes.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    start: Annotated[str, typer.Option(help="A model folder to go on from.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the configs of this name.")] = False,
+    work: Work = WORK,
+) -> None:
+    """Choose a campaign for a text and a time.
+
+    Writes configs/data/NAME.toml and configs/scales/NAME.toml, and says why.
+    """
+    from epochal.campaign.init import Request
+    from epochal.campaign.init import init as write
+
+    if (hours is None) == (minutes is None):
+        raise ValueError("the time of the campaign is missing or given twice; give --hours H or --minutes M.")
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"--device must be cpu or gpu, got {device!r}.")
+    seconds_ = 3600 * hours if hours is not None else 60 * (minutes or 0.0)
+    request = Request(name=name, files=tuple(text), seconds=seconds_, device=device, work=work, start=start)
+    print(*write(request, force=force), sep="\n")
+
+
+@app.command()
 def plan(
     recipes: Recipes = None,
     scale: ScaleName = "demo",

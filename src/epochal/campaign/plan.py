@@ -101,10 +101,15 @@ def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> lis
 
 
 def named_roles(records: Records, scale: Scale) -> dict[str, Record]:
-    """Return the results that recipes give a short name, such as "student"."""
+    """Return the results that recipes give a short name, such as "student".
+
+    "best" is the single model of lowest validation loss among them.
+    """
     study = Study(records, scale)
     modules = [module for module in map(load_recipe, recipe_names(scale)) if hasattr(module, "roles")]
-    return {role: record for module in modules for role, record in module.roles(study).items()}
+    roles = {role: record for module in modules for role, record in module.roles(study).items()}
+    models = [record for record in roles.values() if isinstance(record.job, Run)]
+    return roles | ({"best": min(models, key=lambda record: record.loss)} if models else {})
 
 
 @dataclass(frozen=True)
