@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,11 +193,11 @@ class AssumeAllDone(Records):
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of jobs: training FLOPs, device-hours at the scale's measured speed, bytes kept on disk."""
+    """Cost of jobs: training FLOPs, hours, bytes kept on disk."""
 
     jobs: int
     flops: float  # of training
-    hours: float  # device-hours at the scale's measured speed
+    hours: float  # on all devices of the scale, at the speeds of its records, else at the speed it states
     disk: int  # bytes of models, samples and targets
 
 
@@ -231,14 +232,49 @@ def _weights(model: str, vocab_size: int | None, folder: Path) -> int:
     return parameter_counts(model, vocab_size=vocab_size).total
 
 
+def measured_speeds(records: Records, vocab_size: int | None = None) -> dict[str, float]:
+    """Return the training FLOP/s of one device by model, as the records of a campaign measured them.
+
+    Medians over the runs on the device of the newest record.
+    """
+    runs = [
+        record
+        for record in records
+        if isinstance(record.job, Run) and record.provenance.get("tokens_per_second") and record.provenance.get("date")
+    ]
+    newest = max((record.provenance["date"] for record in runs), default="")
+    devices = {record.provenance.get("device") for record in runs if record.provenance["date"] == newest}
+    jobs = {record.job.name: record.job for record in records}
+    speeds: dict[str, list[float]] = {}
+    for record in runs:
+        # The speed of a resumed run is that of its last part, which may be a few steps.
+        if record.provenance.get("device") in devices and not record.provenance.get("resumed_at"):
+            assert isinstance(record.job, Run)
+            per_token = flops_of(record.job, vocab_size, jobs) / record.job.tokens
+            speed = per_token * record.provenance["tokens_per_second"] / (record.provenance.get("world_size") or 1)
+            speeds.setdefault(record.job.model, []).append(speed)
+    return {model: statistics.median(values) for model, values in speeds.items()}
+
+
 def cost_of(
-    jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None, jobs_by_name: Mapping[str, Job] | None = None
+    jobs: Iterable[Job],
+    scale: Scale,
+    vocab_size: int | None = None,
+    jobs_by_name: Mapping[str, Job] | None = None,
+    speeds: Mapping[str, float] | None = None,
 ) -> Cost:
-    """Add up the cost of jobs on the hardware of their scale; `jobs_by_name` may contain their teachers."""
-    flops, disk, count = 0.0, 0, 0
+    """Add up the cost of jobs on the hardware of their scale; `jobs_by_name` may contain their teachers.
+
+    `speeds` are measured FLOP/s of one device by model; other models run at the speed that the scale states.
+    """
+    flops, seconds, disk, count = 0.0, 0.0, 0, 0
     for job in jobs:
         count += 1
-        flops += flops_of(job, vocab_size, jobs_by_name)
+        more = flops_of(job, vocab_size, jobs_by_name)
+        flops += more
+        stated = scale.hardware.flops / scale.hardware.devices
+        speed = (speeds or {}).get(job.model, stated) if isinstance(job, Run) else stated
+        seconds += more / speed / scale.hardware.devices
         match job:
             case Run():
                 disk += BYTES_PER_WEIGHT * parameter_counts(job.model, vocab_size=vocab_size).total
@@ -248,7 +284,7 @@ def cost_of(
                 disk += job.bytes(vocab_size)
             case Ensemble():
                 pass
-    return Cost(jobs=count, flops=flops, hours=flops / scale.hardware.flops / 3600, disk=disk)
+    return Cost(jobs=count, flops=flops, hours=seconds / 3600, disk=disk)
 
 
 @dataclass(frozen=True)
@@ -293,10 +329,11 @@ def cost_estimate(
     # Ascending, so that the last run of each data set, the largest, remains in the dict.
     runs = sorted((job for job in by_name.values() if isinstance(job, Run)), key=lambda run: run.unique_tokens)
     largest = {run.data: run for run in runs}
+    speeds = measured_speeds(records, vocab_size)
     return CostEstimate(
         status=status,
-        today=cost_of(unfinished, scale, vocab_size, by_name),
-        later=cost_of(later, scale, vocab_size, by_name),
+        today=cost_of(unfinished, scale, vocab_size, by_name, speeds),
+        later=cost_of(later, scale, vocab_size, by_name, speeds),
         searches=search_states(recipes, records, scale, vocab_size),
         largest=tuple(largest.values()),
     )
