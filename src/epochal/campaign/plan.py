@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from epochal.config import REPOSITORY, find_config, nearest
 from epochal.models.config import parameter_counts
@@ -366,8 +367,15 @@ def _state(search: Search, records: Records, scale: Scale, vocab_size: int | Non
 
 def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:
     """Return the vocabulary size of the prepared token store, or None without a store."""
+    meta = store_meta(workspace, scale)
+    return None if meta is None else int(meta["vocab_size"])
+
+
+def store_meta(workspace: Workspace, scale: Scale) -> dict[str, Any] | None:
+    """Return what is known of the prepared token store of a scale, or None without a store."""
     path = workspace.data / find_config("data", scale.data, ".toml").stem / "meta.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
-    except (OSError, ValueError, KeyError):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return meta if isinstance(meta, dict) and {"vocab_size", "tokens", "documents"} <= meta.keys() else None

@@ -184,11 +184,12 @@ def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"],
     documents = _unique(config, counts)
     while chunk := list(islice(documents, CHUNK)):
         encodings = tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
-        for (digest, _), encoding in zip(chunk, encodings, strict=True):
+        for (digest, text), encoding in zip(chunk, encodings, strict=True):
             # Counted in the inner loop: a split may fill up within a chunk.
             written = {split: writer.tokens for split, writer in writers.items()}
             split = _split_of(digest, config.split, written)
             writers[split].append(digest, [*before, *encoding.ids, *after])
+            writers[split].bytes += len(text.encode("utf-8", "replace"))
         advance(len(chunk))
         if config.train_tokens and writers["train"].tokens >= config.train_tokens:
             break
@@ -208,6 +209,7 @@ class _Writer:
         self.lengths: list[int] = []
         self.hashes: list[int] = []
         self.tokens = 0
+        self.bytes = 0  # of the text, in UTF-8
         self._file: BinaryIO = self.path.open("wb")
 
     def append(self, digest: int, ids: list[int]) -> None:
@@ -258,6 +260,7 @@ def _write_meta(
         "eos": tokenizer.token_to_id(_eos(config) or config.tokenizer.specials[0]),
         "documents": {split: len(writer.lengths) for split, writer in writers.items()},
         "tokens": {split: writer.tokens for split, writer in writers.items()},
+        "bytes": {split: writer.bytes for split, writer in writers.items()},
         "dropped": counts,
         "files": {str(item.relative_to(folder)): file_hash(item) for item in files},
     }

@@ -170,6 +170,27 @@ def choose(
     )
 
 
+def cautions(text: Text, vocab_size: int, tokens: int) -> list[str]:
+    """Return what a user should know of a text before a campaign over D = `tokens` starts, one sentence each."""
+    found = []
+    if text.documents < FEWEST_DOCUMENTS:
+        found.append(
+            f"The training text has {text.documents} documents, so their order hardly differs between epochs and seeds; use "
+            'data_order = "sequences".'
+        )
+    if vocab_size > text.tokens / 10:
+        found.append(
+            f"A vocabulary of {vocab_size:,} is large for {text.tokens:,} training tokens: most of it is seen fewer than ten "
+            "times; train a smaller one."
+        )
+    if tokens < 0.5 * text.tokens:
+        found.append(
+            f"D = {tokens:,} is {tokens / text.tokens:.1%} of the {text.tokens:,} training tokens. Where the scarcity is not "
+            "simulated on purpose, more text helps more than anything else."
+        )
+    return found
+
+
 def _work(final: Shape, members: int) -> float:
     """Worker-seconds of the members and, if there are several, of a student that reads the logits of all of them."""
     # The student has twice the epochs; each of its steps takes a forward pass of every member too, a third of a step.
