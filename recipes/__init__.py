@@ -2,6 +2,8 @@
 
 # The order of a report, in which each recipe builds on those before; recipes of a working folder follow by name.
 ORDER = (
+    "controls",
+    "best_model",
     "epoching",
     "heavy_weight_decay",
     "ensembling",

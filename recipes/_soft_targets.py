@@ -11,7 +11,6 @@ from epochal.names import named_samples, named_targets
 from epochal.ranges import (
     Decay,
     Epochs,
-    SomeShare,
     Items,
     Kept,
     Ranged,

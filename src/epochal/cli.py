@@ -129,6 +129,33 @@ def _names_a_hub(config: str) -> bool:
 
 
 @app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the new data config and scale.")],
+    text: Annotated[list[str], typer.Argument(help="Files, folders or patterns.")],
+    hours: Annotated[float | None, typer.Option(min=0.001, max=10_000, help="Time of the campaign.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, max=600_000, help="The same in minutes.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    start: Annotated[str, typer.Option(help="A model folder to go on from.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the configs of this name.")] = False,
+    work: Work = WORK,
+) -> None:
+    """Choose a campaign for a text and a time.
+
+    Writes configs/data/NAME.toml and configs/scales/NAME.toml, and says why.
+    """
+    from epochal.campaign.init import Request
+    from epochal.campaign.init import init as write
+
+    if (hours is None) == (minutes is None):
+        raise ValueError("the time of the campaign is missing or given twice; give --hours H or --minutes M.")
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"--device must be cpu or gpu, got {device!r}.")
+    seconds_ = 3600 * hours if hours is not None else 60 * (minutes or 0.0)
+    request = Request(name=name, files=tuple(text), seconds=seconds_, device=device, work=work, start=start)
+    print(*write(request, force=force), sep="\n")
+
+
+@app.command()
 def plan(
     recipes: Recipes = None,
     scale: ScaleName = "demo",
@@ -161,6 +188,8 @@ def plan(
     estimate = _estimate(names, records, setting)
     status, hardware = estimate.status, setting.hardware
     print(f"{setting.name}: {len(status.done)} done, {len(status.ready)} ready, {len(status.waiting)} waiting")
+    for line in _standing(setting, records):
+        print(f"  {line}")
     for title, cost in (
         ("planned", estimate.today),
         ("estimated remaining (if each search is already at its optimum)", estimate.later),
@@ -207,6 +236,20 @@ def _memory_lines(runs: "Sequence[Run]", setting: "Scale", vocab_size: int | Non
     return [f"  {describe_fitting(largest, size, world=setting.hardware.devices, vocab_size=vocab_size)}"]
 
 
+def _standing(setting: "Scale", records: "Records") -> list[str]:
+    """Say how much of the text a campaign uses; nothing before the text was prepared."""
+    from epochal.campaign.plan import store_meta
+    from epochal.search.regime import Text, cautions
+
+    meta = store_meta(records.workspace, setting)
+    if meta is None:
+        return []
+    tokens, documents, largest = meta["tokens"]["train"], meta["documents"]["train"], max(setting.unique_tokens)
+    text = Text(documents=documents, tokens=tokens, bytes=0)
+    share = f"largest D: {largest:,} of {tokens:,} training tokens ({largest / tokens:.1%}), {documents:,} documents"
+    return [share, *cautions(text, meta["vocab_size"], largest)]
+
+
 def _hours(cost: "Cost", hardware: "Hardware") -> str:
     """Format hours on the scale's hardware, and device-hours if it has several devices."""
     device_hours = f" ({cost.hours * hardware.devices:,.1f} device-hours)" if hardware.devices > 1 else ""
@@ -242,8 +285,13 @@ def run(
     recipes: Recipes = None,
     scale: ScaleName = "demo",
     jobs: Annotated[
-        int, typer.Option(min=1, max=1000, help="Workers on this machine; each gets a share of the cores, or one GPU.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Workers on this machine, each with a share of the cores or one GPU. Default: the scale's.",
+        ),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Parallelism preset (configs/accelerate).")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, max=10**7, help="Sequences per forward pass and process.")
@@ -284,18 +332,21 @@ def run(
 
     if cluster is None and (dry_run or stop):
         raise ValueError("--dry-run and --stop need --cluster NAME.")
-    if cluster is not None and (jobs != 1 or time_limit is not None):
+    if cluster is not None and (jobs is not None or time_limit is not None):
         raise ValueError(
             "--jobs and --time-limit are for this machine; set pack, parallel and time_limit in the cluster file."
         )
+    setting = load_scale(scale)
+    # With a preset a run takes all devices.
+    workers = jobs or (1 if preset is not None or cluster is not None else setting.hardware.devices)
     config = WorkerConfig(
         session=uuid.uuid4().hex,
         scale=scale,
-        recipes=tuple(recipes or recipe_names(load_scale(scale))),
+        recipes=tuple(recipes or recipe_names(setting)),
         results=str(results),
         work=str(work),
         # Cores that this process may use, which may be fewer than the machine has.
-        threads=max(1, len(os.sched_getaffinity(0)) // jobs),
+        threads=max(1, len(os.sched_getaffinity(0)) // workers),
         preset=None if preset is None else _preset_path(preset),
         micro_batch=micro_batch,
         modes=tuple(mode or ()),
@@ -309,7 +360,7 @@ def run(
     if cluster is not None:
         _run_on_cluster(config, cluster, dry_run=dry_run, stop=stop)
     else:
-        _run_here(config, estimate, jobs)
+        _run_here(config, estimate, workers)
 
 
 def _preset_path(name: str) -> str:
@@ -322,15 +373,17 @@ def _preset_path(name: str) -> str:
 
 def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
     """Check scale, records, token stores, micro-batch and modes before any worker starts; returns the campaign's cost."""
-    from epochal.data.store import open_store
+    from epochal.data.prepare import prepare
     from epochal.distributed.presets import read_preset
 
     read_preset({}, config.modes)
     setting, records = _load(config.scale, Path(config.results), Path(config.work))
+    # Before the estimate, which needs the size of the vocabulary.
+    prepare(setting.data, records.workspace.data)
     estimate = _estimate(config.recipes, records, setting)
     for run in estimate.largest:
         # Opening checks the hashes; the largest run shows whether there is enough text.
-        store = open_store(run.data, records.workspace)
+        store = prepare(run.data, records.workspace.data)
         store.training_stream(run)
         store.sequences("validation", run.sequence_length)
     if config.micro_batch is not None and setting.batch_size % config.micro_batch:
@@ -393,6 +446,8 @@ def _run_here(config: "WorkerConfig", estimate: "CostEstimate", jobs: int) -> No
         code = run_campaign(config, jobs=jobs, progress=display)
     if code == EXIT_STOPPED:
         print("stopped on purpose; run the same command again to continue.")
+    elif code == 0:
+        report(scale=config.scale, results=Path(config.results), work=Path(config.work), out=None)
     raise typer.Exit(code)
 
 

@@ -6,11 +6,13 @@ Pure functions of the records, without torch.
 import functools
 import importlib
 import importlib.util
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from epochal.config import REPOSITORY, find_config, nearest
 from epochal.models.config import parameter_counts
@@ -102,10 +104,15 @@ def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> lis
 
 
 def named_roles(records: Records, scale: Scale) -> dict[str, Record]:
-    """Return the results that recipes give a short name, such as "student"."""
+    """Return the results that recipes give a short name, such as "student".
+
+    "best" is the single model of lowest validation loss among them.
+    """
     study = Study(records, scale)
     modules = [module for module in map(load_recipe, recipe_names(scale)) if hasattr(module, "roles")]
-    return {role: record for module in modules for role, record in module.roles(study).items()}
+    roles = {role: record for module in modules for role, record in module.roles(study).items()}
+    models = [record for record in roles.values() if isinstance(record.job, Run)]
+    return roles | ({"best": min(models, key=lambda record: record.loss)} if models else {})
 
 
 @dataclass(frozen=True)
@@ -188,11 +195,11 @@ class AssumeAllDone(Records):
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of jobs: training FLOPs, device-hours at the scale's measured speed, bytes kept on disk."""
+    """Cost of jobs: training FLOPs, hours, bytes kept on disk."""
 
     jobs: int
     flops: float  # of training
-    hours: float  # device-hours at the scale's measured speed
+    hours: float  # on all devices of the scale, at the speeds of its records, else at the speed it states
     disk: int  # bytes of models, samples and targets
 
 
@@ -227,14 +234,49 @@ def _weights(model: str, vocab_size: int | None, folder: Path) -> int:
     return parameter_counts(model, vocab_size=vocab_size).total
 
 
+def measured_speeds(records: Records, vocab_size: int | None = None) -> dict[str, float]:
+    """Return the training FLOP/s of one device by model, as the records of a campaign measured them.
+
+    Medians over the runs on the device of the newest record.
+    """
+    runs = [
+        record
+        for record in records
+        if isinstance(record.job, Run) and record.provenance.get("tokens_per_second") and record.provenance.get("date")
+    ]
+    newest = max((record.provenance["date"] for record in runs), default="")
+    devices = {record.provenance.get("device") for record in runs if record.provenance["date"] == newest}
+    jobs = {record.job.name: record.job for record in records}
+    speeds: dict[str, list[float]] = {}
+    for record in runs:
+        # The speed of a resumed run is that of its last part, which may be a few steps.
+        if record.provenance.get("device") in devices and not record.provenance.get("resumed_at"):
+            assert isinstance(record.job, Run)
+            per_token = flops_of(record.job, vocab_size, jobs) / record.job.tokens
+            speed = per_token * record.provenance["tokens_per_second"] / (record.provenance.get("world_size") or 1)
+            speeds.setdefault(record.job.model, []).append(speed)
+    return {model: statistics.median(values) for model, values in speeds.items()}
+
+
 def cost_of(
-    jobs: Iterable[Job], scale: Scale, vocab_size: int | None = None, jobs_by_name: Mapping[str, Job] | None = None
+    jobs: Iterable[Job],
+    scale: Scale,
+    vocab_size: int | None = None,
+    jobs_by_name: Mapping[str, Job] | None = None,
+    speeds: Mapping[str, float] | None = None,
 ) -> Cost:
-    """Add up the cost of jobs on the hardware of their scale; `jobs_by_name` may contain their teachers."""
-    flops, disk, count = 0.0, 0, 0
+    """Add up the cost of jobs on the hardware of their scale; `jobs_by_name` may contain their teachers.
+
+    `speeds` are measured FLOP/s of one device by model; other models run at the speed that the scale states.
+    """
+    flops, seconds, disk, count = 0.0, 0.0, 0, 0
     for job in jobs:
         count += 1
-        flops += flops_of(job, vocab_size, jobs_by_name)
+        more = flops_of(job, vocab_size, jobs_by_name)
+        flops += more
+        stated = scale.hardware.flops / scale.hardware.devices
+        speed = (speeds or {}).get(job.model, stated) if isinstance(job, Run) else stated
+        seconds += more / speed / scale.hardware.devices
         match job:
             case Run():
                 disk += BYTES_PER_WEIGHT * parameter_counts(job.model, vocab_size=vocab_size).total
@@ -244,7 +286,7 @@ def cost_of(
                 disk += job.bytes(vocab_size)
             case Ensemble():
                 pass
-    return Cost(jobs=count, flops=flops, hours=flops / scale.hardware.flops / 3600, disk=disk)
+    return Cost(jobs=count, flops=flops, hours=seconds / 3600, disk=disk)
 
 
 @dataclass(frozen=True)
@@ -289,10 +331,11 @@ def cost_estimate(
     # Ascending, so that the last run of each data set, the largest, remains in the dict.
     runs = sorted((job for job in by_name.values() if isinstance(job, Run)), key=lambda run: run.unique_tokens)
     largest = {run.data: run for run in runs}
+    speeds = measured_speeds(records, vocab_size)
     return CostEstimate(
         status=status,
-        today=cost_of(unfinished, scale, vocab_size, by_name),
-        later=cost_of(later, scale, vocab_size, by_name),
+        today=cost_of(unfinished, scale, vocab_size, by_name, speeds),
+        later=cost_of(later, scale, vocab_size, by_name, speeds),
         searches=search_states(recipes, records, scale, vocab_size),
         largest=tuple(largest.values()),
     )
@@ -355,7 +398,16 @@ def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:
 
     Raises ValueError if the store's meta.json is damaged, edited or of another version.
     """
+    meta = store_meta(workspace, scale)
+    return None if meta is None else int(meta["vocab_size"])
+
+
+def store_meta(workspace: Workspace, scale: Scale) -> dict[str, Any] | None:
+    """Return the meta.json of the prepared token store of a scale, or None without a store.
+
+    Raises ValueError if it is damaged, edited or of another version.
+    """
     from epochal.data.store import read_meta
 
     folder = workspace.data / find_config("data", scale.data, ".toml").stem
-    return int(read_meta(folder)["vocab_size"]) if folder.is_dir() else None
+    return read_meta(folder) if folder.is_dir() else None

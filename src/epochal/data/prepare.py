@@ -269,6 +269,7 @@ def _tokenize(config: DataConfig, tokenizer: Any, writers: dict[str, "_Writer"],
             if unknown is not None and unknown in ids:
                 reading.note("characters that the tokenizer has no token for", f"the {split} split", ids.count(unknown))
             writers[split].append(document.normal, [*before, *ids, *after])
+            writers[split].bytes += len(document.text.encode("utf-8", "replace"))
         advance(len(chunk))
         if config.train_tokens and writers["train"].tokens >= config.train_tokens:
             break
@@ -288,6 +289,7 @@ class _Writer:
         self.lengths: list[int] = []
         self.hashes: list[int] = []
         self.tokens = 0
+        self.bytes = 0  # of the text, in UTF-8
         self._file: BinaryIO = self.path.open("wb")
 
     def append(self, digest: int, ids: list[int]) -> None:
@@ -340,6 +342,7 @@ def _write_meta(
         "documents": {split: len(writer.lengths) for split, writer in writers.items()},
         "tokens": {split: writer.tokens for split, writer in writers.items()},
         **counts,
+        "bytes": {split: writer.bytes for split, writer in writers.items()},
         "files": {str(item.relative_to(folder)): file_hash(item) for item in files},
     }
     if config.sha256 is not None and meta["files"]["train.bin"] != config.sha256:

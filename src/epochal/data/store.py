@@ -70,6 +70,23 @@ class TokenStore:
         """Number of tokens in the vocabulary."""
         return int(self.meta["vocab_size"])
 
+    def text(self, unique_tokens: int) -> dict[str, Any]:
+        """Return what results on this text are compared with, for a budget of D tokens.
+
+        The size of the text, bytes per validation token (None in stores that did not count bytes), and the validation loss
+        in nats of the frequencies of tokens in the first D training tokens (each counted once more than it occurs).
+        """
+        counts = np.bincount(self.tokens("train")[:unique_tokens], minlength=self.vocab_size) + 1
+        losses = -np.log(counts / counts.sum())
+        held_out, size = self.meta["tokens"]["validation"], self.meta.get("bytes")
+        return {
+            "tokens": self.meta["tokens"]["train"],
+            "documents": self.meta["documents"]["train"],
+            "vocab_size": self.vocab_size,
+            "bytes_per_token": round(size["validation"] / held_out, 6) if size else None,
+            "unigram_loss": round(float(losses[self.tokens("validation")].mean()), 6),
+        }
+
     @property
     def tokenizer_folder(self) -> Path:
         """A folder that `AutoTokenizer.from_pretrained` loads."""

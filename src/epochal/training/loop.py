@@ -252,6 +252,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             "parameters": counts.total,
             "non_embedding": counts.non_embedding,
             "tokens": progress.step * run.batch_tokens,
+            "text": store.text(run.unique_tokens),
             "spectral_norms": None if progress.diverged else spectral_norms(final),
         },
         inputs=marks,
