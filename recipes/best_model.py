@@ -8,9 +8,10 @@ Results: recipes/results/<scale>/report.md
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from epochal.names import named_ensemble
+from epochal.ranges import Decay, Epochs, Items, Range, Ranged, Rate, Repeats, SomeShare
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.sections import Section, Table
@@ -20,20 +21,20 @@ from epochal.study import Arm, Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """The final model, what it is tuned on, and what follows it."""
 
     model: str
-    epochs: int
-    lr: float  # where the tuning starts, and what is used without a proxy
-    wd: float
+    epochs: Epochs
+    lr: Rate  # where the tuning starts, and what is used without a proxy
+    wd: Decay
     proxy: str = ""  # the model that lr and wd are tuned on; empty: they are not tuned
-    proxy_epochs: int = 0
-    lrs: tuple[float, ...] = ()  # tried at `wd`
-    wds: tuple[float, ...] = ()  # tried at `lr`
-    members: int = 1
-    student_epochs: int = 0  # 0: no student
-    kd_weight: float = 0.9  # of the teacher; the rest is that of the text
+    proxy_epochs: Annotated[int, Range(0, 10**5)] = 0
+    lrs: Annotated[tuple[Rate, ...], Items(least=0)] = ()  # tried at `wd`
+    wds: Annotated[tuple[Decay, ...], Items(least=0)] = ()  # tried at `lr`
+    members: Repeats = 1
+    student_epochs: Annotated[int, Range(0, 10**5)] = 0  # 0: no student
+    kd_weight: SomeShare = 0.9  # of the teacher; the rest is that of the text
     init_from: str = ""  # a model folder that the final model starts from
 
     def check(self, scale: Scale) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epochal.campaign.plan import named_roles
+from epochal.ranges import Ranged, Rate, Tokens
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.sections import Section, Table
@@ -19,12 +20,12 @@ from epochal.study import Study
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Ranged):
     """One pass over the text at the usual decay, by a model that takes as much compute as the final ones."""
 
     model: str
-    lr: float
-    tokens: int  # of the pass; the whole text where D is a part of it
+    lr: Rate
+    tokens: Tokens  # of the pass; the whole text where D is a part of it
 
     def check(self, scale: Scale) -> None:
         """Refuse a model that is not on the ladder and tokens that the batch does not divide."""

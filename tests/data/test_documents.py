@@ -40,6 +40,32 @@ def test_a_separator_line_divides_a_text_file(tmp_path: Path) -> None:
     assert read(path, separator="%%") == ["one", "two %% here", "three"]
 
 
+@pytest.mark.parametrize("ending", ["md", "rst"])
+def test_marked_up_text_is_read_as_it_is(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    path.write_text("# Title\n\n`code` <b>\n", encoding="utf-8")
+    assert read(path) == ["# Title\n\n`code` <b>\n"]
+
+
+def test_a_page_is_read_without_markup_scripts_and_styles(tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    path.write_text(
+        "<html><head><title>no</title><style>p {}</style></head><body><h1>A &amp; B</h1><p>one <b>two</b></p>"
+        "<script>if (a < b) {}</script><p>three</p></body></html>",
+        encoding="utf-8",
+    )
+    assert read(path) == ["A & B\n\none two\n\nthree"]
+
+
+def test_rows_of_a_table_are_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('id,body\n1,"one, ""two""\nthree"\n2,four\n', encoding="utf-8")
+    assert read(path, text="body") == ['one, "two"\nthree', "four"]
+    path.write_text("id,body\n1,one,more\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.csv, row 1: has another number of fields"):
+        read(path, text="body")
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "ndjson"])
 def test_json_lines_are_read_plain_or_compressed(tmp_path: Path, ending: str) -> None:
     data = json_lines(ROWS) + b"\n"

@@ -1,16 +1,19 @@
 """Read documents from files, from an installed package, or from a hub data set.
 
-Files are text, JSON lines, JSON or parquet. `read_documents` streams them in a fixed order and can be called again for
-a second pass.
+Files are text, Markdown, HTML, JSON lines, JSON, CSV or parquet. `read_documents` streams them in a fixed order and can be
+called again for a second pass.
 """
 
+import csv
 import glob
 import gzip
 import html
+import html.parser
 import importlib.util
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +27,17 @@ from epochal.data.text import BYTE_ORDER_MARK, Reading, clean, decode
 
 READERS = ("records", "api")
 
-# Endings of files that can be read; the first three also compressed.
-TEXT, LINES, TREE, PARQUET = ".txt", (".jsonl", ".ndjson"), ".json", ".parquet"
-ENDINGS = ".txt, .jsonl, .json (also .gz, .zst) or .parquet"
+# Endings of files that can be read; all but parquet also compressed.
+TEXT, HTML, LINES, TREE, TABLE, PARQUET = (
+    (".txt", ".md", ".rst"),
+    (".html", ".htm"),
+    (".jsonl", ".ndjson"),
+    ".json",
+    ".csv",
+    ".parquet",
+)
+KNOWN = (*TEXT, *HTML, *LINES, TREE, TABLE, PARQUET)
+ENDINGS = ".txt, .md, .rst, .html, .jsonl, .json, .csv (also .gz, .zst) or .parquet"
 
 # A row of a file: where it is, for messages, and its columns.
 Row = tuple[str, dict[str, Any]]
@@ -36,7 +47,7 @@ Row = tuple[str, dict[str, Any]]
 class Source:
     """Source of documents: exactly one of `files` (paths, folders or globs), `package` or `hub`.
 
-    A .txt file is one document, or is split at lines equal to `separator`. In all other files each row is a document.
+    A file of text or HTML is one document, or is split at lines equal to `separator`. In others each row is a document.
     """
 
     files: tuple[str, ...] = ()  # paths, folders or globs
@@ -82,7 +93,7 @@ def read_documents(source: Source, reading: Reading | None = None) -> Iterator[s
     separators = 0
     for path in source_paths(source, reading):
         ending = _ending(path)
-        if ending == TEXT and source.reader == "records":
+        if ending in (*TEXT, *HTML) and source.reader == "records":
             for text, separated in _read_text(path, source.separator, reading):
                 separators += separated
                 yield text
@@ -94,6 +105,8 @@ def read_documents(source: Source, reading: Reading | None = None) -> Iterator[s
             yield from _documents(_read_json_lines(path), source, reading)
         elif ending == TREE:
             yield from _documents(_read_json(path, source.text), source, reading)
+        elif ending == TABLE:
+            yield from _documents(_read_csv(path), source, reading)
         elif ending == PARQUET:
             yield from _documents(_read_parquet(path, source), source, reading)
         else:
@@ -130,7 +143,7 @@ def _matches(pattern: str, reading: Reading | None) -> list[Path]:
         return [path]
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item.relative_to(path)))
-        known = [item for item in files if _ending(item) in (TEXT, *LINES, TREE, PARQUET)]
+        known = [item for item in files if _ending(item) in KNOWN]
         if reading is not None and len(known) < len(files):
             other = next(item for item in files if item not in known)
             reading.note("files of other types in a folder, not read", str(other), len(files) - len(known))
@@ -229,6 +242,8 @@ def _read_text(path: Path, separator: str | None, reading: Reading) -> Iterator[
     """Yield each document of a text file, and whether its file holds the separator."""
     with _open(path) as file:
         text = decode(file.read(), str(path))
+    if _ending(path) in HTML:
+        text = html_text(text)
     if separator is None:
         yield clean(text, reading, str(path)), False
         return
@@ -247,6 +262,69 @@ def _read_text(path: Path, separator: str | None, reading: Reading) -> Iterator[
         document, separated = [], True
     if document or not separated:
         yield clean("".join(document), reading, f"{path}, document {number}"), separated
+
+
+class _Text(html.parser.HTMLParser):
+    """Collects the text of a page: what scripts, styles and templates hold is left out."""
+
+    HIDDEN = ("script", "style", "template", "head")
+    BLOCKS = (
+        "p",
+        "div",
+        "br",
+        "li",
+        "tr",
+        "pre",
+        "section",
+        "article",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "blockquote",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.hidden += tag in self.HIDDEN
+        self.parts += ["\n"] if tag in self.BLOCKS else []
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden = max(0, self.hidden - (tag in self.HIDDEN))
+        self.parts += ["\n"] if tag in self.BLOCKS else []
+
+    def handle_data(self, data: str) -> None:
+        self.parts += [] if self.hidden else [data]
+
+
+def html_text(page: str) -> str:
+    """Return the text of an HTML page, a line for each block."""
+    parser = _Text()
+    parser.feed(page)
+    parser.close()
+    return re.sub(r"\n\s*\n+", "\n\n", "".join(parser.parts)).strip()
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    """Yield the rows of a table whose first line has the names of its columns."""
+    with _open(path) as file:
+        text = decode(file.read(), str(path)).lstrip(BYTE_ORDER_MARK)
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than the usual 128 kB
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for number, row in enumerate(reader, start=1):
+            where = f"{path}, row {number}"
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: has another number of fields than the first line; correct it.")
+            yield where, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}); correct it.") from None
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
