@@ -67,7 +67,11 @@ def compute_targets(job: Targets, workspace: Workspace, records: Records) -> Rec
             drawn = _draw(job, models, rows, average, shares, first=start)
             write_shard(index, drawn, store.vocab_size)
         kept.append(json.loads(index.read_text(encoding="utf-8"))["kept_mass"])
-    meta = {"vocab_size": store.vocab_size, "keep": min(job.keep, store.vocab_size), "sequences_per_shard": per_shard}
+    meta: dict[str, Any] = {
+        "vocab_size": store.vocab_size,
+        "keep": min(job.keep, store.vocab_size),
+        "sequences_per_shard": per_shard,
+    }
     meta |= {"vocabulary": store.vocabulary, "training_tokens": store.meta["files"]["train.bin"]}
     meta["shards"] = len(kept)
     write_atomic(temporary / "meta.json", json.dumps({**meta, "sequence_length": job.sequence_length}))
