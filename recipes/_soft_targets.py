@@ -11,7 +11,7 @@ from epochal.names import named_samples, named_targets
 from epochal.ranges import (
     Decay,
     Epochs,
-    InnerShare,
+    SomeShare,
     Items,
     Kept,
     Ranged,
@@ -64,7 +64,7 @@ class Student(Ranged):
     """How a student of the size `model` learns from sampled text: its share, its pool, and the student's point."""
 
     model: str
-    fraction: InnerShare  # of sampled text
+    fraction: SomeShare  # of sampled text; 1 leaves no real text
     pool_tokens: Tokens  # sampled in all
     epochs: Epochs  # of the real text
     lr: Rate

@@ -38,8 +38,10 @@ class Settings(_soft_targets.Student):
     synthetic_only: bool = False  # students of one member's text without real text as well
 
     def check(self, scale: Scale) -> None:
-        """Refuse a student outside of the ladder, or soft targets without an ensemble."""
+        """Refuse students that cannot be trained."""
         scale.check_models("model", self.model)
+        if self.fraction == 1:
+            raise ValueError("fraction must be below 1, got 1.0; students without real text are synthetic_only = true.")
         ensembled = scale.tables.get("ensembling", {}).get("models", [])
         if self.soft_targets is not None and self.soft_targets.model not in ensembled:
             model = self.soft_targets.model

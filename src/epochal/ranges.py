@@ -158,7 +158,6 @@ Kept = Annotated[int, Range(1, 2**24)]  # tokens of a distribution
 Rate = Annotated[float, Range(1e-12, 100.0)]  # a learning rate
 Decay = Annotated[float, Range(0.0, 10_000.0)]  # 0 for no decay
 Share = Annotated[float, Range(0.0, 1.0)]
-InnerShare = Annotated[float, Range(1e-6, 0.999)]
 SomeShare = Annotated[float, Range(0.0, 1.0, above=True)]
 LessThanAll = Annotated[float, Range(0.0, 1.0, below=True)]
 Positive = Annotated[float, Range(1e-12, 1e9)]

@@ -343,15 +343,6 @@ def test_only_matrices_are_projected(shape):
         Fira([{"params": [torch.nn.Parameter(torch.zeros(shape))], "rank": 2}])
 
 
-def test_a_matrix_flattened_after_construction_is_refused():
-    optimizer = Fira(group(start((4, 6))))
-    flat = start((24,))
-    flat.grad = torch.ones(24)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match=r"\(24,\).*flatten"):
-        optimizer.step()
-
-
 def test_a_rank_above_the_smaller_side_equals_the_smaller_side():  # invariant 22
     gradients = spread_gradients((12, 20), 15)
     a, b = start((12, 20)), start((12, 20))

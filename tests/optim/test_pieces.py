@@ -117,10 +117,10 @@ def shard() -> Iterator[Callable[[Tensor], Parameter]]:
 def test_a_matrix_of_fully_shard_is_refused(name: str, shard: Callable[[Tensor], Parameter]) -> None:
     """Whether `fully_shard` came before the optimizer was built, or put DTensors into its groups afterwards."""
     sharded = shard(values(4, 6))
-    with refused(name):
-        MATRICES[name]([sharded])
-    optimizer = MATRICES[name]([Parameter(values(4, 6))])
     sharded.grad = shard(values(4, 6, seed=1)).data
+    with refused(name):
+        MATRICES[name]([sharded]).step()
+    optimizer = MATRICES[name]([Parameter(values(4, 6))])
     optimizer.param_groups[0]["params"] = [sharded]
     with refused(name):
         optimizer.step()

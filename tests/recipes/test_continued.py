@@ -75,7 +75,7 @@ def test_the_papers_setting_is_priced() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"batch_sizes": [4]}, "give two, the default and the small one"),
+        ({"batch_sizes": [4]}, "give at least 2"),
         ({"base": "llama"}, "give the path of a model folder, with a slash in it"),
         ({"model": "w7"}, "'w7' is not on the ladder"),
     ],

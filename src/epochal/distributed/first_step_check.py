@@ -19,6 +19,7 @@ from torch import Tensor
 
 from epochal.distributed.layout import Entry
 from epochal.distributed.processes import Processes
+from epochal.optim.base import MatrixOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +118,16 @@ class ShardedUpdateCheck:
         """
         processes, judge = self.processes, before.entry.owner or 0
         after, difference = processes.whole_weight(before.entry.parameter), (0.0, TOLERANCE)
-        if before.entry.owner is not None:
-            self.allowed = max(TOLERANCE, ROUNDINGS * processes.optimizer.rule.rounding(after.device))
+        rule, allowed = processes.optimizer.rule, TOLERANCE
+        if before.entry.owner is not None and isinstance(rule, MatrixOptimizer):
+            allowed = max(allowed, ROUNDINGS * rule.rounding(after.device))
+        self.allowed = max(self.allowed, allowed)  # for the message
         if judge == processes.rank:
             alone = self._step_alone(before)
             moved = max(float((alone - before.weight).abs().max()), float((after - before.weight).abs().max()), 1e-30)
             # The rounding of weights is 1e-7 of the largest, which can exceed a small movement early in a warm-up.
             rounding = torch.finfo(after.dtype).eps * float(before.weight.abs().max())
-            difference = (float((alone - after).abs().max()) / moved, self.allowed + rounding / moved)
+            difference = (float((alone - after).abs().max()) / moved, allowed + rounding / moved)
         gathered: tuple[float, float] = processes.gather(difference)[judge]
         return gathered
 

@@ -59,7 +59,10 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function of a tensor and others on a GPU with Triton: its element-wise operations become one kernel."""
+    """Compile a function on a GPU with Triton: its element-wise operations become one kernel.
+
+    Its first argument is a tensor, which decides.
+    """
     compiled: list[Callable[P, R]] = []
 
     @functools.wraps(function)
@@ -76,13 +79,13 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the elements of a DTensor that this rank holds, and any other tensor as it is."""
+    """Return what this rank holds of a DTensor; any other tensor as it is."""
     held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return held
 
 
 def _like(parameter: Tensor, state: State) -> State:
-    """Return the state of a rank's elements of a parameter as DTensors, if the parameter is one."""
+    """Return a state as DTensors if the parameter is one."""
     if not hasattr(parameter, "to_local"):
         return state
     wrapped: Any = type(parameter.data)  # tools that save sharded training look for it
@@ -96,7 +99,10 @@ def _is_flat(parameter: Tensor) -> bool:
 
 
 def joined(states: list[State], name: str) -> Tensor:
-    """Return the state `name` of B parameters as one tensor (B, ...), of which they become views."""
+    """Return a state of B parameters as one tensor (B, ...).
+
+    The parameters' own become views of it.
+    """
     tensors = [local(state[name]) for state in states]
     first, size = tensors[0], tensors[0].numel()
     storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
@@ -186,9 +192,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Check a group and note what is a matrix in it."""
         for p in group["params"]:
             whole = self.needs_whole(p, group)
-            # A DTensor still has the shape of the whole; FSDP1 and deepspeed.zero.Init make a vector of any parameter.
-            if (whole and hasattr(p, "to_local")) or (self.matrices and (_is_flat(p) or hasattr(p, "ds_shape"))):
-                raise ValueError(self._in_pieces(p, "is a piece that a wrapper such as FSDP made"))
+            # FSDP1 and deepspeed.zero.Init make a vector of any parameter. A DTensor still has the shape of the whole, and
+            # `Sharded` of epochal.distributed steps it; without that it is refused at the first step.
+            if self.matrices and (_is_flat(p) or hasattr(p, "ds_shape")):
+                raise ValueError(self._in_pieces(p, "is a piece made by FSDP or deepspeed.zero.Init"))
             self._whole[p] = whole
 
     def _in_pieces(self, parameter: Tensor, why: str) -> str:
@@ -208,9 +215,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def direction(self, parameter: Tensor, group: Group) -> tuple[Update, Group]:
-        """Return the function of a bucket like `parameter`, (gradients, state, **options) -> (U, new state), and its options.
+        """Return the function that steps a bucket like `parameter`, and its options.
 
-        Everything is (B, ...); the function must not write to its arguments, and is compiled on a GPU.
+        The function is (gradients, state, **options) -> (U, new state). Everything is (B, ...); it must not write to its
+        arguments, and is compiled on a GPU.
         """
         raise NotImplementedError
 
@@ -219,7 +227,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return update
 
     def step_scale(self, parameter: Tensor, group: Group) -> float:
-        """Return what the learning rate of a parameter that must be seen whole is multiplied with."""
+        """Return the factor on the learning rate of a parameter that must be seen whole."""
         return 1.0
 
     @staticmethod
@@ -290,6 +298,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} cannot use the sparse gradient of a parameter of shape {tuple(p.shape)}; "
                     "build the embedding with sparse=False."
                 )
+            if strict and self._whole.get(p) and local(p) is not p:
+                raise ValueError(self._in_pieces(p, "is sharded over processes"))
             if strict and p not in self._whole:
                 why = (
                     "was not there when it was built: DeepSpeed, FSDP and the like put pieces in the place of matrices"

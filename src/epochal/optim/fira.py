@@ -75,7 +75,10 @@ def fira_update(weight: Tensor, gradient: Tensor, state: State, group: Group, si
 
 
 def constants(weight: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor | None, Group]:
-    """Return a group's learning rate and decay factor as tensors (None without decay), and its other options."""
+    """Return a group's learning rate and decay factor as tensors, and its other options.
+
+    The decay factor is None without weight decay.
+    """
     # A compiled function would be compiled again for every learning rate in a group.
     lr = scalar(group["lr"], state["step"].double())
     decay = MatrixOptimizer.decay_factor(weight, group) if group["weight_decay"] else None
@@ -84,7 +87,10 @@ def constants(weight: Tensor, state: State, group: Group) -> tuple[Tensor, Tenso
 
 @contextlib.contextmanager
 def _tensor_cores(device: torch.device) -> Iterator[None]:
-    """Multiply float32 in tf32 on a GPU, whose error of 3e-4 is a sixtieth of the rounding of a bfloat16 gradient."""
+    """Multiply float32 in tf32 on a GPU.
+
+    Its error of 3e-4 is a sixtieth of the rounding of a bfloat16 gradient.
+    """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before or device.type == "cuda"
     try:
@@ -186,7 +192,7 @@ def adam_direction_(gradient: Tensor, state: State, weights: Sequence[Tensor], e
 def adam_update(
     gradient: Tensor, state: State, *, betas: tuple[float, float], eps: float, correct_bias: bool, decay: Tensor | None
 ) -> tuple[Tensor, State]:
-    """Return Adam's (U, new state) of a bucket that is not projected, in Hugging Face's form."""
+    """Return Hugging Face's Adam, (U, new state), of a bucket that is not projected."""
     new = {name: value.clone() for name, value in state.items()}
     step = new["step"].add_(1)
     direction, _ = adam_direction_(gradient, new, [scalar(1 - beta, gradient) for beta in betas], eps)

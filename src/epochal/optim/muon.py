@@ -123,4 +123,5 @@ class Muon(MatrixOptimizer):
 
     def step_scale(self, parameter: Tensor, group: Group) -> float:
         """Return `muon_scale`."""
-        return muon_scale(*parameter.shape, group["adjust_lr_fn"])
+        rows, columns = parameter.shape
+        return muon_scale(rows, columns, group["adjust_lr_fn"])

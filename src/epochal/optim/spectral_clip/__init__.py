@@ -110,7 +110,7 @@ def _wide(x: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prepare(x: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return wide matrices (B, m, n) scaled to order 1, their thresholds (B,) and units (B,)."""
+    """Return wide matrices (B, m, n) of order 1, their thresholds (B,) and units (B,)."""
     wide, threshold = _wide(x, c)
     # Non-finite matrices are zero in a decomposition, and get a NaN unit, which makes their result NaN.
     largest = largest_magnitude(wide, (-2, -1)).double()

@@ -20,6 +20,7 @@ with a raised threshold: small singular values shrink, none grows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def clip(x: Tensor, c: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return float32_product(z, a[..., : x.shape[2]]) * per_item(factor, x)
 
 
-def _inverse_root(gram: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
+def _inverse_root(gram: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
     """Return Z, close to gram^(-1/2), by coupled steps; 4 K - 3 products of square matrices for K steps."""
     (alpha, beta, gamma), *others = steps
     z = torch.baddbmm(gram, gram, gram, beta=beta, alpha=gamma)
@@ -87,7 +88,10 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 @fused
 def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return X scale in `dtype`, and scale (B,) float64, at which no product of X overflows float16."""
+    """Return X scale in `dtype`, and the scale (B,) in float64.
+
+    At this scale no product of X overflows float16.
+    """
     # No row of X scale is longer than 1, so the entries of its Gram matrix are at most 1, and those of the square m.
     size = largest_magnitude(x, (-2, -1)).double() * math.sqrt(x.shape[2])
     scale = 1 / torch.where(size == 0, 1.0, size)
