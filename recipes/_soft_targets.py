@@ -4,7 +4,7 @@ The teacher's cost is not counted: it is paid once and depends on the way (model
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from epochal.names import named_samples, named_targets
@@ -77,13 +77,18 @@ class Student(Ranged):
 
 
 def text_student(
-    study: Study, text: Student, model: str, source: str, seed: int, draw: str = "members"
+    study: Study, text: Student, model: str, source: str, seed: int, draw: str = "members", *, alone: bool = False
 ) -> tuple[Job, Run]:
-    """Return the Samples of a source and a student that learns from them."""
+    """Return the Samples of a source and a student that learns from them.
+
+    With `alone` it reads no real text, for as many steps.
+    """
     # Samples have no seed of the student: students of all seeds read the same text.
     samples = named_samples(source, text.pool_tokens, text.max_length, draw=draw)
-    distill = SequenceDistillation(samples=samples.name, fraction=text.fraction)
-    return samples, study.scale.run(model, study.scale.unique_tokens[0], text.point, seed=seed, distill=distill)
+    distill = SequenceDistillation(samples=samples.name, fraction=1.0 if alone else text.fraction)
+    # Without real text, epochs count passes over as many sampled tokens as there are real ones.
+    point = replace(text.point, epochs=round(text.epochs / (1 - text.fraction))) if alone else text.point
+    return samples, study.scale.run(model, study.scale.unique_tokens[0], point, seed=seed, distill=distill)
 
 
 def teachers(study: Study, soft: Settings) -> dict[str, Ensemble]:

@@ -120,10 +120,7 @@ def student(study: Study, teacher: str, wd: float, seed: int = 0) -> tuple[Job, 
     # Any average will do: Samples draw from the members one by one.
     source = ensembles[0].name if teacher == "ensemble" else ensembles[0].runs[0]
     text: _soft_targets.Student = replace(settings, wd=wd)
-    if teacher == SYNTHETIC:
-        # As many steps as with real text: epochs then count passes over as many sampled tokens as there are real ones.
-        text = replace(text, fraction=1.0, epochs=round(settings.epochs / (1 - settings.fraction)))
-    return _soft_targets.text_student(study, text, settings.model, source, seed)
+    return _soft_targets.text_student(study, text, settings.model, source, seed, alone=teacher == SYNTHETIC)
 
 
 def students(study: Study, teacher: str) -> dict[int, Run]:
