@@ -51,7 +51,7 @@ def _arm(settings: Settings, **changes: Any) -> Arm:
 
 
 def plan(study: Study) -> list[Job]:
-    """Return the runs of the proxy, the members at the best setting, the ensemble and its student."""
+    """Return the runs of the proxy, members, their ensemble and its student."""
     settings = study.settings(Settings)
     if settings is None:
         return []

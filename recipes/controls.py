@@ -21,14 +21,14 @@ from epochal.study import Study
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Ranged):
-    """One pass over the text at the usual decay, by a model that takes as much compute as the final ones."""
+    """One pass over the text at the usual decay and equal compute."""
 
     model: str
     lr: Rate
     tokens: Tokens  # of the pass; the whole text where D is a part of it
 
     def check(self, scale: Scale) -> None:
-        """Refuse a model that is not on the ladder and tokens that the batch does not divide."""
+        """Refuse a model outside of the ladder and tokens that do not fit."""
         scale.check_models("model", self.model)
         scale.check_budget(self.tokens)
 
@@ -56,7 +56,7 @@ def roles(study: Study) -> dict[str, Record]:
 
 
 def report(study: Study) -> Section | None:
-    """Compare the results with one pass over the text, the frequencies of tokens, and no knowledge at all."""
+    """Compare the results with one pass over the text and with frequencies."""
     named = named_roles(study.records, study.scale)
     text = next((record.results["text"] for record in named.values() if "text" in record.results), None)
     if study.settings(Settings) is None or text is None:

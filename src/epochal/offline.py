@@ -1,4 +1,4 @@
-"""Without a connection to the Hugging Face hub fail immediately, not after a minute of retries."""
+"""Fail immediately without a connection to the hub, not after a minute of retries."""
 
 import os
 import socket

@@ -1,4 +1,7 @@
-"""What would settle whether one setting, or one arm in the limit of size, is better than another, and at what cost."""
+"""What would settle which of two settings or arms is better, and its cost.
+
+Arms are compared in the limit of size.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,7 +42,7 @@ class Decision:
 
 
 def decide(first: str, second: str, records: Records, scale: Scale, vocab_size: int | None = None) -> list[Decision]:
-    """Compare two runs (by name, with all their seeds) or two arms (by label, in the limit of size at every budget).
+    """Compare two runs, or two arms in the limit of size at every budget.
 
     Raises ValueError for a name that is neither, for a run and an arm, and for too few results to simulate from.
     """

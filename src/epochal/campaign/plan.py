@@ -235,7 +235,7 @@ def _weights(model: str, vocab_size: int | None, folder: Path) -> int:
 
 
 def measured_speeds(records: Records, vocab_size: int | None = None) -> dict[str, float]:
-    """Return the training FLOP/s of one device by model, as the records of a campaign measured them.
+    """Return measured training FLOP/s of one device by model.
 
     Medians over the runs on the device of the newest record.
     """
@@ -403,7 +403,7 @@ def store_vocab_size(workspace: Workspace, scale: Scale) -> int | None:
 
 
 def store_meta(workspace: Workspace, scale: Scale) -> dict[str, Any] | None:
-    """Return the meta.json of the prepared token store of a scale, or None without a store.
+    """Return the meta.json of a scale's token store, or None without a store.
 
     Raises ValueError if it is damaged, edited or of another version.
     """

@@ -1,4 +1,4 @@
-"""Recipes compared at the places they share, and by one law in size and data each."""
+"""Recipes compared at shared places, and by laws in size and data."""
 
 import math
 import statistics
@@ -97,7 +97,7 @@ class JointFit:
 
 
 def joint_section(points: Sequence[LossPoint], references: Mapping[str, str], form: str) -> Section | None:
-    """Fit a law in N and D to every recipe with enough places, and compare their limits; None without one."""
+    """Compare the limits of laws in N and D fitted to each recipe; None without one."""
     groups: dict[tuple[str, float | None], list[LossPoint]] = {}
     for point in points:
         if point.N is not None and point.D is not None and math.isfinite(point.N) and math.isfinite(point.D):

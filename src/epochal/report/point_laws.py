@@ -119,7 +119,9 @@ def _count(value: float) -> str:
 def point_sections(
     points: Sequence[LossPoint], *, reference: str | None = None, form: str = "chinchilla"
 ) -> list[Section]:
-    """Return sections with pairs at shared places, laws along N, K and D and in N and D together, and data efficiency.
+    """Return sections of comparisons, laws and data efficiency.
+
+    Pairs are compared at shared places; laws are in N, in K, in D, and in N and D together.
 
     Each recipe is compared with `reference`. The reference is the first recipe by default. `form` is the law in N and D,
     one of `FORM_NAMES`. Raises ValueError for a reference that has no points and for an unknown form.

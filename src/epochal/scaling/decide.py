@@ -1,4 +1,4 @@
-"""How likely more seeds or sizes are to settle a comparison, by simulation from what is known now.
+"""How likely more seeds or sizes settle a comparison, by simulation.
 
 A comparison is settled when its 90% interval no longer contains zero. Every draw takes a truth from the posterior, adds
 measurements from it to those that exist, and judges all of them as a report would.

@@ -96,7 +96,9 @@ JOINT = power_sum("N", "K")
 
 
 def bryant_liu(uninformed: float, at: Mapping[str, float]) -> Form:
-    """Give the form of Bryant and Liu, `E + (L0 - E) h / (1 + h)`, `h = a/N**alpha + b/T**beta + c N**gamma/D**delta`.
+    """Return the form of Bryant and Liu.
+
+    `E + (L0 - E) h / (1 + h)` with `h = a/N**alpha + b/T**beta + c N**gamma/D**delta`.
 
     Source: arXiv 2605.09189. N parameters, T tokens seen, D distinct tokens; L0 is the loss `uninformed` of a model that
     has seen nothing, such as the log of the vocabulary. The terms of h are those at the sizes `at`, so that a, b and c do
@@ -124,7 +126,9 @@ def bryant_liu(uninformed: float, at: Mapping[str, float]) -> Form:
 
 
 def soft_minimum(at: Mapping[str, float]) -> Form:
-    """Give the form `E + C (N**-x + r D**-y)**z`, between Chinchilla's (z = 1) and Kaplan's (y = 1, E = 0).
+    """Return the soft minimum of the laws of Chinchilla and Kaplan.
+
+    `E + C (N**-x + r D**-y)**z`; Chinchilla's is z = 1, Kaplan's y = 1 and E = 0.
 
     Kaplan et al. 2020, equation 1.5. N and D are in units of the sizes `at`, so that C and r do not depend on units.
     """

@@ -1,4 +1,6 @@
-"""The limit of adding members, `E + A / K + B / K**2`, from losses of subsets.
+"""The limit of adding members, from the losses of subsets.
+
+The law is `E + A / K + B / K**2`.
 
 Losses of 1, 2, ..., K members are not independent points: all come from one set of K models. The interval here is a
 jackknife over members, and contains the spread over three forms of the law.
@@ -23,7 +25,7 @@ Law = Callable[[npt.ArrayLike], Array]  # members to losses
 
 @dataclass(frozen=True, eq=False)
 class MembersLaw:
-    """The law in K of one set of members, `E + A / K + B / K**2`."""
+    """The law `E + A / K + B / K**2` of some members."""
 
     E: float  # the limit in nats per token
     A: float
@@ -75,7 +77,7 @@ class MembersLaw:
 
 
 def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
-    """Fit `E + A / k + B / k**2` to the mean loss at each k; `E + A / k` with two k.
+    """Fit the law in K to the mean loss at each k; `E + A / k` with two k.
 
     `losses` maps k to the losses of subsets of k members, in nats per token.
     `without[k][i]` is the mean loss of k members drawn without member i, as records of ensembles store it. If None, it is
@@ -105,7 +107,9 @@ def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
 
 
 def predict_members(losses: Curve, *, upto: int | None = None) -> HeldOut:
-    """Predict the mean loss of the largest K from the smaller ones, or from those up to `upto`.
+    """Predict the mean loss of the largest K from smaller ones.
+
+    With `upto` only from those up to it.
 
     Raises ValueError with fewer than two smaller K.
     """

@@ -1,4 +1,4 @@
-"""Posterior of `E + A / x**alpha` on a grid, with a scatter between sizes that their seeds cannot show.
+"""The posterior of a power law on a grid, with scatter between sizes.
 
 The model of seed j at size i: `loss = E + A / x_i**alpha + tau * a_i + sigma * b_ij`, a and b standard normal. Priors: flat
 in the loss at the largest size and in the drop from the smallest size to the largest; lognormal in alpha; 1 / sigma; and
@@ -34,7 +34,7 @@ class Posterior:
         return np.asarray(self.E + np.exp(np.log(self.A) - self.alpha * np.log(x)[..., None]))
 
     def measured_at(self, x: Array, seeds: int) -> Array:
-        """Give the mean of so many new seeds of a new size x in every draw, (..., draws)."""
+        """Return the mean of new seeds at a new size x, (..., draws)."""
         values = self.at(x)
         spread = np.sqrt(self.tau**2 + self.sigma**2 / seeds)
         return np.asarray(values + spread * np.random.default_rng(1).standard_normal(values.shape))

@@ -85,7 +85,10 @@ def batch_tokens(trained: int) -> int:
 
 
 def decay(lr: float, steps_per_epoch: int) -> float:
-    """Return the weight decay whose averaging window 1 / (lr wd steps) is `TAU` epochs, within [0.1, 6.4]."""
+    """Return the weight decay whose averaging window is `TAU` epochs.
+
+    The window is 1 / (lr wd steps); the decay is within [0.1, 6.4].
+    """
     return _rounded(min(6.4, max(0.1, 1 / (TAU * lr * steps_per_epoch))))
 
 
@@ -171,7 +174,10 @@ def choose(
 
 
 def cautions(text: Text, vocab_size: int, tokens: int) -> list[str]:
-    """Return what a user should know of a text before a campaign over D = `tokens` starts, one sentence each."""
+    """Return what a user should know of a text, one sentence each.
+
+    `tokens` is D.
+    """
     found = []
     if vocab_size > text.tokens / 10:
         found.append(
@@ -187,7 +193,7 @@ def cautions(text: Text, vocab_size: int, tokens: int) -> list[str]:
 
 
 def _work(final: Shape, members: int) -> float:
-    """Worker-seconds of the members and, if there are several, of a student that reads the logits of all of them."""
+    """Worker-seconds of the members and of a student of several."""
     # The student has twice the epochs; each of its steps takes a forward pass of every member too, a third of a step.
     student = STUDENT_EPOCHS * (3 + members) / 3 if members > 1 else 0.0
     return final.seconds * (members + student)
@@ -206,7 +212,7 @@ def _final(
 
 
 def _control(final: Shape, sizes: Mapping[str, int], speeds: Mapping[str, float]) -> Shape:
-    """Return one pass over the text by the largest model that takes at most the time of the final run."""
+    """Return one pass by the largest model that is as fast as the final run."""
     seconds = {model: final.tokens / speeds[model] for model in sizes}
     fitting = [m for m in sizes if seconds[m] <= final.seconds] or [min(sizes, key=lambda m: seconds[m])]
     model = max(fitting, key=lambda m: sizes[m])
