@@ -72,7 +72,7 @@ def vocabulary(size: int) -> int:
     The number of different words grows with about the root of a text's length (Heaps' law).
     """
     ideal = math.sqrt(max(size, 1)) / 2
-    return 2 ** min(15, max(9, round(math.log2(ideal))))
+    return 1 << min(15, max(9, round(math.log2(ideal))))
 
 
 def batch_tokens(trained: int) -> int:
@@ -81,7 +81,7 @@ def batch_tokens(trained: int) -> int:
     The largest batch that costs nothing grows with about the root of the tokens (Zhang et al. 2024). The committed
     campaigns used 512 tokens for runs over 0.8M.
     """
-    return int(2 ** min(19, max(8, round(math.log2(512 * math.sqrt(trained / 8e5))))))
+    return int(1 << min(19, max(8, round(math.log2(512 * math.sqrt(trained / 8e5))))))
 
 
 def decay(lr: float, steps_per_epoch: int) -> float:
@@ -98,7 +98,7 @@ def expected_loss(parameters: int, tokens: int, epochs: float) -> float:
     N does not saturate here: with tuned decay larger models stay better (spec section 5).
     """
     fresh = tokens * (1 + REPEAT_VALUE * (1 - math.exp(-(epochs - 1) / REPEAT_VALUE)))
-    return A / parameters**ALPHA + B / fresh**BETA
+    return float(A / parameters**ALPHA + B / fresh**BETA)
 
 
 def shapes(

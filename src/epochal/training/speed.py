@@ -39,7 +39,7 @@ def _speed(name: str, vocab_size: int, sequence_length: int, sequences: int, dev
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden, targets = next_token(model, tokens)
             loss = cross_entropy(hidden, model.lm_head.weight, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         float(loss.detach())  # waits for the device
