@@ -37,7 +37,7 @@ def slowest():  # processor seconds from one plan to the next, including the tri
     return max((b - a for a, b in zip(planned, planned[1:])), default=0.0)
 
 worker.campaign_jobs = plan
-worker.execute = lambda job, config: Record(job, fingerprint(job), "done", {"loss": 1.0})
+worker.execute = lambda job, config: Record(job, fingerprint(job), "done", {"loss": 1.0, "parameters": 1})
 places = {"results": f"{folder}/results", "work": f"{folder}/work"}
 config = worker.WorkerConfig(session="s", scale=scale_path, recipes=("none",), threads=1, **places)
 children = []

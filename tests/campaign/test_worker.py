@@ -24,7 +24,10 @@ def one_run(campaign: Campaign) -> Run:
 
 
 def record_of(job: Job, status: str = "done") -> Record:
-    return Record(job, fingerprint(job), status, {"loss": 1.0, "parameters": 1} if status == "done" else {})
+    results: dict[str, Any] = {"loss": 1.0, "parameters": 1} if status == "done" else {"loss": None}
+    if isinstance(job, Ensemble):
+        results |= {"members": len(job.runs), "curve": {str(len(job.runs)): [1.0]}}
+    return Record(job, fingerprint(job), status, results)
 
 
 def leave_model(campaign: Campaign, job: Job) -> None:

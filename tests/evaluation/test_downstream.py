@@ -50,7 +50,8 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
             model.lm_head.weight.mul_(3.0)
         save_model(model, store.tokenizer_folder, space.folder(name) / "model")
     both = Ensemble(name="both", runs=("a", "b"), average="probs")
-    write_record(space, Record(both, fingerprint(both), "done", {"loss": 3.0, "parameters": 2000}))
+    results = {"loss": 3.0, "parameters": 2000, "members": 2, "curve": {"2": [3.0]}}
+    write_record(space, Record(both, fingerprint(both), "done", results))
     return space, load_records(space), store
 
 

@@ -57,7 +57,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Recor
         Ensemble(name="incomplete", runs=("a", "c"), average="logits"),
     ]
     for job in jobs:
-        write_record(space, Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 2000}))
+        results = {"loss": 3.0, "parameters": 2000, "members": 2, "curve": {"2": [3.0]}}
+        write_record(space, Record(job, fingerprint(job), "done", results))
     text = Samples(name="text", source="a", tokens=10, max_length=10)
     write_record(space, Record(text, fingerprint(text), "done", {}))
     return space, load_records(space), store

@@ -283,7 +283,9 @@ def test_an_unsuitable_teacher_raises(taught: Any, changes: dict[str, Any], mess
     if load_records(space).named("t-wrong") is None:
         computed(space, a_job(name="t-wrong"))
         soup = Ensemble(name="soup", runs=("m0",), average="parameters")
-        write_record(space, Record(soup, "", "done", {"loss": 1.0}))
+        write_record(
+            space, Record(soup, "", "done", {"loss": 1.0, "parameters": 1, "members": 1, "curve": {"1": [1.0]}})
+        )
     run = replace(
         student, name="wrong", **{"teach": SoftTargetDistillation(source="t-wrong", mode="cached"), **changes}
     )
