@@ -291,6 +291,7 @@ def test_an_interval_has_the_decimals_of_its_value():
     assert shown("5.17 times", (4.8, 6.24)) == "4.80 to 6.24"
     assert shown("0.1790 nats", (0.16, 0.2)) == "0.1600 to 0.2000"
     assert shown("6 times", (4.8, math.inf)) == "4.8000 to ∞"
+    assert shown("4.0 nats", (-math.inf, 4.8)) == "unbounded below, to 4.80"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

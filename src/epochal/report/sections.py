@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from epochal.report.claims import Claim, verdict_line
-from epochal.scaling import interval_text
 
 DASH = "–"
 Cell = str | float | int | None
@@ -98,7 +97,8 @@ def format_interval(claim: Claim) -> str:
         return DASH
     shown = re.search(r"\d\.(\d+)", claim.value)
     decimals = max(2, len(shown[1])) if shown else 4
-    return interval_text(claim.interval, decimals)
+    low, high = (format_number(float(end), decimals=decimals) for end in claim.interval)
+    return f"unbounded below, to {high}" if claim.interval[0] == -math.inf else f"{low} to {high}"
 
 
 def claim_cells(claim: Claim) -> tuple[str, ...]:
