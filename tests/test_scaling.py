@@ -635,7 +635,7 @@ def test_gain_over_an_unpaired_baseline_is_welchs():
 
 def test_probability_that_more_seeds_or_sizes_settle_a_comparison():
     clear, close = {0: 4.0, 1: 4.02, 2: 3.99}, {0: 4.1, 1: 4.13, 2: 4.08}
-    assert seeds_to_settle(clear, close, 4) > 0.9
+    assert seeds_to_settle(clear, close, 4) > 0.9, "0.1 nats apart with seeds of 0.02 nats"
     same = {0: 4.01, 1: 3.99, 2: 4.0}
     few, many = (seeds_to_settle(clear, same, more) for more in (1, 32))
     assert few < 0.5 and few < many + 0.1
@@ -643,7 +643,7 @@ def test_probability_that_more_seeds_or_sizes_settle_a_comparison():
         seeds_to_settle({0: 4.0}, close, 4)
     x = np.repeat(EIGHT[:5], 2)
     a, b = (fit_power_law(x, noisy(x, E=E, seed=seed)) for E, seed in ((3.0, 1), (3.02, 2)))
-    assert 0 <= laws_to_settle(a, b, more_seeds=1) <= laws_to_settle(a, b, sizes=[20.0, 80.0, 320.0]) <= 1
+    assert 0 <= laws_to_settle(a, b, more_seeds=1) <= laws_to_settle(a, b, sizes=[320.0]) <= 1
     with pytest.raises(ValueError, match="no interval to start from"):
         laws_to_settle(a, fit_power_law(EIGHT[:3], losses_at(EIGHT[:3])))
 

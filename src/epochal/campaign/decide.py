@@ -3,6 +3,7 @@
 Arms are compared in the limit of size.
 """
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -87,22 +88,22 @@ def _setting(records: Records, name: str) -> list[Record]:
     raise ValueError(f"{name!r} is not a training run; --decide compares runs.")
 
 
+def _losses(records: Records, name: str) -> dict[tuple[int, int], float]:
+    """Return the losses of all seeds of a run's setting, by the seeds of weights and order."""
+    runs = [(record.job, record.loss) for record in _setting(records, name) if record.status == "done"]
+    return {(run.init_seed, run.order_seed): loss for run, loss in runs if isinstance(run, Run)}
+
+
 def _decide_seeds(first: str, second: str, records: Records, scale: Scale, vocab_size: int | None) -> Decision:
-    sides = []
-    for name in (first, second):
-        runs = [record for record in _setting(records, name) if record.status == "done"]
-        sides.append({record.job.seed: record.loss for record in runs if isinstance(record.job, Run)})
-    interval = compare_seeds(*sides)
-    gain = sum(sides[1].values()) / len(sides[1]) - sum(sides[0].values()) / len(sides[0])
-    counts = " and ".join(str(len(side)) for side in sides)
-    now = (
-        f"{first} is {gain:+.4f} nats better than {second} over {counts} seeds, 90% interval {interval_text(interval)}"
-    )
+    a, b = _losses(records, first), _losses(records, second)
+    interval = compare_seeds(a, b)
+    gain = statistics.fmean(b.values()) - statistics.fmean(a.values())
+    now = f"{first} is {gain:+.4f} nats better than {second} over {len(a)} and {len(b)} seeds, 90% interval {interval_text(interval)}"
     if settled(interval):
         return Decision(f"{now}: settled.", ())
     jobs = [record.job for name in (first, second) if (record := records.named(name)) is not None]
     each = cost_of(jobs, scale, vocab_size)
-    options = [Option(f"{n} more seeds of both", seeds_to_settle(*sides, n), _times(each, n)) for n in MORE_SEEDS]
+    options = [Option(f"{n} more seeds of both", seeds_to_settle(a, b, n), _times(each, n)) for n in MORE_SEEDS]
     return Decision(f"{now}: open.", tuple(options))
 
 

@@ -4,8 +4,10 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from epochal.report.claims import Claim
 from epochal.report.points import LossPoint
@@ -148,22 +150,23 @@ def _joint_fit(recipe: str, K: float | None, points: Sequence[LossPoint], form_n
     if len(places) < len(form.coefficients) + len(form.shapes) + SPARE:
         return None
     y = np.array([point.loss for point in points])
+
+    def fit(objective: str, kept: npt.NDArray[np.bool_], draws: int = 0) -> SurfaceLaw:
+        sizes: dict[str, Any] = {name: values[kept] for name, values in data.items()}
+        return fit_surface(form, y[kept], objective=objective, draws=draws, **sizes)
+
     # Tokens seen are one pass where they are not given.
     columns = {"N": [p.N for p in points], "D": [p.D for p in points], "T": [p.T or p.D for p in points]}
     data = {name: np.array(columns[name], dtype=float) for name in form.sizes}
     kept = np.ones(len(y), dtype=bool)
     for _ in range(5):
-        law = fit_surface(form, y[kept], objective="huber", **{name: values[kept] for name, values in data.items()})
+        law = fit("huber", kept)
         errors = np.abs(np.log(y / law.predict(**data)))
         inside = errors <= OUTLIER * 1.4826 * max(float(np.median(errors[kept])), 1e-9)
         if np.array_equal(inside, kept):
             break
         kept = inside
-    data = {name: values[kept] for name, values in data.items()}
-    laws = {
-        objective: fit_surface(form, y[kept], objective=objective, draws=DRAWS, **data)
-        for objective in ("huber", "squares")
-    }
+    laws = {objective: fit(objective, kept, DRAWS) for objective in ("huber", "squares")}
     outliers = tuple(point for point, fine in zip(points, kept.tolist(), strict=True) if not fine)
     return JointFit(recipe, K, laws, int(np.sum(kept)), outliers)
 

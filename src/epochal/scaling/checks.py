@@ -102,7 +102,9 @@ def check_law(law: PowerLaw) -> LawChecks:
     left_out = tuple(leave_one_out(law))
     # One point for each size: seeds of a size do not show what the form misses there.
     means = np.bincount(group, law.weights * law.y) / np.bincount(group, law.weights)
-    errors = {LAW if law.fixed_alpha is None else f"E + A/x^{law.fixed_alpha:g}": ([h.error for h in left_out], law.E)}
+    errors: dict[str, tuple[list[float], float | None]] = {
+        LAW if law.fixed_alpha is None else f"E + A/x^{law.fixed_alpha:g}": ([h.error for h in left_out], law.E)
+    }
     for name, (predict, limit) in _other_forms(sizes, means).items():
         rest = [np.arange(len(sizes)) != i for i in range(len(sizes))]
         errors[name] = ([predict(k, i) - means[i] for i, k in enumerate(rest)], limit)

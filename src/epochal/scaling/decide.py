@@ -6,6 +6,7 @@ measurements from it to those that exist, and judges all of them as a report wou
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def settled(interval: Interval | None) -> bool:
     return interval is not None and not interval[0] <= 0 <= interval[1]
 
 
-def compare_seeds(losses: Mapping[int, float], baseline: Mapping[int, float]) -> Interval | None:
+def compare_seeds(losses: Mapping[Any, float], baseline: Mapping[Any, float]) -> Interval | None:
     """Give the 90% interval of the gain over a baseline: paired over shared seeds, Welch's without enough of them."""
     shared = sorted(set(losses) & set(baseline))
     if len(shared) > 2:
@@ -30,7 +31,7 @@ def compare_seeds(losses: Mapping[int, float], baseline: Mapping[int, float]) ->
     return gain_interval(list(losses.values()), list(baseline.values()))
 
 
-def seeds_to_settle(losses: Mapping[int, float], baseline: Mapping[int, float], more: int) -> float:
+def seeds_to_settle(losses: Mapping[Any, float], baseline: Mapping[Any, float], more: int) -> float:
     """Give the probability that `more` seeds of both settle which mean is lower.
 
     Losses in nats by seed. Raises ValueError unless both have at least two seeds, shared or not.

@@ -235,7 +235,7 @@ def _bootstrap(law: SurfaceLaw, data: Data, y: Array, objective: str, draws: int
     start = np.log([law.constants[name] for name in names])
     low, high = _bounds(law.form)
     start = np.clip(start, low + 1e-9, high - 1e-9)
-    rows = []
+    rows: list[list[float]] = []
     while len(rows) < draws:
         picked = np.concatenate([members[i] for i in rng.integers(len(members), size=count)])
         part = {name: values[picked] for name, values in data.items()}

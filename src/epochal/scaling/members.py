@@ -73,7 +73,7 @@ class MembersLaw:
         E, A = self.replicates.T
         jackknife = _jackknife_error(E + A / np.asarray(k, np.float64)[..., None])
         values = np.stack([law(k) for law in self.laws.values()])
-        return np.hypot(jackknife, np.ptp(values, axis=0) / 2 / float(stdtrit(self.dof, TAILS[1])))
+        return np.asarray(np.hypot(jackknife, np.ptp(values, axis=0) / 2 / float(stdtrit(self.dof, TAILS[1]))))
 
 
 def fit_members(losses: Curve, without: Curve | None = None) -> MembersLaw:
