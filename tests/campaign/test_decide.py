@@ -40,7 +40,7 @@ def test_a_single_seed_and_an_unknown_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run a second seed of both first"):
         decision(tmp_path, (4.2,), (4.3, 4.4))
     scale, space = load_scale("demo"), Workspace("demo", tmp_path / "results", tmp_path / "work")
-    with pytest.raises(ValueError, match="'tunde' is neither .did you mean 'tuned'"):
+    with pytest.raises(ValueError, match=r"'tunde' is neither .did you mean 'tuned'"):
         decide("tunde", "standard", Records(space), scale)
     with pytest.raises(ValueError, match="too few sizes for laws with intervals"):
         decide("tuned", "standard", Records(space), scale)

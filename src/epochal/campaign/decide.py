@@ -89,7 +89,7 @@ def _setting(records: Records, name: str) -> list[Record]:
 
 
 def _losses(records: Records, name: str) -> dict[tuple[int, int], float]:
-    """Return the losses of all seeds of a run's setting, by the seeds of weights and order."""
+    """Return the losses of a setting by the seeds of weights and order."""
     runs = [(record.job, record.loss) for record in _setting(records, name) if record.status == "done"]
     return {(run.init_seed, run.order_seed): loss for run, loss in runs if isinstance(run, Run)}
 
