@@ -98,7 +98,8 @@ def _decide_seeds(first: str, second: str, records: Records, scale: Scale, vocab
     a, b = _losses(records, first), _losses(records, second)
     interval = compare_seeds(a, b)
     gain = statistics.fmean(b.values()) - statistics.fmean(a.values())
-    now = f"{first} is {gain:+.4f} nats better than {second} over {len(a)} and {len(b)} seeds, 90% interval {interval_text(interval)}"
+    counts = f"{len(a)} and {len(b)} seeds"
+    now = f"{first} is {gain:+.4f} nats better than {second} over {counts}, 90% interval {interval_text(interval)}"
     if settled(interval):
         return Decision(f"{now}: settled.", ())
     jobs = [record.job for name in (first, second) if (record := records.named(name)) is not None]
