@@ -2,6 +2,7 @@
 
 The learning rate and the weight decay are tuned on a small model; one model is trained with them. Where text is the
 limit, more members follow, their ensemble, and a student that learns from the mean of their logits.
+Claim: the ensemble beats its best member, and so does the student.
 Command: epochal run best_model --scale NAME
 Results: recipes/results/<scale>/report.md
 """

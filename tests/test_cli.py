@@ -124,7 +124,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
         ("[split]", "[spilt]", "did you mean 'split'"),
         ("train = 300", "train = 3", "train must be an integer from 256 to 4,194,304, got 3"),
         ("train = 300", "trian = 300", "did you mean 'train'"),
-        ("validation = 0.1", "validation = 2.0", "leave no training text"),
+        ("validation = 0.1", "validation = 2.0", "validation must be a number from 0 to 1, got 2.0"),
         ("licence =", "license =", "did you mean 'licence'"),
         ("train = 300", "train = 300 300", "not valid TOML"),
     ]:
@@ -282,10 +282,11 @@ def test_malformed_records_are_reported_and_left_out(campaign: Campaign, capsys:
 # --- token stores -------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_store_is_refused(refused: Refused, campaign: Campaign) -> None:
+def test_a_missing_store_is_refused_where_it_is_read(refused: Refused, campaign: Campaign) -> None:
+    name, _ = finished_run(campaign)
     store = campaign.workspace.data / "tiny"
     store.rename(store.with_name("elsewhere"))
-    assert "epochal data" in refused("run", "epoching", *campaign.options)
+    assert "epochal data" in refused("eval", name, *campaign.options)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.lengths.npy", "meta.json", "tokenizer/tokenizer.json"])
@@ -313,6 +314,8 @@ def finished_run(campaign: Campaign) -> tuple[str, Path]:
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(bytes(100))
     write_checksums(campaign.workspace, record.job)
+    meaning = {"fingerprint": record.fingerprint, "inputs": {}}
+    (model.parent / "meaning.json").write_text(json.dumps(meaning))
     write_record(campaign.workspace, record)
     return record.job.name, model
 
@@ -341,7 +344,8 @@ def test_eval_generate_and_export_refuse_a_damaged_model(
     damage(model)
     if through == "ensemble":
         job = Ensemble(name="both", runs=(name,), average="logits")
-        write_record(campaign.workspace, Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 5}))
+        results = {"loss": 3.0, "parameters": 5, "curve": {"1": [3.0]}, "members": 1}
+        write_record(campaign.workspace, Record(job, fingerprint(job), "done", results))
         name = "both"
     for command in (["eval", name], ["generate", name], ["eval", name, "--tasks", "cloze"], ["export", name, "out"]):
         sentence = refused(*command, *campaign.options)

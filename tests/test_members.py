@@ -222,23 +222,19 @@ def test_a_run_evaluates_and_saves_the_average(world: World) -> None:
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_mask_depends_on_the_sequence_and_the_purpose() -> None:
+def test_a_mask_depends_on_the_sequence_and_the_seed() -> None:
     noise = Noise(seed=3, dropout=0.0, input_mask_prob=0.5)
     ones = torch.ones(8, 40, 5)
-    noise.begin(range(8))
-    whole = noise.hide(ones)
-    noise.begin(range(6, 8))
-    assert torch.equal(noise.hide(ones[6:]), whole[6:])
+    whole = noise.hide(ones, range(8))
+    assert torch.equal(noise.hide(ones[6:], range(6, 8)), whole[6:])
     assert len({tuple(row.flatten().tolist()) for row in whole}) == 8
-    for other in (Noise(seed=4, dropout=0.0, input_mask_prob=0.5), noise):
-        other.begin(range(8), "masked")
-        assert not torch.equal(other.hide(ones), whole)
+    other = Noise(seed=4, dropout=0.0, input_mask_prob=0.5)
+    assert not torch.equal(other.hide(ones, range(8)), whole)
 
 
 def test_inputs_are_masked_whole_at_a_rate_drawn_per_sequence() -> None:
     noise = Noise(seed=0, dropout=0.0, input_mask_prob=0.5)
-    noise.begin(range(2000))
-    kept = noise.hide(torch.ones(2000, 400, 2))
+    kept = noise.hide(torch.ones(2000, 400, 2), range(2000))
     assert torch.equal(kept[..., 0], kept[..., 1])
     shares = 1.0 - kept[..., 0].mean(1)
     assert shares.mean() == pytest.approx(0.25, abs=0.012)  # uniform between 0 and 0.5, to 4 sigma

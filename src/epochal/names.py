@@ -5,6 +5,7 @@ meaning. What all runs of a campaign share (batch, precision, model files) is gu
 """
 
 import dataclasses
+import functools
 import hashlib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def named_run(run: Run, base: Run) -> Run:
     return replace(run, name="-".join(parts))
 
 
+@functools.cache  # a plan names the same subsets of members many times
 def named_ensemble(runs: tuple[str, ...], average: str, **options: Any) -> Ensemble:
     """Return the ensemble of the named runs; `options` are further fields of `Ensemble`."""
     ensemble = Ensemble(name="unnamed", runs=runs, average=average, **options)

@@ -266,6 +266,10 @@ Text = Annotated[str, TextMark()]
 Pair = Annotated[tuple[Measure, ...], Items(2, 2, distinct=False)]
 Losses = Annotated[tuple[Loss, ...], Items(distinct=False)]
 Curve = Annotated[dict[str, Losses], ByMembers()]
+# Ends of intervals of limits; a lower end may be below zero, where the law says nothing.
+Intervals = Annotated[
+    dict[str, Annotated[tuple[Annotated[float, Range(-1e9, 1e9)], ...], Items(distinct=False)]], ByMembers()
+]
 
 
 @dataclass(frozen=True)
@@ -294,10 +298,10 @@ class EnsembleResults:
     parameters: Count  # of all members
     test_loss: Loss | None = None
     without: Curve | None = None  # without one member each
-    interval: Curve | None = None
+    interval: Intervals | None = None
     test_curve: Curve | None = None
     test_without: Curve | None = None
-    test_interval: Curve | None = None
+    test_interval: Intervals | None = None
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,8 @@ def test_an_interrupted_prepare_leaves_nothing(
     [
         ([], {}, "no documents"),
         (["one"], {}, "no documents"),
-        (["one"], {"tokenizer": "train = 100"}, "must be at least 258"),
-        (["one"], {"split": "validation = 1.5"}, "leave no training text"),
+        (["one"], {"tokenizer": "train = 100"}, "train must be an integer from 256"),
+        (["one"], {"split": "validation = 1.5"}, "validation must be a number from 0 to 1, got 1.5"),
         (["one"], {"split": "validaton = 0.5"}, r"unknown key 'validaton' \(did you mean 'validation'\?\)"),
         (["one"], {"top": 'sha256 = "0"'}, "no documents"),
         (tiny.documents(60), {"top": 'sha256 = "0"'}, "differs from the published one"),

@@ -132,7 +132,9 @@ def done(campaign: ClusterCampaign, *jobs: Job) -> None:
         folder = campaign.config.workspace.folder(job.name)
         write_atomic(folder / "model" / "model.safetensors", b"")
         write_atomic(folder / "meaning.json", json.dumps({"fingerprint": fingerprint(job), "inputs": {}}))
-        record = Record(job, fingerprint(job), "done", {"loss": 1.0, "parameters": 1})
+        results: dict[str, Any] = {"loss": 1.0, "parameters": 1}
+        results |= {"curve": {"1": [1.0]}, "members": 1} if isinstance(job, Ensemble) else {}
+        record = Record(job, fingerprint(job), "done", results)
         write_record(campaign.config.workspace, record)
 
 

@@ -247,7 +247,7 @@ def test_a_killed_run_resumes_from_the_last_intact_checkpoint(
 
 def test_a_diverging_run_ends_with_the_status_diverged(setup: Setup) -> None:
     space, _, config = setup
-    run = tiny.run(config, name="up", lr=1e6, wd=10.0)
+    run = tiny.run(config, name="up", lr=100.0, wd=1000.0)
     record = trained(run, space)
     assert record.status == "diverged"
     assert record.results["loss"] is None and record.results["train_loss"] is None
