@@ -133,7 +133,8 @@ def done(campaign: ClusterCampaign, *jobs: Job) -> None:
         write_atomic(folder / "model" / "model.safetensors", b"")
         write_atomic(folder / "meaning.json", json.dumps({"fingerprint": fingerprint(job), "inputs": {}}))
         results: dict[str, Any] = {"loss": 1.0, "parameters": 1}
-        results |= {"curve": {"1": [1.0]}, "members": 1} if isinstance(job, Ensemble) else {}
+        if isinstance(job, Ensemble):
+            results |= {"curve": {"1": [1.0], str(len(job.runs)): [1.0]}, "members": len(job.runs)}
         record = Record(job, fingerprint(job), "done", results)
         write_record(campaign.config.workspace, record)
 
