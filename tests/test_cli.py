@@ -124,7 +124,7 @@ def test_data_configs_are_checked(refused: Refused, tmp_path: Path) -> None:
         ("[split]", "[spilt]", "did you mean 'split'"),
         ("train = 300", "train = 3", "train must be an integer from 256 to 4,194,304, got 3"),
         ("train = 300", "trian = 300", "did you mean 'train'"),
-        ("validation = 0.1", "validation = 2.0", "leave no training text"),
+        ("validation = 0.1", "validation = 1.0", "leave no training text"),
         ("licence =", "license =", "did you mean 'licence'"),
         ("train = 300", "train = 300 300", "not valid TOML"),
     ]:
@@ -341,7 +341,8 @@ def test_eval_generate_and_export_refuse_a_damaged_model(
     damage(model)
     if through == "ensemble":
         job = Ensemble(name="both", runs=(name,), average="logits")
-        write_record(campaign.workspace, Record(job, fingerprint(job), "done", {"loss": 3.0, "parameters": 5}))
+        results = {"loss": 3.0, "parameters": 5, "members": 1, "curve": {"1": [3.0]}}
+        write_record(campaign.workspace, Record(job, fingerprint(job), "done", results))
         name = "both"
     for command in (["eval", name], ["generate", name], ["eval", name, "--tasks", "cloze"], ["export", name, "out"]):
         sentence = refused(*command, *campaign.options)
