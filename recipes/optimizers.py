@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from epochal.config import nearest
-from epochal.ranges import Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens
+from epochal.ranges import Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens, shown
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import ArmLosses, Pair, gains_by_seed, long_enough, pair_claims
@@ -135,7 +135,7 @@ def sweep(study: Study, setting: str) -> Sweep:
     known = sweeps(study)
     if setting not in known:
         where = f"scale {study.scale.name!r}, [optimizers]"
-        raise ValueError(f"{where}: there is no setting {setting!r}{nearest(setting, known)}; add it there.")
+        raise ValueError(f"{where}: there is no setting {shown(setting)}{nearest(setting, known)}; add it there.")
     return known[setting]
 
 
@@ -143,7 +143,7 @@ def arm(label: str) -> Arm:
     """Return an arm by its label; raises ValueError for an unknown one."""
     known = {arm.label: arm for arm in ARMS}
     if label not in known:
-        raise ValueError(f"there is no optimizer {label!r}{nearest(label, known)}; known: {', '.join(known)}.")
+        raise ValueError(f"there is no optimizer {shown(label)}{nearest(label, known)}; known: {', '.join(known)}.")
     return known[label]
 
 

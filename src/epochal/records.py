@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from epochal.config import from_table, parse_json, to_table, write_atomic
-from epochal.ranges import Check, Items, Loss, Range, Share, check_known, shown
+from epochal.ranges import Check, Items, Loss, Range, check_known, shown
 from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint, inputs
 
 VERSION = 1
@@ -264,12 +264,11 @@ Count = Annotated[int, Range(0, 10**18)]
 Measure = Annotated[float, Range(0.0, 1e30)]
 Text = Annotated[str, TextMark()]
 Pair = Annotated[tuple[Measure, ...], Items(2, 2, distinct=False)]
+# An interval from few subsets may begin below 0, as may the divergence from sampled targets.
+Finite = Annotated[float, Range(-1e9, 1e9)]
 Losses = Annotated[tuple[Loss, ...], Items(distinct=False)]
+Bounds = Annotated[dict[str, Annotated[tuple[Finite, ...], Items(2, 2, distinct=False)]], ByMembers()]
 Curve = Annotated[dict[str, Losses], ByMembers()]
-# Ends of intervals of limits; a lower end may be below zero, where the law says nothing.
-Intervals = Annotated[
-    dict[str, Annotated[tuple[Annotated[float, Range(-1e9, 1e9)], ...], Items(distinct=False)]], ByMembers()
-]
 
 
 @dataclass(frozen=True)
@@ -280,7 +279,7 @@ class RunResults:
     parameters: Count | None = None  # of a finished run always
     test_loss: Loss | None = None
     best_loss: Loss | None = None
-    train_loss: Loss | None = None
+    train_loss: Finite | None = None
     non_embedding: Count | None = None
     steps: Count | None = None
     tokens: Count | None = None
@@ -298,10 +297,10 @@ class EnsembleResults:
     parameters: Count  # of all members
     test_loss: Loss | None = None
     without: Curve | None = None  # without one member each
-    interval: Intervals | None = None
+    interval: Bounds | None = None
     test_curve: Curve | None = None
     test_without: Curve | None = None
-    test_interval: Intervals | None = None
+    test_interval: Bounds | None = None
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,7 @@ class DrawnResults:
     texts: Count | None = None
     members: Count | None = None
     positions: Count | None = None
-    kept_mass: Share | None = None
+    kept_mass: Measure | None = None
     bytes: Count | None = None
 
 
@@ -324,7 +323,7 @@ class Provenance:
     tokens_per_second: Measure | None = None
     mfu: Measure | None = None
     state_bytes: Count | None = None
-    optimizer_share: Share | None = None
+    optimizer_share: Measure | None = None
     versions: dict[str, Text] | None = None
     like: dict[str, Text] | None = None
 
