@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from epochal.data.store import open_store
 from epochal.evaluation.ensembles import evaluate_ensemble
 from epochal.export.huggingface import export
 from epochal.loss import cross_entropy
+from epochal.meaning import meaning_of
 from epochal.models.config import check_run, flops_per_token, parameter_counts, read_config
 from epochal.models.layers import apply_modes
-from epochal.models.llama import build_model, next_token
+from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import parameter_groups
 from epochal.optim.roles import decoder_layers, head_weight, parameter_roles
 from epochal.records import Workspace, load_records, write_record
@@ -243,6 +246,63 @@ def test_models_train_resume_average_and_leave(
     assert (logits[2] - (logits[0] + logits[1]) / 2).abs().max() < 1e-5
     generated = model.generate(tokens[:, :4], max_new_tokens=3, do_sample=False)
     assert generated.shape[1] <= 7
+
+
+# --- models from elsewhere ----------------------------------------------------------------------------------------------
+
+
+def foreign_model(kind: str, folder: Path, tokenizer: Path, vocabulary: int) -> Any:
+    """Save a model as others do: padded, with dropout, several end tokens and no initialisation; returns it."""
+    from transformers import CONFIG_MAPPING
+
+    keys = config_of(kind, vocab_size=vocabulary)
+    del keys["initialisation"]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**keys))
+    model.save_pretrained(folder)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    table = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [1, 2], "_name_or_path": "made up"}
+    table |= {key: 0.1 for key in NO_DROPOUT if kind == "gpt2"}
+    if kind == "gpt_neox":  # as older versions write it
+        table |= {"rotary_pct": table.pop("rope_parameters")["partial_rotary_factor"], "rotary_emb_base": 10000}
+    (folder / "config.json").write_text(json.dumps(table))
+    stored = load_file(folder / "model.safetensors")
+    if kind in ("gpt2", "gpt_neox"):
+        older = {name.removeprefix("transformer.").replace("lm_head", "embed_out"): w for name, w in stored.items()}
+        save_file(older, folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt_neox", "gpt2"])
+def test_a_run_starts_from_a_model_of_the_hub(
+    kind: str, space: tuple[Workspace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """With its weights, its tokenizer and without the rows that pad its vocabulary; another vocabulary is refused."""
+    workspace, config = space
+    store = open_store(str(config), workspace)
+    cache = tmp_path / "models--some--model"
+    folder = cache / "snapshots" / "0123"
+    theirs = foreign_model(kind, folder, store.tokenizer_folder, store.vocab_size + 12)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    run = tiny.run(config, name=f"{kind}-begun", model=str(folder), init_from="some/model")
+    model = build_model(run.model, vocab_size=store.vocab_size, max_positions=32, seed=0)
+    start_from(run, model, workspace, store.tokenizer_folder)
+    assert "12 rows of the vocabulary" in caplog.text
+    tokens = rows() % store.vocab_size
+    expected = theirs.eval()(tokens).logits[..., : store.vocab_size]
+    assert torch.equal(model.eval()(tokens).logits, expected), f"{kind}: another model than the one it starts from"
+    assert meaning_of(run, workspace, load_records(workspace))["files"]["weights to start from"]
+
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="cannot start from 'some/model': 2 tokens differ"):
+        start_from(run, model, workspace, store.tokenizer_folder)
+    with pytest.raises(ValueError, match="some/other is neither a folder nor a model that can be had"):
+        start_from(replace(run, init_from="some/other"), model, workspace, store.tokenizer_folder)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------

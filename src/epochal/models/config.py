@@ -26,6 +26,12 @@ INITIALISATIONS = ("infinite-compute", "normal", "gpt2")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# Keys of the config.json of a model from elsewhere that change no weight and no loss.
+LABELS = (*("_name_or_path", "task_specific_params", "gradient_checkpointing", "transformers.js_config"),)
+
+# Dropout inside of transformers' models, by the key that turns it off.
+NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout")
+
 ROTARY_NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -81,7 +87,8 @@ NoDropout = Annotated[float, Range(0.0, 0.0)]
 class ModelFile(Ranged):
     """Keys that all model files share.
 
-    Also those that transformers writes into the config.json of a saved model. Defaults of the classes below are those of transformers where a parameter or its use depends on them.
+    Also those that transformers writes into the config.json of a saved model. Defaults of the classes below are those of
+    transformers where a parameter or its use depends on them.
     """
 
     model_type: str
@@ -292,6 +299,8 @@ def read_config(
     else:
         path = model_path(name_or_path)
         config = _read_json(path)
+        if path.name == "config.json" and "initialisation" not in config:
+            config = _from_elsewhere(config)
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
     where = f"Model file '{path}'"
@@ -312,6 +321,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"Model file '{path}' {error}.") from None
     return config
+
+
+def _from_elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a model that this project did not write as a model file.
+
+    It has transformers' initialisation; its token ids are those of the tokenizer, and dropout is the Run's.
+    """
+    dropped = (*LABELS, *(key for key in config if key.endswith("_token_id")))
+    off = {key: 0.0 for key in config if key in NO_DROPOUT or key == "attention_dropout"}
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    return {**kept, **off, "initialisation": "normal"}
 
 
 def check_config(config: Mapping[str, Any], *, where: str = "Model config") -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, so only the functions
 
     from epochal.records import Workspace
     from epochal.run import Run
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "INITIALISATIONS",
@@ -129,41 +132,70 @@ def draw_weights(model: PreTrainedModel, *, seed: int) -> None:
 def start_from(run: Run, model: PreTrainedModel, workspace: Workspace, tokenizer: Path) -> None:
     """Load the weights of `run.init_from`, if set, into a model of the same architecture, in-place.
 
-    `tokenizer` is the folder of the run's tokenizer. Raises ValueError if the folder of the weights is missing, has another
-    architecture or another vocabulary, or is refused by `epochal.models.files.check_folder`.
+    `tokenizer` is the folder of the run's tokenizer. Rows of the embedding and the head that belong to no token of it are left
+    out. Raises ValueError if the folder of the weights is missing, has another architecture or another vocabulary, or is
+    refused by `epochal.models.files.check_folder`.
     """
     if run.init_from is None:
         return
-    from safetensors.torch import load_file
-
+    from epochal.config import model_folder
     from epochal.data.tokenizer import vocabulary_difference
-    from epochal.models.files import architecture_difference, check_folder, read_model_config, weight_files
+    from epochal.models.files import architecture_difference, check_folder, read_model_config
 
-    folder = Path(run.init_from).expanduser() if "/" in run.init_from else workspace.folder(run.init_from) / "model"
+    folder = model_folder(run.init_from) if "/" in run.init_from else workspace.folder(run.init_from) / "model"
     if not folder.is_dir():
         raise ValueError(
             f"Run {run.name!r} starts from {run.init_from!r}, but {folder} has no model; run that job first."
         )
     check_folder(folder)
-    # Large models are split into several files.
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+    stored, vocabulary = _stored(folder, model), model.config.vocab_size
+    roles, unused = parameter_roles(model), 0
     for name, weight in model.named_parameters():
         stored_shape = tuple(stored[name].shape) if name in stored else None
+        if stored_shape is not None and roles[name] in ("embedding", "head") and weight.shape[0] == vocabulary:
+            # Models are padded to a round number of rows, which no token names.
+            unused = max(unused, stored_shape[0] - vocabulary)
+            stored[name], stored_shape = (
+                stored[name][:vocabulary],
+                (min(stored_shape[0], vocabulary), *stored_shape[1:]),
+            )
         if stored_shape != tuple(weight.shape):
             raise ValueError(
                 f"Run {run.name!r} ({run.model}) cannot start from {run.init_from!r}: {name} has shape {stored_shape} "
                 f"instead of {tuple(weight.shape)}; start from a run of the same model."
             )
     # The same shapes may mean other heads, other rotary frequencies and other tokens.
-    difference = architecture_difference(model.config.to_dict(), read_model_config(folder))
+    raw = read_model_config(folder)
+    if raw.get("model_type") == model.config.model_type:  # with defaults, and as this version of transformers writes it
+        raw = type(model.config).from_dict(raw).to_dict()
+    difference = architecture_difference(model.config.to_dict(), raw)
     difference = difference or vocabulary_difference(folder, tokenizer)
     if difference is not None:
         raise ValueError(
             f"Run {run.name!r} ({run.model}) cannot start from {run.init_from!r}: {difference}; start from another."
         )
+    if unused > 0:
+        log.warning("%s: %d rows of the vocabulary of %s belong to no token and are left out", run.name, unused, folder)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(stored[name])
+
+
+def _stored(folder: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the weights in a folder by the names of the model's parameters."""
+    from safetensors.torch import load_file
+
+    from epochal.models.files import weight_files
+
+    # Large models are split into several files.
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+    # Older folders hold a decoder without the name of its part, and another name of GPT-NeoX's head.
+    prefix = f"{model.base_model_prefix}."
+    for name in dict(model.named_parameters()):
+        for older in (name.removeprefix(prefix), name.replace("lm_head.", "embed_out.")):
+            if name not in stored and older in stored:
+                stored[name] = stored.pop(older)
+    return stored
 
 
 def next_token(
