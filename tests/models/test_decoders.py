@@ -11,22 +11,30 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from campaigns import Campaign
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from epochal.campaign import worker
+from epochal.campaign.init import Request, init
+from epochal.campaign.plan import campaign_jobs, load_recipe, partition_jobs
 from epochal.data.store import open_store
 from epochal.evaluation.ensembles import evaluate_ensemble
+from epochal.export.gguf import write_gguf
 from epochal.export.huggingface import export
 from epochal.loss import cross_entropy
 from epochal.meaning import meaning_of
 from epochal.models.config import check_run, flops_per_token, parameter_counts, read_config
+from epochal.models.folder import save_model
 from epochal.models.layers import apply_modes
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import parameter_groups
 from epochal.optim.roles import decoder_layers, head_weight, parameter_roles
 from epochal.records import Workspace, load_records, write_record
-from epochal.run import AdamW, Ensemble, Fira, Muon, Run
+from epochal.run import AdamW, Ensemble, Fira, Muon, Run, Samples
+from epochal.scale import load_scale
 from epochal.stopping import Stopped
+from epochal.study import Study
 from epochal.training.loop import train
 from epochal.training.noise import Noise
 
@@ -248,6 +256,50 @@ def test_models_train_resume_average_and_leave(
     assert generated.shape[1] <= 7
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "olmo2"])
+def test_a_whole_campaign_runs(kind: str, campaign: Campaign) -> None:
+    """Searches, members, an ensemble, text sampled from it, and students, by the worker that every campaign uses."""
+    (campaign.folder / f"{kind}.json").write_text(json.dumps(config_of(kind)))
+    campaign.rewrite('"w16"', f'"{campaign.folder / f"{kind}.json"}"')
+    campaign.rewrite("epochs = [1, 2]", "epochs = [1]")
+    events: list[dict[str, Any]] = []
+    assert worker.work(campaign.worker_config("distillation"), events.append) == 0, events
+    records = campaign.records
+    jobs = campaign_jobs(["distillation"], records, campaign.scale)
+    assert {type(job) for job in jobs} == {Run, Ensemble, Samples} and partition_jobs(jobs, records).done == tuple(jobs)
+    assert {read_config(job.model)["model_type"] for job in jobs if isinstance(job, Run)} == {kind}
+    students = [records.get(job) for job in jobs if isinstance(job, Run) and job.distill]
+    assert students and all(record and record.status == "done" and record.loss < 6.0 for record in students)
+    assert load_recipe("distillation").report(Study(records, campaign.scale)).claims
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gguf_is_written_where_it_can_be(kind: str, space: tuple[Workspace, Path], tmp_path: Path) -> None:
+    """transformers' own reader restores the model; other architectures are refused."""
+    pytest.importorskip("gguf")
+    workspace, config = space
+    store = open_store(str(config), workspace)
+    # transformers' reader has the default width of a head of Qwen3.
+    keys = config_of(kind) | {"qwen3": {"head_dim": 128}, "mistral": {"sliding_window": None}}.get(kind, {})
+    model = build_model(keys, vocab_size=store.vocab_size, max_positions=32, seed=0, eos_token_id=1).eval()
+    save_model(model, store.tokenizer_folder, tmp_path / "model")
+    (tmp_path / "alone").mkdir()
+    path = tmp_path / "alone" / "model.gguf"
+    if kind not in ("llama", "mistral", "qwen3"):
+        with pytest.raises(
+            ValueError, match="--gguf supports only LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM, got"
+        ):
+            write_gguf(tmp_path / "model", path, name="toy")
+        return
+    write_gguf(tmp_path / "model", path, name="toy")
+    again = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    assert (again(rows()).logits - model(rows()).logits).abs().max() <= 1e-5
+    if kind == "mistral":
+        save_model(built(kind), store.tokenizer_folder, tmp_path / "window")
+        with pytest.raises(ValueError, match="--gguf does not support sliding_window = 8; leave --gguf out"):
+            write_gguf(tmp_path / "window", tmp_path / "x.gguf", name="toy")
+
+
 # --- models from elsewhere ----------------------------------------------------------------------------------------------
 
 
@@ -303,6 +355,22 @@ def test_a_run_starts_from_a_model_of_the_hub(
         start_from(run, model, workspace, store.tokenizer_folder)
     with pytest.raises(ValueError, match="some/other is neither a folder nor a model that can be had"):
         start_from(replace(run, init_from="some/other"), model, workspace, store.tokenizer_folder)
+
+
+def test_init_goes_on_from_a_model_of_another_architecture(
+    space: tuple[Workspace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, config = space
+    monkeypatch.chdir(tmp_path)
+    store = open_store(str(config), workspace)
+    foreign_model("qwen3", tmp_path / "theirs", store.tokenizer_folder, store.vocab_size + 12)
+    Path("text.txt").write_text("\n\n".join(tiny.documents(600)))
+    init(Request(name="own", files=("text.txt",), seconds=600, device="cpu", work=Path("work"), start="theirs"))
+    scale = load_scale("own")
+    jobs = campaign_jobs(["best_model"], load_records(Workspace("own", Path("results"), Path("work"))), scale)
+    begun = [job for job in jobs if isinstance(job, Run)]
+    assert begun and {(job.model, job.init_from) for job in begun} == {("./theirs", "./theirs")}
+    assert open_store("own", Workspace("own", Path("results"), Path("work"))).vocabulary == store.vocabulary
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------

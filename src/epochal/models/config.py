@@ -324,7 +324,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config.json of a model that this project did not write as a model file.
+    """Return the config.json of a model from elsewhere as a model file.
 
     It has transformers' initialisation; its token ids are those of the tokenizer, and dropout is the Run's.
     """
@@ -363,7 +363,7 @@ UNSUPPORTED = {
 
 
 def check_run(run: Run) -> None:
-    """Raise a ValueError for a Run whose model cannot be built, or not with its other fields."""
+    """Raise a ValueError for a Run that its model does not allow, in one sentence."""
     _check_run(run.model, run.sequence_length, run.residual, type(run.optimizer).__name__, Path.cwd())
 
 

@@ -1,4 +1,4 @@
-"""The role of each parameter of a decoder, found from its modules and not from names.
+"""The role of each parameter of a decoder, found from its modules instead of names.
 
 A decoder is a transformers model for causal language modelling: an embedding, layers in one `nn.ModuleList`, a last norm and
 a head. Everything but the layers and the head is also found in other modules, such as those of a test.
