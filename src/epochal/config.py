@@ -30,7 +30,7 @@ REPOSITORY = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().par
 
 # A model of the Hugging Face hub, and the files of one that are read.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model")
+HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 
 LONGEST_SECONDS = 366 * 24 * 3600
 

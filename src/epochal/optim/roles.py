@@ -26,7 +26,7 @@ def is_norm(module: nn.Module) -> bool:
     return any("norm" in base.__name__.lower() for base in type(module).__mro__)
 
 
-def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
     """Return the layers of a decoder: the modules of its first `nn.ModuleList`; empty without one."""
     return next((list(module) for module in model.modules() if isinstance(module, nn.ModuleList)), ())
 
