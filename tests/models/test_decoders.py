@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,21 @@ def test_the_loss_is_that_of_the_whole_model_in_float64(kind: str) -> None:
     ours = torch.autograd.grad(loss, list(model.parameters()))
     worst = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
     assert worst < 1e-6, f"{kind}: gradients differ by {worst}"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it
+@every_model
+def test_layers_are_compiled_whole_and_recomputed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is one graph; the graphs are computed eagerly here, so nothing is rounded otherwise."""
+    monkeypatch.setattr("epochal.models.layers.COMPILER", "eager")
+    losses, gradients = [], []
+    for modes in ((), ("compile", "recompute")):
+        model = built(kind)
+        apply_modes(model, modes, torch.device("cpu"), lambda: (nullcontext(), nullcontext()))
+        hidden, targets = next_token(model, rows())
+        losses.append(cross_entropy(hidden, head_weight(model), targets, normaliser=len(targets)))
+        gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
+    assert torch.equal(*losses) and all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 @every_model
