@@ -135,7 +135,9 @@ def init(
     hours: Annotated[float | None, typer.Option(min=0.001, max=10_000, help="Time of the campaign.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, max=600_000, help="The same in minutes.")] = None,
     device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
-    start: Annotated[str, typer.Option(help="A model folder to go on from.")] = "",
+    start: Annotated[
+        str, typer.Option(help="A model to go on from: a folder, or a name on the Hugging Face hub.")
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the configs of this name.")] = False,
     work: Work = WORK,
 ) -> None:

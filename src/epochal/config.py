@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import tomllib
@@ -26,6 +27,10 @@ T = TypeVar("T")
 # The folder with configs/, recipes/ and launch/: the checkout, or a folder of the installed package (pyproject.toml).
 _INSTALLED = Path(__file__).resolve().parent / "built_in"
 REPOSITORY = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2]
+
+# A model of the Hugging Face hub, and the files of one that are read.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 
 LONGEST_SECONDS = 366 * 24 * 3600
 
@@ -289,6 +294,29 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file; readers see the old content or the new, never half of it."""
     with replaced(path) as temporary:
         temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def model_folder(name: str) -> Path:
+    """Return the folder of a model from elsewhere: a path, or the name of a model on the Hugging Face hub.
+
+    A model of the hub is taken from its cache, or downloaded if HF_HUB_OFFLINE is not set; weights only as safetensors.
+    Raises ValueError if there is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(f"{name} is no folder; give the folder of a model, or its name on the Hugging Face hub.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{name} is neither a folder nor a model that can be had from the Hugging Face hub ({type(error).__name__}); check "
+            "the name, or download the model and give its folder."
+        ) from None
 
 
 def model_path(name_or_path: str | Path) -> Path:

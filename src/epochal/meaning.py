@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from epochal.config import flat_table, to_table, write_atomic
+from epochal.config import flat_table, model_folder, to_table, write_atomic
 from epochal.records import MEANING, Records, Workspace, file_hash, input_fingerprints, read_table
 from epochal.run import Ensemble, Job, Run, config_files, config_hash, fingerprint, inputs
 
@@ -56,7 +56,7 @@ def meaning_of(job: Job, workspace: Workspace, records: Records) -> dict[str, An
     if isinstance(job, Run):
         files["text"] = _store_mark(workspace, job)
         if job.init_from is not None and "/" in job.init_from:
-            files["weights to start from"] = _folder_mark(Path(job.init_from))
+            files["weights to start from"] = _folder_mark(model_folder(job.init_from))
     for name in _files_read(job, records):
         files[f"output of {name}"] = _output_mark(workspace.folder(name))
     made_from = {"fingerprint": fingerprint(job), "inputs": input_fingerprints(job, records)}

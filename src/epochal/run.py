@@ -119,8 +119,8 @@ class Run(Ranged):
     # Moves the decay over the run (`epochal.training.schedule`).
     wd_schedule: Annotated[str, OneOf(WD_SCHEDULES)] = "constant"
     teach: SoftTargetDistillation | None = None  # soft targets next to the labels
-    # The Run whose final weights this one begins with, or the path of a model folder from elsewhere, with a slash
-    # in it; without it weights are drawn from `init_seed`.
+    # The Run whose final weights this one begins with, or a model from elsewhere, with a slash in it: the path of
+    # a folder, or a name on the Hugging Face hub; without it weights are drawn from `init_seed`.
     init_from: str | None = None
     # Tokens of D that are bought but not trained on: the weights of an ensemble's members can be learned on them.
     holdout_tokens: TokensOrNone = 0

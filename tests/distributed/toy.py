@@ -69,6 +69,9 @@ class Toy(nn.Module):
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.lm_head.weight = self.embed
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
 
 class ModelWithLoss(nn.Module):
     def __init__(self, depth: int) -> None:

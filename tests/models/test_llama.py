@@ -316,7 +316,7 @@ def test_generates_with_its_own_token_ids():
         ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer from 1 to 10,000, got 0"),
         ({"intermediate_size": 22.5}, "intermediate_size must be of type int, got 22.5"),
         ({"vocab_size": True}, "vocab_size must be of type int, got True"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; choose from llama"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2'; choose from llama, mistral, qwen3"),
         ({"initializer_range": 0.0}, "initializer_range must be a number from 1e-12 to 1, got 0.0"),
         ({"mlp_bias": True}, "mlp_bias is true, but biases are not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout must be a number equal to 0, got 0.1"),

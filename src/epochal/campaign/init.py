@@ -8,11 +8,11 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epochal.config import write_atomic
+from epochal.config import model_folder, write_atomic
 from epochal.models.config import parameter_counts
 from epochal.search.regime import (
     FEWEST_DOCUMENTS,
@@ -43,7 +43,7 @@ class Request:
     seconds: float
     device: str  # "cpu" or "gpu"
     work: Path
-    start: str = ""  # a model folder to go on from
+    start: str = ""  # a model to go on from: a folder, or a name on the Hugging Face hub
 
 
 def init(request: Request, *, force: bool = False) -> list[str]:
@@ -54,6 +54,9 @@ def init(request: Request, *, force: bool = False) -> list[str]:
     """
     from epochal.data.prepare import prepare
 
+    if request.start:
+        folder = str(model_folder(request.start))
+        request = replace(request, start=folder if "/" in folder else f"./{folder}")  # a name is that of a config
     data, scale = (Path("configs") / kind / f"{request.name}.toml" for kind in ("data", "scales"))
     for path in (data, scale):
         if path.exists() and not force:

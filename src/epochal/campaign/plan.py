@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from epochal.config import REPOSITORY, find_config, nearest
-from epochal.models.config import parameter_counts
+from epochal.models.config import check_run, parameter_counts
 from epochal.records import Record, Records, Workspace
 from epochal.run import Ensemble, Job, Run, Samples, Targets, inputs
 from epochal.scale import Scale
@@ -89,7 +89,7 @@ def _load_file(path: Path) -> ModuleType:
 def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> list[Job]:
     """Return every job that the recipes can name from these records, each once.
 
-    Raises ValueError when one name stands for two different jobs.
+    Raises ValueError when one name stands for two different jobs, and for a Run that its model does not allow.
     """
     jobs: dict[str, Job] = {}
     study = Study(records, scale)
@@ -100,6 +100,8 @@ def campaign_jobs(recipes: Sequence[str], records: Records, scale: Scale) -> lis
                 raise ValueError(
                     f"recipe {name!r} plans {job.name!r} with another meaning than before; rename one of them."
                 )
+            if isinstance(job, Run):
+                check_run(job)
     return list(jobs.values())
 
 

@@ -1,15 +1,13 @@
 """GPU memory of one process of a run, estimated from its model file.
 
 N parameters, V vocabulary, h width, L layers, q = heads x head_dim, k = kv heads x head_dim, f the inner size of the MLP.
-Checked against the peak that one H100 reported (benchmarks/training_gpu.csv): within 5%. Without torch.
+Checked for Llamas against the peak that one H100 reported (benchmarks/training_gpu.csv): within 5%. Without torch.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from epochal.distributed.presets import Preset
-from epochal.models.config import head_shape, parameter_counts, read_config
+from epochal.models.config import Shape, parameter_counts, read_config, shape_of
 from epochal.run import Run
 
 # Memory of one device in bytes, by a part of its name.
@@ -43,9 +41,10 @@ def estimate_memory(
     """Return the memory of a process that trains `micro_batch` sequences at once; an online teacher comes on top."""
     config = read_config(run.model, vocab_size=vocab_size)
     counts, tokens = parameter_counts(config), micro_batch * run.sequence_length
-    h, V = config["hidden_size"], config["vocab_size"]
+    shape, V = shape_of(config), config["vocab_size"]
+    h = shape.width
     vocabulary = counts.total - counts.non_embedding
-    layer = counts.non_embedding / config["num_hidden_layers"]
+    layer = counts.non_embedding / shape.layers
     whole, shared = {
         "replicated": (16, 0),
         "zero1": (8, 12),  # DeepSpeed keeps a second float32 copy of the weights that a process steps
@@ -60,16 +59,15 @@ def estimate_memory(
     return MemoryEstimate(
         states=counts.total * (whole + average + shared / world),
         gathered=gathered,
-        activations=passes * tokens * _activation_bytes(config, run, preset),
+        activations=passes * tokens * _activation_bytes(shape, run, preset),
         head=4.0 * min(LOGIT_CHUNK, tokens * V) + 4.0 * V * h + 8.0 * tokens * h,
     )
 
 
-def _activation_bytes(config: Mapping[str, Any], run: Run, preset: Preset) -> float:
+def _activation_bytes(shape: Shape, run: Run, preset: Preset) -> float:
     """Return what the backward pass needs of one token, in bytes."""
-    h, f, L = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    heads, kv_heads, head_dim = head_shape(config)
-    q, k = heads * head_dim, kv_heads * head_dim
+    h, f, L = shape.width, shape.inner, shape.layers
+    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     stream = 2 if run.residual == "bfloat16" else 4
     width = 2 if run.precision == "bf16" else 4
     # Two norms keep their input and its normalized form; autocast casts the output of one for q, k and v and of the other

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from epochal.distributed.heartbeat import start_heartbeat
 from epochal.distributed.presets import Preset, deepspeed_config, read_preset
 from epochal.distributed.sharding import Distributed, Replicated, Sharded
+from epochal.optim.roles import decoder_layers, head_weight, is_linear
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +124,7 @@ class Processes:
             import deepspeed
 
             # The loss reads the head's weight without calling the head, so ZeRO-3 would not gather it.
-            head = model_with_loss.model.lm_head.weight  # type: ignore[union-attr]
-            deepspeed.zero.register_external_parameter(model_with_loss, head)
+            deepspeed.zero.register_external_parameter(model_with_loss, head_weight(model_with_loss.model))
         return engine
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
@@ -288,11 +288,9 @@ def _shard_by_rows(model_with_loss: torch.nn.Module, preset: Preset, precision: 
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in getattr(getattr(model_with_loss.model, "model", None), "layers", ()):
+    for block in decoder_layers(model_with_loss.model):
         if preset.gather_linears:
-            linears: list[torch.nn.Module] = [
-                module for module in block.modules() if isinstance(module, torch.nn.Linear)
-            ]
+            linears: list[torch.nn.Module] = [module for module in block.modules() if is_linear(module)]
             fully_shard(linears, reshard_after_forward=preset.reshard_after_forward, mp_policy=policy)
         else:
             fully_shard(block, reshard_after_forward=preset.reshard_after_forward)

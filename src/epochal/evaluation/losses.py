@@ -16,6 +16,7 @@ from epochal.evaluation.on_disk_logits import FORWARD_TOKENS, OnDiskLogits, spli
 from epochal.loss import token_log_probs
 from epochal.models.llama import next_token
 from epochal.models.load import Loader, average_parameters
+from epochal.optim.roles import head_weight
 from epochal.stopping import check_stop
 
 # Tokens for which all members are loaded once; their hidden states are on disk together.
@@ -40,7 +41,7 @@ def target_log_probs(members: Sequence[Loader], sequences: Tokens) -> torch.Tens
         start = 0
         for chunk in split_sequences(sequences, FORWARD_TOKENS):
             hidden, targets = next_token(model, chunk.to(model.device))
-            row[start : start + len(targets)] = token_log_probs(hidden, model.lm_head.weight, targets).cpu()
+            row[start : start + len(targets)] = token_log_probs(hidden, head_weight(model), targets).cpu()
             start += len(targets)
         del model  # before the next one is loaded
     return table

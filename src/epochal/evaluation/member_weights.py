@@ -16,6 +16,7 @@ from epochal.data.store import Tokens
 from epochal.evaluation.losses import logit_losses, probability_losses, target_log_probs
 from epochal.models.llama import next_token
 from epochal.models.load import Loader
+from epochal.optim.roles import head_weight
 from epochal.stopping import check_stop
 
 # Elements of the logits of all members in memory at a time.
@@ -123,7 +124,7 @@ def _logit_objective(members: Sequence[Loader], sequences: Tokens) -> Objective:
 def _hidden(model: Any, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states (n, d) and the head (V, d) of a model, float32."""
     parts = [next_token(model, chunk.to(model.device))[0].float() for chunk in torch.split(sequences, 64)]
-    return torch.cat(parts), model.lm_head.weight.detach().float().clone()
+    return torch.cat(parts), head_weight(model).detach().float().clone()
 
 
 def select(count: int, losses_of: Callable[[list[list[float]]], list[float]]) -> tuple[tuple[int, ...], float]:

@@ -10,6 +10,7 @@ import torch
 from epochal.data.store import Tokens
 from epochal.models.llama import next_token
 from epochal.models.load import Loader
+from epochal.optim.roles import head_weight
 
 # Tokens of one forward pass of a member.
 FORWARD_TOKENS = 2**13
@@ -47,7 +48,7 @@ class OnDiskLogits:
 
     def _write(self, model: Any, sequences: Tokens | torch.Tensor, k: int) -> torch.Tensor:
         """Write the files of one member and return its target logits, (n,)."""
-        head = model.lm_head.weight.detach().float()
+        head = head_weight(model).detach().float()
         # Written once, read many times: a block of the vocabulary is needed for every block of tokens.
         head.cpu().numpy().tofile(self._folder / f"{k}.head")
         self._widths.append(head.shape[1])

@@ -1,4 +1,4 @@
-"""Convert a model folder to GGUF, the format of llama.cpp: Llama with byte-level BPE, weights in float32.
+"""Convert a model folder to GGUF, the format of llama.cpp: Llama, Mistral or Qwen3 with byte-level BPE, in float32.
 
 Format: github.com/ggml-org/ggml, docs/gguf.md; names and keys come from the `gguf` package.
 """
@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Names of the format for architectures that it shares with transformers. llama.cpp reads Mistral as a Llama, without windows.
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+
 # Token types of GGUF: text, special, and unused rows of the embedding.
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 
@@ -14,21 +17,21 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5
 def write_gguf(folder: Path, path: Path, *, name: str) -> None:
     """Write the model and tokenizer of a Hugging Face folder to `path`.
 
-    Raises ValueError if the architecture is not Llama, its rotary embedding is scaled, or the tokenizer is not GPT-2's
-    byte-level BPE; ModuleNotFoundError without the package `gguf`.
+    Raises ValueError if the architecture is not one of `ARCHITECTURES`, has biases or windows, its rotary embedding is
+    scaled, or the tokenizer is not GPT-2's byte-level BPE; ModuleNotFoundError without the package `gguf`.
     """
     import gguf
 
     from epochal.models.files import open_model
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _check_architecture(config)
+    architecture = _check_architecture(config)
     tokenizer = _read_tokenizer(folder)
     model = open_model(folder)
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), architecture)
     _add_shape(writer, model.config, name)
     _add_tokenizer(writer, tokenizer, model.config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     for key, weight in model.named_parameters():  # without a tied head, which llama.cpp ties too
         writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), _rows(key, weight, model.config))
     writer.write_header_to_file()
@@ -37,15 +40,18 @@ def write_gguf(folder: Path, path: Path, *, name: str) -> None:
     writer.close()
 
 
-def _check_architecture(config: dict[str, Any]) -> None:
-    if config.get("architectures") != ["LlamaForCausalLM"] or config.get("attention_bias") or config.get("mlp_bias"):
-        raise ValueError(
-            f"--gguf supports only LlamaForCausalLM without biases, got {config.get('architectures')} with attention_bias = "
-            f"{config.get('attention_bias')} and mlp_bias = {config.get('mlp_bias')}; leave --gguf out."
-        )
+def _check_architecture(config: dict[str, Any]) -> str:
+    """Return the format's name of a model's architecture; raises ValueError for one that it does not support."""
+    name = next(iter(config.get("architectures") or ["no architecture"]))
+    if name not in ARCHITECTURES:
+        raise ValueError(f"--gguf supports only {', '.join(ARCHITECTURES)}, got {name}; leave --gguf out.")
+    for key in ("attention_bias", "mlp_bias", "sliding_window"):
+        if config.get(key):
+            raise ValueError(f"--gguf does not support {key} = {config[key]}; leave --gguf out.")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"--gguf does not support rope_type {rope['rope_type']!r}; leave --gguf out.")
+    return ARCHITECTURES[name]
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -106,6 +112,9 @@ def _token_list(tokenizer: dict[str, Any], vocab_size: int) -> tuple[list[str], 
 def _rows(key: str, weight: Any, config: Any) -> Any:
     # llama.cpp rotates neighboring pairs of a head, transformers its two halves: reorder the rows of q and k.
     values = weight.detach().float().numpy()
+    # Qwen3 is rotated as in transformers.
+    if config.model_type == "qwen3":
+        return values
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
     if heads is None:
         return values

@@ -24,6 +24,7 @@ from epochal.data.store import Tokens, TokenStore, open_store
 from epochal.meaning import take_folder
 from epochal.models.llama import next_token
 from epochal.models.load import load_model, member_records
+from epochal.optim.roles import head_weight
 from epochal.provenance import provenance
 from epochal.records import Record, Records, Workspace, input_fingerprints
 from epochal.run import Run, Targets, averaging, fingerprint
@@ -181,7 +182,7 @@ def averaged_probabilities(
     total: torch.Tensor | None = None
     for share, model in zip(shares, models, strict=True):
         hidden, _ = next_token(model, tokens.to(model.device))
-        part = (hidden @ model.lm_head.weight.T).float()
+        part = (hidden @ head_weight(model).T).float()
         part = torch.softmax(part, 1) if average == "probs" else part
         total = part.mul_(share) if total is None else total.add_(part, alpha=share)
     assert total is not None

@@ -108,7 +108,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 # Settings that weights depend on, though no shape shows them.
-_SETTINGS = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps")
+_SETTINGS = (
+    *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"),
+    *("n_head", "activation_function", "hidden_activation", "layer_norm_epsilon", "layer_norm_eps"),
+    *("sliding_window", "layer_types", "no_rope_layers", "query_pre_attn_scalar", "use_parallel_residual"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+)
 
 
 def architecture_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -19,10 +19,12 @@ def save_model(model: Any, tokenizer: Path, folder: Path) -> None:
 
 
 def write_settings(config: Any, tokenizer: Path, folder: Path) -> None:
-    """Make a folder of bare Llama weights, such as a checkpoint, one that transformers loads."""
+    """Make a folder of bare weights, such as a checkpoint, one that transformers loads."""
     from transformers import GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = type(config).from_dict({**config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float32"})
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    config = type(config).from_dict({**config.to_dict(), "architectures": [name], "dtype": "float32"})
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
@@ -57,6 +59,9 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 def _rotary_settings(config: dict[str, Any]) -> dict[str, Any]:
     # transformers 5 writes one table `rope_parameters`; 4 reads `rope_theta` and `rope_scaling`, and 5 accepts both.
     rotary = dict(config.get("rope_parameters") or {})
+    if "sliding_attention" in rotary:  # two tables, of which 4 knows the base of the second
+        config["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]
+        rotary = dict(rotary["full_attention"])
     theta = rotary.pop("rope_theta", None)
     if theta is not None:
         config["rope_theta"] = theta
@@ -71,7 +76,8 @@ def _tokenizer_settings(tokenizer: dict[str, Any], config: dict[str, Any]) -> di
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer.setdefault("pad_token", tokenizer.get("eos_token"))
     tokenizer["padding_side"] = "left"  # right padding would separate a prompt from its continuation
-    tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])  # Llama refuses token types
-    if "max_position_embeddings" in config:
-        tokenizer["model_max_length"] = config["max_position_embeddings"]
+    tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])  # decoders refuse token types
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    if longest is not None:
+        tokenizer["model_max_length"] = longest
     return tokenizer

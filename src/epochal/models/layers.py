@@ -1,7 +1,7 @@
 """Change how a decoder's layers are computed, in place: attention, compilation, recomputation, fused products.
 
 None of it changes a parameter, its name or the saved folder; what changes rounding says so. A decoder is any
-transformers model for causal language modelling whose `model.layers` are its layers.
+transformers model for causal language modelling (`epochal.optim.roles`).
 """
 
 import gc
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from epochal.optim.roles import decoder_layers, last_norm
+
 # The backend of torch.compile.
 COMPILER = "inductor"
 
@@ -25,7 +27,14 @@ MOST_GRAPHS = 256
 
 
 def apply_modes(model: Any, modes: Collection[str], device: torch.device, context_fn: Callable[[], Any]) -> None:
-    """Apply execution modes (`distributed.presets.MODES`) to a model that is only trained; see the functions below."""
+    """Apply execution modes (`distributed.presets.MODES`) to a model that is only trained; see the functions below.
+
+    Raises ValueError for a mode that the model does not work with.
+    """
+    if "cuda-graph" in modes and has_window(model.config):
+        raise ValueError(
+            f"{type(model).__name__} has sliding windows, whose masks a CUDA graph cannot hold; leave the mode cuda-graph out."
+        )
     use_causal_attention(model)
     if modes:
         gc.collect()  # the model of an earlier run in this process: changed layers refer to themselves
@@ -41,14 +50,24 @@ def apply_modes(model: Any, modes: Collection[str], device: torch.device, contex
 def use_causal_attention(model: Any) -> None:
     """Let a model that never sees padding or a cache attend causally, without a mask.
 
-    The same numbers to the last bit. transformers builds masks for the attention names that it has; to see whether one is
-    needed it reads a value from the device, which waits for it and which a CUDA graph cannot hold.
+    The same numbers to the last bit. A model with sliding windows keeps its masks.
+
+    transformers builds masks for the attention names that it has; to see whether one is needed it reads a value from the
+    device, which waits for it and which a CUDA graph cannot hold.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if has_window(model.config):
+        return
     AttentionInterface.register("epochal_causal", sdpa_attention_forward)
     model.set_attn_implementation("epochal_causal")
+
+
+def has_window(config: Any) -> bool:
+    """Whether some layer attends to the last `sliding_window` tokens only."""
+    types = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) is not None and (types is None or "sliding_attention" in types)
 
 
 def compile_layers(model: Any, device: torch.device) -> None:
@@ -69,7 +88,7 @@ def compile_layers(model: Any, device: torch.device) -> None:
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     # A layer is far smaller than a bucket of DDP, so there is nothing to split.
     torch._dynamo.config.optimize_ddp = False
-    for module in (*model.model.layers, last_norm(model)):
+    for module in (*decoder_layers(model), last_norm(model)):
         # `forward`, not the module: FSDP2's hooks stay outside. fullgraph: a graph break is an error, not a slower run.
         module.forward = torch.compile(module.forward, backend=COMPILER, dynamic=False, fullgraph=True)
 
@@ -102,19 +121,12 @@ def has_compiler(device: torch.device) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def last_norm(model: Any) -> torch.nn.Module:
-    """Return the norm after the last layer."""
-    decoder = model.model
-    norm: torch.nn.Module = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
-    return norm
-
-
 def recompute_layers(model: Any, context_fn: Callable[[], Any]) -> None:
     """Compute each layer again in the backward pass instead of keeping its activations.
 
     The same bits. `context_fn` is that of torch's checkpoint; it restores the state that a layer reads besides its arguments.
     """
-    for layer in model.model.layers:
+    for layer in decoder_layers(model):
         layer.forward = _recomputed(layer.forward, context_fn)
 
 
@@ -135,8 +147,10 @@ def fuse_projections(model: Any) -> None:
     """
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
-    for layer in model.model.layers:
-        if not isinstance(layer.self_attn, LlamaAttention) or not isinstance(layer.mlp, LlamaMLP):
+    layers: Any = decoder_layers(model)
+    for layer in layers:
+        blocks = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        if not isinstance(blocks[0], LlamaAttention) or not isinstance(blocks[1], LlamaMLP):
             raise ValueError(f"fused needs the layers of a Llama, got {type(layer).__name__}; leave the mode out.")
         layer.self_attn.forward = _fused_attention(layer.self_attn)
         layer.mlp.forward = _fused_mlp(layer.mlp)
@@ -174,4 +188,4 @@ def _fused_mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
 def use_bf16_residual(model: Any) -> None:
     """Keep the residual stream in bf16: half its memory and traffic, and another rounding after every layer."""
     # The norms compute in float32 and return its width times their weight, so only the stream itself narrows.
-    model.model.embed_tokens.register_forward_hook(lambda _module, _inputs, output: output.bfloat16())
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.bfloat16())

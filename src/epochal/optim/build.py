@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from epochal import optim, optimizer_config
 from epochal.optim.base import Group
+from epochal.optim.roles import parameter_roles
 from triton_kernels.backend import backend
 
-# Parts of the names of the two matrices that Muon leaves to AdamW.
-ENDS = ("embed_tokens", "lm_head")
+# Roles of the matrices that Muon leaves to AdamW, and their names in a record, whatever the architecture calls them.
+ENDS = {"embedding": "embed_tokens", "head": "lm_head"}
 # Parameters from which Fira's published alpha is a sixteenth instead of a quarter.
 LARGE = 10**9
 
@@ -63,9 +64,10 @@ def parameter_groups(
     The decay mask of the paper (docs/infinite_compute.md section 3, point 4): all linear maps and the output head
     decay; token embedding, norm weights and biases do not.
     """
+    roles = parameter_roles(model)
     named: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        scale = 1.0 if parameter.ndim >= 2 and "embed_tokens" not in name else 0.0
+        scale = 1.0 if parameter.ndim >= 2 and roles[name] != "embedding" else 0.0
         named.setdefault((matrix(name, parameter), scale), []).append((name, parameter))
     return [
         {
@@ -84,7 +86,8 @@ def _matrix_rule(model: nn.Module, choice: optimizer_config.Optimizer) -> Callab
     """Return which parameters an optimizer with two rules treats as matrices."""
     match choice:
         case optimizer_config.Muon():
-            return lambda name, parameter: parameter.ndim == 2 and not any(end in name for end in ENDS)
+            roles = parameter_roles(model)
+            return lambda name, parameter: parameter.ndim == 2 and roles[name] not in ENDS
         case optimizer_config.Fira():
             _, projected = optim.fira_param_groups(model, 1, choice.patterns)  # refuses patterns without a match
             chosen = {id(parameter) for parameter in projected["params"]}
@@ -138,12 +141,13 @@ def optimizer_backend(choice: optimizer_config.Optimizer, device: torch.device) 
 def spectral_norms(model: nn.Module) -> dict[str, float]:
     """Return the largest singular value of each kind of matrix (q_proj, ..., lm_head), over layers."""
     norms: dict[str, float] = {}
+    roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             # From the Gram matrix of the smaller side: only the largest value is needed, and squaring keeps its
             # digits.
             wide = parameter.float() if parameter.shape[0] <= parameter.shape[1] else parameter.float().mT
             norm = float(torch.linalg.eigvalsh(wide @ wide.mT)[-1].clamp(min=0).sqrt())
-            kind = name.removesuffix(".weight").split(".")[-1]
+            kind = ENDS.get(roles[name]) or name.removesuffix(".weight").split(".")[-1]
             norms[kind] = max(norms.get(kind, 0.0), norm)
     return norms

@@ -25,11 +25,12 @@ from epochal.distributed.presets import check_modes
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.meaning import describe, meaning_of, take_folder
-from epochal.models.config import flops_per_token, parameter_counts, read_config
+from epochal.models.config import check_run, flops_per_token, parameter_counts, read_config
 from epochal.models.folder import save_model, write_settings
 from epochal.models.layers import apply_modes, eager, set_deterministic, use_bf16_residual
 from epochal.models.llama import build_model, next_token, start_from
 from epochal.optim.build import build_optimizer, optimizer_backend, spectral_norms
+from epochal.optim.roles import head_weight
 from epochal.provenance import code_hash, provenance, utilisation
 from epochal.records import Record, Records, Workspace, input_fingerprints, load_records
 from epochal.run import Run
@@ -84,10 +85,10 @@ class ModelWithLoss(torch.nn.Module):
             if self.training:
                 return self._training_loss(tokens, first_row, normaliser)
             hidden, targets = next_token(self.model, tokens)
-            return -token_log_probs(hidden, self.model.lm_head.weight, targets).double().sum() / normaliser
+            return -token_log_probs(hidden, head_weight(self.model), targets).double().sum() / normaliser
 
     def _training_loss(self, tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
-        rows, head = range(first_row, first_row + len(tokens)), self.model.lm_head.weight
+        rows, head = range(first_row, first_row + len(tokens)), head_weight(self.model)
         self.noise.begin(rows)
         hidden, targets = next_token(self.model, tokens)
         if self.teacher is None:
@@ -97,7 +98,7 @@ class ModelWithLoss(torch.nn.Module):
         # A second pass over the same rows with some input embeddings hidden; its loss is added with a small weight.
         if self.noise.masking:
             self.noise.begin(rows, "masked")
-            masked = self.noise.hide(self.model.model.embed_tokens(tokens), rows)
+            masked = self.noise.hide(self.model.get_input_embeddings()(tokens), rows)
             hidden, targets = next_token(self.model, tokens, masked)
             loss = loss + MASKED_WEIGHT * cross_entropy(hidden, head, targets, normaliser=normaliser)
         return loss
@@ -111,6 +112,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     non-finite loss ends the run with a record of status "diverged".
     """
     # --- processes -------------------------------------------------------------------------------------------------
+    check_run(run)
     processes = _processes(run, workspace, options)
     rows = _rows_of_this_process(run, processes, options)
 

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epochal.optim.roles import residual_outputs
 from triton_kernels.backend import backend
 from triton_kernels.row_dropout import row_dropout
-
-# Modules of Llama whose outputs are the residual stream's start and its additions.
-DROPOUT_SITES = ("embed_tokens", "o_proj", "down_proj")
 
 # Weight of the next-token loss on masked inputs, relative to the plain one (published code).
 MASKED_WEIGHT = 0.4
@@ -35,10 +33,15 @@ class Noise:
         self._sites: dict[str, torch.nn.Module] = {}
 
     def attach(self, model: Any) -> None:
-        """Add dropout hooks to a Llama, active in training mode; without dropout the model is not changed."""
+        """Add dropout hooks to a decoder, active in training mode; without dropout the model is not changed.
+
+        They follow the token embedding and the last linear map of each block, before a norm of the block's output.
+        """
         if self.dropout:
+            # The residual stream's start and its additions.
+            sites = {id(module) for module in (model.get_input_embeddings(), *residual_outputs(model))}
             for name, module in model.named_modules():
-                if name.rpartition(".")[2] in DROPOUT_SITES:
+                if id(module) in sites:
                     self._sites[name] = module
                     # The same function at all sites, which reads attributes: one compiled graph serves all layers.
                     module.dropout_share, module.row_seeds = self.dropout, torch.zeros(0, dtype=torch.int64)

@@ -7,6 +7,7 @@ import torch
 
 from epochal.loss import cross_entropy
 from epochal.models.llama import build_model, next_token
+from epochal.optim.roles import head_weight
 
 # Steps are timed until both are reached; the first step is not counted.
 SECONDS, STEPS = 0.4, 2
@@ -38,7 +39,7 @@ def _speed(name: str, vocab_size: int, sequence_length: int, sequences: int, dev
         # bf16 where the campaign would use it.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden, targets = next_token(model, tokens)
-            loss = cross_entropy(hidden, model.lm_head.weight, targets)
+            loss = cross_entropy(hidden, head_weight(model), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()

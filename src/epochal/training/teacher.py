@@ -16,6 +16,7 @@ from epochal.loss import cached_distillation_loss, distillation_loss
 from epochal.models.layers import use_causal_attention
 from epochal.models.llama import next_token
 from epochal.models.load import load_model, member_records
+from epochal.optim.roles import head_weight
 from epochal.records import Records, Workspace
 from epochal.run import Job, Run, SoftTargetDistillation, Targets, averaging
 
@@ -42,7 +43,7 @@ class OnlineTeacher:
     ) -> torch.Tensor:
         """Return the summed loss over `normaliser`: hidden (n, d), head (V, d), targets (n,), tokens (b, T)."""
         with torch.no_grad():
-            pairs = [(next_token(model, tokens)[0], model.lm_head.weight) for model in self.models]
+            pairs = [(next_token(model, tokens)[0], head_weight(model)) for model in self.models]
         return distillation_loss(
             hidden,
             head,
