@@ -19,7 +19,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one per color, for print in gray
 INK, GRID, PAPER = "#1f2328", "#e3e5e8", "#ffffff"
 SIZE = (6.0, 3.9)  # inches, of which the legend takes its share
-PAGE_SIZE = (6.4, 4.0)  # inches on the page, where the legend is text below the figure
+PAGE_SIZE = (5.4, 3.4)  # inches on the page, where the legend is text below the figure
 POINTS_PER_INCH = 72  # SVG units
 AVERAGE_LINES = {"logits": "-", "probs": (0, (4, 2)), "parameters": (0, (1, 1.5))}
 LIMIT = "limit"  # gid of the mark of an asymptote
@@ -125,22 +125,40 @@ def draw_series(
         line.set_linestyle("none")
     if lows is not None:
         if join:
-            axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.16, linewidth=0)
+            _band(axes, xs, lows, highs, color=line.get_color(), alpha=0.16)
         # Bars in any case, because a band of one point has no area.
-        axes.vlines(xs, lows, highs, color=line.get_color(), alpha=0.55, linewidth=1.1)
+        for place, *bar in zip(xs, lows, highs, strict=True):
+            if np.isfinite(bar).all():
+                axes.plot([place, place], bar, color=line.get_color(), alpha=0.55, linewidth=1.1, zorder=1.9)
     line.hover = [f"{label}: {compact(a)}, {b:.4f}" for a, b in zip(xs, ys, strict=True)]
     return line
 
 
-def draw_key(axes: Any, label: str, *, color: str = "0.5", line_style: Any = "-") -> None:
+def _band(axes: Any, xs: Any, low: Any, high: Any, *, color: Any, alpha: float) -> None:
+    """Fill between two curves where both are finite."""
+    import numpy as np
+
+    # A polygon, not fill_between, whose collection mpld3 misplaces on a logarithmic axis.
+    given = np.isfinite(low) & np.isfinite(high)
+    axes.fill(
+        np.concatenate([xs[given], xs[given][::-1]]),
+        np.concatenate([low[given], high[given][::-1]]),
+        color=color,
+        alpha=alpha,
+        linewidth=0,
+        zorder=1.5,
+    )
+
+
+def draw_key(axes: Any, label: str, *, color: str = INK, line_style: Any = "-") -> None:
     """Add an entry to the legend that explains a color or a dash."""
     axes.plot([], [], label=plain(label), color=color, linestyle=line_style)
 
 
 def draw_level(axes: Any, y: float, x_min: float, x_max: float, *, label: str) -> None:
-    """Draw one number, such as the best single model, as a gray horizontal line."""
+    """Draw one number, such as the best single model, as a thick gray line."""
     # Not axhline, whose ends are in other coordinates and which would stay behind when the page is zoomed.
-    axes.plot([x_min, x_max], [y, y], color="0.5", linewidth=1.2, linestyle=(0, (1, 1)), label=plain(label), zorder=1.4)
+    axes.plot([x_min, x_max], [y, y], color=PALETTE[-1], linewidth=2.4, alpha=0.6, label=plain(label), zorder=1.4)
 
 
 def draw_law(
@@ -153,6 +171,7 @@ def draw_law(
     color: str | None = None,
     limit: bool = True,
     line_style: Any = "-",
+    in_legend: bool = True,
 ) -> Any:
     """Draw a fitted law of `epochal.scaling` from x_min to x_max with its 90% band, for a logarithmic x.
 
@@ -166,7 +185,13 @@ def draw_law(
     xs = np.geomspace(x_min, x_max, 48)
     ys = law.predict(xs)
     (line,) = axes.plot(
-        xs, ys, label=plain(label) or None, color=color, zorder=1.8, linewidth=1.1, linestyle=line_style
+        xs,
+        ys,
+        label=(plain(label) or None) if in_legend else None,
+        color=color,
+        zorder=1.8,
+        linewidth=1.2,
+        linestyle=line_style,
     )
     color = line.get_color()
     # An interval far wider than the curve would flatten everything else, so it is cut half a curve's height beyond the curve.
@@ -175,7 +200,7 @@ def draw_law(
     low, high = law.predict_interval(xs)
     if np.all(np.isfinite(low) & np.isfinite(high)):
         band = np.clip(low, floor, ceiling), np.clip(high, floor, ceiling)
-        axes.fill_between(xs, *band, color=color, alpha=0.1, linewidth=0, zorder=1.5)
+        _band(axes, xs, *band, color=color, alpha=0.1)
     if limit:
         # Several laws of one figure have their limits side by side.
         number = sum(other.get_gid() == LIMIT for other in axes.lines)
@@ -225,27 +250,21 @@ def draw_ranking(
         raise ValueError(f"there are {len(names)} names for {xs.size} values; give one value or None for each name.")
     places = -np.arange(len(names))
     given = np.isfinite(lows) & np.isfinite(highs)
-    axes.hlines(places[given], lows[given], highs[given], color=PALETTE[0], linewidth=3, alpha=0.35)
+    for place, *bar in zip(places[given], lows[given], highs[given], strict=True):
+        axes.plot(bar, [place, place], color=PALETTE[0], linewidth=3, alpha=0.35, solid_capstyle="butt")
     (points,) = axes.plot(xs, places, linestyle="none", marker="o", color=PALETTE[0])
     points.hover = [
         f"{name}: {x:.4f}" + (f" (90%: {a:.4f} to {b:.4f})" if math.isfinite(a + b) else "")
         for name, x, a, b in zip(names, xs, lows, highs, strict=True)
     ]
     shown = [
-        f"{plain(name)}  {x:.4g}" if math.isfinite(x) else f"{plain(name)}  –"
+        f"{plain(name)}: {x:.3f}" if math.isfinite(x) else f"{plain(name)}: –"
         for name, x in zip(names, xs, strict=True)
     ]
     axes.set_yticks(places, shown)
     axes.set_ylim(-len(names) + 0.4, 0.6)
     axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(_few_ticks())
     return points
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(5)
 
 
 def compact(value: float) -> str:
@@ -295,15 +314,19 @@ def _drawn(draw: Callable[[Any], None], size: tuple[float, float], dpi: float) -
         handles = axes.get_legend_handles_labels()[0]
         for line in [line for line in axes.lines if not len(line.get_xdata())]:
             line.remove()
-        if axes.get_xscale() == "log":
-            _place_ticks(axes)
+        _place_ticks(axes)
         yield figure, axes, handles
 
 
 def _place_ticks(axes: Any) -> None:
-    """Put ticks of a logarithmic x at the measured points, where their labels do not collide."""
-    from matplotlib.ticker import NullLocator
+    """Put few ticks on linear axes, and those of a logarithmic x at measured points whose labels do not collide."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "linear" and not isinstance(axis.get_major_locator(), FixedLocator):
+            axis.set_major_locator(MaxNLocator(6))
+    if axes.get_xscale() != "log":
+        return
     left, right = map(math.log, axes.get_xlim())
     limits = [line.get_xdata()[0] for line in axes.lines if line.get_gid() == LIMIT]
     marked = [line for line in axes.lines if hasattr(line, "hover") and line.get_gid() != LIMIT]
@@ -340,6 +363,10 @@ def render_interactive(draw: Callable[[Any], None]) -> tuple[str, list[Key]]:
             if hasattr(line, "hover"):
                 labels = [html.escape(label) for label in line.hover]
                 mpld3.plugins.connect(figure, mpld3.plugins.PointHTMLTooltip(line, labels))
+        if axes.get_xscale() == "log":
+            axes.grid(visible=False, axis="x")  # mpld3 would draw a line for every digit
+        # mpld3 sets tick labels further from the axes than matplotlib.
+        axes.xaxis.labelpad, axes.yaxis.labelpad = 14, 8
         figure.draw_without_rendering()  # the layout, before mpld3 reads the place of the axes
         keys = [_key(handle) for handle in handles]
         spec = json.dumps(mpld3.fig_to_dict(figure), cls=NumpyEncoder)
@@ -359,14 +386,16 @@ def _renamed(names: dict[str, str], found: "re.Match[str]") -> str:
 def _key(handle: Any) -> Key:
     from matplotlib.colors import to_hex
 
+    def color_of(value: Any) -> str:
+        return "var(--ink)" if to_hex(value) == INK else to_hex(value)
+
     if not hasattr(handle, "get_linestyle") or not hasattr(handle, "get_marker"):
-        color = handle.get_facecolor()
-        return Key(handle.get_label(), to_hex(color), "", line=False, point=True)
+        return Key(handle.get_label(), color_of(handle.get_facecolor()), "", line=False, point=True)
     line = handle.get_linestyle() not in ("None", "none", "")
     pattern = handle._unscaled_dash_pattern[1] if line else None
     dashes = " ".join(f"{2 * dash:g}" for dash in pattern) if pattern else ""
     label = handle.get_label().replace(r"\$", "$")
-    return Key(label, to_hex(handle.get_color()), dashes, line, handle.get_marker() not in ("None", "none", ""))
+    return Key(label, color_of(handle.get_color()), dashes, line, handle.get_marker() not in ("None", "none", ""))
 
 
 def page_scripts() -> list[str]:

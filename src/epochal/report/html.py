@@ -102,4 +102,8 @@ def _with_code(text: str) -> Any:
     """Escape a text and set `code` between backticks as code, the only markup in reports."""
     from markupsafe import Markup
 
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(" ".join(text.split()))))  # noqa: S704
+    def code(found: re.Match[str]) -> str:
+        # A browser would end a line after the dashes of --scale.
+        return "<code>" + re.sub(r"[^ ]*-[^ ]*", r"<span>\g<0></span>", found[1]) + "</code>"
+
+    return Markup(re.sub(r"`([^`]+)`", code, escape(" ".join(text.split()))))

@@ -3,12 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from epochal.records import SEED_FIELDS, Record, Records
+from epochal.records import Record, Records
 from epochal.report.claims import reservations
 from epochal.report.sections import DASH, Section, Table, all_claims, format_number
-from epochal.run import Run, inputs
+from epochal.run import Run, Samples, inputs
 from epochal.scaling import interval_text, seed_interval
 
 # Roles of `epochal export`, in the order of the page, and what they are called there. Others follow under their own name.
@@ -19,6 +19,7 @@ NAMES = {
     "ensemble": "Best ensemble",
     "student": "Best student",
 }
+SAMPLED = 160  # tokens of a sample on the first screen
 CHAIN = "whole-chain"  # the figure that stands on the first screen
 
 
@@ -52,6 +53,9 @@ def overview(
     records: Records, roles: Mapping[str, Record], sections: Sequence[Section], *, scale: str, sample: str = ""
 ) -> Overview:
     """Return the first screen of the report of a campaign; `roles` are those of `epochal.campaign.plan.named_roles`."""
+    # "best" is one of the others, unless it is something else than they are.
+    others = {record.job.name for name, record in roles.items() if name != "best"}
+    roles = {name: record for name, record in roles.items() if name != "best" or record.job.name not in others}
     order = [*(name for name in NAMES if name in roles), *(name for name in roles if name not in NAMES)]
     models = tuple(_model(name, roles[name], records, scale) for name in order)
     chosen = next((name for name in ("student", "best", "single", *order) if name in roles), "")
@@ -63,6 +67,22 @@ def overview(
         sample=sample,
         sample_command=f"epochal generate {chosen} --scale {scale}" if chosen else "",
     )
+
+
+def sampled_text(records: Records, data: str) -> str:
+    """Return the beginning of what a model of the campaign wrote, where its tokens are in the work folder; else ""."""
+    import numpy as np
+
+    space = records.workspace
+    vocabulary = space.data / data / "tokenizer" / "tokenizer.json"
+    for record in records:
+        path = space.output(record.job) if isinstance(record.job, Samples) else None
+        if path is not None and vocabulary.is_file() and records.has_output(record.job):
+            from tokenizers import Tokenizer
+
+            tokens = np.load(path, allow_pickle=False).reshape(-1)[:SAMPLED]
+            return str(Tokenizer.from_file(str(vocabulary)).decode(tokens.tolist())).strip()
+    return ""
 
 
 def overview_table(models: Iterable[Model]) -> Table:
@@ -121,18 +141,13 @@ def _seeds(record: Record, records: Records) -> str:
     """Say what the same run reached with other seeds."""
     if not isinstance(record.job, Run):
         return "one ensemble; not repeated with other members"
-    unseeded = _unseeded(record.job)
-    losses = [other.loss for other in records if isinstance(other.job, Run) and _unseeded(other.job) == unseeded]
-    finite = [loss for loss in losses if math.isfinite(loss)]
+    group = next((group for group in records.settings if record in group), [record])
+    finite = [other.loss for other in group if math.isfinite(other.loss)]
     if len(finite) < 2:
         return "one seed"
     interval = seed_interval(finite)
     around = f", 90% {interval_text(interval)}" if interval else ""
     return f"{len(finite)} seeds: mean {math.fsum(finite) / len(finite):.4f}{around}"
-
-
-def _unseeded(run: Run) -> Run:
-    return replace(run, **dict.fromkeys(SEED_FIELDS, ""))  # type: ignore[arg-type]
 
 
 def _regime(found: Iterable[Record]) -> str:
@@ -182,4 +197,4 @@ def losses_in_words(models: Sequence[Model]) -> str:
     if not finite:
         return "No model is finished yet."
     best = min(finite, key=lambda model: model.loss)
-    return f"{best.what} has the lowest loss, {format_number(best.loss)} nats per token."
+    return f"Lowest loss: {best.what[0].lower()}{best.what[1:]}, {format_number(best.loss)} nats per token."

@@ -27,8 +27,8 @@ def write_report(
     """Write report.md, report.html, claims.json and figures/<name>.svg under `folder`.
 
     `scale` names the campaign in claims.json, by default the title does. Returns the path of report.html. The bytes
-    depend on the arguments and the versions of the plotting libraries alone. Raises ValueError for a figure that cannot be drawn, two
-    figures of one name and two claims of one id.
+    depend on the arguments and the versions of the plotting libraries alone. Raises ValueError for a figure that cannot be
+    drawn, two figures of one name and two claims of one id.
     """
     # Everything is rendered before the first file is touched, so a failing figure leaves an older report as it was.
     figures = _render_figures(sections)
