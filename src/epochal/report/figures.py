@@ -366,7 +366,7 @@ def render_interactive(draw: Callable[[Any], None]) -> tuple[str, list[Key]]:
         if axes.get_xscale() == "log":
             axes.grid(visible=False, axis="x")  # mpld3 would draw a line for every digit
         # mpld3 sets tick labels further from the axes than matplotlib.
-        axes.xaxis.labelpad, axes.yaxis.labelpad = 14, 8
+        axes.xaxis.labelpad, axes.yaxis.labelpad = 14, 12
         figure.draw_without_rendering()  # the layout, before mpld3 reads the place of the axes
         keys = [_key(handle) for handle in handles]
         spec = json.dumps(mpld3.fig_to_dict(figure), cls=NumpyEncoder)
