@@ -16,9 +16,15 @@ from epochal.report.write import write_report
 WIDE, PHONE = 1280, 390
 HIGHEST = 8000  # pixels of micro's page before anything is unfolded
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run --hide-scrollbars"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+)
 OVERLAPS = """
 const found = [];
 for (const svg of document.querySelectorAll("svg.mpld3-figure")) {

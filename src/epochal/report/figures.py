@@ -173,10 +173,11 @@ def draw_law(
     line_style: Any = "-",
     in_legend: bool = True,
 ) -> Any:
-    """Draw a fitted law of `epochal.scaling` from x_min to x_max with its 90% band, for a logarithmic x.
+    """Draw a fitted law of `epochal.scaling` with its 90% band.
 
-    With `limit`, its asymptote is a mark with its 90% interval to the right of x_max, above the tick "limit"; an end
-    without a bound within the figure is an arrow. Returns the line of the law. Raises ValueError unless 0 < x_min < x_max.
+    It goes from x_min to x_max on a logarithmic x. With `limit`, its asymptote is a mark with its 90% interval to the right
+    of x_max, above the tick "limit"; an end without a bound within the figure is an arrow. Returns the line of the law.
+    Raises ValueError unless 0 < x_min < x_max.
     """
     import numpy as np
 
@@ -300,7 +301,10 @@ class Key:
 
 @contextmanager
 def _drawn(draw: Callable[[Any], None], size: tuple[float, float], dpi: float) -> Iterator[tuple[Any, Any, list[Any]]]:
-    """Yield a figure, its axes and the entries of its legend, which stands outside of the axes."""
+    """Yield a figure, its axes and the entries of its legend.
+
+    The axes have no legend: it stands outside of them.
+    """
     require_matplotlib()
     # Not pyplot, which keeps global state and looks for a display.
     from matplotlib.figure import Figure
@@ -319,7 +323,10 @@ def _drawn(draw: Callable[[Any], None], size: tuple[float, float], dpi: float) -
 
 
 def _place_ticks(axes: Any) -> None:
-    """Put few ticks on linear axes, and those of a logarithmic x at measured points whose labels do not collide."""
+    """Put ticks where their labels do not collide.
+
+    A logarithmic x has them at measured points.
+    """
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     for axis in (axes.xaxis, axes.yaxis):

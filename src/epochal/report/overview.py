@@ -61,7 +61,8 @@ def overview(
     chosen = next((name for name in ("student", "best", "single", *order) if name in roles), "")
     return Overview(
         models=models,
-        regime=_regime(roles.values()),
+        # The control may read more of the text than the campaign does.
+        regime=_regime(record for name, record in roles.items() if name != "control"),
         sure=_how_sure(sections),
         next_step=_next_step(roles, sections, scale),
         sample=sample,
@@ -70,7 +71,10 @@ def overview(
 
 
 def sampled_text(records: Records, data: str) -> str:
-    """Return the beginning of what a model of the campaign wrote, where its tokens are in the work folder; else ""."""
+    """Return the beginning of what a model of the campaign wrote.
+
+    "" where its tokens are not in the work folder.
+    """
     import numpy as np
 
     space = records.workspace
@@ -108,9 +112,7 @@ def _model(role: str, record: Record, records: Records, scale: str) -> Model:
     runs = [record] if isinstance(record.job, Run) else [r for n in inputs(record.job) if (r := records.named(n))]
     sizes = [run.results.get("parameters") for run in runs]
     counted = record.results.get("parameters") or (sum(map(int, sizes)) if sizes and all(sizes) else None)
-    per_token = next(
-        (t["bytes_per_token"] for r in runs if (t := r.results.get("text")) and "bytes_per_token" in t), None
-    )
+    per_token = next((b for run in runs if (b := run.results.get("text", {}).get("bytes_per_token"))), None)
     return Model(
         what=NAMES.get(role, role),
         job=record.job.name,
@@ -151,7 +153,7 @@ def _seeds(record: Record, records: Records) -> str:
 
 
 def _regime(found: Iterable[Record]) -> str:
-    """Say which share of the text the models read, where a record has the size of the text."""
+    """Say which share of the text the models read, where a record has it."""
     for record in found:
         text = record.results.get("text")
         if isinstance(record.job, Run) and text and text.get("tokens"):
