@@ -308,7 +308,7 @@ def test_two_campaigns_side_by_side(
     for space in (first_space, second_space):
         campaign.write(space)
     for record in load_records(second_space):  # the same campaign with higher losses
-        worse = {**record.results, "loss": record.loss + 0.1}
+        worse = {**record.results, "loss": 1.1 * record.loss}
         write_record(second_space, replace(record, results=worse))
     sides = [
         CampaignReport(name, "kjv", records, sections_of(records, "demo"))
@@ -318,7 +318,7 @@ def test_two_campaigns_side_by_side(
     assert len(first.tables) == 1 and first.tables[0].title.endswith("claims of both")
     rows = {row[1]: row[2:] for row in first.tables[0].rows}
     beats = next(cells for text, cells in rows.items() if "beats the best standard one" in text)
-    assert all(cell.startswith("reproduced") and cell.count(".") >= 3 for cell in beats)
+    assert all(cell.startswith("reproduced") and "nats" in cell for cell in beats)
     assert beats[0] != beats[1]
     assert {"Size"} <= {section.title for section in rest}
     alone = compare_campaigns(sides[0], replace(sides[1], sections=sides[1].sections[:1]))[0].tables

@@ -123,7 +123,7 @@ def draw_series(
     line.set_markeredgewidth(0.7)
     if not join:
         line.set_linestyle("none")
-    if lows is not None:
+    if lows is not None and highs is not None:
         if join:
             _band(axes, xs, lows, highs, color=line.get_color(), alpha=0.16)
         # Bars in any case, because a band of one point has no area.
@@ -313,10 +313,10 @@ def _drawn(draw: Callable[[Any], None], size: tuple[float, float], dpi: float) -
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         axes = figure.subplots()
         draw(axes)
-        if axes.get_legend() is not None:
-            axes.get_legend().remove()
+        if (legend := axes.get_legend()) is not None:
+            legend.remove()
         handles = axes.get_legend_handles_labels()[0]
-        for line in [line for line in axes.lines if not len(line.get_xdata())]:
+        for line in [line for line in axes.lines if not line.get_path().vertices.size]:
             line.remove()
         _place_ticks(axes)
         yield figure, axes, handles

@@ -111,7 +111,8 @@ def hours_text(hours: float | None) -> str:
 def _model(role: str, record: Record, records: Records, scale: str) -> Model:
     runs = [record] if isinstance(record.job, Run) else [r for n in inputs(record.job) if (r := records.named(n))]
     sizes = [run.results.get("parameters") for run in runs]
-    counted = record.results.get("parameters") or (sum(map(int, sizes)) if sizes and all(sizes) else None)
+    known = [int(size) for size in sizes if size]
+    counted = record.results.get("parameters") or (sum(known) if known and len(known) == len(sizes) else None)
     per_token = next((b for run in runs if (b := run.results.get("text", {}).get("bytes_per_token"))), None)
     return Model(
         what=NAMES.get(role, role),
