@@ -311,12 +311,12 @@ def _drawn(draw: Callable[[Any], None], size: tuple[float, float], dpi: float) -
 
     with figure_style():
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-        axes = figure.subplots()
+        axes: Any = figure.subplots()
         draw(axes)
         if (legend := axes.get_legend()) is not None:
             legend.remove()
         handles = axes.get_legend_handles_labels()[0]
-        for line in [line for line in axes.lines if not line.get_path().vertices.size]:
+        for line in [line for line in axes.lines if not len(line.get_xdata())]:
             line.remove()
         _place_ticks(axes)
         yield figure, axes, handles
