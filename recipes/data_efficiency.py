@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epochal.report.claims import Claim
-from epochal.report.figures import draw_bars, draw_law, draw_series
+from epochal.report.figures import draw_law, draw_ranking, draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Scale
@@ -292,7 +292,6 @@ def _law_figure(study: Study, law: PowerLaw) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("unique tokens D")
         axes.set_ylabel("validation loss (nats per token)")
-        axes.legend()
 
     return Figure(
         name="loss-against-data", caption="Best losses against D, and the law of the standard recipe.", draw=draw
@@ -305,7 +304,7 @@ def _finite(value: float) -> float | None:
 
 def _bar_figure(multiples: Multiples, tokens: int) -> Figure:
     def draw(axes: Any) -> None:
-        draw_bars(axes, ["standard", *multiples], [1.0, *(value.multiple for value in multiples.values())])
-        axes.set_ylabel("multiple of the data")
+        draw_ranking(axes, ["standard", *multiples], [1.0, *(value.multiple for value in multiples.values())])
+        axes.set_xlabel("multiple of the data")
 
     return Figure(name="data-efficiency", caption=f"Data efficiency at D = {tokens:,}.", draw=draw)

@@ -15,7 +15,7 @@ from epochal.ranges import Decay, Items
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import welch_claim
-from epochal.report.figures import draw_bars
+from epochal.report.figures import draw_ranking
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Scale
@@ -324,7 +324,7 @@ def chain_table(steps: list[Step], tokens: int) -> Table:
 
 def _figure(steps: list[Step], tokens: int) -> Figure:
     def draw(axes: Any) -> None:
-        draw_bars(axes, [step.what for step in steps], [step.mean("loss") for step in steps])
-        axes.set_ylabel("validation loss (nats per token)")
+        draw_ranking(axes, [step.what for step in steps], [step.mean("loss") for step in steps])
+        axes.set_xlabel("validation loss (nats per token)")
 
-    return Figure(name="whole-chain", caption=f"The whole chain at D = {tokens:,}, one bar per step.", draw=draw)
+    return Figure(name="whole-chain", caption=f"The whole chain at D = {tokens:,}, one row per step.", draw=draw)

@@ -370,7 +370,6 @@ def _figure(found: list[Answered], tokens: int) -> Figure:
                 draw_series(axes, losses, shares, label=words, low=low, high=high, join=False)
         axes.set_xlabel("validation loss (nats per token)")
         axes.set_ylabel("accuracy, mean of tasks (%)")
-        axes.legend()
 
     caption = f"Accuracy against loss at D = {tokens:,}; bars are one standard error over questions."
     return Figure(name="accuracy-against-loss", caption=caption, draw=draw)

@@ -19,7 +19,7 @@ from epochal.ranges import Items, Range, Ranged, Repeats, Tokens
 from epochal.records import Record
 from epochal.report.claims import Case, Claim
 from epochal.report.comparison import family_claim, family_table, measured_case
-from epochal.report.figures import draw_law, draw_series
+from epochal.report.figures import AVERAGE_LINES, draw_key, draw_law, draw_level, draw_series, size_color
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, SOUP, Ensemble, Job, Run, inputs
 from epochal.scale import Point, Scale, member_point
@@ -611,17 +611,26 @@ def _figure(study: Study, tokens: int, done: Finished) -> Figure:
     single, model = heavy_weight_decay.best_single(study, tokens)
 
     def draw(axes: Any) -> None:
+        members = max(max(mean_curve(record)) for _, _, record in done)
         for size, ensemble, record in done:
             curve, label = mean_curve(record), f"{size}, {ensemble.average}"
-            draw_series(axes, list(curve), list(curve.values()), label=label)
-            if len(curve) > 2:
-                draw_law(axes, members_law(record), 1, 4 * max(curve), label=f"{label}: law in K")
+            look: dict[str, Any] = {
+                "color": size_color(study.scale.models, size),
+                "line_style": AVERAGE_LINES[ensemble.average],
+            }
+            lawful = len(curve) > 2
+            draw_series(axes, list(curve), list(curve.values()), label=label, join=not lawful, in_legend=False, **look)
+            if lawful:
+                draw_law(axes, members_law(record), 1, 4 * members, label=label, in_legend=False, **look)
+        for size in dict.fromkeys(size for size, _, _ in done):
+            draw_key(axes, size, color=size_color(study.scale.models, size))
+        for average in dict.fromkeys(ensemble.average for _, ensemble, _ in done):
+            draw_key(axes, average, line_style=AVERAGE_LINES[average])
         if single:
-            axes.axhline(single.mean, color="0.4", linewidth=1, label=f"best single ({model})")
+            draw_level(axes, single.mean, 1, 4 * members, label=f"best single ({model})")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("members K")
         axes.set_ylabel("validation loss (nats per token)")
-        axes.legend()
 
-    caption = f"Loss against K at D = {tokens:,}: members of every size, and the law in K."
+    caption = f"Loss against K at D = {tokens:,}: members of every size (color), average (dash), and the law in K with its limit."
     return Figure(name=f"loss-against-members-{tokens}", caption=caption, draw=draw)

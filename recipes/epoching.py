@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from epochal.ranges import Items, Ranged, Tokens
 from epochal.report.claims import Claim
 from epochal.report.comparison import difference_claim
-from epochal.report.figures import draw_series
+from epochal.report.figures import draw_series, size_color
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
 from epochal.scale import Scale
@@ -245,11 +245,16 @@ def _figures(study: Study) -> tuple[Figure, ...]:
         for model in study.scale.models:
             curve = [(epochs, losses[model]) for epochs, losses in by_epochs.items() if model in losses]
             if curve:
-                draw_series(axes, [e for e, _ in curve], [loss for _, loss in curve], label=model)
+                draw_series(
+                    axes,
+                    [e for e, _ in curve],
+                    [loss for _, loss in curve],
+                    label=model,
+                    color=size_color(study.scale.models, model),
+                )
         axes.set_xscale("log", base=2)
         axes.set_xlabel("epochs")
         axes.set_ylabel("validation loss (nats per token)")
-        axes.legend()
 
     caption = f"Loss against epochs at wd {study.scale.standard_wd:g}, D = {tokens:,} tokens."
     return (Figure(name="loss-against-epochs", caption=caption, draw=draw),)

@@ -358,7 +358,6 @@ def _figures(study: Study, tokens: int, law: PowerLaw | None) -> list[Figure]:
         axes.set_xscale("log")
         axes.set_xlabel("parameters N")
         axes.set_ylabel("validation loss (nats per token)")
-        axes.legend()
 
     caption = f"Loss against N at D = {tokens:,}: best standard and best tuned runs, and the law in N."
     return [Figure(name=f"loss-against-size-{tokens}", caption=caption, draw=draw)]

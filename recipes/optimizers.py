@@ -18,7 +18,7 @@ from epochal.ranges import Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens, 
 from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import ArmLosses, Pair, gains_by_seed, long_enough, pair_claims
-from epochal.report.figures import draw_bars
+from epochal.report.figures import draw_ranking
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Signum, Spectra
 from epochal.scale import Scale
@@ -356,10 +356,8 @@ def _figures(study: Study, name: str, sweep: Sweep) -> list[Figure]:
     ends = [seed_interval(list(results[label].losses.values())) or (None, None) for label in labels]
 
     def draw(axes: Any) -> None:
-        draw_bars(axes, labels, means, low=[end[0] for end in ends], high=[end[1] for end in ends])
-        axes.set_ylim(bottom=min(means) - max(max(means) - min(means), 0.01) / 2)
-        axes.tick_params(axis="x", rotation=35)
-        axes.set_ylabel("validation loss (nats per token)")
+        draw_ranking(axes, labels, means, low=[end[0] for end in ends], high=[end[1] for end in ends])
+        axes.set_xlabel("validation loss (nats per token)")
 
     caption = f"{sweep.title.capitalize()}: each optimizer at its own optimum, mean over seeds with a 90% interval."
     return [Figure(name=f"optimizers-{name}", caption=caption, draw=draw)]

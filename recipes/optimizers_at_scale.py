@@ -297,7 +297,6 @@ def _figures(here: Comparison) -> tuple[Figure, ...]:
         axes.set_xscale("log")
         axes.set_xlabel("parameters N")
         axes.set_ylabel("validation loss (nats per token)")
-        axes.legend()
 
     caption = f"Loss against N, {here.sweep.title}: each optimizer at its own optimum."
     return (Figure(name="optimizers-against-size", caption=caption, draw=draw),)

@@ -499,19 +499,24 @@ def report(
     """
     from rich.console import Console
 
+    from epochal.campaign.plan import named_roles
+    from epochal.report.overview import overview, sampled_text
     from epochal.report.terminal import print_summary
     from epochal.report.write import write_report
 
+    first = None
     if records is not None:
         sections, summary = _point_report(records, reference, form)
         title, folder = f"epochal: {records.name}", records.with_name(f"{records.stem}-report")
     elif against is not None:
         title, folder, sections, summary = _comparison_report(recipes, scale, against, results, work)
     else:
-        setting, _, sections, summary = _campaign_report(recipes, scale, results, work)
+        setting, found, sections, summary = _campaign_report(recipes, scale, results, work)
         title, folder = f"epochal: {setting.name}", results / setting.name
+        sample = sampled_text(found, setting.data)
+        first = overview(found, named_roles(found, setting), sections, scale=scale, sample=sample)
     command_scale = scale if records is None else ""
-    path = write_report(sections, out or folder, title=title, summary=summary, scale=command_scale)
+    path = write_report(sections, out or folder, title=title, summary=summary, scale=command_scale, overview=first)
     print_summary(sections, Console())
     print(f"report: {path}")
 
@@ -537,6 +542,7 @@ def _campaign_report(
     from dataclasses import replace
 
     from epochal.campaign.plan import load_recipe, recipe_names
+    from epochal.report.claims import without_paper
     from epochal.study import Study
 
     setting, records = _load(scale, results, work)
@@ -548,6 +554,8 @@ def _campaign_report(
         for name in recipes or recipe_names(setting)
         if (section := load_recipe(name).report(study)) is not None
     ]
+    if not setting.replicates:
+        sections = [replace(one, claims=tuple(map(without_paper, one.claims))) for one in sections]
     budgets = ", ".join(f"{tokens:,}" for tokens in setting.unique_tokens)
     left_out = f" {len(records.problems)} malformed ones were left out." * bool(records.problems)
     summary = [

@@ -17,6 +17,7 @@ from epochal.provenance import device_name, versions
 OPTIONAL = {
     "datasets": "Hugging Face data sets",
     "matplotlib": "figures of reports",
+    "mpld3": "figures of reports on a page",
     "deepspeed": "ZeRO presets",
     "triton": "GPU kernels",
     "submitit": "Slurm clusters",

@@ -108,6 +108,7 @@ class Scale(Ranged):
     # Of every run that no recipe gives another one; its lr and wd come from searches.
     optimizer: Optimizer = field(default_factory=AdamW)
     recipes: tuple[str, ...] = ()  # of the campaign; empty for all
+    replicates: bool = False  # the report says what the papers found
     precision: Annotated[str, OneOf(PRECISIONS)] = "bf16"
     data_order: Annotated[str, OneOf(ORDERS)] = "documents"
     warmup: LessThanAll = 0.01

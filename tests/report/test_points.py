@@ -308,7 +308,7 @@ def test_two_campaigns_side_by_side(
     for space in (first_space, second_space):
         campaign.write(space)
     for record in load_records(second_space):  # the same campaign with higher losses
-        worse = {**record.results, "loss": record.loss + 0.1}
+        worse = {**record.results, "loss": 1.1 * record.loss}
         write_record(second_space, replace(record, results=worse))
     sides = [
         CampaignReport(name, "kjv", records, sections_of(records, "demo"))

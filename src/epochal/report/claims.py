@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,11 @@ def tally(claims: Iterable[Claim]) -> str:
     provisional = sum(bool(reservations(claim)) for claim in claims)
     end = f"; {provisional} provisional" if provisional else ""
     return f"{len(claims)} claim{'s' * (len(claims) > 1)}: {', '.join(parts)}{end}."
+
+
+def without_paper(claim: Claim) -> Claim:
+    """Return a claim of a campaign that replicates no paper."""
+    return replace(claim, paper="", sizes=None)
 
 
 # --- claims.json --------------------------------------------------------------------------------------------------------

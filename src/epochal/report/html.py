@@ -1,79 +1,109 @@
-"""report.html: one static page that contains its style and its figures."""
+"""report.html: one page that contains its style, its figures and the scripts that draw them."""
 
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+from typing import Any
 
-from epochal.report.claims import CLAIM_COLUMNS, tally
-from epochal.report.sections import Section, all_claims, claim_cells, numeric_columns, records_note, table_cells
+from epochal.report.claims import effect, reservations, tally, verdict
+from epochal.report.figures import Key, page_scripts
+from epochal.report.overview import CHAIN, Overview, hours_text, losses_in_words
+from epochal.report.sections import (
+    Section,
+    all_claims,
+    format_interval,
+    format_number,
+    numeric_columns,
+    records_note,
+    table_cells,
+)
 
-CSS = """
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; color: #1f2328; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .875rem; }
-caption { text-align: left; font-weight: 600; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #d5d9de; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1.5rem 0; max-width: 37rem; }
-svg { width: 100%; height: auto; }
-"""
+SHOWN = 2  # figures of a section that are not folded
+TEMPLATE = "page.html.j2"
 
 
 def render_html(
-    sections: Sequence[Section], figures: Mapping[str, str], *, title: str, summary: Sequence[str] = ()
+    sections: Sequence[Section],
+    figures: Mapping[str, tuple[str, list[Key]]],
+    *,
+    title: str,
+    summary: Sequence[str] = (),
+    overview: Overview | None = None,
 ) -> str:
-    """Render the page; `figures` holds the SVG of every figure of the sections by name."""
-    claims = all_claims(sections)
-    parts = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(line)}</p>" for line in summary)]
-    parts += ["<h2>All claims</h2>", f"<p>{_text(tally(claims))}</p>"]
-    if claims:
-        # Column 4 is the number of seeds.
-        parts.append(_table("", CLAIM_COLUMNS, [claim_cells(claim) for claim in claims], numeric={4}))
-    for section in sections:
-        parts += _section(section, figures)
-    body = "\n".join(parts)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    """Render the page; `figures` holds what `render_interactive` returned for every figure of the sections by name."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _section(section: Section, figures: Mapping[str, str]) -> list[str]:
-    parts = [f"<h2>{_text(section.title)}</h2>", f"<p><em>{_text(section.question)}</em></p>"]
-    for table in section.tables:
-        parts.append(_table(table.title, table.columns, table_cells(table), numeric_columns(table)))
-    for figure in section.figures:
-        svg = figures[figure.name]
-        # HTML takes the svg element without its XML header. matplotlib derives the ids that are referred to from their
-        # content, so equal ids of two figures mean the same.
-        svg = svg[svg.index("<svg") :]
-        parts.append(f"<figure>\n{svg}<figcaption>{_text(figure.caption)}</figcaption>\n</figure>")
-    notes = (*section.notes, *records_note(section))
-    return [*parts, "<ul>", *(f"<li>{_text(note)}</li>" for note in notes), "</ul>"] if notes else parts
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
-    lines = [_row("th", columns, numeric), *(_row("td", row, numeric) for row in rows)]
-    caption = f"<caption>{_text(title)}</caption>\n" if title else ""
-    return f"<div><table>\n{caption}" + "\n".join(lines) + "\n</table></div>"
-
-
-def _row(tag: str, cells: Sequence[str], numeric: set[int]) -> str:
-    classes = (' class="number"' if i in numeric else "" for i in range(len(cells)))
-    return (
-        "<tr>" + "".join(f"<{tag}{c}>{_text(cell)}</{tag}>" for c, cell in zip(classes, cells, strict=True)) + "</tr>"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["code"] = _with_code
+    environment.filters["number"] = format_number
+    environment.filters["hours"] = hours_text
+    first = next((f for s in sections for f in s.figures if f.name == CHAIN), None) if overview else None
+    page: str = environment.get_template(TEMPLATE).render(
+        title=title,
+        summary=summary,
+        overview=overview,
+        best=losses_in_words(overview.models) if overview else "",
+        chain=first,
+        tally=tally(all_claims(sections)),
+        sections=[_section(number, section, moved=first) for number, section in enumerate(sections, 1)],
+        figures=figures,
+        scripts=page_scripts() if figures else [],
+    )
+    return page
 
 
-def _text(text: str) -> str:
+def _section(number: int, section: Section, moved: Any) -> dict[str, Any]:
+    """Return what the template shows of a section: figures first, then what is folded."""
+    figures = [figure for figure in section.figures if figure is not moved]
+    claims = [
+        {
+            "verdict": verdict(claim) + (f" ({effect(claim)})" if effect(claim) else ""),
+            "text": claim.text,
+            "evidence": [*_evidence(claim)],
+            "provisional": bool(reservations(claim)) or claim.holds is None,
+            "holds": claim.holds,
+        }
+        for claim in section.claims
+    ]
+    tables = [
+        {"title": t.title, "columns": t.columns, "rows": table_cells(t), "numeric": numeric_columns(t)}
+        for t in section.tables
+    ]
+    return {
+        "id": f"q{number}",
+        "title": section.title,
+        "question": section.question,
+        "tally": tally(section.claims) if section.claims else "",
+        "claims": claims,
+        "tables": tables,
+        "figures": figures[:SHOWN],
+        "more_figures": figures[SHOWN:],
+        "notes": [*section.notes, *records_note(section)],
+    }
+
+
+def _evidence(claim: Any) -> list[str]:
+    parts = [claim.value] if claim.value else []
+    parts += [f"90%: {format_interval(claim)}"] if claim.interval else []
+    parts += [f"{claim.seeds} seed{'s' * (claim.seeds > 1)}"]
+    parts += [claim.untestable] if claim.untestable else []
+    parts += [f"provisional: {'; '.join(reservations(claim))}"] if reservations(claim) else []
+    return [*parts, f"paper: {claim.paper}"] if claim.paper else parts
+
+
+def _with_code(text: str) -> Any:
     """Escape a text and set `code` between backticks as code, the only markup in reports."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(" ".join(text.split())))
+    from markupsafe import Markup
+
+    def code(found: re.Match[str]) -> str:
+        # A browser would end a line after the dashes of --scale.
+        return "<code>" + re.sub(r"[^ ]*-[^ ]*", r"<span>\g<0></span>", found[1]) + "</code>"
+
+    return Markup(re.sub(r"`([^`]+)`", code, escape(" ".join(text.split()))))

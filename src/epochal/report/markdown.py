@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from epochal.report.claims import CLAIM_COLUMNS, tally
+from epochal.report.overview import Overview, losses_in_words, overview_table
 from epochal.report.sections import (
     Section,
     Table,
@@ -15,10 +16,12 @@ from epochal.report.sections import (
 )
 
 
-def render_markdown(sections: Sequence[Section], *, title: str, summary: Sequence[str] = ()) -> str:
+def render_markdown(
+    sections: Sequence[Section], *, title: str, summary: Sequence[str] = (), overview: Overview | None = None
+) -> str:
     """Render report.md; figures are links relative to it."""
     claims = all_claims(sections)
-    lines = [f"# {_escape(title)}", *map(_escape, summary), "## All claims", tally(claims)]
+    lines = [f"# {_escape(title)}", *_first(overview), *map(_escape, summary), "## All claims", tally(claims)]
     if claims:
         lines.append(_table(CLAIM_COLUMNS, [claim_cells(claim) for claim in claims], numeric={4}))
     for section in sections:
@@ -26,15 +29,24 @@ def render_markdown(sections: Sequence[Section], *, title: str, summary: Sequenc
     return "\n\n".join(lines) + "\n"
 
 
+def _first(overview: Overview | None) -> list[str]:
+    if overview is None:
+        return []
+    parts = [losses_in_words(overview.models), _escape(overview.regime)]
+    parts += [markdown_table(overview_table(overview.models))] if overview.models else []
+    parts += [f"**How sure.** {_escape(overview.sure)}", f"**Next step.** {_escape(overview.next_step)}"]
+    return [part for part in parts if part]
+
+
 def _section(section: Section) -> list[str]:
     lines = [f"## {_escape(section.title)}", f"*{_escape(section.question)}*"]
-    for table in section.tables:
-        lines += [f"**{_escape(table.title)}**", markdown_table(table)]
     for figure in section.figures:
         caption = _escape(figure.caption)
         # A bracket would end the alternative text.
         alt = re.sub(r"[\[\]]", "", caption)
         lines += [f"![{alt}](figures/{figure.name}.svg)", caption]
+    for table in section.tables:
+        lines += [f"**{_escape(table.title)}**", markdown_table(table)]
     notes = "\n".join(f"- {_escape(note)}" for note in (*section.notes, *records_note(section)))
     return [*lines, notes] if notes else lines
 

@@ -225,7 +225,7 @@ def _law_figures(axis: Axis, laws: Sequence[AxisLaw]) -> Iterator[Figure]:
         where = f" at {place}" if place else ""
         yield Figure(
             name=f"loss-against-{axis.field}-{number}",
-            caption=f"Loss against {axis.label}{where}: points, fitted laws with 90% bands, limits dashed.",
+            caption=f"Loss against {axis.label}{where}: points, fitted laws with 90% bands, limits at the right.",
             draw=_draw_laws(axis, group),
         )
 
@@ -235,11 +235,19 @@ def _draw_laws(axis: Axis, laws: Sequence[AxisLaw]) -> Callable[[Any], None]:
         for fit in laws:
             line = draw_series(axes, fit.xs, fit.ys, label=fit.recipe, join=False)
             # A limit of 0 is only the bound of the fit, and its line would squeeze all points together.
-            draw_law(axes, fit.law, min(fit.xs), 4 * max(fit.xs), color=line.get_color(), limit=fit.law.E > 0)
+            draw_law(
+                axes,
+                fit.law,
+                min(fit.xs),
+                4 * max(fit.xs),
+                color=line.get_color(),
+                limit=fit.law.E > 0,
+                label=fit.recipe,
+                in_legend=False,
+            )
         axes.set_xscale("log", base=2 if axis is MEMBERS else 10)
         axes.set_xlabel(axis.label)
         axes.set_ylabel("loss (nats per token)")
-        axes.legend()
 
     return draw
 
