@@ -95,7 +95,6 @@ def format_interval(claim: Claim) -> str:
     """Show the interval of a claim with the decimals of its value, at least two."""
     if claim.interval is None:
         return DASH
-    from epochal.scaling import interval_text  # which needs numpy
 
     shown = re.search(r"\d\.(\d+)", claim.value)
     decimals = max(2, len(shown[1])) if shown else 4
