@@ -91,7 +91,7 @@ def _measure_text(request: Request) -> tuple[int, int]:
     for text in read_documents(Source(files=request.files)):
         size += len(text.encode("utf-8", "replace"))
         documents += bool(text.strip())
-    if not size:
+    if not documents:
         raise ValueError(f"{', '.join(request.files)} has no text; give other files.")
     return size, documents
 
