@@ -103,12 +103,13 @@ def build_model(
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return the model of `config` with parameters on torch's meta device: shapes and names without memory."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    # The class itself: AutoModelForCausalLM.from_config would shard it under ZeRO-3.
     # Constructors draw no weights that would be overwritten: half the time, same global random state. Buffers, such as
     # rotary frequencies, are not in a state dict and are made here.
     with torch.device("cpu"), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     model.tie_weights()  # each parameter was replaced for itself
     return model
 
