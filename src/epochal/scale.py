@@ -178,7 +178,7 @@ class Scale(Ranged):
         for model in models:
             if model not in self.models:
                 raise ValueError(
-                    f"{where}: model {shown(model)} is not on the ladder {list(self.models)}; add it there."
+                    f"{where}: model {shown(model)} is not on the ladder {shown(list(self.models))}; add it there."
                 )
             if started and self.start(self.rung(model), self.unique_tokens[0], wd=self.standard_wd) is None:
                 raise ValueError(f"{where}: model {model!r} needs lr and epochs in its [[ladder]] table.")
