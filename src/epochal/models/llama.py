@@ -12,6 +12,7 @@ import copy
 import hashlib
 import logging
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,6 +42,9 @@ __all__ = [
     "start_from",
     "weight_rule",
 ]
+
+# One model at a time: `init_empty_weights` changes torch's modules for all threads, and two at once would leave them changed.
+BUILDING = threading.Lock()
 
 
 class WeightRule(NamedTuple):
@@ -108,7 +112,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     # The class itself: AutoModelForCausalLM.from_config would shard it under ZeRO-3.
     # Constructors draw no weights that would be overwritten: half the time, same global random state. Buffers, such as
     # rotary frequencies, are not in a state dict and are made here.
-    with torch.device("cpu"), init_empty_weights(include_buffers=False):
+    with BUILDING, torch.device("cpu"), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     model.tie_weights()  # each parameter was replaced for itself
     return model
