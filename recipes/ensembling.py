@@ -50,6 +50,8 @@ SURE = 0.95  # probability above which one limit counts as below another
 # Nats; equal members would make an error of zero, which would weigh infinitely in a fit.
 SMALLEST_ERROR = 1e-6
 
+SOUP_MEMBERS = 3  # few, because every subset of a soup loads its members again
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Ranged):
@@ -238,9 +240,9 @@ def single_point_ensembles(study: Study, tokens: int) -> dict[str, Ensemble]:
 
 
 def soup(study: Study) -> list[Ensemble]:
-    """Return the mean of the weights of the best ensemble's members; none before it is known."""
+    """Return the mean of the weights of the best ensemble's first members; none before it is known."""
     best = best_ensembles(study, study.scale.unique_tokens[0])
-    return [named_ensemble(best[0].runs, SOUP)] if best else []
+    return [named_ensemble(best[0].runs[:SOUP_MEMBERS], SOUP)] if best else []
 
 
 def _variant_base(study: Study) -> _member_variants.MakeMember | None:
