@@ -41,7 +41,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Bench:
     return gpu.Bench("cpu", tmp_path)
 
 
-def test_every_part_leaves_rows_with_the_committed_columns(bench: gpu.Bench) -> None:
+def test_every_part_leaves_rows_with_the_committed_columns(bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine a rehearsal may take longer than a GPU.
+    patient = {name: (part, 10 * limit) for name, (part, limit) in gpu.PARTS.items()}
+    monkeypatch.setattr(gpu, "PARTS", patient)
     try:
         assert gpu.run_parts(bench, list(gpu.PARTS), 10_000) == []
     finally:
