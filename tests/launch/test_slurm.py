@@ -22,9 +22,9 @@ from epochal.config import REPOSITORY
 from epochal.records import Workspace
 from launch.watch import state
 
-PATIENCE = 400.0
+PATIENCE = 900.0
 MEMBERS = 12
-pytestmark = pytest.mark.timeout(900)  # on a busy machine; less than a minute each on an idle one
+pytestmark = pytest.mark.timeout(1800)  # on a busy machine; less than a minute each on an idle one
 
 
 class OnSlurm:
