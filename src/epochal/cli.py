@@ -44,9 +44,6 @@ Recipes = Annotated[list[str] | None, typer.Argument(help="Recipes; all if none 
 RESULTS, WORK = Path("recipes/results"), Path("work")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
-# Set by a worker for the processes that it launches.
-WORKER_VARIABLE = "EPOCHAL_ERROR_FILE"
-
 
 @app.callback()
 def options(
@@ -79,9 +76,10 @@ def main() -> None:
 def _drop_launcher_variables() -> None:
     """Ignore a launcher's variables in the shell, unless a launcher started this process."""
     from epochal.campaign.environment import is_launched, launcher_variables
+    from epochal.distributed.launcher import ERROR_FILE_VARIABLE
 
     # A worker has cleaned the environment of the processes that it launches.
-    if is_launched(os.environ) or WORKER_VARIABLE in os.environ:
+    if is_launched(os.environ) or ERROR_FILE_VARIABLE in os.environ:
         return
     dropped = [name for name in launcher_variables(os.environ) if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     for name in launcher_variables(os.environ):
@@ -381,11 +379,11 @@ def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
     read_preset({}, config.modes)
     setting, records = _load(config.scale, Path(config.results), Path(config.work))
     # Before the estimate, which needs the size of the vocabulary.
-    prepare(setting.data, records.workspace.data)
+    stores = {setting.data: prepare(setting.data, records.workspace.data)}
     estimate = _estimate(config.recipes, records, setting)
     for run in estimate.largest:
         # Opening checks the hashes; the largest run shows whether there is enough text.
-        store = prepare(run.data, records.workspace.data)
+        store = stores.get(run.data) or prepare(run.data, records.workspace.data)
         store.training_stream(run)
         store.sequences("validation", run.sequence_length)
     if config.micro_batch is not None and setting.batch_size % config.micro_batch:

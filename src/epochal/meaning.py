@@ -57,7 +57,7 @@ def meaning_of(job: Job, workspace: Workspace, records: Records) -> dict[str, An
         files["text"] = _store_mark(workspace, job)
         if job.init_from is not None and "/" in job.init_from:
             files["weights to start from"] = _folder_mark(model_folder(job.init_from))
-    for name in _files_read(job, records):
+    for name in files_read(job, records):
         files[f"output of {name}"] = _output_mark(workspace.folder(name))
     made_from = {"fingerprint": fingerprint(job), "inputs": input_fingerprints(job, records)}
     # Through JSON, so that it equals what is read back: tuples become lists.
@@ -106,12 +106,12 @@ def _flat(meaning: dict[str, Any]) -> dict[str, Any]:
     return {**parts, **meaning.get("files", {})}
 
 
-def _files_read(job: Job, records: Records) -> list[str]:
+def files_read(job: Job, records: Records) -> list[str]:
     """Names of the jobs whose output files a job reads; an Ensemble has none, so its members instead."""
     names = []
     for name in inputs(job):
         record = records.named(name)
-        names += _files_read(record.job, records) if record and isinstance(record.job, Ensemble) else [name]
+        names += files_read(record.job, records) if record and isinstance(record.job, Ensemble) else [name]
     return names
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from epochal.config import flat_table, to_table, write_atomic
-from epochal.meaning import describe, set_aside
+from epochal.meaning import describe, files_read, set_aside
 from epochal.records import MEANING, Record, Records, Workspace, file_hash, load_records, read_table
-from epochal.run import Ensemble, Job, inputs
+from epochal.run import Ensemble, Job
 
 
 def write_checksums(workspace: Workspace, job: Job) -> None:
@@ -28,7 +28,7 @@ def write_checksums(workspace: Workspace, job: Job) -> None:
 def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
     """Move the corrupt inputs of a job aside, so that they are recomputed; returns one message for each."""
     messages = []
-    for name in sorted(_files_read(job, records)):
+    for name in sorted(set(files_read(job, records))):
         record, folder = records.named(name), records.workspace.folder(name)
         output = None if record is None else records.workspace.output(record.job)
         if record is None or output is None:
@@ -59,7 +59,7 @@ def _meaning_of(record: Record) -> dict[str, Any]:
 def check_inputs_unchanged(job: Job, before: Records) -> None:
     """Raise ValueError if an input of a job was replaced since `before` was read."""
     now = load_records(before.workspace)
-    for name in sorted(_files_read(job, before)):
+    for name in sorted(set(files_read(job, before))):
         old, new = before.named(name), now.named(name)
         if old is None or new is None or new.fingerprint != old.fingerprint or not now.made_output(new):
             raise ValueError(
@@ -67,22 +67,12 @@ def check_inputs_unchanged(job: Job, before: Records) -> None:
             )
 
 
-def _files_read(job: Job, records: Records) -> set[str]:
-    """Names of the jobs whose output files a job reads."""
-    names: set[str] = set()
-    for name in inputs(job):
-        record = records.named(name)
-        # An Ensemble has no files: its readers load the members.
-        names |= set(record.job.runs) if record is not None and isinstance(record.job, Ensemble) else {name}
-    return names
-
-
 def refuse_damaged(job: Job, records: Records) -> None:
     """Raise ValueError if weights of a finished job or of its members are damaged; nothing is moved or changed.
 
     For commands that read models outside of a campaign: eval, generate, export.
     """
-    names = _files_read(job, records) if isinstance(job, Ensemble) else {job.name}
+    names = set(files_read(job, records)) if isinstance(job, Ensemble) else {job.name}
     for name in sorted(names):
         folder = records.workspace.folder(name)
         damage = _damage(folder)
