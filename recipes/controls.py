@@ -71,12 +71,10 @@ def report(study: Study) -> Section | None:
 
 
 def _claims(named: dict[str, Record]) -> tuple[Claim, ...]:
-    control, best = named.get("control"), named.get("best")
-    if control is None or best is None or best.job == control.job:
-        others = [role for role in ("single", "student") if role in named]
-        if control is None or not others:
-            return ()
-        best = min((named[role] for role in others), key=lambda record: record.loss)
+    control, others = named.get("control"), [named[role] for role in ("single", "student") if role in named]
+    if control is None or not others:
+        return ()
+    best = min(others, key=lambda record: record.loss)
     return (
         Claim(
             id="controls.one-pass",

@@ -253,10 +253,15 @@ def member_point(point: Point) -> Point:
     return replace(point, epochs=2 * point.epochs, wd=point.wd / 2)
 
 
+def ideal_decay(tau: float, *, lr: float, steps_per_epoch: int) -> float:
+    """Return the weight decay whose averaging window is tau epochs."""
+    # AdamW averages its updates over about 1 / (lr wd) steps; the window is that, in epochs.
+    return 1.0 / (tau * lr * steps_per_epoch)
+
+
 def decay_for_window(tau: float, *, lr: float, steps_per_epoch: int, grid: tuple[float, ...]) -> float:
     """Return the grid's weight decay whose averaging window is nearest to tau epochs."""
-    # AdamW averages its updates over about 1 / (lr wd) steps; the window is that, in epochs.
-    ideal = 1.0 / (tau * lr * steps_per_epoch)
+    ideal = ideal_decay(tau, lr=lr, steps_per_epoch=steps_per_epoch)
     return min(grid, key=lambda wd: abs(math.log(wd) - math.log(ideal)) if wd > 0 else math.inf)
 
 

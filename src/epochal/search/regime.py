@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from epochal.scale import ideal_decay
+
 # Passes over a text after which further ones bring little at the usual decay (Muennighoff et al. 2023: half of the value
 # of a fresh token is lost after about 15 epochs). A single run that could pay for so many has more compute than text.
 MANY_EPOCHS = 16
@@ -89,7 +91,7 @@ def decay(lr: float, steps_per_epoch: int) -> float:
 
     The window is 1 / (lr wd steps); the decay is within [0.1, 6.4].
     """
-    return _rounded(min(6.4, max(0.1, 1 / (TAU * lr * steps_per_epoch))))
+    return _rounded(min(6.4, max(0.1, ideal_decay(TAU, lr=lr, steps_per_epoch=steps_per_epoch))))
 
 
 def expected_loss(parameters: int, tokens: int, epochs: float) -> float:
