@@ -272,6 +272,7 @@ def members_per_second(
             pipe, child = context.Pipe()
             process = context.Process(target=member, args=(bench, child, cores[number % len(cores)]), daemon=True)
             process.start()
+            child.close()  # so that a member that dies ends its pipe, and the part, instead of blocking it
             pipes.append(pipe)
             processes.append(process)
         for pipe in pipes:
@@ -281,23 +282,22 @@ def members_per_second(
                 pipe.send(duration)
             yield count, sum(pipe.recv() for pipe in pipes[:count])
     finally:
-        for pipe, process in zip(pipes, processes, strict=True):
-            pipe.send(None)
-            process.join(1)
+        for process in processes:
             process.kill()
         for name in clients:
             os.environ.pop(name, None)
 
 
 def member(bench: Bench, pipe: Any, core: int) -> None:
-    """Train in a process of its own: for each number of seconds received, send the steps a second."""
+    """Train until killed: for each number of seconds received, send the steps a second."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     trained = Training(bench.small, bench.device)
     for _ in range(3):
         trained.step()
     pipe.send("ready")
-    while (duration := pipe.recv()) is not None:
+    while True:
+        duration = pipe.recv()
         begin, steps = time.monotonic(), 0
         while time.monotonic() < begin + duration:
             loss = float(trained.step())  # waits for the device

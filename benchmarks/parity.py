@@ -49,9 +49,6 @@ from epochal.run import AdamW, Fira, Optimizer, Spectra  # noqa: E402
 from epochal.scale import load_scale  # noqa: E402
 from epochal.search.descent import Point  # noqa: E402
 
-# This folder has a kernels.py, which transformers would take for the package of that name.
-sys.path[:] = [folder for folder in sys.path if folder != str(HERE)]
-
 TABLE = HERE / "parity.csv"
 PROFILES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 KINDS = ("adamw", "fira", *(f"{base}-spectra" for base in toy.BASES), "muon", "muon-float32")

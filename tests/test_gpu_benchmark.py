@@ -1,9 +1,7 @@
 """benchmarks/gpu.py walks its whole path on a CPU, and drops or stops what exceeds its time."""
 
 import csv
-import multiprocessing
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,22 +20,11 @@ import gpu
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
-class ThreadContext:
-    """A multiprocessing context that starts threads, which need no imports."""
-
-    Pipe = staticmethod(multiprocessing.Pipe)
-
-    class Process(threading.Thread):
-        def kill(self) -> None:
-            assert not self.is_alive(), "a member ends when it receives None"
-
-
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Bench:
-    """A rehearsal without compilers, GPUs and processes."""
+    """A rehearsal without compilers and GPUs."""
     monkeypatch.setattr(layers, "COMPILER", "eager")
     monkeypatch.setattr(cuda_graph, "capture", lambda function: function)
-    monkeypatch.setattr(gpu.multiprocessing, "get_context", lambda _: ThreadContext())
     return gpu.Bench("cpu", tmp_path)
 
 
@@ -84,6 +71,17 @@ def test_parts_that_exceed_their_time_cost_the_others_nothing(
     assert [problem.split(":")[0] for problem in problems] == ["slow", "broken", "late"]
     assert "stopped after" in problems[0] and "failed" in problems[1] and "dropped" in problems[2]
     assert done == [bench] and "of this part alone" in capsys.readouterr().err
+
+
+def dies(*_: Any) -> None:
+    raise SystemExit(3)
+
+
+def test_a_member_that_dies_ends_its_part(bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "member", dies)
+    monkeypatch.setattr(gpu, "PARTS", {"jobs": (gpu.jobs, 200)})
+    (problem,) = gpu.run_parts(bench, ["jobs"], 1000)
+    assert problem.startswith("jobs: failed")
 
 
 def test_all_parts_fit_into_one_call() -> None:

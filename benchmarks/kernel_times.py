@@ -1,7 +1,7 @@
 """How fast is each kernel, in GB/s or TFLOP/s and against torch, torch.compile and the published optimizers?
 
-    python benchmarks/kernels.py --device cuda                     into kernels_gpu.csv, row by row
-    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny --csv /tmp/try.csv     runs to its end; the times mean nothing
+    python benchmarks/kernel_times.py --device cuda                     into kernels_gpu.csv, row by row
+    TRITON_INTERPRET=1 python benchmarks/kernel_times.py --tiny --csv /tmp/try.csv     runs to its end; the times mean nothing
 
 Bytes and multiplications are those the operation needs, not those a method makes, so rates compare across methods.
 Rows already in the CSV are skipped.
