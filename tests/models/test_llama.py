@@ -36,12 +36,16 @@ LADDERS = {
     "w96": (794_784, 401_568),
     "w128": (1_475_712, 951_424),
     "w192": (3_461_184, 2_674_752),
+    "docs-4m": (3_712_704, 2_139_840),
+    "docs-8m": (7_802_112, 5_704_960),
+    "docs-20m": (20_257_152, 17_111_424),
+    "docs-35m": (34_611_712, 30_417_408),
     "gpu-25m": (24_666_048, 5_349_312),
     "gpu-50m": (50_020_160, 17_825_600),
 }
 ALL = [*INFINITE_COMPUTE, *SPECTRA, *LADDERS]
 BASES = {"llama-3.2-3b": 3_212_749_824}  # for continued pre-training; count from the model card
-VOCABULARY = {"ic": 128_256, "spectra": 50_304, "gpu": 50_304}
+VOCABULARY = {"ic": 128_256, "spectra": 50_304, "gpu": 50_304, "docs": 4096}
 
 
 @pytest.fixture
@@ -345,7 +349,7 @@ def test_invalid_model_files_raise_one_sentence(model_file, changes, message):
     [
         ("ic-15b", "configs/models has no 'ic-15b' (did you mean 'ic-150m'?)"),
         ("w-64", "did you mean 'w64'"),
-        ("zzzz", "known: gpu-25m, "),
+        ("zzzz", "known: docs-20m, "),
         ("configs/models/w640.json", "configs/models/w640.json does not exist"),
         (Path("nowhere"), "has no 'nowhere'"),
     ],
