@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
 import uuid
@@ -141,9 +140,7 @@ def _print_failure(event: dict[str, Any]) -> None:
 def run_launcher(path: str, env: dict[str, str], world: int, preset: str, pids: Path) -> int:
     """Start the ranks, and end all when one ends with an error, as torchrun does."""
     os.environ |= env
-    for number in launcher.SIGNALS:
-        signal.signal(number, launcher._forward)
-    threading.Thread(target=launcher._watch_parent, args=(os.getppid(),), daemon=True).start()
+    launcher.watch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -211,6 +208,8 @@ def leftovers(workspace: Workspace) -> list[Path]:
         "**/checkpoints",
         "**/attempt.json",
         "**/failure.json",
+        "**/stop",
+        "**/error.txt",
         "**/*.damaged",
         "**/aside",
     )

@@ -618,7 +618,8 @@ def train(
     """
     import logging
 
-    from epochal.campaign.worker import STOP_NOTE, WorkerConfig, write_error_file
+    from epochal.campaign.worker import STOP_NOTE, WorkerConfig, ended_when_stuck, write_error_file
+    from epochal.distributed.launcher import parent_of
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if like is None and (len(arguments) > 1 or seeds > 1):
@@ -654,10 +655,11 @@ def train(
         _prepare_process()
     folder = config.workspace.folder(runs[0].name)
     # Processes on other nodes get no signal, but see the file; without their launcher they stop.
-    listen(stop_file=folder / STOP_NOTE if launched else None, parent=os.getppid() if launched else None)
+    listen(stop_file=folder / STOP_NOTE if launched else None, parent=parent_of(os.environ) if launched else None)
+    stuck = ended_when_stuck(folder, config.grace_seconds) if launched else contextlib.nullcontext()
     try:
         for run in runs:
-            with _claimed(run, config, launched=launched):
+            with stuck, _claimed(run, config, launched=launched):
                 _train_and_record(run, config, note, shown=not launched and os.environ.get("RANK", "0") == "0")
     except Stopped as stopped:
         print(f"epochal: {stopped}; run again to continue.", file=sys.stderr)

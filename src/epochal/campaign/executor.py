@@ -19,8 +19,8 @@ from typing import IO, Any
 
 from epochal.campaign.environment import clean_environment
 from epochal.campaign.plan import campaign_jobs, ready_jobs
-from epochal.campaign.sweep import sweep
-from epochal.campaign.worker import Patience, WorkerConfig, kill_tree
+from epochal.campaign.sweep import LAST_START, sweep
+from epochal.campaign.worker import Patience, WorkerConfig, claim_name, kill_tree
 from epochal.config import changed, to_table, write_atomic
 from epochal.provenance import code_hash
 from epochal.records import load_records, read_table
@@ -101,7 +101,8 @@ def run_campaign(config: WorkerConfig, *, jobs: int, progress: Progress, log_pre
         missing = _missing(config)
         note(f"{named}; " + (f"{missing} jobs are missing: run again." if missing else "the others did its work."))
         return int(missing > 0)
-    return int(bool(status.failed) or any(codes))
+    # Not whether a job ever failed: a retry may have finished it.
+    return int(any(codes))
 
 
 def _described(code: int) -> str:
@@ -113,10 +114,6 @@ def _missing(config: WorkerConfig) -> int:
     records = load_records(config.workspace)
     jobs = campaign_jobs(config.recipes, records, load_scale(config.scale))
     return sum(not config.only or job.name in config.only for job in ready_jobs(jobs, records))
-
-
-# The scale, results folder and code of the last start in a work folder.
-LAST_START = "last_start.json"
 
 
 def notes_on_the_start(config: WorkerConfig) -> list[str]:
@@ -140,8 +137,9 @@ def notes_on_the_start(config: WorkerConfig) -> list[str]:
         )
     if before and before.get("code") != now["code"]:
         notes.append(f"the last start in {path.parent} was of another version of epochal ({before.get('code')}).")
-    if before != now:
-        write_atomic(path, json.dumps(now, indent=1))
+    with claim_name(workspace, LAST_START) as claimed:
+        if before != now and claimed:  # not claimed: another start writes it now
+            write_atomic(path, json.dumps(now, indent=1))
     return notes
 
 

@@ -4,13 +4,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from epochal.campaign.worker import claim_name
-from epochal.records import Workspace, load_record
+from epochal.campaign.worker import ERROR_FILE, STOP_NOTE, claim_name
+from epochal.records import Record, Workspace, load_record
 
 # In a job's folder: half-written files, models and checkpoints, and scratch files of ensembles. Not `.targets.tmp`, whose
 # shards an interrupted job resumes.
 LEFT_IN_A_FOLDER = (".*.tmp", ".hidden-*", "checkpoints/.*.tmp")
 RESUMED = ".targets.tmp"
+
+# Of a job with a record. A process that is killed after it wrote the record, or whose launcher is, leaves them.
+LEFT_OF_A_FINISHED_JOB = ("checkpoints", "attempt.json", "failure.json", STOP_NOTE, ERROR_FILE)
+
+
+# The scale, results folder and code of the last start in a work folder; written with the claim of this name.
+LAST_START = "last_start.json"
 
 
 def sweep(workspace: Workspace) -> int:
@@ -32,16 +39,21 @@ def _left(workspace: Workspace) -> Iterator[tuple[str, Path]]:
     for path in workspace.records.glob(".*.json.*.tmp"):
         yield path.name.removeprefix(".").rpartition(".json.")[0], path
     root = workspace.work / workspace.scale
+    for path in root.glob(f".{LAST_START}.*.tmp"):
+        yield LAST_START, path
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         for pattern in LEFT_IN_A_FOLDER:
             yield from ((folder.name, path) for path in folder.glob(pattern) if path.name != RESUMED)
-        # A process that is killed after it wrote the record has not deleted them. Without a model they are of a run that
-        # is made again.
-        checkpoints, record = folder / "checkpoints", None
-        if checkpoints.is_dir():
-            record = load_record(workspace, folder.name)
-        if record is not None and (record.status == "diverged" or (folder / "model").is_dir()):
-            yield folder.name, checkpoints
+        left = [path for name in LEFT_OF_A_FINISHED_JOB if (path := folder / name).exists()]
+        record = load_record(workspace, folder.name) if left else None
+        # Without its output a job is made again.
+        if record is not None and _is_finished(record, workspace):
+            yield from ((folder.name, path) for path in left)
+
+
+def _is_finished(record: Record, workspace: Workspace) -> bool:
+    output = workspace.output(record.job)
+    return record.status == "diverged" or output is None or output.exists()
 
 
 def _delete(path: Path) -> int:

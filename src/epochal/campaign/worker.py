@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import IO, Annotated, Any
 from epochal.campaign.integrity import check_inputs_unchanged, quarantine_corrupt_inputs, write_checksums
 from epochal.campaign.plan import campaign_jobs, flops_of, ready_jobs
 from epochal.config import LONGEST_SECONDS, changed, from_table, to_table, write_atomic
-from epochal.distributed.launcher import ERROR_FILE_VARIABLE
+from epochal.distributed.launcher import ERROR_FILE_VARIABLE, PARENT_VARIABLE
 from epochal.distributed.presets import read_launch_file
 from epochal.meaning import take_folder
 from epochal.ranges import Batch, Range, Ranged
@@ -117,7 +118,7 @@ def work(config: WorkerConfig, emit: Emit) -> int:
         allowed = [job for job in ready_jobs(jobs, records) if not config.only or job.name in config.only]
         ready = [job for job in allowed if not has_failed(workspace, job, config)]
         if not ready:
-            return int(any(has_failed(workspace, job, config) for job in (allowed if config.only else jobs)))
+            return int(bool(allowed))  # all of them have failed
         with claim_next(ready, records) as job:
             if job is not None:
                 # Corrupt inputs were moved aside: the next plan recomputes them first.
@@ -344,12 +345,15 @@ def _launch(run: Run, config: WorkerConfig) -> None:
     # Notes of an earlier attempt would stop or fail this one.
     for note in (STOP_NOTE, ERROR_FILE):
         (folder / note).unlink(missing_ok=True)
+    variables = {ERROR_FILE_VARIABLE: str(folder / ERROR_FILE)}
+    if config.nodes == 1:  # srun starts the launchers of several nodes
+        variables[PARENT_VARIABLE] = str(os.getpid())
     # close_fds=False: the lock of the claim is inherited.
     process = subprocess.Popen(
         [*launch_command(config), "-m", "epochal.cli", "train", str(path)],
         close_fds=False,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, ERROR_FILE_VARIABLE: str(folder / ERROR_FILE)},
+        env={**os.environ, **variables},
     )
     while process.poll() is None:
         if stop_reason() is not None:
@@ -407,12 +411,38 @@ class Patience:
 
     @staticmethod
     def _written(folders: Sequence[Path]) -> list[tuple[str, int]]:
-        """Names and sizes of the files of checkpoints that are being written."""
-        sizes = []
-        for path in (path for folder in folders for path in folder.glob("checkpoints/.*.tmp/*")):
+        """Names and sizes of the files of checkpoints and models that are being written."""
+        sizes, patterns = [], ("checkpoints/.*.tmp/*", ".*.tmp/*")
+        for path in (path for folder in folders for pattern in patterns for path in folder.glob(pattern)):
             with contextlib.suppress(OSError):  # renamed in the meantime
                 sizes.append((str(path), path.stat().st_size))
         return sorted(sizes)
+
+
+@contextmanager
+def ended_when_stuck(folder: Path, grace_seconds: float) -> Iterator[None]:
+    """End this rank if it was asked to stop, has had time to save, and still runs.
+
+    It may wait for a rank that was killed, and the launcher, which would end both, may have been killed too.
+    """
+    done = threading.Event()
+    threading.Thread(target=_end_when_stuck, args=(folder, grace_seconds, done), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _end_when_stuck(folder: Path, grace_seconds: float, done: threading.Event) -> None:
+    while stop_reason() is None:
+        if done.wait(POLL_SECONDS):
+            return
+    patience = Patience([folder], grace_seconds)
+    while patience.waits():
+        if done.wait(TICK_SECONDS):
+            return
+    print(f"epochal: asked to stop ({stop_reason()}), did not come to the end of a step", file=sys.stderr, flush=True)
+    os._exit(EXIT_STOPPED)  # the main thread is blocked
 
 
 def _seconds_in(path: Path) -> float:

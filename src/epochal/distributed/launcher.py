@@ -7,6 +7,7 @@ exits with 75, and so does the launcher; also when the process that started the 
 the others, and the launcher says which one it was.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,26 +22,42 @@ from epochal.stopping import EXIT_STOPPED, SIGNALS
 # Names the file for the error of a run; set by the worker.
 ERROR_FILE_VARIABLE = "EPOCHAL_ERROR_FILE"
 
+# Holds the id of the process that started this one: the worker for a launcher, the launcher for a rank. A process that
+# looked at its parent only after its imports could miss that it has lost it.
+PARENT_VARIABLE = "EPOCHAL_PARENT"
+
 WATCH_SECONDS = 0.5
 
 
 def main() -> None:
     """Run `accelerate launch` with the arguments of this process; exits with 0, 1, 2 or 75."""
+    # torch's own handler of SIGTERM would kill the processes after 30 seconds, too early for a large checkpoint.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")
+    watch()
+    # After the handlers: importing takes seconds.
     from accelerate.commands.launch import main as launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # torch's own handler of SIGTERM would kill the processes after 30 seconds, too early for a large checkpoint.
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")
-    for number in SIGNALS:
-        signal.signal(number, _forward)
-    # A killed worker sends no signal, and its ranks would train on without it.
-    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     try:
         launch()
     except ChildFailedError as error:
         _name_killed_rank(error.failures)
         # accelerate would exit with 1 whatever the processes' codes.
         sys.exit(exit_code([failure.exitcode for failure in error.failures.values()]))
+
+
+def watch() -> None:
+    """Forward signals to the ranks, and stop them when the worker ends; the ranks then watch this process."""
+    for number in SIGNALS:
+        signal.signal(number, _forward)
+    # A killed worker sends no signal, and its ranks would train on without it.
+    threading.Thread(target=_watch_parent, args=(parent_of(os.environ),), daemon=True).start()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+
+
+def parent_of(environment: Mapping[str, str]) -> int:
+    """Return the id of the process that started this one; across nodes srun stands between, so that of the parent."""
+    return int(environment.get(PARENT_VARIABLE) or os.getppid())
 
 
 def exit_code(codes: list[int]) -> int:
@@ -65,17 +82,24 @@ def _name_killed_rank(failures: Mapping[int, Any]) -> None:
 
 
 def _watch_parent(parent: int) -> None:
-    """Ask the processes to stop when the process that started the launcher has ended."""
+    """Ask the processes to stop, again and again, when the process that started the launcher has ended."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    # More than once: a rank may not have started yet. The thread ends with the launcher.
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(WATCH_SECONDS)
 
 
 def _forward(number: int, frame: object) -> None:
     import psutil
 
-    for child in psutil.Process().children(recursive=True):
-        child.send_signal(number)
+    children = psutil.Process().children(recursive=True)
+    if not children:
+        sys.exit(EXIT_STOPPED)  # before the ranks have started, or after they have ended
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
 
 
 if __name__ == "__main__":
