@@ -18,6 +18,7 @@ from epochal.models.llama import build_model
 from epochal.records import Record, Workspace, load_records, write_record
 from epochal.run import AdamW, Fira, Muon, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
+from epochal.training import loop
 from epochal.training.loop import LOG_STEPS, RuntimeOptions, Stopper, train
 
 Setup = tuple[Workspace, TokenStore, Path]
@@ -160,6 +161,39 @@ def test_resume_at_any_step_is_bit_identical(setup: Setup, monkeypatch: pytest.M
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("averaging", ["last", "ema"])
+def test_a_run_that_is_stopped_in_its_evaluations_reaches_the_same_record(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, averaging: str
+) -> None:
+    space, _, config = setup
+    monkeypatch.setattr(loop, "EVALUATION_TOKENS", 1)  # one sequence in a batch
+    settings = {"weight_averaging": averaging, "epochs": 1}
+    whole = trained(tiny.run(config, name="whole", **settings), space)
+    run, evaluate, number, batches = tiny.run(config, name="cut", **settings), loop.evaluate, [0], [0]
+    last = len(whole.results["curve"])
+    # The first evaluation twice, the last one, and that of the test split.
+    stops = {1: whole.results["curve"][0][0], 2: whole.results["curve"][0][0], last + 2: run.steps, last + 4: run.steps}
+
+    def counted(*arguments: Any) -> float | None:
+        number[0], batches[0] = number[0] + 1, 0
+        return evaluate(*arguments)
+
+    def stop_reason() -> str | None:
+        batches[0] += 1
+        return "on request" if number[0] in stops and batches[0] == 2 else None
+
+    monkeypatch.setattr(loop, "evaluate", counted)
+    monkeypatch.setattr(loop, "stop_reason", stop_reason)
+    for call, step in stops.items():
+        with pytest.raises(Stopped, match=f"cut at step {step} of {run.steps}: on request"):
+            train(run, space)
+        assert number[0] == call, "stopped outside of an evaluation"
+    assert trained(run, space).results == whole.results
+    assert metrics(space, "cut") == metrics(space, "whole")
+    one, other = weights(space, "whole"), weights(space, "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     "choice",
     [Fira(lr=1e-2, gap=20), Spectra(base=AdamW(lr=1e-2), clip=1.0), Muon(lr=1e-2)],
@@ -289,15 +323,24 @@ def test_a_run_that_does_not_fit_its_data_model_or_processes_is_refused(
 
 
 class OneOfTwo:
-    """One of two processes; the other one is due to save and has no stop request."""
+    """One of two processes; the other one is due to save and has a stop request when it is given one."""
 
-    world = 2
+    world, other = 2, None
 
     def gather(self, value: tuple[str | None, bool, float]) -> list[tuple[str | None, bool, float]]:
-        return [value, (None, True, 0.01)]
+        return [value, (self.other, True, 0.01)]
 
 
 def test_all_processes_save_as_soon_as_one_is_due() -> None:
     """Their clocks differ, and saving is a collective."""
     stopper = Stopper(OneOfTwo(), checkpoint_seconds=1e9)  # type: ignore[arg-type]
-    assert stopper.poll(1) == (None, True)
+    assert stopper.poll() == (None, True)
+
+
+def test_a_stop_that_processes_agreed_on_stays() -> None:
+    """Within an evaluation it ends the evaluation, and behind it the run: all of them must leave at both places."""
+    one = OneOfTwo()
+    stopper = Stopper(one, checkpoint_seconds=1e9)  # type: ignore[arg-type]
+    one.other = "SIGTERM"  # type: ignore[assignment]
+    stopper.poll_next()
+    assert stopper.poll() == stopper.poll() == ("another process was asked to stop (SIGTERM)", True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -170,7 +170,14 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     started, start_step = time.monotonic(), progress.step
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
     stopper = Stopper(processes, options.checkpoint_seconds)
-    if processes.rebuilds_buckets:
+    save = functools.partial(_save, run, workspace, processes, average, progress, meaning, settings)
+    evaluate_if_due = functools.partial(
+        _evaluate_if_due, run, workspace, processes, average, progress, model, validation, stopper, evaluate_at
+    )
+    # A run that was stopped in an evaluation begins with it.
+    evaluate_if_due()
+    _leave_evaluation(run, processes, progress, stopper, save)
+    if processes.rebuilds_buckets and progress.step < run.steps:
         _settle_buckets(run, processes, batches(start_step)[rows], rows.start, options.micro_batch)
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
@@ -208,31 +215,25 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             )
 
         # Evaluate, with averaged weights where the run averages them.
-        if progress.step in evaluate_at and not progress.diverged:
-            with average.in_place(model):
-                validation_loss = evaluate(processes, validation)
-            # A run may diverge between two logged training losses.
-            progress.diverged = not math.isfinite(validation_loss)
-            progress.curve.append([progress.step, validation_loss])
-            _log(processes, workspace, run, progress.step, validation_loss=validation_loss)
+        evaluate_if_due()
 
-        # Save and stop. After the last step there is nothing to resume.
-        reason, due = stopper.poll(progress.step)
-        if progress.step < run.steps and due:
-            _save(run, workspace, processes, average, progress, meaning, settings)
+        # Save and stop. After the last step and its evaluation there is nothing to resume.
+        reason, due = stopper.poll()
+        unfinished = progress.step < run.steps or stopper.in_evaluation
+        if unfinished and due:
+            save()
             stopper.saved()
-        if reason and progress.step < run.steps:
-            processes.end()
-            raise Stopped(f"{run.name} at step {progress.step} of {run.steps}: {reason}")
+        if unfinished and reason:
+            _stop(run, processes, progress, reason)
 
     # --- record ----------------------------------------------------------------------------------------------------
     # Before the test evaluation: hours and speed describe training.
     hours = (time.monotonic() - started) / 3600
-    # For good: the test loss and the saved model use the averaged weights.
+    with average.in_place(model):
+        test_loss = _test_loss(run, store, processes, progress, stopper)
+    _leave_evaluation(run, processes, progress, stopper, save)
+    # For good: the saved model has the averaged weights.
     average.swap(model)
-    # Small corpora may have no test split.
-    test = store.sequences("test", run.sequence_length) if store.meta["tokens"]["test"] >= run.sequence_length else None
-    test_loss = evaluate(processes, test) if test is not None and not progress.diverged else None
     state_bytes = processes.optimizer.state_bytes()
     final = processes.whole_model(build)
     # All processes took part in gathering the model; only the main one saves it.
@@ -282,11 +283,12 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     )
 
 
-def evaluate(processes: Processes, sequences: Tokens) -> float:
-    """Return the mean next-token loss of (n, T) sequences, in nats.
+def evaluate(processes: Processes, sequences: Tokens, stopper: "Stopper") -> float | None:
+    """Return the mean next-token loss of (n, T) sequences, in nats; None if a stop was requested before the end.
 
     Every sequence is evaluated by one of the processes.
     """
+    stopper.poll_next()  # a batch here may take much longer than a step
     share = -(-len(sequences) // processes.world)
     size = max(1, EVALUATION_TOKENS // sequences.shape[1])
     # float64, so that the mean does not depend on how sequences are split over processes.
@@ -295,6 +297,10 @@ def evaluate(processes: Processes, sequences: Tokens) -> float:
     # Never compiled: another shape would be another graph, and evaluations are the same function under every preset.
     with torch.no_grad(), eager(processes.modes):
         for first in range(0, share, size):
+            if first and stopper.poll()[0]:
+                processes.wrapped.train()
+                stopper.in_evaluation = True
+                return None
             # Interleaved: sequence i goes to process i mod world, so shares differ by at most one sequence.
             wanted = np.arange(first, min(share, first + size)) * processes.world + processes.rank
             inside = wanted[wanted < len(sequences)]
@@ -342,8 +348,8 @@ class Progress:
         return {"curve": self.curve, "train_loss": self.train_loss, "_sum": total, "_count": self._count}
 
     def _total(self, processes: Processes) -> float:
-        # The losses since the last log, averaged over processes.
-        return float(processes.sum(self._sum)) / processes.world if self._count else float(self._sum)
+        # The losses since the last log, averaged over processes; of a checkpoint they are a number, the same for all.
+        return self._sum if isinstance(self._sum, float) else float(processes.sum(self._sum)) / processes.world
 
     def results(self) -> dict[str, Any]:
         """Return the results of a record in nats per token; None for a loss of a diverged run."""
@@ -483,38 +489,96 @@ def _settle_buckets(run: Run, processes: Processes, rows: Tokens, first_row: int
     processes.optimizer.zero_grad()
 
 
+def _evaluate_if_due(
+    run: Run,
+    workspace: Workspace,
+    processes: Processes,
+    average: WeightAverage,
+    progress: Progress,
+    model: torch.nn.Module,
+    validation: Tokens,
+    stopper: "Stopper",
+    evaluate_at: set[int],
+) -> None:
+    """Add the point of this step to the curve, where one is missing."""
+    if progress.step not in evaluate_at or progress.diverged or progress.step in [step for step, _ in progress.curve]:
+        return
+    with average.in_place(model):
+        loss = evaluate(processes, validation, stopper)
+    if loss is None:
+        return
+    # A run may diverge between two logged training losses.
+    progress.diverged = not math.isfinite(loss)
+    progress.curve.append([progress.step, loss])
+    _log(processes, workspace, run, progress.step, validation_loss=loss)
+
+
+def _test_loss(
+    run: Run, store: TokenStore, processes: Processes, progress: Progress, stopper: "Stopper"
+) -> float | None:
+    # Small corpora may have no test split.
+    if store.meta["tokens"]["test"] < run.sequence_length or progress.diverged:
+        return None
+    return evaluate(processes, store.sequences("test", run.sequence_length), stopper)
+
+
+def _leave_evaluation(
+    run: Run, processes: Processes, progress: Progress, stopper: "Stopper", save: Callable[[], None]
+) -> None:
+    """Save and stop if an evaluation was stopped."""
+    if stopper.in_evaluation:
+        save()
+        _stop(run, processes, progress, stopper.reason)
+
+
+def _stop(run: Run, processes: Processes, progress: Progress, reason: str | None) -> NoReturn:
+    processes.end()
+    raise Stopped(f"{run.name} at step {progress.step} of {run.steps}: {reason}")
+
+
 class Stopper:
     """Decides when to stop and when to save, with the same answer on all processes."""
 
     # All ranks must agree, since saving is a collective: a rank that decided alone would block in it. Several ranks
-    # therefore synchronize, about every second and at least every LOG_STEPS steps.
+    # therefore synchronize, about every second and at least every LOG_STEPS steps or batches of an evaluation.
 
     def __init__(self, processes: Processes, checkpoint_seconds: float) -> None:
         self.processes, self.checkpoint_seconds = processes, checkpoint_seconds
+        self.reason: str | None = None  # why to stop, once all processes have it
+        self.in_evaluation = False  # whether an evaluation has been stopped
         self._last_save = self._last_poll = time.monotonic()
-        self._last_step = self._next_step = 0
+        self._calls = self._last_call = self._next_call = 0
+
+    def poll_next(self) -> None:
+        """Synchronize at the next call, whatever the last ones took."""
+        self._last_poll, self._last_call, self._next_call = time.monotonic(), self._calls, 0
 
     def saved(self) -> None:
         """Record that a checkpoint was written now."""
         self._last_save = time.monotonic()
 
-    def poll(self, step: int) -> tuple[str | None, bool]:
-        """Return why to stop after this step, or None, and whether to save."""
+    def poll(self) -> tuple[str | None, bool]:
+        """Return why to stop after this step or batch, or None, and whether to save; all processes call it equally often."""
+        self._calls += 1
+        if self.reason is not None:
+            return self.reason, True
         reason, due = stop_reason(), time.monotonic() - self._last_save > self.checkpoint_seconds
         if self.processes.world == 1:
+            self.reason = reason
             return reason, due or reason is not None
-        if step < self._next_step:
+        if self._calls < self._next_call:
             return None, False
         # The slowest rank sets the next poll, so all ranks compute the same step number without another exchange.
-        step_seconds = (time.monotonic() - self._last_poll) / max(1, step - self._last_step)
+        step_seconds = (time.monotonic() - self._last_poll) / max(1, self._calls - self._last_call)
         answers = self.processes.gather((reason, due, step_seconds))
         slowest = max(seconds for _, _, seconds in answers)
-        self._next_step = step + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
-        self._last_step, self._last_poll = step, time.monotonic()
+        self._next_call = self._calls + max(1, min(LOG_STEPS, int(1.0 / max(slowest, 1e-9))))
+        self._last_call, self._last_poll = self._calls, time.monotonic()
         reasons = [other for other, _, _ in answers if other]
         # One reason is enough: a signal may reach one rank only, and all must leave together.
         if reasons:
-            return reason or f"another process was asked to stop ({reasons[0]})", True
+            self.reason = reason or f"another process was asked to stop ({reasons[0]})"
+            return self.reason, True
         return None, any(other_due for _, other_due, _ in answers)
 
 
