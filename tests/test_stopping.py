@@ -1,5 +1,6 @@
 """Requests to stop: each reason alone, and none left over from before."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from campaigns import Campaign
 
 from epochal import stopping
 from epochal.campaign import worker
-from epochal.stopping import EXIT_STOPPED, SIGNALS, Stopped, check_stop, listen, stop_reason
+from epochal.stopping import EXIT_STOPPED, SIGNALS, Stopped, check_stop, listen, nothing_to_save, stop_reason
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +125,17 @@ def test_a_request_before_the_campaign_starts_is_kept_and_nohup_is_respected() -
     listen()
     os.kill(os.getpid(), signal.SIGHUP)
     assert stop_reason() is None, "a campaign under nohup outlives its terminal"
+
+
+def test_a_signal_ends_what_leaves_nothing_to_save_where_it_is() -> None:
+    """An import of seconds would go past a time limit."""
+    listen()
+    with pytest.raises(Stopped, match="SIGTERM"), nothing_to_save():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was only noted")
+    listen()
+    with pytest.raises(Stopped, match="SIGTERM"), nothing_to_save(), contextlib.suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)  # inside of a library that catches everything
+    listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop_reason() == "SIGTERM", "in a step it is only noted"

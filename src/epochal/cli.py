@@ -75,11 +75,12 @@ def main() -> None:
 
 def _drop_launcher_variables() -> None:
     """Ignore a launcher's variables in the shell, unless a launcher started this process."""
-    from epochal.campaign.environment import is_launched, launcher_variables
+    from epochal.campaign.environment import launcher_variables
     from epochal.distributed.launcher import ERROR_FILE_VARIABLE
+    from epochal.distributed.started_by import launcher
 
     # A worker has cleaned the environment of the processes that it launches.
-    if is_launched(os.environ) or ERROR_FILE_VARIABLE in os.environ:
+    if launcher(os.environ) or ERROR_FILE_VARIABLE in os.environ:
         return
     dropped = [name for name in launcher_variables(os.environ) if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     for name in launcher_variables(os.environ):
@@ -322,8 +323,11 @@ def run(
 
     Several starts share the work; a stopped one continues when run again.
     """
+    import time
     import uuid
+    from dataclasses import replace
 
+    started = time.monotonic()
     if cluster is None:
         listen()  # from here on a signal is a request to stop, also while the campaign is still being planned
     from epochal.campaign.plan import recipe_names
@@ -360,6 +364,8 @@ def run(
     if cluster is not None:
         _run_on_cluster(config, cluster, dry_run=dry_run, stop=stop)
     else:
+        if config.seconds_left is not None:  # planning and the preparation of the text count
+            config = replace(config, seconds_left=max(0.0, config.seconds_left + started - time.monotonic()))
         _run_here(config, estimate, workers)
 
 

@@ -50,8 +50,6 @@ def meaning_of(job: Job, workspace: Workspace, records: Records) -> dict[str, An
 
     Raises ValueError if a job that it reads has no record, or diverged.
     """
-    fields = flat_table(to_table(job))
-    del fields["name"]
     files = {f"{kind} file": config_hash(path)[:16] for kind, path in config_files(job).items()}
     if isinstance(job, Run):
         files["text"] = _store_mark(workspace, job)
@@ -59,10 +57,17 @@ def meaning_of(job: Job, workspace: Workspace, records: Records) -> dict[str, An
             files["weights to start from"] = _folder_mark(model_folder(job.init_from))
     for name in files_read(job, records):
         files[f"output of {name}"] = _output_mark(workspace.folder(name))
-    made_from = {"fingerprint": fingerprint(job), "inputs": input_fingerprints(job, records)}
+    known = made_from(job, fingerprint(job), input_fingerprints(job, records))
     # Through JSON, so that it equals what is read back: tuples become lists.
-    table: dict[str, Any] = json.loads(json.dumps({**made_from, "job": fields, "files": files}))
+    table: dict[str, Any] = json.loads(json.dumps({**known, "files": files}))
     return table
+
+
+def made_from(job: Job, fingerprint: str, inputs: dict[str, str]) -> dict[str, Any]:
+    """Return the part of a job's meaning that its record holds too."""
+    fields = flat_table(to_table(job))
+    del fields["name"]
+    return {"fingerprint": fingerprint, "inputs": inputs, "job": fields}
 
 
 def describe(before: dict[str, Any], now: dict[str, Any]) -> str:

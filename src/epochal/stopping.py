@@ -4,9 +4,11 @@ Long loops call `check_stop()` between steps; it raises `Stopped` once a stop wa
 with code 75 ("run again to continue").
 """
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 EXIT_STOPPED = 75
@@ -25,6 +27,7 @@ _reason: str | None = None
 _deadline = float("inf")
 _parent: int | None = None
 _stop_file: Path | None = None
+_raises = False
 
 
 def listen(
@@ -47,8 +50,23 @@ def listen(
 
 def _on_signal(number: int, frame: object) -> None:
     global _reason
-    # Only noted: a handler may run in the middle of a step or of a write.
+    # Otherwise only noted: a handler may run in the middle of a step or of a write.
     _reason = signal.Signals(number).name
+    if _raises:
+        raise Stopped(_reason)
+
+
+@contextlib.contextmanager
+def nothing_to_save() -> Iterator[None]:
+    """Raise Stopped where a signal arrives in this block, which leaves nothing to save: imports take seconds."""
+    global _raises
+    check_stop()
+    _raises = True
+    try:
+        yield
+    finally:
+        _raises = False
+    check_stop()  # a library may have caught it
 
 
 def stop_reason() -> str | None:

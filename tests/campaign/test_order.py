@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from campaigns import Campaign
 from epochal import cli
 from epochal.campaign import executor, worker
 from epochal.campaign.cluster import check_locks
-from epochal.campaign.environment import clean_environment, is_launched
+from epochal.campaign.environment import clean_environment
 from epochal.campaign.integrity import check_inputs_unchanged
 from epochal.campaign.plan import campaign_jobs
 from epochal.campaign.sweep import sweep
@@ -167,7 +168,6 @@ def test_the_command_line_ignores_a_launcher_that_does_not_run_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elastic: bool
 ) -> None:
     environment = {**SHELL, **({"TORCHELASTIC_RUN_ID": "none"} if elastic else {})}
-    assert is_launched(environment) is elastic
     monkeypatch.setattr(cli.os, "environ", environment)
     cli._drop_launcher_variables()
     assert ("WORLD_SIZE" in environment) is elastic
@@ -254,11 +254,48 @@ def test_mounts_without_shared_locks_are_refused_with_blanks_in_their_path(
 def test_the_launcher_stops_its_ranks_when_its_worker_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     parents = iter([7, 7, 1])
+
+    def kill(*arguments: int) -> None:
+        sent.append(arguments)  # type: ignore[arg-type]
+        if len(sent) == 3:
+            raise InterruptedError  # the launcher has ended
+
     monkeypatch.setattr(launcher, "WATCH_SECONDS", 0.0)
     monkeypatch.setattr(launcher.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(launcher.os, "kill", lambda *arguments: sent.append(arguments))
-    launcher._watch_parent(7)
-    assert sent == [(os.getpid(), signal.SIGTERM)]
+    monkeypatch.setattr(launcher.os, "kill", kill)
+    with pytest.raises(InterruptedError):
+        launcher._watch_parent(7)
+    assert sent == [(os.getpid(), signal.SIGTERM)] * 3, "a rank that starts after the first request must stop too"
+
+
+def test_a_process_whose_parent_ended_before_it_looked_has_its_id() -> None:
+    assert launcher.parent_of({launcher.PARENT_VARIABLE: "7"}) == 7
+    assert launcher.parent_of({}) == os.getppid()
+
+
+def test_a_launcher_without_ranks_ends_when_it_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(children=lambda recursive: []))
+    with pytest.raises(SystemExit, match="75"):
+        launcher._forward(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize("comes_to_the_end_of_a_step", [True, False])
+def test_a_rank_that_was_asked_to_stop_and_waits_for_a_dead_one_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, comes_to_the_end_of_a_step: bool
+) -> None:
+    """Its launcher may be dead too, and the rendezvous waits for half an hour."""
+    ended, now, done = [], [0.0], threading.Event()
+
+    def wait(seconds: float) -> bool:
+        now[0] += seconds
+        return comes_to_the_end_of_a_step and now[0] > 5
+
+    monkeypatch.setattr(worker, "stop_reason", lambda: "parent process has exited" if now[0] > 3 else None)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker.os, "_exit", lambda code: ended.append((code, now[0] > 3 + 8)))
+    monkeypatch.setattr(done, "wait", wait)
+    worker._end_when_stuck(tmp_path, 8.0, done)
+    assert ended == ([] if comes_to_the_end_of_a_step else [(75, True)])
 
 
 def test_the_launcher_names_the_rank_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +367,7 @@ def test_what_killed_processes_left_is_deleted_at_the_next_start(campaign: Campa
         workspace.folder("other") / ".attempt.json.node-7-ab.tmp",  # another process holds the claim
         workspace.folder("samples") / ".targets.tmp" / "shard-00000.json",  # resumed
         workspace.folder("again") / "checkpoints" / "step-00000004" / "state.json",  # no model: made again
+        workspace.folder("unfinished") / "failure.json",
     ]
     write_record(workspace, record_of(job))
     write_record(workspace, replace(record_of(job), job=replace(job, name="again")))
@@ -340,6 +378,10 @@ def test_what_killed_processes_left_is_deleted_at_the_next_start(campaign: Campa
         workspace.folder(job.name) / "checkpoints" / ".step-00000008.tmp" / "model.safetensors",
         workspace.folder(job.name) / "checkpoints" / "step-00000004" / "state.json",  # killed after its record
         workspace.records / f".{job.name}.json.node-7-ab.tmp",
+        workspace.folder(job.name) / "attempt.json",  # of a worker that was killed when a rank had written the record
+        workspace.folder(job.name) / "failure.json",  # and of a launcher
+        workspace.folder(job.name) / "stop",
+        workspace.work / workspace.scale / ".last_start.json.node-7-ab.tmp",
     ]
     model = workspace.folder(job.name) / "model" / "model.safetensors"
     for path in (*kept, *left, model):

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from campaigns import Campaign, make_campaign
 
-from epochal.campaign.environment import is_launched
 from epochal.config import REPOSITORY
 from epochal.distributed.presets import read_preset
 from epochal.distributed.started_by import launcher, local_processes, use_preset
 
 RUN = "w16-2.048k-lr0.01-ep1-wd0.1-s0"
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "MASTER_ADDR": "host", "LOCAL_WORLD_SIZE": "4"}
-DEEPSPEED = {"CROSS_RANK": "0", "CROSS_SIZE": "1", "RANK": "0", "MASTER_ADDR": "host", "LOCAL_SIZE": "2"}
+RANK = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+TORCHRUN = {**RANK, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = {**RANK, "CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"}
 ACCELERATE = {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}
 
 
@@ -94,9 +94,9 @@ def test_the_documented_lines_train(
 
 @pytest.mark.parametrize("environment", [TORCHRUN, DEEPSPEED, ACCELERATE], ids=["torchrun", "deepspeed", "accelerate"])
 def test_variables_of_a_launcher_are_not_taken_for_those_of_a_shell(environment: dict[str, str]) -> None:
-    whole = {**environment, "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
-    assert is_launched(whole)
-    assert not is_launched({name: value for name, value in whole.items() if name != "RANK"})
+    assert launcher(environment) is not None
+    for missing in RANK:
+        assert launcher({name: value for name, value in environment.items() if name != missing}) is None
 
 
 def test_without_a_preset_torchrun_is_ddp_and_deepspeed_is_zero_2() -> None:
@@ -109,7 +109,7 @@ def test_without_a_preset_torchrun_is_ddp_and_deepspeed_is_zero_2() -> None:
         found = dict(environment)
         assert use_preset(None, found) == record
         assert read_preset(found).backend == backend
-    assert (launcher({"RANK": "0", "WORLD_SIZE": "4"}), local_processes(TORCHRUN), local_processes(DEEPSPEED)) == (
+    assert (launcher(RANK), local_processes(TORCHRUN), local_processes(DEEPSPEED)) == (
         None,
         4,
         2,

@@ -36,13 +36,6 @@ def launcher_variables(environment: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environment if name in NAMES or (name.startswith(PREFIXES) and name not in KEPT))
 
 
-def is_launched(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun, `accelerate launch` or deepspeed started this process."""
-    # They set all of these; a port and an address alone are often exported by hand.
-    processes = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
-    return processes and ("TORCHELASTIC_RUN_ID" in environment or {"CROSS_RANK", "CROSS_SIZE"} <= environment.keys())
-
-
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a process that starts alone: no launcher's variables, no modules of the working folder."""
     dropped = launcher_variables(environment)

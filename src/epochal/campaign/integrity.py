@@ -7,11 +7,10 @@ copied in by hand) are not checked.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from epochal.config import flat_table, to_table, write_atomic
-from epochal.meaning import describe, files_read, set_aside
-from epochal.records import MEANING, Record, Records, Workspace, file_hash, load_records, read_table
+from epochal.config import write_atomic
+from epochal.meaning import describe, files_read, made_from, set_aside
+from epochal.records import MEANING, Records, Workspace, file_hash, load_records, read_table
 from epochal.run import Ensemble, Job
 
 
@@ -34,7 +33,9 @@ def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
         if record is None or output is None:
             continue
         if output.exists() and not records.made_output(record):
-            difference = describe(read_table(folder / MEANING), _meaning_of(record))
+            difference = describe(
+                read_table(folder / MEANING), made_from(record.job, record.fingerprint, record.inputs)
+            )
             aside = set_aside(folder)
             messages.append(f"{output} was made {difference}: moved to {aside}, it will be recomputed.")
             continue
@@ -48,12 +49,6 @@ def quarantine_corrupt_inputs(job: Job, records: Records) -> list[str]:
         output.rename(aside)
         messages.append(f"{output} is damaged ({damage}): moved to {aside.name}, it will be recomputed.")
     return messages
-
-
-def _meaning_of(record: Record) -> dict[str, Any]:
-    fields = flat_table(to_table(record.job))
-    del fields["name"]
-    return {"fingerprint": record.fingerprint, "inputs": record.inputs, "job": fields}
 
 
 def check_inputs_unchanged(job: Job, before: Records) -> None:

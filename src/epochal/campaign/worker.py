@@ -33,7 +33,7 @@ from epochal.ranges import Batch, Range, Ranged
 from epochal.records import Record, Records, Workspace, load_record, load_records, read_table, write_record
 from epochal.run import Ensemble, Job, Run, Samples, Targets
 from epochal.scale import Scale, load_scale
-from epochal.stopping import EXIT_STOPPED, SAVE_SECONDS, Stopped, check_stop, listen, stop_reason
+from epochal.stopping import EXIT_STOPPED, SAVE_SECONDS, Stopped, check_stop, listen, nothing_to_save, stop_reason
 
 POLL_SECONDS = 0.5
 TICK_SECONDS = 0.2  # between looks at a process that was asked to stop
@@ -89,8 +89,9 @@ def main() -> int:
     # Before torch is imported, which takes seconds: a stop request must not be lost.
     listen(deadline=deadline, parent=config.parent)
     emit = _events()
-    _prepare_process(config)
     try:
+        with nothing_to_save():
+            _prepare_process(config)
         return work(config, emit)
     except Stopped:
         return EXIT_STOPPED
@@ -308,7 +309,8 @@ def execute(job: Job, config: WorkerConfig) -> Record | None:
     # Imported here because these load torch: planning must stay fast.
     match job:
         case Run():
-            from epochal.training.loop import RuntimeOptions, train
+            with nothing_to_save():
+                from epochal.training.loop import RuntimeOptions, train
 
             options = RuntimeOptions(
                 config.micro_batch,
@@ -321,15 +323,18 @@ def execute(job: Job, config: WorkerConfig) -> Record | None:
             )
             return train(job, workspace, options)
         case Ensemble():
-            from epochal.evaluation.ensembles import evaluate_ensemble
+            with nothing_to_save():
+                from epochal.evaluation.ensembles import evaluate_ensemble
 
             return evaluate_ensemble(job, workspace, load_records(workspace))
         case Samples():
-            from epochal.generation.sample import sample
+            with nothing_to_save():
+                from epochal.generation.sample import sample
 
             return sample(job, workspace, load_records(workspace))
         case Targets():
-            from epochal.generation.soft_targets import compute_targets
+            with nothing_to_save():
+                from epochal.generation.soft_targets import compute_targets
 
             return compute_targets(job, workspace, load_records(workspace))
 

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from epochal.config import nearest
 from epochal.data.text import BYTE_ORDER_MARK, Reading, clean, decode
+from epochal.ranges import shown
 
 READERS = ("records", "api")
 
@@ -70,12 +71,12 @@ class Source:
         if sum([bool(self.files), self.package is not None, self.hub is not None]) != 1:
             raise ValueError("a source needs exactly one of files, package and hub; set one of them.")
         if self.package is not None and self.file is None:
-            raise ValueError(f"package {self.package!r} needs the key file, a path inside the package.")
+            raise ValueError(f"package {shown(self.package)} needs the key file, a path inside the package.")
         if self.reader not in READERS:
-            raise ValueError(f"reader must be {' or '.join(READERS)}, got {self.reader!r}.")
+            raise ValueError(f"reader must be {' or '.join(READERS)}, got {shown(self.reader)}.")
         if self.separator is not None and len(self.separator.splitlines()) > 1:
             raise ValueError(
-                f"separator must be one line, got {self.separator!r}; an empty one stands for a blank line."
+                f"separator must be one line, got {shown(self.separator)}; an empty one stands for a blank line."
             )
 
 

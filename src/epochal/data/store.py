@@ -23,6 +23,9 @@ SPLITS = ("train", "validation", "test")
 META_VERSION = 2
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
+# Tokens that are counted in one piece.
+COUNTED = 2**20
+
 
 @dataclass(frozen=True)
 class TokenStore:
@@ -76,7 +79,7 @@ class TokenStore:
         The size of the text, bytes per validation token (None in stores that did not count bytes), and the validation loss
         in nats of the frequencies of tokens in the first D training tokens (each counted once more than it occurs).
         """
-        counts = np.bincount(self.tokens("train")[:unique_tokens], minlength=self.vocab_size) + 1
+        counts = self._frequencies("train", unique_tokens) + 1
         losses = -np.log(counts / counts.sum())
         held_out, size = self.meta["tokens"]["validation"], self.meta.get("bytes")
         return {
@@ -84,8 +87,15 @@ class TokenStore:
             "documents": self.meta["documents"]["train"],
             "vocab_size": self.vocab_size,
             "bytes_per_token": round(size["validation"] / held_out, 6) if size else None,
-            "unigram_loss": round(float(losses[self.tokens("validation")].mean()), 6),
+            "unigram_loss": round(float(self._frequencies("validation") @ losses / held_out), 6),
         }
+
+    def _frequencies(self, split: str, count: int | None = None) -> Tokens:
+        """Return how often each token occurs in the first `count` tokens of a split."""
+        tokens = self.tokens(split)[:count]
+        # In pieces: numpy counts 8-byte copies of the tokens.
+        pieces = (tokens[first : first + COUNTED] for first in range(0, len(tokens), COUNTED))
+        return sum((np.bincount(piece, minlength=self.vocab_size) for piece in pieces), np.zeros(self.vocab_size, int))
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -17,13 +17,14 @@ DEEPSPEED_DEFAULT = "zero2"
 
 def launcher(environment: Mapping[str, str]) -> str | None:
     """Return "accelerate launch", "torchrun" or "deepspeed", or None if none of them started this process."""
+    # They set all of these; a port and an address alone are often exported by hand.
+    deepspeed = {"CROSS_RANK", "CROSS_SIZE"} <= environment.keys()
+    elastic = "TORCHELASTIC_RUN_ID" in environment
+    if not ({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys() and (elastic or deepspeed)):
+        return None
     if "ACCELERATE_MIXED_PRECISION" in environment:
         return "accelerate launch"
-    if {"CROSS_RANK", "CROSS_SIZE", "RANK", "MASTER_ADDR"} <= environment.keys():
-        return "deepspeed"
-    if {"TORCHELASTIC_RUN_ID", "RANK", "MASTER_ADDR"} <= environment.keys():
-        return "torchrun"
-    return None
+    return "deepspeed" if deepspeed else "torchrun"
 
 
 def use_preset(name: str | None, environment: MutableMapping[str, str]) -> str:
