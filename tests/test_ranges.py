@@ -181,6 +181,7 @@ def test_an_odd_name_of_a_config_is_refused(tmp_path: Path, name: str) -> None:
         ("shuffle_seed = -1\n[tokenizer]\ntrain = 300", "shuffle_seed must be an integer from 0"),
         ("[tokenizer]\ntrain = 300\n[split]\ntest = nan", "test must be a number from 0 to 1, got nan"),
         ("[tokenizer]\ntrain = 300\nspecials = ['a', 'a']", "specials holds a value twice"),
+        (f"more = [{{ files = ['a'], reader = '{'x' * 999}' }}]\n[tokenizer]\ntrain = 300", "reader must .*xx[.]{3}"),
     ],
 )
 def test_a_data_config_out_of_range_is_refused(tmp_path: Path, lines: str, message: str) -> None:

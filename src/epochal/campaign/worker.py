@@ -426,9 +426,9 @@ class Patience:
 
 @contextmanager
 def ended_when_stuck(folder: Path, grace_seconds: float) -> Iterator[None]:
-    """End this rank if it was asked to stop, has had time to save, and still runs.
+    """End this rank if it runs long after it was asked to stop.
 
-    It may wait for a rank that was killed, and the launcher, which would end both, may have been killed too.
+    It has had time to save then. It may wait for a rank that was killed, and the launcher, which would end both, may have been killed too.
     """
     done = threading.Event()
     threading.Thread(target=_end_when_stuck, args=(folder, grace_seconds, done), daemon=True).start()

@@ -56,7 +56,10 @@ def watch() -> None:
 
 
 def parent_of(environment: Mapping[str, str]) -> int:
-    """Return the id of the process that started this one; across nodes srun stands between, so that of the parent."""
+    """Return the id of the process that started this one.
+
+    Across nodes, where srun stands between, it is that of the parent.
+    """
     return int(environment.get(PARENT_VARIABLE) or os.getppid())
 
 
