@@ -85,7 +85,7 @@ def _name_killed_rank(failures: Mapping[int, Any]) -> None:
 
 
 def _watch_parent(parent: int) -> None:
-    """Ask the processes to stop, again and again, when the process that started the launcher has ended."""
+    """Ask the processes to stop, repeatedly, when the launcher has lost its parent."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     # More than once: a rank may not have started yet. The thread ends with the launcher.
