@@ -59,7 +59,7 @@ class RandomTokens(Base):
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticDepth(Base):
-    """Blocks are skipped, each with a probability that rises linearly to `share` in the last layer."""
+    """Blocks are skipped with a probability that rises to `share` in the last layer."""
 
     share: LessThanAll = 0.05
     knob: ClassVar[str] = "share"
@@ -90,7 +90,7 @@ class EarlyLearning(Base):
 
 @dataclass(frozen=True, kw_only=True)
 class OrthogonalStep(Base):
-    """The "gradient" (perpGrad) or the "update" of each decayed matrix is made orthogonal to the matrix."""
+    """The "gradient" (perpGrad) or "update" of each decayed matrix is orthogonal to it."""
 
     of: Annotated[str, OneOf(STEPS)] = "gradient"
     reach: ClassVar[str] = "whole"

@@ -16,7 +16,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
-    """Move parameters by `length` along a direction inside a `with` block, and put the same bits back."""
+    """Move parameters by `length` along a direction inside a `with` block.
+
+    Afterwards they have the same bits as before.
+    """
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         factor = length / (total_norm(direction) + TINY)

@@ -16,6 +16,9 @@ def orthogonal(g: Tensor, w: Tensor) -> Tensor:
 
 
 def orthogonal_step(after: Tensor, before: Tensor, decay: float) -> Tensor:
-    """Return the weights after a step from `before` whose update, without the factor `decay`, is made orthogonal."""
+    """Return the weights after a step whose update is made orthogonal.
+
+    The step came from `before`, which it also multiplied by `decay`.
+    """
     kept = before * decay
     return kept + orthogonal(after - kept, before)

@@ -46,7 +46,7 @@ def decayed_matrices(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 
 
 class OrthogonalUpdate:
-    """A context around an optimizer step that makes the update orthogonal, if the run has that regularizer."""
+    """A context around an optimizer step that makes its update orthogonal, if the run says so."""
 
     def __init__(self, run: Run, groups: Sequence[dict[str, Any]]) -> None:
         self.on = isinstance(run.regularizer, OrthogonalStep) and run.regularizer.of == "update"

@@ -16,6 +16,6 @@ def skip_share(layer: int, layers: int, share: float) -> float:
 
 
 def keep_factors(seeds: Sequence[int], share: float) -> Tensor:
-    """Return 0 or 1 / (1 - share) for each row, float32, drawn from one seed per row."""
+    """Return 0 or 1 / (1 - share) for each row, float32, by its seed."""
     draws = [torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return (torch.stack(draws) >= share).float() / (1.0 - share)
