@@ -14,5 +14,6 @@ ORDER = (
     "optimizers",
     "ablations",
     "optimizers_at_scale",
+    "regularizers",
     "one_off_runs",
 )

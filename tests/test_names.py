@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from epochal.names import named_ensemble, named_run, named_samples, named_targets, short_count
 from epochal.optimizer_config import AdamW, AdEMAMix, Fira, Lion, Mars, Muon, Optimizer, Signum, Spectra
-from epochal.run import Run, SequenceDistillation, SoftTargetDistillation
+from epochal.run import (
+    GradientNorm,
+    OrthogonalStep,
+    RandomTokens,
+    Run,
+    SequenceDistillation,
+    SoftTargetDistillation,
+)
 from epochal.scale import Point, load_scale
 
 LONGEST = 200
@@ -53,6 +60,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "dropout": st.sampled_from([0.0, 0.1]),
     "input_mask_prob": st.sampled_from([0.0, 0.1, 0.5]),
     "residual": st.sampled_from(["float32", "bfloat16"]),
+    "regularizer": st.sampled_from([None, RandomTokens(), RandomTokens(share=0.3), OrthogonalStep(), GradientNorm()]),
 }
 
 

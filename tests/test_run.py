@@ -17,6 +17,7 @@ from epochal.run import (
     Lion,
     Mars,
     Muon,
+    RandomTokens,
     Run,
     Samples,
     SequenceDistillation,
@@ -289,6 +290,7 @@ def test_every_field_matters() -> None:
         "dropout": 0.1,
         "input_mask_prob": 0.5,
         "residual": "bfloat16",
+        "regularizer": RandomTokens(),
     }
     assert {*others, "name", "data"} == {field.name for field in dataclasses.fields(Run)}
     marks = {fingerprint(a_run()), *(fingerprint(a_run(**{field: value})) for field, value in others.items())}

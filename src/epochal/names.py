@@ -15,6 +15,7 @@ from epochal.run import Ensemble, Run, Samples, Targets, without_seed
 
 IN_STEM = ("name", "model", "unique_tokens", "epochs", "optimizer", "init_seed", "order_seed")
 REFERENCES = ("samples", "source", "init_from")
+KINDS = ("regularizer",)  # fields with one of several kinds of values, whose kind is in the name
 LONGEST_CHANGES = 100  # characters; names of jobs that read the run add theirs, and a file name ends at 255
 # Fields whose values need another word in front of them than the name of the field, or none.
 SHORT = {
@@ -126,7 +127,9 @@ def _differing(value: Any, base: Any, skip: tuple[str, ...] = ()) -> list[str]:
         if field.name in skip or item == getattr(base, field.name):
             continue
         word = _word(field.name)
-        if dataclasses.is_dataclass(item):
+        if field.name in KINDS and dataclasses.is_dataclass(item):
+            parts += _described(item)
+        elif dataclasses.is_dataclass(item):
             inner = [f"{_word(f.name)}{_text(getattr(item, f.name), f.name)}" for f in _set_fields(item)]
             parts.append("-".join([word, *inner]))
         else:

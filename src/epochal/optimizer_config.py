@@ -96,6 +96,7 @@ class Muon(Decoupled):
     momentum: Beta = 0.95
     nesterov: bool = True
     iterations: NewtonSchulzSteps = 5
+    normalize_rows: bool = False  # MuonEq-R: rows of the momentum have norm 1 before they are orthogonalized
     beta1: Beta = 0.9  # this and all below: of AdamW
     beta2: Beta = 0.95
     eps: Epsilon = 1e-8

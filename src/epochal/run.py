@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from epochal import optimizer_config
+from epochal import optimizer_config, regularizer_config
 from epochal.config import find_config, model_path, read_json, read_toml, to_table
 from epochal.optimizer_config import *  # noqa: F403  every optimizer is exported here too
 from epochal.optimizer_config import Optimizer
@@ -37,6 +37,8 @@ from epochal.ranges import (
     Tokens,
     TokensOrNone,
 )
+from epochal.regularizer_config import *  # noqa: F403
+from epochal.regularizer_config import Regularizer
 
 __all__ = [
     "Ensemble",
@@ -50,7 +52,7 @@ __all__ = [
     "fingerprint",
     "inputs",
 ]
-__all__ += optimizer_config.__all__
+__all__ += [*optimizer_config.__all__, *regularizer_config.__all__]
 
 ORDERS = ("documents", "sequences", "fixed")
 WD_SCHEDULES = ("constant", "antiphase")
@@ -131,6 +133,7 @@ class Run(Ranged):
     input_mask_prob: LessThanAll = 0.0
     # Precision of the stream that layers add to: "bfloat16" halves its memory and traffic, and rounds after every layer.
     residual: Annotated[str, OneOf(RESIDUALS)] = "float32"
+    regularizer: Regularizer | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +152,7 @@ class Run(Ranged):
                 f"below unique_tokens {self.unique_tokens}."
             )
         self._check_teacher()
+        self._check_regularizer()
 
     def _check_teacher(self) -> None:
         if self.teach is None or self.teach.mode == "online":
@@ -162,6 +166,24 @@ class Run(Ranged):
             raise ValueError(
                 f"distill mixes in {self.distill.samples!r}, for which there are no cached targets; "
                 'teach with mode "online" or leave out distill.'
+            )
+
+    def _check_regularizer(self) -> None:
+        if self.regularizer is None:
+            return
+        kind = type(self.regularizer).__name__
+        if self.regularizer.per_position and (self.data_order == "documents" or self.distill is not None):
+            raise ValueError(
+                f'regularizer {kind} keeps predictions for fixed sequences, which data_order "documents" and distill do not '
+                'have; use data_order "sequences" or "fixed", and leave out distill.'
+            )
+        if self.regularizer.has_loss and self.teach is not None:
+            raise ValueError(f"regularizer {kind} has a loss that teach would replace; leave out one of them.")
+        if kind == "StableMax" and self.input_mask_prob:
+            raise ValueError("regularizer StableMax has no loss on masked inputs; leave out input_mask_prob.")
+        if isinstance(self.regularizer, regularizer_config.LookAhead) and self.batch_size % 2:
+            raise ValueError(
+                f"regularizer {kind} needs batches of two halves, got batch_size {self.batch_size}; use an even one."
             )
 
     @property
@@ -186,6 +208,12 @@ class Run(Ranged):
     def tokens(self) -> int:
         """All tokens trained on, repeats included."""
         return self.steps * self.batch_tokens
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes of a step, relative to plain training; those of an online teacher apart."""
+        masked = 2.0 if self.input_mask_prob else 1.0  # masked inputs are a second pass over the same tokens
+        return masked * (self.regularizer.passes if self.regularizer is not None else 1.0)
 
     @property
     def tau(self) -> float:

@@ -209,9 +209,11 @@ class Scale(Ranged):
             init_seed=seed,
             order_seed=seed,
         )
+        # The point last: a tuned field may be inside a value that is changed.
+        run = replace(run, **changes)
         for name, value in point.more:
             run = with_field(run, name, value)
-        return named_run(replace(run, **changes), self.base)
+        return named_run(run, self.base)
 
     def changed(self, run: Run, changes: Mapping[str, Any]) -> Run:
         """Return a run with other fields, under the name that follows; dotted names reach into the optimizer."""

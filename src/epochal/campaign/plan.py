@@ -213,8 +213,7 @@ def flops_of(job: Job, vocab_size: int | None = None, jobs: Mapping[str, Job] | 
     """
     if not isinstance(job, Run):
         return 0.0
-    passes = 2 if job.input_mask_prob else 1  # masked inputs are a second pass over the same tokens
-    per_token = 6.0 * passes * _weights(job.model, vocab_size, Path.cwd())
+    per_token = 6.0 * job.passes * _weights(job.model, vocab_size, Path.cwd())
     if job.teach is not None and job.teach.mode == "online":
         # A teacher has a forward pass only, 2 N per token.
         models = _models_of(job.teach.source, jobs or {})

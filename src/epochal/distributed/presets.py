@@ -203,6 +203,22 @@ def check_modes(preset: Preset, run: Run, *, world: int, device: str) -> None:
         )
     if "cuda-graph" in preset.modes:
         _check_cuda_graph(preset, run, world, device)
+    if run.regularizer is not None:
+        _check_regularizer(preset, run, world)
+
+
+def _check_regularizer(preset: Preset, run: Run, world: int) -> None:
+    kind, reach = type(run.regularizer).__name__, run.regularizer.reach if run.regularizer else "any"
+    if reach == "whole" and preset.backend != "replicated":
+        raise ValueError(
+            f"Run {run.name!r} has the regularizer {kind}, which needs the whole gradient of a matrix, and {preset.backend} "
+            "shards gradients; use one process or ddp."
+        )
+    if reach == "one" and (world > 1 or preset.backend != "replicated"):
+        raise ValueError(
+            f"Run {run.name!r} has the regularizer {kind}, which works in one process, and this is {preset.backend} with "
+            f"{world}; use the preset gpu or cpu with one process."
+        )
 
 
 def _check_cuda_graph(preset: Preset, run: Run, world: int, device: str) -> None:
@@ -210,6 +226,7 @@ def _check_cuda_graph(preset: Preset, run: Run, world: int, device: str) -> None
         "this machine has no CUDA device": device != "cuda",
         f"the run has {world} processes": world > 1 or preset.backend != "replicated",
         "dropout and masked inputs draw new numbers in every step": bool(run.dropout or run.input_mask_prob),
+        "the regularizer changes weights, inputs or targets in every step": run.regularizer is not None,
         "cached soft targets are read from disk in every step": run.teach is not None and run.teach.mode == "cached",
         "a graph keeps all activations anyway, so recompute saves nothing": "recompute" in preset.modes,
     }

@@ -22,7 +22,12 @@ def member_records(source: str, records: Records) -> list[Record]:
     if record is None:
         raise ValueError(f"{source!r} has no record; run it first.")
     match record.job:
-        case Run():
+        case Run() as run:
+            # Read as a softmax, its logits would give other probabilities than it was trained and judged with.
+            if type(run.regularizer).__name__ == "StableMax":
+                raise ValueError(
+                    f"{source!r} was trained with StableMax, and ensembles, teachers and samples read a softmax; name another run."
+                )
             return [record]
         case Ensemble():
             return [member for name in record.job.runs for member in member_records(name, records)]

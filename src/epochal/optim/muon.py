@@ -40,6 +40,11 @@ def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.
     return (y.mT if tall else y).reshape(x.shape)
 
 
+def normalized_rows(x: Tensor, eps: float = 1e-7) -> Tensor:
+    """Divide each row of x (..., m, n) by its L2 norm: MuonEq-R."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+
+
 def muon_scale(rows: int, columns: int, adjust_lr_fn: str | None) -> float:
     """Return the factor on the update: sqrt(max(1, rows/columns)), or 0.2 sqrt(max(rows, columns))."""
     if adjust_lr_fn == "match_rms_adamw":
@@ -74,6 +79,7 @@ class Muon(MatrixOptimizer):
         ns_steps: number of Newton-Schulz steps.
         adjust_lr_fn: torch's; None or "original" scales by sqrt(max(1, rows/columns)), "match_rms_adamw" by
             0.2 sqrt(max(rows, columns)), so that one learning rate suits matrices and vectors.
+        normalize_rows: whether `normalized_rows` comes before the Newton-Schulz steps.
         betas, eps: of AdamW.
 
     Raises:
@@ -90,13 +96,14 @@ class Muon(MatrixOptimizer):
         *,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
+        normalize_rows: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
         if adjust_lr_fn not in LR_ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn must be one of {LR_ADJUSTMENTS}, got {adjust_lr_fn!r}.")
         matrices = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
-        others = {"betas": betas, "eps": eps, "orthogonalize": True}
+        others = {"betas": betas, "eps": eps, "orthogonalize": True, "normalize_rows": normalize_rows}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **matrices, **others})
 
     def needs_whole(self, parameter: Tensor, group: Group) -> bool:
@@ -119,7 +126,8 @@ class Muon(MatrixOptimizer):
 
     def transform(self, update: Tensor, weights: Tensor, step: Tensor, group: Group) -> Tensor:
         """Return the orthogonalized momentum."""
-        return orthogonalize(update, steps=group["ns_steps"])
+        rows = normalized_rows(update) if group["normalize_rows"] else update
+        return orthogonalize(rows, steps=group["ns_steps"])
 
     def step_scale(self, parameter: Tensor, group: Group) -> float:
         """Return `muon_scale`."""

@@ -1,10 +1,10 @@
 """Checkpoints of one run: safetensors and JSON with a manifest of hashes.
 
-checkpoints/step-00000123/{model.safetensors, optimizer-0.safetensors, ..., state.json, manifest.json}, and
-average.safetensors if the run averages its weights. With the files of the model's config and tokenizer it is a Hugging Face
-folder. Each process writes the optimizer state that it holds, by parameter name, so that any number of processes under any
-preset can resume. The last two checkpoints are kept; a damaged one is skipped with a warning; one of another job is set
-aside. state.json holds the meaning of the job (`epochal.meaning`).
+checkpoints/step-00000123/{model.safetensors, optimizer-0.safetensors, ..., state.json, manifest.json}; average.safetensors if
+the run averages its weights; regularizer.safetensors if its regularizer has state. With the files of the model's config and
+tokenizer it is a Hugging Face folder. Each process writes the optimizer state that it holds, by parameter name, so that any
+number of processes under any preset can resume. The last two checkpoints are kept; a damaged one is skipped with a warning;
+one of another job is set aside. state.json holds the meaning of the job (`epochal.meaning`).
 """
 
 import json
@@ -53,12 +53,13 @@ def save_checkpoint(
     state: dict[str, Any],
     average: dict[str, torch.Tensor] | None = None,
     *,
+    regularizer: dict[str, torch.Tensor] | None = None,
     settings: Callable[[Path], None] | None = None,
     group: Group = ALONE,
 ) -> Path:
     """Write the checkpoint of a step and return its folder. A collective.
 
-    All but the last two checkpoints are deleted. `weights` and `average` are whole tensors by name, used on rank 0
+    All but the last two checkpoints are deleted. `weights`, `average` and `regularizer` are whole tensors by name, used on rank 0
     only; `optimizer` is the named state of this process; `state` is JSON; `settings` writes the files of the model and its
     tokenizer into the folder. Raises OSError on every process if one of
     them could not write; the incomplete files are deleted.
@@ -69,9 +70,8 @@ def save_checkpoint(
     try:
         _on_all(group, _make_empty if main else None, temporary)
         _on_all(group, save_file, optimizer, temporary / f"optimizer-{group.rank}.safetensors")
-        _on_all(
-            group, _finish if main else None, temporary, path, weights, average or {}, {"step": step, **state}, settings
-        )
+        more = {"average": average or {}, "regularizer": regularizer or {}}
+        _on_all(group, _finish if main else None, temporary, path, weights, more, {"step": step, **state}, settings)
     finally:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +103,7 @@ def _finish(
     temporary: Path,
     path: Path,
     weights: dict[str, torch.Tensor],
-    average: dict[str, torch.Tensor],
+    more: dict[str, dict[str, torch.Tensor]],
     state: dict[str, Any],
     settings: Callable[[Path], None] | None,
 ) -> None:
@@ -111,8 +111,9 @@ def _finish(
     save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})  # transformers 4 wants it
     if settings is not None:
         settings(temporary)
-    if average:
-        save_file(average, temporary / "average.safetensors")
+    for name, tensors in more.items():
+        if tensors:
+            save_file(tensors, temporary / f"{name}.safetensors")
     # The manifest comes last and lists the hashes of all other files; the rename makes them visible together.
     (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     manifest = {item.name: file_hash(item) for item in sorted(temporary.iterdir())}
@@ -146,6 +147,11 @@ class Checkpoint:
         """Copy the averaged weights into tensors by name; a no-op if there are none."""
         if tensors:
             _copy(load_file(self.path / "average.safetensors"), tensors)
+
+    def load_regularizer(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy the state of the run's regularizer into tensors by name; a no-op if there are none."""
+        if tensors:
+            _copy(load_file(self.path / "regularizer.safetensors"), tensors)
 
     def whole(self, name: str) -> dict[str, torch.Tensor]:
         """Return the state of a parameter that was stepped whole; empty before its first step."""

@@ -38,6 +38,9 @@ from epochal.stopping import SAVE_SECONDS, Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from epochal.training.cuda_graph import GraphedPass
 from epochal.training.noise import MASKED_WEIGHT, Noise
+from epochal.training.regularizers.losses import RegularizedLoss, regularized_loss
+from epochal.training.regularizers.step import OrthogonalUpdate
+from epochal.training.regularizers.step import add_gradients as add_regularized
 from epochal.training.schedule import decay_multiplier, multiplier
 from epochal.training.teacher import Teacher, load_teacher
 from epochal.training.timing import StepClock
@@ -70,9 +73,11 @@ class ModelWithLoss(torch.nn.Module):
     # The loss is inside the wrapped module for three reasons: logits are never whole in memory, the backend sees every
     # forward pass, and no preset changes the precision, because autocast is inside too.
 
-    def __init__(self, model: Any, noise: Noise, teacher: Teacher | None, precision: str) -> None:
+    def __init__(
+        self, model: Any, noise: Noise, teacher: Teacher | None, precision: str, own: RegularizedLoss | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.noise, self.teacher, self.precision = model, noise, teacher, precision
+        self.model, self.noise, self.teacher, self.precision, self.own = model, noise, teacher, precision, own
 
     def forward(self, tokens: torch.Tensor, first_row: int = 0, normaliser: float = 1.0) -> torch.Tensor:
         """Return the summed loss of (b, T) tokens over `normaliser`, 0-d.
@@ -85,16 +90,19 @@ class ModelWithLoss(torch.nn.Module):
             if self.training:
                 return self._training_loss(tokens, first_row, normaliser)
             hidden, targets = next_token(self.model, tokens)
+            if self.own is not None and self.own.evaluates:
+                return self.own.evaluate(hidden, head_weight(self.model), targets) / normaliser
             return -token_log_probs(hidden, head_weight(self.model), targets).double().sum() / normaliser
 
     def _training_loss(self, tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
         rows, head = range(first_row, first_row + len(tokens)), head_weight(self.model)
         self.noise.begin(rows)
-        hidden, targets = next_token(self.model, tokens)
-        if self.teacher is None:
+        hidden, _ = next_token(self.model, self.noise.replaced(tokens, rows))
+        targets, source = tokens[:, 1:].flatten(), self.own or self.teacher
+        if source is None:
             loss = cross_entropy(hidden, head, targets, normaliser=normaliser)
         else:
-            loss = self.teacher.loss(hidden, head, targets, tokens, rows, normaliser)
+            loss = source.loss(hidden, head, targets, tokens, rows, normaliser)
         # A second pass over the same rows with some input embeddings hidden; its loss is added with a small weight.
         if self.noise.masking:
             self.noise.begin(rows, "masked")
@@ -144,7 +152,9 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     teacher = load_teacher(run, batches, store, workspace, records)
     # Noise depends on the seed and the row number, not on a global generator: a resume or another split of the
     # batch draws the same.
-    noise = Noise(seed=run.order_seed, dropout=run.dropout, input_mask_prob=run.input_mask_prob)
+    noise = Noise(
+        seed=run.order_seed, dropout=run.dropout, input_mask_prob=run.input_mask_prob, regularizer=run.regularizer
+    )
     noise.attach(model)
     if run.residual == "bfloat16":
         use_bf16_residual(model)
@@ -155,12 +165,13 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     make_optimizer = functools.partial(
         build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=warmup_steps
     )
-    processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer, run.precision)
+    own = regularized_loss(run, batches.real, store.vocab_size, processes.device)
+    processes.prepare(ModelWithLoss(model, noise, teacher, run.precision, own), make_optimizer, run.precision)
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
     settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
-    progress, resumed_code = _resume(run, workspace, processes, checkpoint, average)
+    progress, resumed_code = _resume(run, workspace, processes, checkpoint, average, own)
     _start_trackers(run, processes, options, meaning, progress.step)
     add_gradients = gradient_pass(processes, model)
 
@@ -170,7 +181,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     started, start_step = time.monotonic(), progress.step
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
     stopper = Stopper(processes, options.checkpoint_seconds)
-    save = functools.partial(_save, run, workspace, processes, average, progress, meaning, settings)
+    save = functools.partial(_save, run, workspace, processes, average, progress, meaning, settings, own)
     evaluate_if_due = functools.partial(
         _evaluate_if_due, run, workspace, processes, average, progress, model, validation, stopper, evaluate_at
     )
@@ -191,7 +202,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
 
         # Forward, backward and optimizer step. Rows are numbered over the whole run: each has its own noise.
         batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
-        loss, norm = _step(run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check)
+        loss, norm = _step(run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check, factor)
         progress.add(loss)
         progress.step = step + 1
         average.update(model, progress.step)
@@ -243,7 +254,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     if not progress.diverged:
         save_model(final, store.tokenizer_folder, workspace.folder(run.name) / "model")
     counts = parameter_counts(config, vocab_size=store.vocab_size)
-    flops = flops_per_token(config, run.sequence_length, vocab_size=store.vocab_size)
+    flops = run.passes * flops_per_token(config, run.sequence_length, vocab_size=store.vocab_size)
     speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
     return Record(
         job=run,
@@ -458,21 +469,27 @@ def _step(
     micro_batch: int | None,
     clock: StepClock,
     check: ShardedUpdateCheck,
+    factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this process's rows; returns (loss, gradient norm before clipping)."""
     clock.mark()
     tokens = torch.from_numpy(rows).to(processes.device)
-    parts = torch.split(tokens, micro_batch or len(tokens))
     # Normalized by the targets of this process: gradients and losses are then averaged over processes.
     targets = len(tokens) * (run.sequence_length - 1)
-    loss = torch.zeros((), device=processes.device)
-    for number, part in enumerate(parts, start=1):
-        with processes.accumulating(last=number == len(parts)):
-            loss += add_gradients(part, first_row, targets)
-        first_row += len(part)
+
+    def accumulate(some: torch.Tensor, first_row: int) -> torch.Tensor:
+        parts, loss = torch.split(some, micro_batch or len(some)), torch.zeros((), device=processes.device)
+        for number, part in enumerate(parts, start=1):
+            with processes.accumulating(last=number == len(parts)):
+                loss += add_gradients(part, first_row, targets)
+            first_row += len(part)
+        return loss
+
+    groups = processes.optimizer.param_groups
+    loss = add_regularized(run, accumulate, groups, tokens, first_row, factor)
     clock.mark()
     # At the first step this compares the update with that of one process; later it does nothing.
-    with check:
+    with OrthogonalUpdate(run, groups), check:
         norm = processes.step()
     clock.mark()
     return loss, norm
@@ -605,7 +622,12 @@ def _checkpoint(run: Run, workspace: Workspace, processes: Processes, meaning: d
 
 
 def _resume(
-    run: Run, workspace: Workspace, processes: Processes, checkpoint: Checkpoint | None, average: WeightAverage
+    run: Run,
+    workspace: Workspace,
+    processes: Processes,
+    checkpoint: Checkpoint | None,
+    average: WeightAverage,
+    own: RegularizedLoss | None,
 ) -> tuple[Progress, str | None]:
     """Load all of a checkpoint but the weights, and truncate metrics.jsonl to its step.
 
@@ -617,6 +639,7 @@ def _resume(
         state = {key: value for key, value in checkpoint.state.items() if key not in ("meaning", "code")}
         progress, code = Progress(**state), checkpoint.state["code"]
         checkpoint.load_average(average.tensors)
+        checkpoint.load_regularizer({} if own is None else own.tensors)
     if code != code_hash() and processes.is_main:
         log.warning(
             "%s: %s was written by another version of epochal; resuming it", run.name, checkpoint and checkpoint.path
@@ -665,6 +688,7 @@ def _save(
     progress: Progress,
     meaning: dict[str, Any],
     settings: Callable[[Path], None],
+    own: RegularizedLoss | None,
 ) -> None:
     started = time.monotonic()
     save_checkpoint(
@@ -674,6 +698,7 @@ def _save(
         processes.optimizer.named_state(),
         {**progress.state(processes), "meaning": meaning, "code": code_hash()},
         average.tensors,
+        regularizer=own.tensors if own is not None else None,
         settings=settings,
         group=processes,
     )

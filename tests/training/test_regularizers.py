@@ -1,0 +1,326 @@
+"""Regularizers against their closed forms in float64, and runs with and without them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from epochal.data.store import TokenStore
+from epochal.distributed.presets import Preset, check_modes
+from epochal.models.llama import build_model
+from epochal.names import named_run
+from epochal.records import Record, Workspace
+from epochal.run import (
+    EarlyLearning,
+    GradientNorm,
+    LookAhead,
+    OrthogonalStep,
+    OwnPredictions,
+    RandomTokens,
+    Regularizer,
+    Run,
+    StableMax,
+    StochasticDepth,
+)
+from epochal.stopping import Stopped
+from epochal.training.loop import RuntimeOptions, train
+from epochal.training.noise import Noise
+from epochal.training.regularizers.early_learning import early_learning_loss, running_average
+from epochal.training.regularizers.gradient_norm import gradient_norm
+from epochal.training.regularizers.look_ahead import look_ahead
+from epochal.training.regularizers.orthogonal import orthogonal, orthogonal_step
+from epochal.training.regularizers.own_predictions import soft_target_loss, weight_at
+from epochal.training.regularizers.random_tokens import replace_tokens
+from epochal.training.regularizers.stable_max import stable_logits
+from epochal.training.regularizers.stochastic_depth import keep_factors, skip_share
+
+ALL: dict[str, Regularizer] = {
+    type(each).__name__ + getattr(each, "of", ""): each
+    for each in (
+        RandomTokens(share=0.3),
+        StochasticDepth(share=0.3),
+        OwnPredictions(),
+        EarlyLearning(),
+        OrthogonalStep(of="gradient"),
+        OrthogonalStep(of="update"),
+        LookAhead(),
+        GradientNorm(),
+        StableMax(),
+    )
+}
+OFF: tuple[Regularizer, ...] = (
+    RandomTokens(share=0.0),
+    StochasticDepth(share=0.0),
+    OwnPredictions(weight=0.0),
+    EarlyLearning(strength=0.0),
+    LookAhead(radius=0.0),
+    GradientNorm(strength=0.0),
+)
+World = tuple[Workspace, TokenStore, Path]
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- closed forms -----------------------------------------------------------------------------------------------------
+
+
+def test_random_tokens_are_a_share_of_the_vocabulary_and_depend_on_their_row_alone() -> None:
+    tokens = torch.zeros((8, 4000), dtype=torch.int64)
+    noisy = replace_tokens(tokens, range(8), share=0.3, vocab_size=10)
+    counts = torch.bincount(noisy.flatten(), minlength=10) / noisy.numel()
+    # A token is drawn again with probability 1 / V.
+    assert counts.tolist() == pytest.approx([1 - 0.3 + 0.03, *[0.03] * 9], abs=0.01)
+    assert torch.equal(noisy[3:5], replace_tokens(tokens[3:5], [3, 4], share=0.3, vocab_size=10))
+
+
+def test_skipped_blocks_leave_the_expectation_and_deeper_ones_are_skipped_more() -> None:
+    assert [skip_share(layer, 4, 0.2) for layer in (1, 2, 4)] == pytest.approx([0.05, 0.1, 0.2])
+    factors = keep_factors(range(4000), 0.2)
+    assert set(factors.unique().tolist()) == {0.0, 1.25}
+    assert float(factors.mean()) == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_row_that_skips_every_block_is_its_embedding() -> None:
+    model = build_model("w16", vocab_size=300, max_positions=32, seed=0)
+    noise = Noise(seed=1, dropout=0.0, input_mask_prob=0.0, regularizer=StochasticDepth(share=0.5))
+    noise.attach(model)
+    tokens = torch.arange(64).reshape(2, 32)
+    noise.begin(range(2))
+    for module in model.modules():
+        if hasattr(module, "row_factors"):
+            module.row_factors = torch.tensor([0.0, 1.0])
+    out = model.train().base_model(input_ids=tokens).last_hidden_state
+    plain = model.eval().base_model(input_ids=tokens).last_hidden_state
+    embedded = model.base_model.norm(model.get_input_embeddings()(tokens))
+    assert torch.equal(out[0], embedded[0])
+    torch.testing.assert_close(out[1], plain[1])
+
+
+def test_own_predictions_move_a_table_of_probabilities_as_the_recursion_says() -> None:
+    """1 - q_T(y) = (1 - u) prod a_t for a tabular model that reaches its targets in every epoch."""
+    q, y, epochs = torch.full((1, 5), 0.2, dtype=torch.float64), torch.tensor([2]), 6
+    rest = 0.8
+    for epoch in range(1, epochs):
+        weight = weight_at(epoch, epochs, 0.7)
+        z = q.log().requires_grad_()
+        loss = soft_target_loss(torch.log_softmax(z, 1), y, q, weight)
+        (gradient,) = torch.autograd.grad(loss.sum(), z)
+        label = torch.nn.functional.one_hot(y, 5)
+        # dL/dz = p - (1 - a) y - a p_prev, here with p = p_prev; the minimum of the loss is its target.
+        torch.testing.assert_close(gradient, q - (1 - weight) * label - weight * q)
+        q, rest = q - gradient, rest * weight
+        assert 1 - float(q[0, 2]) == pytest.approx(rest, rel=1e-12)
+    assert weight_at(0, epochs, 0.7) == 0.0 and weight_at(epochs - 1, epochs, 0.7) == pytest.approx(0.7)
+
+
+def test_early_learning_has_the_gradient_of_its_formula() -> None:
+    z, q = drawn(3, 6).requires_grad_(), torch.softmax(drawn(3, 6, seed=1), 1)
+    p = torch.softmax(z, 1)
+    (gradient,) = torch.autograd.grad(early_learning_loss(p, q).sum(), z)
+    inner = (p * q).sum(1, keepdim=True)
+    torch.testing.assert_close(gradient, (-p * (q - inner) / (1 - inner)).detach())
+    (none,) = torch.autograd.grad(early_learning_loss(torch.softmax(z, 1), torch.full_like(q, 1 / 6)).sum(), z)
+    assert float(none.abs().max()) < 1e-15, "no gradient where the average is uniform"
+    average = torch.zeros_like(q)
+    for _ in range(4):
+        average = running_average(average, p, 0.7)
+    torch.testing.assert_close(average, p.detach() * (1 - 0.7**4))
+
+
+def test_orthogonal_steps_keep_their_size_and_do_not_touch_the_norm_of_the_weights() -> None:
+    w, g = drawn(4, 5), drawn(4, 5, seed=1)
+    flat = orthogonal(g, w)
+    assert float((w * flat).sum()) == pytest.approx(0.0, abs=1e-12)
+    assert float(flat.norm()) == pytest.approx(float(g.norm()))
+    torch.testing.assert_close(orthogonal(flat, w), flat)
+    squares = float(w.square().sum())
+    for seed in range(5):
+        gradient = drawn(4, 5, seed=10 + seed)
+        w, squares = w - 0.1 * orthogonal(gradient, w), squares + 0.01 * float(gradient.square().sum())
+    assert float(w.square().sum()) == pytest.approx(squares), "|w_t|^2 = |w_0|^2 + lr^2 sum |g|^2"
+    after = orthogonal_step(0.9 * w - 0.1 * g, w, 0.9)
+    torch.testing.assert_close(after, 0.9 * w - 0.1 * orthogonal(g, w))
+
+
+H = torch.diag(torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)) + 0.1
+
+
+def quadratic(w: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Accumulate the gradient of the mean over rows x of (w - x) H (w - x) / 2, as shares of two rows."""
+
+    def accumulate(rows: torch.Tensor, first_row: int) -> torch.Tensor:
+        loss = sum(0.5 * (w - x) @ H @ (w - x) for x in rows) / 2
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        return loss.detach()
+
+    return accumulate
+
+
+def test_the_penalty_on_the_gradient_is_exact_on_a_quadratic_and_sam_is_one_case() -> None:
+    w, rows = drawn(3).requires_grad_(), drawn(2, 3, seed=1)
+    before = w.detach().clone()
+    g = H @ (before - rows.mean(0))
+    for strength, radius in ((0.3, 0.01), (0.05, 0.05), (0.2, 5.0)):
+        w.grad = None
+        gradient_norm(quadratic(w), [w], rows, 0, strength, radius)
+        torch.testing.assert_close(w.grad, g + strength * H @ g / g.norm())
+        assert torch.equal(w.detach(), before)
+    w.grad = None
+    gradient_norm(quadratic(w), [w], rows, 0, 0.4, 0.4)
+    torch.testing.assert_close(w.grad, H @ (before + 0.4 * g / g.norm() - rows.mean(0)))
+
+
+def test_the_second_half_of_a_batch_is_seen_after_a_step_of_the_first() -> None:
+    w, rows = drawn(3).requires_grad_(), drawn(2, 3, seed=1)
+    before = w.detach().clone()
+    loss = look_ahead(quadratic(w), [w], rows, 0, 0.3)
+    g1 = H @ (before - rows[0])
+    moved = before - 0.3 * g1 / g1.norm()
+    torch.testing.assert_close(w.grad, (g1 + H @ (moved - rows[1])) / 2)
+    d1, d2 = before - rows[0], moved - rows[1]
+    torch.testing.assert_close(loss, (d1 @ H @ d1 + d2 @ H @ d2) / 4)
+    assert torch.equal(w.detach(), before)
+
+
+def test_stable_max_is_the_published_ratio() -> None:
+    z = torch.cat([drawn(4, 7) * 5, torch.zeros(1, 7, dtype=torch.float64)])
+    s = torch.where(z >= 0, z + 1, 1 / (1 - z))
+    torch.testing.assert_close(torch.softmax(stable_logits(z), 1), s / s.sum(1, keepdim=True))
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return tiny.workspace(tmp_path_factory.mktemp("regularizers"))
+
+
+def short(config: Path, **changes: Any) -> Run:
+    """A run of 16 steps."""
+    values = {"data_order": "sequences", "unique_tokens": 1024, "epochs": 2, "num_evals": 1, "lr": 3e-3}
+    return tiny.run(config, **{**values, **changes})
+
+
+def trained(run: Run, space: Workspace) -> Record:
+    record = train(run, space, RuntimeOptions(micro_batch=2))
+    assert record is not None
+    return record
+
+
+def weights(space: Workspace, name: str) -> dict[str, torch.Tensor]:
+    return load_file(space.folder(name) / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(world: World) -> tuple[Record, dict[str, torch.Tensor]]:
+    space, _, config = world
+    return trained(short(config, name="plain"), space), weights(space, "plain")
+
+
+def test_a_knob_at_zero_is_the_plain_run_bit_for_bit(world: World, plain: tuple[Record, Any]) -> None:
+    space, _, config = world
+    for off in OFF:
+        name = f"off-{type(off).__name__}"
+        record = trained(short(config, name=name, regularizer=off), space)
+        assert record.results["curve"] == plain[0].results["curve"], name
+        assert all(torch.equal(tensor, plain[1][key]) for key, tensor in weights(space, name).items()), name
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_run_differs_from_the_plain_one_and_resumes_to_the_last_bit(
+    world: World, plain: tuple[Record, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, _, config = world
+    whole = trained(short(config, name=f"whole-{kind}", regularizer=ALL[kind]), space)
+    assert whole.status == "done" and math.isfinite(whole.loss)
+    assert whole.loss != plain[0].loss
+    assert whole.results["train_loss"] < math.log(300), "it learns"
+    run, calls = short(config, name=f"cut-{kind}", regularizer=ALL[kind]), [0]
+
+    def stop_reason() -> str | None:
+        calls[0] += 1
+        return "on request" if calls[0] in (5, 11) else None
+
+    monkeypatch.setattr("epochal.training.loop.stop_reason", stop_reason)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            trained(run, space)
+    resumed = trained(run, space)
+    assert resumed.results == whole.results
+    one, other = weights(space, whole.job.name), weights(space, run.name)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_own_predictions_are_the_plain_run_until_the_first_epoch_ends(world: World, plain: tuple[Record, Any]) -> None:
+    """Their weight is 0 in epoch 0, so a run of one epoch is the plain one."""
+    space, _, config = world
+    for name, regularizer in (("one-epoch", None), ("one-epoch-own", OwnPredictions())):
+        trained(short(config, name=name, epochs=1, regularizer=regularizer), space)
+    one, other = weights(space, "one-epoch"), weights(space, "one-epoch-own")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_loss_of_stable_max_is_that_of_its_own_probabilities(world: World) -> None:
+    from transformers import AutoModelForCausalLM
+
+    space, store, config = world
+    record = trained(short(config, name="stable", regularizer=StableMax()), space)
+    model = AutoModelForCausalLM.from_pretrained(space.folder("stable") / "model").double()
+    tokens = torch.from_numpy(store.sequences("validation", 32))
+    with torch.no_grad():
+        logits = stable_logits(model(input_ids=tokens).logits[:, :-1])
+    exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert record.loss == pytest.approx(float(exact), abs=1e-5)
+
+
+# --- what is refused, and what a Run says ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_preset_supports_a_regularizer_or_refuses_it_in_one_sentence(kind: str) -> None:
+    works = {
+        "any": {("replicated", 1), ("replicated", 2), ("zero1", 2), ("zero3", 2), ("fsdp2", 2)},
+        "whole": {("replicated", 1), ("replicated", 2)},
+        "one": {("replicated", 1)},
+    }
+    run = short(Path("kjv"), regularizer=ALL[kind])
+    for backend, world in works["any"]:
+        if (backend, world) in works[ALL[kind].reach]:
+            check_modes(Preset(backend), run, world=world, device="cpu")
+        else:
+            with pytest.raises(ValueError, match=rf"regularizer {type(ALL[kind]).__name__}, which .*; use ") as refused:
+                check_modes(Preset(backend), run, world=world, device="cpu")
+            assert str(refused.value).count(". ") == 0
+    with pytest.raises(ValueError, match="cannot use the mode cuda-graph"):
+        check_modes(Preset(modes=frozenset({"cuda-graph"})), run, world=1, device="cuda")
+
+
+def test_impossible_combinations_are_refused(world: World) -> None:
+    _, _, config = world
+    for changes, reason in (
+        ({"regularizer": OwnPredictions(), "data_order": "documents"}, "keeps predictions for fixed sequences"),
+        ({"regularizer": LookAhead(), "batch_size": 1}, "needs batches of two halves"),
+        ({"regularizer": StableMax(), "input_mask_prob": 0.5}, "no loss on masked inputs"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            short(config, **changes)
+
+
+def test_names_and_fingerprints_tell_regularizers_apart_and_ignore_none() -> None:
+    base = tiny.run(Path("kjv"), data_order="sequences")
+    runs = [named_run(tiny.run(Path("kjv"), data_order="sequences", regularizer=each), base) for each in ALL.values()]
+    runs.append(named_run(tiny.run(Path("kjv"), data_order="sequences", regularizer=RandomTokens(share=0.15)), base))
+    plain = named_run(base, base)
+    assert len({run.name for run in (*runs, plain)}) == len(runs) + 1
+    assert "-randomtokens-share0.3-" in runs[0].name
