@@ -39,6 +39,7 @@ from epochal.ranges import (
 )
 
 __all__ = [
+    "Anchor",
     "Ensemble",
     "Job",
     "Run",
@@ -63,6 +64,7 @@ MODES = ("online", "cached")
 DRAWS = ("members", "average")
 
 JobName = Annotated[str, Named()]
+Strength = Annotated[float, Range(0.0, 1e6)]  # of a pull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,15 @@ class SoftTargetDistillation(Ranged):
         super().__post_init__()
         if self.mode == "cached" and self.temperature != 1:
             raise ValueError(f'temperature is {self.temperature}; cached targets have 1, so use that or mode "online".')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor(Ranged):
+    """Pull the weights to those that the run starts from (`epochal.training.regularizers.anchor`)."""
+
+    strength: Strength  # as of a decoupled weight decay; 0 is off, to the last bit
+    # Each weight in proportion to its Fisher information on the text of the run named by `init_from`: EWC.
+    fisher: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +142,9 @@ class Run(Ranged):
     input_mask_prob: LessThanAll = 0.0
     # Precision of the stream that layers add to: "bfloat16" halves its memory and traffic, and rounds after every layer.
     residual: Annotated[str, OneOf(RESIDUALS)] = "float32"
+    # Against forgetting of what the run named by `init_from` has learned.
+    anchor: Anchor | None = None
+    replay: LessThanAll = 0.0  # share of every stream of batches that is the text of that run, mixed in as samples are
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +163,7 @@ class Run(Ranged):
                 f"below unique_tokens {self.unique_tokens}."
             )
         self._check_teacher()
+        self._check_forgetting()
 
     def _check_teacher(self) -> None:
         if self.teach is None or self.teach.mode == "online":
@@ -164,6 +179,23 @@ class Run(Ranged):
                 'teach with mode "online" or leave out distill.'
             )
 
+    def _check_forgetting(self) -> None:
+        if self.anchor is not None and self.init_from is None:
+            raise ValueError(
+                "anchor pulls the weights to those of init_from, which is not set; name a Run or a model folder."
+            )
+        old_text = (
+            "replay" if self.replay else "anchor.fisher" if self.anchor is not None and self.anchor.fisher else ""
+        )
+        if old_text and (self.init_from is None or "/" in self.init_from):
+            raise ValueError(
+                f"{old_text} needs the text that a Run was trained on, and init_from is {self.init_from!r}; name a Run there."
+            )
+        if self.replay and self.distill is not None:
+            raise ValueError("replay and distill both mix text into the batches; leave out one of them.")
+        if self.replay and self.teach is not None and self.teach.mode == "cached":
+            raise ValueError('replay mixes in text for which there are no cached targets; teach with mode "online".')
+
     @property
     def batch_tokens(self) -> int:
         """Tokens of one optimizer step."""
@@ -176,8 +208,8 @@ class Run(Ranged):
 
     @property
     def steps(self) -> int:
-        """All steps of the run, those on sampled text included (spec section 9: divided by 1 - w)."""
-        share = 1.0 - (self.distill.fraction if self.distill else 0.0)
+        """All steps of the run, those on sampled or replayed text included (spec section 9: divided by 1 - w)."""
+        share = 1.0 - (self.distill.fraction if self.distill else self.replay)
         # The real tokens are seen `epochs` times whatever share of the batches is sampled; where all of it is, there is
         # nothing to divide by, and epochs count as many sampled tokens as there are real ones.
         return round(self.steps_per_epoch * self.epochs / (share or 1.0))

@@ -38,6 +38,7 @@ from epochal.stopping import SAVE_SECONDS, Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from epochal.training.cuda_graph import GraphedPass
 from epochal.training.noise import MASKED_WEIGHT, Noise
+from epochal.training.regularizers.anchor import WeightAnchor, check_anchor, load_anchor, old_text
 from epochal.training.schedule import decay_multiplier, multiplier
 from epochal.training.teacher import Teacher, load_teacher
 from epochal.training.timing import StepClock
@@ -156,6 +157,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=warmup_steps
     )
     processes.prepare(ModelWithLoss(model, noise, teacher, run.precision), make_optimizer, run.precision)
+    anchor = load_anchor(run, build, model, store, workspace, records)
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
     settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
@@ -184,7 +186,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
 
         # Forward, backward and optimizer step. Rows are numbered over the whole run: each has its own noise.
         batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
-        loss, norm = _step(run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check)
+        loss, norm = _step(run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check, anchor)
         progress.add(loss)
         progress.step = step + 1
         average.update(model, progress.step)
@@ -376,6 +378,7 @@ def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Proce
         )
     if processes.device.type == "cuda" and backend(processes.device) == "torch":
         log.warning("%s: Triton is not installed, so losses and optimizers use plain torch, which is slower", run.name)
+    check_anchor(run, processes.backend, processes.world)
     return processes
 
 
@@ -414,6 +417,8 @@ def _check_memory(run: Run, processes: Processes, options: RuntimeOptions, vocab
 
 def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
     real = store.training_stream(run)
+    if run.replay:
+        return Batches(real, old_text(run, store, workspace, load_records(workspace)), run.replay, run.batch_size)
     if run.distill is None:
         return Batches(real, None, 0.0, run.batch_size)
     record = load_records(workspace).named(run.distill.samples)
@@ -452,6 +457,7 @@ def _step(
     micro_batch: int | None,
     clock: StepClock,
     check: ShardedUpdateCheck,
+    anchor: WeightAnchor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this process's rows; returns (loss, gradient norm before clipping)."""
     clock.mark()
@@ -465,6 +471,9 @@ def _step(
             loss += add_gradients(part, first_row, targets)
         first_row += len(part)
     clock.mark()
+    # Before the optimizer's step and after the gradient: both are of the same weights, and their steps add up.
+    if anchor is not None:
+        anchor.pull(processes.optimizer.param_groups)
     # At the first step this compares the update with that of one process; later it does nothing.
     with check:
         norm = processes.step()
