@@ -29,6 +29,7 @@ from epochal.ranges import (
     Positive,
     Range,
     Ranged,
+    Repeats,
     Seed,
     SequenceTokens,
     Share,
@@ -257,7 +258,8 @@ class Ensemble(Ranged):
 class Samples(Ranged):
     """Tokens drawn from a Run, or from an Ensemble (spec section 9).
 
-    Unconditional: each text begins with the tokenizer's start token and ends at its end token or at `max_length` tokens.
+    Unconditional: each text begins with the tokenizer's start token and ends at its end token or at `max_length` tokens. With
+    `prompt_tokens` it begins with as many tokens of a document of the source's training text; shorter documents are left out.
     """
 
     name: JobName
@@ -269,6 +271,22 @@ class Samples(Ranged):
     # "members": from the members one by one, each in proportion to its weight (equal parts, as in the paper, where
     # the ensemble has none); "average": every token from the averaged distribution.
     draw: Annotated[str, OneOf(DRAWS)] = "members"
+    prompt_tokens: TokensOrNone = 0
+    continuations: Repeats = 1  # of each document
+    # Whether the continuations of a document are one text, a megadoc (arXiv 2603.18534); otherwise each is one, and those of a
+    # document are as far from each other as can be.
+    joined: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompt_tokens and (self.joined or self.continuations > 1):
+            raise ValueError(
+                "continuations and joined are of documents, and prompt_tokens is 0; give the tokens of a prompt."
+            )
+        if self.prompt_tokens >= self.max_length:
+            raise ValueError(
+                f"prompt_tokens {self.prompt_tokens} leaves nothing to draw in texts of {self.max_length} tokens; use fewer."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from made_up import MadeUpCampaign, MadeUpRecords, made_up_loss, simulate, with_table
+from made_up import MadeUpCampaign, MadeUpRecords, made_up_loss, made_up_record, simulate, with_table
 
 from epochal.campaign.plan import cost_estimate
 from epochal.run import AVERAGES, SOUP, Run
@@ -72,7 +72,7 @@ def test_arms_against_forgetting_are_tuned_on_both_texts_and_claimed(continued_c
         return made_up_loss(run) - 0.1 * bool(best)
 
     scale = with_table(replace(continued_campaign.scale, seeds=3), "continued", **knobs)
-    campaign = simulate(scale, "continued", loss_of=loss_of)
+    campaign = simulate(scale, "continued", record_of=lambda job, records: made_up_record(job, records, loss_of))
     here = continued.continuation(campaign.study)
     assert here is not None
     assert {kind: here.knob(kind) for kind in knobs} == {"l2": 1.0, "ewc": 1.0, "prediction": 0.5, "replay": 0.2}
@@ -81,8 +81,8 @@ def test_arms_against_forgetting_are_tuned_on_both_texts_and_claimed(continued_c
     assert {run.init_from for run in protected} == {here.base}
     plain = here.steps()[continued.STEPS[-1]][0]
     assert {
-        replace(run, name="", order_seed=0, init_seed=0, anchor=None, teach=None, replay=0.0) for run in protected
-    } == {replace(plain, name="")}, "an arm differs from the last step in its own field alone"
+        replace(run, name="x", order_seed=0, init_seed=0, anchor=None, teach=None, replay=0.0) for run in protected
+    } == {replace(plain, name="x")}, "an arm differs from the last step in its own field alone"
     claims = campaign.claims("continued")
     for kind in knobs:
         keeps, both = claims[f"continued.{kind}-keeps"], claims[f"continued.{kind}-both"]
