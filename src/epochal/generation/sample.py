@@ -1,7 +1,7 @@
 """Sample text from finished models, as training data for students (spec section 9).
 
-Unconditional or as continuations of training documents, at a given temperature, in batches with a key-value cache. When the context is full, generation continues
-from its second half, so texts may be longer than the context.
+Unconditional or as continuations of training documents, at a given temperature, in batches with a key-value cache. When the
+context is full, generation continues from its second half, so texts may be longer than the context.
 """
 
 import io
