@@ -77,14 +77,22 @@ class Student(Ranged):
 
 
 def text_student(
-    study: Study, text: Student, model: str, source: str, seed: int, draw: str = "members", *, alone: bool = False
+    study: Study,
+    text: Student,
+    model: str,
+    source: str,
+    seed: int,
+    draw: str = "members",
+    *,
+    alone: bool = False,
+    **more: Any,
 ) -> tuple[Job, Run]:
     """Return the Samples of a source and a student that learns from them.
 
-    With `alone` it reads no real text, for as many steps.
+    With `alone` it reads no real text, for as many steps. `more` are further fields of the Samples.
     """
     # Samples have no seed of the student: students of all seeds read the same text.
-    samples = named_samples(source, text.pool_tokens, text.max_length, draw=draw)
+    samples = named_samples(source, text.pool_tokens, text.max_length, draw=draw, **more)
     distill = SequenceDistillation(samples=samples.name, fraction=1.0 if alone else text.fraction)
     # Without real text, epochs count passes over as many sampled tokens as there are real ones.
     point = replace(text.point, epochs=round(text.epochs / (1 - text.fraction))) if alone else text.point

@@ -8,22 +8,34 @@ Results: recipes/results/<scale>/report.md
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 from epochal.names import named_ensemble
-from epochal.ranges import Batch, Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens
+from epochal.ranges import Batch, Decay, Epochs, Items, LessThanAll, Ranged, Rate, Repeats, SomeShare, Tokens
+from epochal.records import Record
 from epochal.report.claims import Claim
-from epochal.report.comparison import difference_claim, gains_by_seed, long_enough, members_gain
+from epochal.report.comparison import (
+    ArmLosses,
+    Pair,
+    difference_claim,
+    gains_by_seed,
+    long_enough,
+    members_gain,
+    pair_claims,
+)
 from epochal.report.sections import Section, Table
-from epochal.run import SOUP, Ensemble, Job, Run
+from epochal.run import SOUP, Anchor, Ensemble, Job, Run, SoftTargetDistillation, Strength
 from epochal.scale import Point, Scale
 from epochal.study import Study
 from recipes import heavy_weight_decay
 
 STEPS = ("large batch, one pass", "small batch, one pass", "small batch, repeated")
 AVERAGES = ("logits", "probs", SOUP)
+# Arms against forgetting, by their field of the settings.
+AGAINST = {"l2": "L2 to the start", "ewc": "EWC", "prediction": "distillation from the base", "replay": "replay"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +57,30 @@ class Settings(Ranged):
     # Budgets for further single passes of the default.
     more_tokens: Annotated[tuple[Tokens, ...], Items(least=0)] = ()
     base: str = ""  # path of a model folder
+    # Against forgetting, next to the last of `STEPS`: an arm for each that has values for its knob. Each takes the value with
+    # the lowest sum of the losses on both texts, found with its first seed.
+    l2: Annotated[tuple[Strength, ...], Items(least=0)] = ()  # strengths of the pull to the start
+    ewc: Annotated[tuple[Strength, ...], Items(least=0)] = ()  # the same in proportion to the Fisher information
+    prediction: Annotated[
+        tuple[SomeShare, ...], Items(least=0)
+    ] = ()  # weights of the base's soft targets on the new text
+    replay: Annotated[tuple[LessThanAll, ...], Items(least=0)] = ()  # shares of the first text
 
     def check(self, scale: Scale) -> None:
-        """Refuse a base that is not a path, and a model outside of the ladder."""
+        """Refuse a base that is not a path, or has no first text to forget, and a model outside of the ladder."""
         if self.base and "/" not in self.base:
             raise ValueError(f"base is {self.base!r}; give the path of a model folder, with a slash in it.")
+        if self.base and self.knobs:
+            raise ValueError(
+                f"{', '.join(self.knobs)} work against forgetting of the first text, which base {self.base!r} comes without; "
+                "leave them out, or leave out base."
+            )
         scale.check_models("model", self.model)
+
+    @property
+    def knobs(self) -> dict[str, tuple[float, ...]]:
+        """The arms against forgetting, and the values of their knobs."""
+        return {kind: values for kind in AGAINST if (values := getattr(self, kind))}
 
 
 @dataclass(frozen=True)
@@ -61,12 +91,12 @@ class Continuation:
     settings: Settings
     base: str
 
-    def run(self, tokens: int, batch: int, epochs: int, lr: float, seed: int = 0) -> Run:
-        """Return one run that continues from the base; `seed` orders the data."""
+    def run(self, tokens: int, batch: int, epochs: int, lr: float, seed: int = 0, **more: Any) -> Run:
+        """Return one run that continues from the base; `seed` orders the data, `more` are fields of the Run."""
         here = self.settings
         point = Point(lr=lr, epochs=epochs, wd=here.wd)
         # Sequences, not documents: few long documents have few orders, and members must see different ones.
-        changes = {"data": here.data, "batch_size": batch, "init_from": self.base, "data_order": "sequences"}
+        changes = {"data": here.data, "batch_size": batch, "init_from": self.base, "data_order": "sequences", **more}
         return self.study.scale.run(here.model, tokens, point, seed=seed, **changes)
 
     def tries(self, step: str) -> list[Run]:
@@ -104,13 +134,59 @@ class Continuation:
         return [named_ensemble(names, average, data=data) for average in AVERAGES] if names else []
 
     def on_first_text(self, step: str) -> list[Ensemble]:
-        """Return the models of one step, to judge them on the first text.
+        """Return the models of one step, to judge them on the first text; none for a base from elsewhere."""
+        return [] if self.settings.base else [self.again(run) for run in self.steps()[step]]
 
-        Each is an ensemble of one; none for a base from elsewhere.
-        """
-        first = self.study.scale.data
-        runs = [] if self.settings.base else self.steps()[step]
-        return [named_ensemble((run.name,), "logits", data=first) for run in runs]
+    def again(self, run: Run) -> Ensemble:
+        """Return a run as an ensemble of one, to judge it on the first text."""
+        return named_ensemble((run.name,), "logits", data=self.study.scale.data)
+
+    # --- against forgetting ---
+
+    def change(self, kind: str, value: float) -> dict[str, Any]:
+        """Return the fields of the Run that one value of a knob sets."""
+        match kind:
+            case "replay":
+                return {"replay": value}
+            case "prediction":
+                return {"teach": SoftTargetDistillation(source=self.base, kd_weight=value)}
+            case _:
+                return {"anchor": Anchor(strength=value, fisher=kind == "ewc")}
+
+    def protected(self, kind: str, value: float, count: int) -> list[Run]:
+        """Return `count` seeds of the last step with an arm against forgetting; none before its learning rate is known."""
+        change = self.change(kind, value)
+        return [
+            self.run(run.unique_tokens, run.batch_size, run.epochs, run.optimizer.lr, seed, **change)
+            for seed, run in enumerate(self.seeds(STEPS[-1], count))
+        ]
+
+    def both_losses(self, run: Run) -> float | None:
+        """Return the sum of a run's losses on both texts; None before both are known."""
+        one, other = self.study.loss(run), self.study.loss(self.again(run))
+        return None if one is None or other is None else one + other
+
+    def knob(self, kind: str) -> float | None:
+        """Return the value of a knob whose first seed has the lowest sum of both losses; None before all were tried."""
+        sums = {
+            value: total
+            for value in self.settings.knobs[kind]
+            for run in self.protected(kind, value, 1)
+            if (total := self.both_losses(run)) is not None
+        }
+        return min(sums, key=lambda value: sums[value]) if len(sums) == len(self.settings.knobs[kind]) else None
+
+    def best_protected(self, kind: str) -> list[Run]:
+        """Return all seeds of an arm at the best value of its knob; none before that is known."""
+        value = self.knob(kind)
+        return [] if value is None else self.protected(kind, value, self.study.scale.seeds)
+
+    def against_forgetting(self) -> list[Run]:
+        """Return the runs of all arms against forgetting: every value of a knob, then the seeds of the best."""
+        tried = [
+            run for kind, values in self.settings.knobs.items() for v in values for run in self.protected(kind, v, 1)
+        ]
+        return [*tried, *(run for kind in self.settings.knobs for run in self.best_protected(kind))]
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
@@ -139,6 +215,7 @@ def plan(study: Study) -> list[Job]:
         jobs += [*here.members(), *here.full_passes(), *here.ensembles()]
         jobs += [] if settings.base else here.ensembles(study.scale.data)
         jobs += [job for step in STEPS for job in here.on_first_text(step)]
+        jobs += [job for run in here.against_forgetting() for job in (run, here.again(run))]
     return jobs
 
 
@@ -156,8 +233,8 @@ def report(study: Study) -> Section:
     return Section(
         title=title,
         question=question,
-        claims=(*_step_claims(here), *_forgetting_claim(here), *_ensemble_claims(here)),
-        tables=(_table(here, rows),) if rows else (),
+        claims=(*_step_claims(here), *_forgetting_claim(here), *_against_claims(here), *_ensemble_claims(here)),
+        tables=(*((_table(here, rows),) if rows else ()), *_against_table(here)),
     )
 
 
@@ -226,6 +303,62 @@ def _forgetting_claim(here: Continuation) -> list[Claim]:
     rises = [record.loss - base.loss for job in here.on_first_text(STEPS[-1]) if base and (record := get(job))]
     text = f"continued: {STEPS[-1]} raises the loss on {here.study.scale.data}, the first text"
     return [difference_claim(text, rises, id="continued.forgetting")] if rises else []
+
+
+def _judged(record: Record) -> float:
+    """Return the loss on the test split, which no knob was chosen on, or on validation text where there is none."""
+    test = record.results.get("test_loss")
+    return record.loss if test is None else float(test)
+
+
+def _arms_against(here: Continuation) -> dict[str, tuple[float | None, list[Run]]]:
+    """Return the value of the knob and the seeds of each arm by label, the last step without any first."""
+    arms: dict[str, tuple[float | None, list[Run]]] = {STEPS[-1]: (None, here.steps()[STEPS[-1]])}
+    arms |= {AGAINST[kind]: (here.knob(kind), here.best_protected(kind)) for kind in here.settings.knobs}
+    return arms
+
+
+def _on_both(here: Continuation, runs: list[Run]) -> tuple[Mapping[int, float], Mapping[int, float]]:
+    """Return the losses by seed on the second and on the first text, of the seeds that have both."""
+    new = here.study.finite(dict(enumerate(runs)))
+    old = here.study.finite({seed: here.again(run) for seed, run in enumerate(runs)})
+    both = sorted(new.keys() & old.keys())
+    return {seed: _judged(new[seed]) for seed in both}, {seed: _judged(old[seed]) for seed in both}
+
+
+def _against_table(here: Continuation) -> list[Table]:
+    first, rows = here.study.scale.data, []
+    for label, (value, runs) in _arms_against(here).items() if here.settings.knobs else ():
+        new, old = _on_both(here, runs)
+        if new:
+            means = statistics.fmean(new.values()), statistics.fmean(old.values())
+            rows.append((label, value, runs[0].steps, *means, sum(means), len(new)))
+    columns = ("arm", "knob", "steps", f"loss on {here.settings.data}", f"loss on {first}", "sum", "seeds")
+    title = f"Against forgetting of {first} (means over seeds; replay has more steps, so that it sees as much new text)"
+    return [Table(title=title, columns=columns, rows=tuple(rows))] if rows else []
+
+
+def _against_claims(here: Continuation) -> list[Claim]:
+    """Claim of each arm that it forgets less than the last step alone, and that both losses together are lower."""
+    arms, claims = _arms_against(here), list[Claim]()
+    both = {label: _on_both(here, runs) for label, (_, runs) in arms.items()}
+    first = [ArmLosses(label=label, losses=old) for label, (_, old) in both.items()]
+    sums = [
+        ArmLosses(label=label, losses={seed: new[seed] + old[seed] for seed in new})
+        for label, (new, old) in both.items()
+    ]
+    for kind in here.settings.knobs:
+        label, plain = AGAINST[kind], STEPS[-1]
+        kept = f"{label} has a lower loss on {here.study.scale.data}, the first text, than {plain} alone"
+        worth = f"{label} lowers the sum of the losses on both texts"
+        pairs = [(first, kept, "keeps"), (sums, worth, "both")]
+        for losses, text, what in pairs:
+            pair = Pair(better=label, worse=plain, id=f"continued.{kind}-{what}", text=text)
+            runs = [*arms[plain][1], *arms[label][1]]
+            claims += [
+                long_enough(claim, runs) for claim in pair_claims(losses, [pair], condition="continued", selecting=0)
+            ]
+    return claims
 
 
 def _ensemble_claims(here: Continuation) -> list[Claim]:

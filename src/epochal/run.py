@@ -29,6 +29,7 @@ from epochal.ranges import (
     Positive,
     Range,
     Ranged,
+    Repeats,
     Seed,
     SequenceTokens,
     Share,
@@ -41,6 +42,7 @@ from epochal.regularizer_config import *  # noqa: F403
 from epochal.regularizer_config import Regularizer
 
 __all__ = [
+    "Anchor",
     "Ensemble",
     "Job",
     "Run",
@@ -65,6 +67,7 @@ MODES = ("online", "cached")
 DRAWS = ("members", "average")
 
 JobName = Annotated[str, Named()]
+Strength = Annotated[float, Range(0.0, 1e6)]  # of a pull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,15 @@ class SoftTargetDistillation(Ranged):
         super().__post_init__()
         if self.mode == "cached" and self.temperature != 1:
             raise ValueError(f'temperature is {self.temperature}; cached targets have 1, so use that or mode "online".')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor(Ranged):
+    """Pull the weights to those that the run starts from (`epochal.training.regularizers.anchor`)."""
+
+    strength: Strength  # as of a decoupled weight decay; 0 is off, to the last bit
+    # Each weight in proportion to its Fisher information on the text of the run named by `init_from`: EWC.
+    fisher: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +146,9 @@ class Run(Ranged):
     # Precision of the stream that layers add to: "bfloat16" halves its memory and traffic, and rounds after every layer.
     residual: Annotated[str, OneOf(RESIDUALS)] = "float32"
     regularizer: Regularizer | None = None
+    # Against forgetting of what the run named by `init_from` has learned.
+    anchor: Anchor | None = None
+    replay: LessThanAll = 0.0  # share of every stream of batches that is the text of that run, mixed in as samples are
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,6 +168,7 @@ class Run(Ranged):
             )
         self._check_teacher()
         self._check_regularizer()
+        self._check_forgetting()
 
     def _check_teacher(self) -> None:
         if self.teach is None or self.teach.mode == "online":
@@ -186,6 +202,23 @@ class Run(Ranged):
                 f"regularizer {kind} needs batches of two halves, got batch_size {self.batch_size}; use an even one."
             )
 
+    def _check_forgetting(self) -> None:
+        if self.anchor is not None and self.init_from is None:
+            raise ValueError(
+                "anchor pulls the weights to those of init_from, which is not set; name a Run or a model folder."
+            )
+        old_text = (
+            "replay" if self.replay else "anchor.fisher" if self.anchor is not None and self.anchor.fisher else ""
+        )
+        if old_text and (self.init_from is None or "/" in self.init_from):
+            raise ValueError(
+                f"{old_text} needs the text that a Run was trained on, and init_from is {self.init_from!r}; name a Run there."
+            )
+        if self.replay and self.distill is not None:
+            raise ValueError("replay and distill both mix text into the batches; leave out one of them.")
+        if self.replay and self.teach is not None and self.teach.mode == "cached":
+            raise ValueError('replay mixes in text for which there are no cached targets; teach with mode "online".')
+
     @property
     def batch_tokens(self) -> int:
         """Tokens of one optimizer step."""
@@ -198,8 +231,8 @@ class Run(Ranged):
 
     @property
     def steps(self) -> int:
-        """All steps of the run, those on sampled text included (spec section 9: divided by 1 - w)."""
-        share = 1.0 - (self.distill.fraction if self.distill else 0.0)
+        """All steps of the run, those on sampled or replayed text included (spec section 9: divided by 1 - w)."""
+        share = 1.0 - (self.distill.fraction if self.distill else self.replay)
         # The real tokens are seen `epochs` times whatever share of the batches is sampled; where all of it is, there is
         # nothing to divide by, and epochs count as many sampled tokens as there are real ones.
         return round(self.steps_per_epoch * self.epochs / (share or 1.0))
@@ -253,7 +286,8 @@ class Ensemble(Ranged):
 class Samples(Ranged):
     """Tokens drawn from a Run, or from an Ensemble (spec section 9).
 
-    Unconditional: each text begins with the tokenizer's start token and ends at its end token or at `max_length` tokens.
+    Unconditional: each text begins with the tokenizer's start token and ends at its end token or at `max_length` tokens. With
+    `prompt_tokens` it begins with as many tokens of a document of the source's training text; shorter documents are left out.
     """
 
     name: JobName
@@ -265,6 +299,22 @@ class Samples(Ranged):
     # "members": from the members one by one, each in proportion to its weight (equal parts, as in the paper, where
     # the ensemble has none); "average": every token from the averaged distribution.
     draw: Annotated[str, OneOf(DRAWS)] = "members"
+    prompt_tokens: TokensOrNone = 0
+    continuations: Repeats = 1  # of each document
+    # Whether the continuations of a document are one text, a megadoc (arXiv 2603.18534); otherwise each is one, and those of a
+    # document are as far from each other as can be.
+    joined: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompt_tokens and (self.joined or self.continuations > 1):
+            raise ValueError(
+                "continuations and joined are of documents, and prompt_tokens is 0; give the tokens of a prompt."
+            )
+        if self.prompt_tokens >= self.max_length:
+            raise ValueError(
+                f"prompt_tokens {self.prompt_tokens} leaves nothing to draw in texts of {self.max_length} tokens; use fewer."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from epochal.data.store import TokenStore
-from epochal.generation.sample import _ends, draw, sample, sample_texts
+from epochal.generation.sample import _ends, continue_documents, draw, prompts, sample, sample_texts
 from epochal.models.llama import build_model
 from epochal.records import Record, Records, Workspace
 from epochal.run import Ensemble, Run, Samples, fingerprint
@@ -281,3 +281,61 @@ def test_sources_without_a_model_raise(campaign: tuple[Workspace, TokenStore, Re
     (space.folder("a") / "model").rename(space.folder("a") / "moved")
     with pytest.raises(ValueError, match="does not exist; run 'a' again"):
         sample(job(), space, records)
+
+
+# --- continued documents ------------------------------------------------------------------------------------------------
+
+
+def continued(subject: Any, documents: np.ndarray[Any, Any], tokens: int, **changes: Any) -> list[list[int]]:
+    samples = job(prompt_tokens=documents.shape[1], max_length=14, **changes)
+    generator = torch.Generator().manual_seed(3)
+    texts = continue_documents(subject, samples, documents, tokens, context=32, eos=EOS, generator=generator)
+    return [text.tolist() for text in texts]
+
+
+def test_stretched_documents_are_the_separate_ones_joined() -> None:
+    documents = np.array([[BOS, 5, 6], [BOS, 7, 8], [BOS, 9, 10]])
+    apart = continued(model(), documents, 300, continuations=4)
+    joined = continued(model(), documents, 300, continuations=4, joined=True)
+    count = len(joined)
+    assert len(apart) == 4 * count and count % 3 == 64 % 3
+    assert [text[:3] for text in apart[:3]] == documents.tolist(), "each continues the next document"
+    assert any(EOS in text for text in apart) and all(text[-1] == EOS or len(text) == 14 for text in apart)
+    for number, long in enumerate(joined):
+        # Those of one document are `count` texts apart.
+        texts = apart[number::count]
+        assert {tuple(text[:3]) for text in texts} == {tuple(documents[number % 3])}
+        inner = [text[1:-1] if text[-1] == EOS else text[1:] for text in texts]
+        end = [EOS] if texts[-1][-1] == EOS else []
+        assert long == [BOS, *(token for part in inner for token in part), *end]
+
+
+def test_continuations_follow_the_distribution_of_the_model() -> None:
+    subject, document = model(), np.array([[BOS, 5, 6]])
+    texts = continued(subject, document, 20000, continuations=256)
+    with torch.no_grad():
+        expected = subject(torch.from_numpy(document)).logits[0, -1].softmax(-1).numpy()
+    counts = np.bincount([text[3] for text in texts], minlength=VOCABULARY)
+    error = np.abs(counts / counts.sum() - expected).max()
+    assert error < 4 * (0.25 / counts.sum()) ** 0.5, f"the first continued token is off by {error}"
+
+
+def test_documents_too_short_for_a_prompt_are_left_out(campaign: tuple[Workspace, TokenStore, Records]) -> None:
+    space, store, records = campaign
+    run = next(record.job for record in records if isinstance(record.job, Run))
+    stream = store.training_stream(run)
+    lengths = np.diff(np.append(stream.starts, len(stream.tokens)))
+    limit = int(np.median(lengths))
+    begun = prompts(store, run, limit)
+    assert len(begun) == (lengths >= limit).sum() and (begun[:, 0] == store.meta["bos"]).all()
+    with pytest.raises(ValueError, match="has 100000 tokens to continue; use fewer prompt_tokens"):
+        prompts(store, run, 100000)
+    samples = job(source=run.name, tokens=400, max_length=24, prompt_tokens=8, continuations=2, joined=True)
+    assert sample(samples, space, records).results["tokens"] == 400
+
+
+def test_continuations_need_a_prompt() -> None:
+    with pytest.raises(ValueError, match="prompt_tokens is 0; give the tokens of a prompt"):
+        job(continuations=2)
+    with pytest.raises(ValueError, match="prompt_tokens 40 leaves nothing to draw in texts of 40 tokens"):
+        job(prompt_tokens=40)

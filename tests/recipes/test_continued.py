@@ -1,7 +1,9 @@
 """Continued pre-training: everything starts from the tuned base and is judged on both texts."""
 
+from dataclasses import replace
+
 import pytest
-from made_up import MadeUpCampaign, MadeUpRecords, simulate, with_table
+from made_up import MadeUpCampaign, MadeUpRecords, made_up_loss, made_up_record, simulate, with_table
 
 from epochal.campaign.plan import cost_estimate
 from epochal.run import AVERAGES, SOUP, Run
@@ -56,6 +58,42 @@ def test_claims_compare_each_step_with_the_one_before(continued_campaign: MadeUp
     assert set(claims) == {f"continued.{id}" for id in ids}
 
 
+def test_arms_against_forgetting_are_tuned_on_both_texts_and_claimed(continued_campaign: MadeUpCampaign) -> None:
+    """The made-up loss has its lowest point at the middle value of each knob, 0.1 below the plain run's."""
+    knobs = {"l2": [0.1, 1.0, 10.0], "ewc": [0.1, 1.0, 10.0], "prediction": [0.2, 0.5, 0.8], "replay": [0.1, 0.2, 0.5]}
+    assert {len(job.runs) for job in continued_campaign.ensembles} == {1, 4}, "no arm without a scale that turns it on"
+
+    def loss_of(run: Run) -> float:
+        best = (
+            (run.anchor and run.anchor.strength == 1.0)
+            or (run.teach and run.teach.kd_weight == 0.5)
+            or run.replay == 0.2
+        )
+        return made_up_loss(run) - 0.1 * bool(best)
+
+    scale = with_table(replace(continued_campaign.scale, seeds=3), "continued", **knobs)
+    campaign = simulate(scale, "continued", record_of=lambda job, records: made_up_record(job, records, loss_of))
+    here = continued.continuation(campaign.study)
+    assert here is not None
+    assert {kind: here.knob(kind) for kind in knobs} == {"l2": 1.0, "ewc": 1.0, "prediction": 0.5, "replay": 0.2}
+    protected = [run for run in campaign.runs if run.anchor or run.teach or run.replay]
+    assert len(protected) == 4 * (3 + 2), "every value with one seed, the best one with three"
+    assert {run.init_from for run in protected} == {here.base}
+    plain = here.steps()[continued.STEPS[-1]][0]
+    assert {
+        replace(run, name="x", order_seed=0, init_seed=0, anchor=None, teach=None, replay=0.0) for run in protected
+    } == {replace(plain, name="x")}, "an arm differs from the last step in its own field alone"
+    claims = campaign.claims("continued")
+    for kind in knobs:
+        keeps, both = claims[f"continued.{kind}-keeps"], claims[f"continued.{kind}-both"]
+        assert keeps.holds and keeps.seeds == 3 and keeps.value.startswith("+0.1000 nats (+0.1000 nats without seed 0")
+        assert both.holds and both.value.startswith("+0.2000 nats")
+    table = campaign.report("continued").tables[-1]
+    assert [row[1] for row in table.rows] == [None, 1.0, 1.0, 0.5, 0.2]
+    steps = [row[2] for row in table.rows]
+    assert steps[0] == steps[1] == steps[2] == steps[3] and steps[4] == round(plain.steps / 0.8)
+
+
 def test_a_pass_of_few_steps_has_no_verdict(continued_campaign: MadeUpCampaign) -> None:
     """24,576 tokens are 24 steps of the large batch."""
     campaign = simulate(with_table(continued_campaign.scale, "continued", unique_tokens=24576), "continued")
@@ -77,6 +115,11 @@ def test_the_papers_setting_is_priced() -> None:
     [
         ({"batch_sizes": [4]}, "give at least 2"),
         ({"base": "llama"}, "give the path of a model folder, with a slash in it"),
+        (
+            {"base": "models/llama", "replay": [0.1], "l2": [1.0]},
+            "l2, replay work against forgetting of the first text",
+        ),
+        ({"replay": [1.0]}, "replay.* must be a number from 0 to below 1"),
         ({"model": "w7"}, "'w7' is not on the ladder"),
     ],
 )

@@ -178,3 +178,23 @@ def test_a_tuned_student_tries_every_decay_once_and_the_control_takes_the_best()
     assert not distillation.tuned(first, "ensemble") and distillation.best_decay(first, "ensemble") is not None
     reasons = {reason for c in distillation.report(first).claims for reason in c.provisional}
     assert "decays of the student that have not run" in reasons
+
+
+def test_students_of_stretched_documents_stand_next_to_those_of_separate_ones() -> None:
+    demo = load_scale("demo")
+    more = {"model": "w32", "soft_targets": None, "megadocs": {"prompt_tokens": 16, "continuations": 4}}
+    own = {key: value for key, value in (demo.tables["distillation"] | more).items() if value is not None}
+    tables = {"ensembling": {"models": ["w32"], "count": 3}, "distillation": own}
+    scale = replace(demo, ladder=demo.ladder[1:2], seeds=3, tables=tables)
+    campaign = simulate(scale, "distillation")
+    texts = [job for job in campaign.jobs if isinstance(job, Samples) and job.prompt_tokens]
+    assert {(text.joined, text.continuations) for text in texts} == {(False, 4), (True, 4)}
+    assert len({text.source for text in texts}) == 1 and len({text.tokens for text in texts}) == 1
+    read = {text.name: 0 for text in texts}
+    for run in campaign.runs:
+        if run.distill and run.distill.samples in read:
+            read[run.distill.samples] += 1
+    assert set(read.values()) == {3}, "three seeds of each"
+    claim = campaign.claims("distillation")["distillation.megadocs"]
+    assert claim.text.startswith("a student of documents stretched by their continuations beats one of separate")
+    assert not [job for job in simulate(demo, "distillation").jobs if isinstance(job, Samples) and job.prompt_tokens]

@@ -53,11 +53,13 @@ def estimate_memory(
         "fsdp2": (0, 16),
     }[preset.backend]
     average = 0 if run.weight_averaging == "last" else 4
+    # Of an anchor: the weights to start from, and their Fisher information.
+    anchor = 0 if run.anchor is None else 8 if run.anchor.fisher else 4
     # Embedding and head are one group, gathered during the whole step with its gradients; of the layers two at a time.
     gathered = 8 * vocabulary + 2 * 4 * layer if preset.backend in ("zero3", "fsdp2") and world > 1 else 0
     passes = 2 if run.input_mask_prob else 1
     return MemoryEstimate(
-        states=counts.total * (whole + average + shared / world),
+        states=counts.total * (whole + average + anchor + shared / world),
         gathered=gathered,
         activations=passes * tokens * _activation_bytes(shape, run, preset),
         head=4.0 * min(LOGIT_CHUNK, tokens * V) + 4.0 * V * h + 8.0 * tokens * h,

@@ -1,13 +1,13 @@
 """Sample text from finished models, as training data for students (spec section 9).
 
-Unconditional, at a given temperature, in batches with a key-value cache. When the context is full, generation continues
-from its second half, so texts may be longer than the context.
+Unconditional or as continuations of training documents, at a given temperature, in batches with a key-value cache. When the
+context is full, generation continues from its second half, so texts may be longer than the context.
 """
 
 import io
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,10 +81,78 @@ def _draw_all(
         model = load()
         # A generator per model, on the CPU: its random numbers depend neither on the device nor on the other models.
         generator = torch.Generator().manual_seed(samples.seed * 1009 + index)
-        rows = min(BATCH, math.ceil(share / samples.max_length))
-        texts = draw(model, samples, rows, context=run.sequence_length, bos=bos, eos=eos, generator=generator)
-        drawn += _take(texts, share)
+        limits: dict[str, Any] = {"context": run.sequence_length, "eos": eos, "generator": generator}
+        if samples.prompt_tokens:
+            # Each model continues documents of its own.
+            mine = prompts(store, run, samples.prompt_tokens)[index :: len(loaders)]
+            drawn += _take(iter(continue_documents(model, samples, mine, share, **limits)), share)
+        else:
+            rows = min(BATCH, math.ceil(share / samples.max_length))
+            drawn += _take(draw(model, samples, rows, bos=bos, **limits), share)
     return store, drawn
+
+
+def prompts(store: TokenStore, run: Run, length: int) -> Tokens:
+    """Return the first `length` tokens of each document of a run's training text, (documents, length) int64.
+
+    Shorter documents are left out. Raises ValueError if all are shorter.
+    """
+    stream = store.training_stream(run)
+    ends = np.append(stream.starts[1:], len(stream.tokens))
+    firsts = [stream.tokens[a : a + length] for a, b in zip(stream.starts, ends, strict=True) if b - a >= length]
+    if not firsts:
+        raise ValueError(
+            f"no document of the text of {run.name!r} has {length} tokens to continue; use fewer prompt_tokens."
+        )
+    return np.stack(firsts).astype(np.int64)
+
+
+def continue_documents(
+    model: Any, samples: Samples, documents: Tokens, tokens: int, *, context: int, eos: int, generator: torch.Generator
+) -> list[Tokens]:
+    """Return texts of at least `tokens` tokens that continue prompts (m, p), `samples.continuations` of each document.
+
+    Documents come in order, again from the first where they are too few. Raises ValueError without any.
+    """
+    if not len(documents):
+        raise ValueError(f"{samples.name!r} has more models than documents to continue; use a shorter prompt.")
+    count, at_once = samples.continuations, max(1, BATCH // samples.continuations)
+    groups, total, position = list[list[Tokens]](), 0, 0
+    while total < tokens:
+        picked = documents[np.arange(position, position + at_once) % len(documents)]
+        texts = _continued(model, samples, np.repeat(picked, count, axis=0), context, eos, generator)
+        groups += [texts[first : first + count] for first in range(0, len(texts), count)]
+        position += at_once
+        # As joined text, the shorter form, so that both forms are made of the same documents.
+        total = sum(len(joined(group, eos)) for group in groups)
+    if samples.joined:
+        return [joined(group, eos) for group in groups]
+    return [group[number] for number in range(count) for group in groups]
+
+
+def joined(texts: Sequence[Tokens], eos: int) -> Tokens:
+    """Return texts of one document as one: one start token, and an end token only where the last text has it."""
+    parts = [
+        text[:-1] if text[-1] == eos and number < len(texts) else text for number, text in enumerate(texts, start=1)
+    ]
+    return np.concatenate([parts[0], *(part[1:] for part in parts[1:])])
+
+
+def _continued(
+    model: Any, samples: Samples, begun: Tokens, context: int, eos: int, generator: torch.Generator
+) -> list[Tokens]:
+    """Return one text for each of (b, p) prompts, in their order, up to `eos` or `max_length` tokens."""
+    rows, waiting = torch.from_numpy(begun), np.arange(len(begun))
+    texts: dict[int, Tokens] = {}
+    while len(rows):
+        rows = _extend(model, rows, samples, context=context, generator=generator)
+        drawn = rows[:, begun.shape[1] :] == eos
+        ended = drawn.any(dim=1) | (rows.shape[1] >= samples.max_length)
+        for number, row in zip(waiting[ended.numpy()], rows[ended].numpy(), strict=True):
+            ends = begun.shape[1] + np.flatnonzero(row[begun.shape[1] :] == eos)
+            texts[int(number)] = row[: ends[0] + 1] if len(ends) else row
+        rows, waiting = rows[~ended], waiting[~ended.numpy()]
+    return [texts[number] for number in range(len(begun))]
 
 
 def _ends(samples: Samples, models: int, records: Records) -> list[int]:

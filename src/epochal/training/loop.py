@@ -41,6 +41,7 @@ from epochal.training.noise import MASKED_WEIGHT, Noise
 from epochal.training.regularizers.losses import RegularizedLoss, regularized_loss
 from epochal.training.regularizers.step import OrthogonalUpdate
 from epochal.training.regularizers.step import add_gradients as add_regularized
+from epochal.training.regularizers.anchor import WeightAnchor, check_anchor, load_anchor, old_text
 from epochal.training.schedule import decay_multiplier, multiplier
 from epochal.training.teacher import Teacher, load_teacher
 from epochal.training.timing import StepClock
@@ -167,6 +168,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     )
     own = regularized_loss(run, batches.real, store.vocab_size, processes.device)
     processes.prepare(ModelWithLoss(model, noise, teacher, run.precision, own), make_optimizer, run.precision)
+    anchor = load_anchor(run, build, model, store, workspace, records)
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
     settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
@@ -202,7 +204,9 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
 
         # Forward, backward and optimizer step. Rows are numbered over the whole run: each has its own noise.
         batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
-        loss, norm = _step(run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check, factor)
+        loss, norm = _step(
+            run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check, factor, anchor
+        )
         progress.add(loss)
         progress.step = step + 1
         average.update(model, progress.step)
@@ -393,6 +397,7 @@ def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Proce
         )
     if processes.device.type == "cuda" and backend(processes.device) == "torch":
         log.warning("%s: Triton is not installed, so losses and optimizers use plain torch, which is slower", run.name)
+    check_anchor(run, processes.backend, processes.world)
     return processes
 
 
@@ -431,6 +436,8 @@ def _check_memory(run: Run, processes: Processes, options: RuntimeOptions, vocab
 
 def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
     real = store.training_stream(run)
+    if run.replay:
+        return Batches(real, old_text(run, store, workspace, load_records(workspace)), run.replay, run.batch_size)
     if run.distill is None:
         return Batches(real, None, 0.0, run.batch_size)
     record = load_records(workspace).named(run.distill.samples)
@@ -470,6 +477,7 @@ def _step(
     clock: StepClock,
     check: ShardedUpdateCheck,
     factor: float,
+    anchor: WeightAnchor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this process's rows; returns (loss, gradient norm before clipping)."""
     clock.mark()
@@ -488,6 +496,9 @@ def _step(
     groups = processes.optimizer.param_groups
     loss = add_regularized(run, accumulate, groups, tokens, first_row, factor)
     clock.mark()
+    # Before the optimizer's step and after the gradient: both are of the same weights, and their steps add up.
+    if anchor is not None:
+        anchor.pull(processes.optimizer.param_groups)
     # At the first step this compares the update with that of one process; later it does nothing.
     with OrthogonalUpdate(run, groups), check:
         norm = processes.step()
