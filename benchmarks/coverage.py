@@ -203,7 +203,7 @@ def save(path: Path, rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=300, help="per row; a fifteenth for decisions")
+    parser.add_argument("--draws", type=int, default=300, help="per row; twice for members, a fifteenth for decisions")
     parser.add_argument("--what", default="", help="only size, members, surface or decisions")
     parser.add_argument("--out", type=Path, default=OUT, help="existing rows are kept: delete the file to start over")
     arguments = parser.parse_args()
@@ -223,7 +223,7 @@ def main() -> None:
             for errors in ("independent", "common"):
                 for spread in SPREADS:
                     key = ("members", f"K = {members}", f"{average}, {errors}", f"spread {spread:g}")
-                    jobs[key] = (study_members, draws, members, average, spread, errors)
+                    jobs[key] = (study_members, 2 * draws, members, average, spread, errors)
     jobs["surface", "6x4x2", "seed", "chinchilla, squares"] = (study_surface, 3 * few)
     jobs["decisions", "6x4x2", "seed", "0.04 nats apart"] = (study_decisions, few)
     rows = load(arguments.out)

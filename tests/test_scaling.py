@@ -673,6 +673,16 @@ def test_chinchilla_form_and_the_interval_of_its_limit():
     assert np.ptp(law.interval["E"]) == pytest.approx(2 * T20 * math.sqrt(covariance[0, 0]), rel=0.25)
 
 
+def test_isoflop_points_give_back_the_constants_of_vpnls():
+    """The constants and budgets of the first example in the README of Open-Athena/vpnls (arXiv 2603.22339), no noise."""
+    true = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    C, ratio = np.meshgrid(np.geomspace(1e17, 1e22, 8), np.geomspace(1 / 8, 8, 16), indexing="ij")
+    N = (np.sqrt(C / 6) * ratio).ravel()
+    D = C.ravel() / (6 * N)
+    law = fit_surface(CHINCHILLA, true["E"] + true["A"] * N**-0.34 + true["B"] * D**-0.28, N=N, D=D)
+    assert law.constants == pytest.approx(true, rel=2e-3)
+
+
 def test_chinchilla_by_huber_resists_an_outlier():
     N, D, y = chinchilla_points()
     y[12] += 0.5

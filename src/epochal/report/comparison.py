@@ -14,7 +14,7 @@ from epochal.records import Record
 from epochal.report.claims import Case, Claim
 from epochal.report.sections import Cell, Table
 from epochal.run import Run
-from epochal.scaling import gain_interval, seed_caveats, seed_interval
+from epochal.scaling import gain_interval, jackknife_error, seed_caveats, seed_interval
 
 # With fewer optimizer steps the warm-up and the decay of the learning rate are most of a run.
 FEWEST_STEPS = 100
@@ -277,7 +277,7 @@ def members_gain(text: str, record: Record, *, id: str, paper: str, **fields: An
     if len(left) == count >= FEWEST_REPETITIONS:
         from scipy.special import stdtrit
 
-        half = float(stdtrit(count - 1, 0.95)) * math.sqrt((count - 1) * statistics.pvariance(left))
+        half = float(stdtrit(count - 1, 0.95)) * float(jackknife_error(left))
         interval = gain - half, gain + half
     return Claim(
         id=id,

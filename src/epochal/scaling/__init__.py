@@ -19,7 +19,7 @@ from epochal.scaling.forms import (
     soft_minimum,
 )
 from epochal.scaling.joint import JointLaw, fit_joint
-from epochal.scaling.members import MembersLaw, fit_members, predict_members
+from epochal.scaling.members import MembersLaw, fit_members, jackknife_error, predict_members
 from epochal.scaling.posterior import Posterior
 from epochal.scaling.power import Interval, PowerLaw, fit_power_law, interval_text
 from epochal.scaling.seeds import gain_interval, search_noise, seed_caveats, seed_interval
@@ -49,6 +49,7 @@ __all__ = [
     "gain_interval",
     "held_out_largest",
     "interval_text",
+    "jackknife_error",
     "law_from_constants",
     "leave_one_out",
     "named_form",

@@ -71,7 +71,7 @@ class MembersLaw:
         # The jackknife of the quadratic itself covered 0.98 to 0.99 with four members: without one of them its three
         # constants have three points. The line varies as members vary, and the spread shows what its form misses.
         E, A = self.replicates.T
-        jackknife = _jackknife_error(E + A / np.asarray(k, np.float64)[..., None])
+        jackknife = jackknife_error(E + A / np.asarray(k, np.float64)[..., None])
         values = np.stack([law(k) for law in self.laws.values()])
         return np.asarray(np.hypot(jackknife, np.ptp(values, axis=0) / 2 / float(stdtrit(self.dof, TAILS[1]))))
 
@@ -169,6 +169,6 @@ def _from_circle(count: int, losses: Curve) -> dict[int, list[float]]:
     return without
 
 
-def _jackknife_error(replicates: Array) -> Array:
-    """Standard error from leave-one-out values along the last axis: sqrt((K - 1) / K * sum of squared deviations)."""
-    return np.asarray(np.sqrt((replicates.shape[-1] - 1) * np.var(replicates, axis=-1)))
+def jackknife_error(replicates: npt.ArrayLike) -> Array:
+    """Give the standard error from leave-one-out values (..., K): sqrt((K - 1) / K * sum of squared deviations)."""
+    return np.asarray(np.sqrt((np.shape(replicates)[-1] - 1) * np.var(replicates, axis=-1)))
