@@ -188,10 +188,12 @@ class Run(Ranged):
         if self.regularizer is None:
             return
         kind = type(self.regularizer).__name__
-        if self.regularizer.per_position and (self.data_order == "documents" or self.distill is not None):
+        if self.regularizer.per_position and (
+            self.data_order == "documents" or self.distill is not None or self.replay
+        ):
             raise ValueError(
-                f'regularizer {kind} keeps predictions for fixed sequences, which data_order "documents" and distill do not '
-                'have; use data_order "sequences" or "fixed", and leave out distill.'
+                f'regularizer {kind} keeps predictions for fixed sequences, which data_order "documents", distill and replay '
+                'do not have; use data_order "sequences" or "fixed", and leave out distill and replay.'
             )
         if self.regularizer.has_loss and self.teach is not None:
             raise ValueError(f"regularizer {kind} has a loss that teach would replace; leave out one of them.")

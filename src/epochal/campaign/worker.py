@@ -428,7 +428,8 @@ class Patience:
 def ended_when_stuck(folder: Path, grace_seconds: float) -> Iterator[None]:
     """End this rank if it runs long after it was asked to stop.
 
-    It has had time to save then. It may wait for a rank that was killed, and the launcher, which would end both, may have been killed too.
+    It has had time to save then. It may wait for a rank that was killed, and the launcher, which would end both, may have
+    been killed too.
     """
     done = threading.Event()
     threading.Thread(target=_end_when_stuck, args=(folder, grace_seconds, done), daemon=True).start()

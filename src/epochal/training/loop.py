@@ -38,10 +38,10 @@ from epochal.stopping import SAVE_SECONDS, Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from epochal.training.cuda_graph import GraphedPass
 from epochal.training.noise import MASKED_WEIGHT, Noise
+from epochal.training.regularizers.anchor import WeightAnchor, check_anchor, load_anchor, old_text
 from epochal.training.regularizers.losses import RegularizedLoss, regularized_loss
 from epochal.training.regularizers.step import OrthogonalUpdate
 from epochal.training.regularizers.step import add_gradients as add_regularized
-from epochal.training.regularizers.anchor import WeightAnchor, check_anchor, load_anchor, old_text
 from epochal.training.schedule import decay_multiplier, multiplier
 from epochal.training.teacher import Teacher, load_teacher
 from epochal.training.timing import StepClock
