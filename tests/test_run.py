@@ -11,6 +11,7 @@ from epochal.config import from_table, to_table
 from epochal.run import (
     AdamW,
     AdEMAMix,
+    Anchor,
     Ensemble,
     Fira,
     Job,
@@ -291,9 +292,13 @@ def test_every_field_matters() -> None:
         "input_mask_prob": 0.5,
         "residual": "bfloat16",
         "regularizer": RandomTokens(),
+        "anchor": Anchor(strength=0.01),
+        "replay": 0.5,
     }
+    start = {"anchor": "b", "replay": "b"}  # they need weights to start from
     assert {*others, "name", "data"} == {field.name for field in dataclasses.fields(Run)}
-    marks = {fingerprint(a_run()), *(fingerprint(a_run(**{field: value})) for field, value in others.items())}
+    marks = {fingerprint(a_run())}
+    marks |= {fingerprint(a_run(**{"init_from": start.get(field), field: value})) for field, value in others.items()}
     marks.add(fingerprint(a_run(optimizer=AdamW(lr=0.01, wd=0.2))))
     assert len(marks) == len(others) + 2
 
