@@ -19,7 +19,7 @@ from epochal.records import Record, Workspace, load_records, write_record
 from epochal.run import AdamW, Fira, Muon, Optimizer, Run, Spectra
 from epochal.stopping import Stopped
 from epochal.training import loop
-from epochal.training.loop import LOG_STEPS, RuntimeOptions, Stopper, train
+from epochal.training.loop import LOG_STEPS, Progress, RuntimeOptions, Stopper, own_sum, train
 
 Setup = tuple[Workspace, TokenStore, Path]
 
@@ -320,6 +320,23 @@ def test_a_run_that_does_not_fit_its_data_model_or_processes_is_refused(
     space, _, config = setup
     with pytest.raises(ValueError, match=message):
         train(tiny.run(config, **changes), space, options)
+
+
+def test_a_resumed_process_continues_its_own_sum_of_losses() -> None:
+    """The logged loss is equal to the last bit after a resume; with another number of processes by rounding."""
+    losses = torch.rand(2, 10, generator=torch.Generator().manual_seed(0))
+
+    def summed(rank: int, steps: range, start: float) -> Any:
+        progress = Progress(0, [], _sum=start)
+        for step in steps:
+            progress.add(losses[rank, step])
+        return progress._sum
+
+    cut = [float(summed(rank, range(6), 0.0)) for rank in range(2)]
+    for rank in range(2):
+        whole = summed(rank, range(10), 0.0)
+        assert torch.equal(summed(rank, range(6, 10), own_sum(cut, rank, 2)), whole)
+    assert own_sum(cut, 3, 4) == pytest.approx(losses[:, :6].sum().item() / 2, rel=1e-6)
 
 
 class OneOfTwo:

@@ -352,19 +352,15 @@ class Progress:
     def mean_loss(self, processes: Processes) -> float:
         """Return the mean training loss since the last call, over all processes."""
         if self._count:
-            self.train_loss = self._total(processes) / self._count
+            self.train_loss = float(processes.sum(self._sum)) / processes.world / self._count
             self._sum, self._count = 0.0, 0
         assert self.train_loss is not None
         return self.train_loss
 
     def state(self, processes: Processes) -> dict[str, Any]:
         """Return the arguments that restore this object, except the step, which the checkpoint adds."""
-        total = self._total(processes)
-        return {"curve": self.curve, "train_loss": self.train_loss, "_sum": total, "_count": self._count}
-
-    def _total(self, processes: Processes) -> float:
-        # The losses since the last log, averaged over processes; of a checkpoint they are a number, the same for all.
-        return self._sum if isinstance(self._sum, float) else float(processes.sum(self._sum)) / processes.world
+        sums = processes.gather(float(self._sum))
+        return {"curve": self.curve, "train_loss": self.train_loss, "_sum": sums, "_count": self._count}
 
     def results(self) -> dict[str, Any]:
         """Return the results of a record in nats per token; None for a loss of a diverged run."""
@@ -377,6 +373,12 @@ class Progress:
             "curve": [point for point in self.curve if math.isfinite(point[1])],
             "steps": self.step,
         }
+
+
+def own_sum(sums: list[float], rank: int, world: int) -> float:
+    """Return the sum that a process continues, from the sums of the processes that wrote a checkpoint."""
+    # Its own where their number is the same: a mean would change the last bit of the logged loss.
+    return sums[rank] if len(sums) == world else math.fsum(sums) / len(sums)
 
 
 def _processes(run: Run, workspace: Workspace, options: RuntimeOptions) -> Processes:
@@ -648,6 +650,7 @@ def _resume(
     if checkpoint is not None:
         processes.optimizer.load_named_state(checkpoint)
         state = {key: value for key, value in checkpoint.state.items() if key not in ("meaning", "code")}
+        state["_sum"] = own_sum(state["_sum"], processes.rank, processes.world)
         progress, code = Progress(**state), checkpoint.state["code"]
         checkpoint.load_average(average.tensors)
         checkpoint.load_regularizer({} if own is None else own.tensors)
