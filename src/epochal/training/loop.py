@@ -376,7 +376,7 @@ class Progress:
 
 
 def own_sum(sums: list[float] | float, rank: int, world: int) -> float:
-    """Return the sum that a process continues, from the sums of the processes that wrote a checkpoint."""
+    """Return the sum that a process continues, from those in a checkpoint."""
     if isinstance(sums, float):
         return sums  # a checkpoint from before the sums of all processes were kept has their mean
     # Its own where their number is the same: a mean would change the last bit of the logged loss.
