@@ -51,7 +51,8 @@ def dataclasses_inside(roots: Any) -> set[Any]:
 def test_every_number_of_a_config_has_a_range() -> None:
     bare = []
     for cls in dataclasses_inside(ROOTS):
-        for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        hints = typing.get_type_hints(cls, include_extras=True)
+        for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(cls)):
             # Inside of Annotated a number has its mark; a table of any number is checked by its class.
             outside = [h for h in inside(hint) if typing.get_origin(h) is Annotated]
             marked = [inner for h in outside for inner in inside(h)]
