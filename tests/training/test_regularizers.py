@@ -245,7 +245,6 @@ def test_a_run_differs_from_the_plain_one_and_resumes_to_the_last_bit(
     whole = trained(short(config, name=f"whole-{kind}", regularizer=ALL[kind]), space)
     assert whole.status == "done" and math.isfinite(whole.loss)
     assert whole.loss != plain[0].loss
-    assert whole.results["train_loss"] < math.log(300), "it learns"
     run, calls = short(config, name=f"cut-{kind}", regularizer=ALL[kind]), [0]
 
     def stop_reason() -> str | None:

@@ -26,18 +26,21 @@ def add_gradients(
     tokens (b, T) are rows `first_row`, ... of the run; `groups` are those of the optimizer; `factor` is the step's learning
     rate over the peak.
     """
-    parameters = [parameter for group in groups for parameter in group["params"]]
     match run.regularizer:
         case LookAhead() as choice if not choice.off:
-            return look_ahead(accumulate, parameters, tokens, first_row, choice.radius * factor)
+            return look_ahead(accumulate, _parameters(groups), tokens, first_row, choice.radius * factor)
         case GradientNorm() as choice if not choice.off:
-            return gradient_norm(accumulate, parameters, tokens, first_row, choice.strength, choice.radius)
+            return gradient_norm(accumulate, _parameters(groups), tokens, first_row, choice.strength, choice.radius)
     loss = accumulate(tokens, first_row)
     if isinstance(run.regularizer, OrthogonalStep) and run.regularizer.of == "gradient":
         for parameter in decayed_matrices(groups):
             if parameter.grad is not None:
                 parameter.grad.copy_(orthogonal(parameter.grad, parameter.detach()))
     return loss
+
+
+def _parameters(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def decayed_matrices(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
