@@ -49,7 +49,7 @@ def decayed_matrices(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 
 
 class OrthogonalUpdate:
-    """A context around an optimizer step that makes its update orthogonal, if the run says so."""
+    """A context around an optimizer step, which makes its update orthogonal for such a run."""
 
     def __init__(self, run: Run, groups: Sequence[dict[str, Any]]) -> None:
         self.on = isinstance(run.regularizer, OrthogonalStep) and run.regularizer.of == "update"
