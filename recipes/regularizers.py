@@ -102,7 +102,7 @@ NOT_AVAILABLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Ranged):
-    """One size on the first budget, the seeds of an arm, and the text of one pass."""
+    """One size on the first budget, seeds, and the text of one pass."""
 
     model: str
     once_tokens: Tokens

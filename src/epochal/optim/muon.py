@@ -42,7 +42,8 @@ def orthogonalize(x: Tensor, *, steps: int = 5, eps: float = 1e-7, dtype: torch.
 
 def normalized_rows(x: Tensor, eps: float = 1e-7) -> Tensor:
     """Divide each row of x (..., m, n) by its L2 norm: MuonEq-R."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norms.clamp(min=eps)
 
 
 def muon_scale(rows: int, columns: int, adjust_lr_fn: str | None) -> float:

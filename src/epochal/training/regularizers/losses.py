@@ -52,7 +52,7 @@ class RegularizedLoss:
             new = running_average(stored, probs, self.choice.momentum)
             more = early_learning_loss(probs, new).sum() / normaliser
             loss = cross_entropy(hidden, head, targets, normaliser=normaliser) + self.choice.strength * more
-        table[places] = new.to(table.dtype).unflatten(0, (len(places), -1))
+        table[places] = new.to(table.dtype).reshape(len(places), *table.shape[1:])
         return loss
 
     def _own_predictions(

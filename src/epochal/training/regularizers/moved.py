@@ -11,7 +11,9 @@ TINY = 1e-30
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all tensors together, 0-d."""
-    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).norm()
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm
 
 
 @contextmanager

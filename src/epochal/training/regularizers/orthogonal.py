@@ -4,6 +4,7 @@ g' = (g - <w, g> / <w, w> w) |g| / |g - <w, g> / <w, w> w| for each matrix w (pu
 optimizer adds to a matrix, its decay apart: under Adam an orthogonal gradient does not give an orthogonal update.
 """
 
+import torch
 from torch import Tensor
 
 TINY = 1e-30
@@ -12,7 +13,8 @@ TINY = 1e-30
 def orthogonal(g: Tensor, w: Tensor) -> Tensor:
     """Return g' of the same shape, orthogonal to w, with the norm of g."""
     rest = g - w * ((w * g).sum() / ((w * w).sum() + TINY))
-    return rest * (g.norm() / (rest.norm() + TINY))
+    factor: Tensor = torch.linalg.vector_norm(g) / (torch.linalg.vector_norm(rest) + TINY)
+    return rest * factor
 
 
 def orthogonal_step(after: Tensor, before: Tensor, decay: float) -> Tensor:

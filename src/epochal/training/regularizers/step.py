@@ -26,12 +26,11 @@ def add_gradients(
     tokens (b, T) are rows `first_row`, ... of the run; `groups` are those of the optimizer; `factor` is the step's learning
     rate over the peak.
     """
-    parameters = [parameter for group in groups for parameter in group["params"]]
     match run.regularizer:
         case LookAhead() as choice if not choice.off:
-            return look_ahead(accumulate, parameters, tokens, first_row, choice.radius * factor)
+            return look_ahead(accumulate, _parameters(groups), tokens, first_row, choice.radius * factor)
         case GradientNorm() as choice if not choice.off:
-            return gradient_norm(accumulate, parameters, tokens, first_row, choice.strength, choice.radius)
+            return gradient_norm(accumulate, _parameters(groups), tokens, first_row, choice.strength, choice.radius)
     loss = accumulate(tokens, first_row)
     if isinstance(run.regularizer, OrthogonalStep) and run.regularizer.of == "gradient":
         for parameter in decayed_matrices(groups):
@@ -40,13 +39,17 @@ def add_gradients(
     return loss
 
 
+def _parameters(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
 def decayed_matrices(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     """Return the parameters that decay: linear maps and the head, without embedding and norms."""
     return [parameter for group in groups if group["decay_scale"] for parameter in group["params"]]
 
 
 class OrthogonalUpdate:
-    """A context around an optimizer step that makes its update orthogonal, if the run says so."""
+    """A context around an optimizer step, which makes its update orthogonal for such a run."""
 
     def __init__(self, run: Run, groups: Sequence[dict[str, Any]]) -> None:
         self.on = isinstance(run.regularizer, OrthogonalStep) and run.regularizer.of == "update"
