@@ -67,7 +67,7 @@ class Settings(Ranged):
     replay: Annotated[tuple[LessThanAll, ...], Items(least=0)] = ()  # shares of the first text
 
     def check(self, scale: Scale) -> None:
-        """Refuse a base that is no path or is to be kept, and a model outside of the ladder."""
+        """Refuse a base that cannot be used, and a model outside of the ladder."""
         if self.base and "/" not in self.base:
             raise ValueError(f"base is {self.base!r}; give the path of a model folder, with a slash in it.")
         if self.base and self.knobs:
@@ -348,7 +348,7 @@ def _against_table(here: Continuation) -> list[Table]:
 
 
 def _against_claims(here: Continuation) -> list[Claim]:
-    """Claim what each arm keeps of the first text, and that both losses together are lower."""
+    """Claim that each arm forgets less, and that both losses together are lower."""
     arms, claims = _arms_against(here), list[Claim]()
     both = {label: _on_both(here, runs) for label, (_, runs) in arms.items()}
     first = [ArmLosses(label=label, losses=old) for label, (_, old) in both.items()]
