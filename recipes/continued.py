@@ -67,7 +67,7 @@ class Settings(Ranged):
     replay: Annotated[tuple[LessThanAll, ...], Items(least=0)] = ()  # shares of the first text
 
     def check(self, scale: Scale) -> None:
-        """Refuse a base that is not a path, or has no first text to forget, and a model outside of the ladder."""
+        """Refuse a base that cannot be used, and a model outside of the ladder."""
         if self.base and "/" not in self.base:
             raise ValueError(f"base is {self.base!r}; give the path of a model folder, with a slash in it.")
         if self.base and self.knobs:
@@ -167,7 +167,7 @@ class Continuation:
         return None if one is None or other is None else one + other
 
     def knob(self, kind: str) -> float | None:
-        """Return the value of a knob whose first seed has the lowest sum of both losses; None before all were tried."""
+        """Return the value of a knob with the lowest sum of both losses; None before all were tried."""
         sums = {
             value: total
             for value in self.settings.knobs[kind]
@@ -306,20 +306,29 @@ def _forgetting_claim(here: Continuation) -> list[Claim]:
 
 
 def _judged(record: Record) -> float:
-    """Return the loss on the test split, which no knob was chosen on, or on validation text where there is none."""
+    """Return the loss on the test split, or on validation text without one.
+
+    No knob was chosen on the test split.
+    """
     test = record.results.get("test_loss")
     return record.loss if test is None else float(test)
 
 
 def _arms_against(here: Continuation) -> dict[str, tuple[float | None, list[Run]]]:
-    """Return the value of the knob and the seeds of each arm by label, the last step without any first."""
+    """Return the value of the knob and the seeds of each arm by label.
+
+    The last of `STEPS` without an arm comes first.
+    """
     arms: dict[str, tuple[float | None, list[Run]]] = {STEPS[-1]: (None, here.steps()[STEPS[-1]])}
     arms |= {AGAINST[kind]: (here.knob(kind), here.best_protected(kind)) for kind in here.settings.knobs}
     return arms
 
 
 def _on_both(here: Continuation, runs: list[Run]) -> tuple[Mapping[int, float], Mapping[int, float]]:
-    """Return the losses by seed on the second and on the first text, of the seeds that have both."""
+    """Return the losses by seed on the second and on the first text.
+
+    Seeds without both are left out.
+    """
     new = here.study.finite(dict(enumerate(runs)))
     old = here.study.finite({seed: here.again(run) for seed, run in enumerate(runs)})
     both = sorted(new.keys() & old.keys())
@@ -339,7 +348,7 @@ def _against_table(here: Continuation) -> list[Table]:
 
 
 def _against_claims(here: Continuation) -> list[Claim]:
-    """Claim of each arm that it forgets less than the last step alone, and that both losses together are lower."""
+    """Claim that each arm forgets less, and that both losses together are lower."""
     arms, claims = _arms_against(here), list[Claim]()
     both = {label: _on_both(here, runs) for label, (_, runs) in arms.items()}
     first = [ArmLosses(label=label, losses=old) for label, (_, old) in both.items()]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from epochal.names import named_ensemble, named_run, named_samples, named_targets, short_count
 from epochal.optimizer_config import AdamW, AdEMAMix, Fira, Lion, Mars, Muon, Optimizer, Signum, Spectra
 from epochal.run import (
+    Anchor,
     GradientNorm,
     OrthogonalStep,
     RandomTokens,
@@ -61,11 +62,17 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "input_mask_prob": st.sampled_from([0.0, 0.1, 0.5]),
     "residual": st.sampled_from(["float32", "bfloat16"]),
     "regularizer": st.sampled_from([None, RandomTokens(), RandomTokens(share=0.3), OrthogonalStep(), GradientNorm()]),
+    "anchor": st.sampled_from([None, Anchor(strength=0.3), Anchor(strength=1.0), Anchor(strength=0.3, fisher=True)]),
+    "replay": st.sampled_from([0.0, 0.1, 0.25]),
 }
 
 
 def valid(**fields: Any) -> Run:
-    """A run whose residual stream is not narrower than its precision."""
+    """A run whose residual stream is not narrower than its precision, and that has an old text if it needs one."""
+    if fields["init_from"] in (None, "some/folder"):
+        fields |= {"anchor": None, "replay": 0.0}
+    if fields["distill"]:
+        fields |= {"replay": 0.0}
     return Run(**fields if fields["residual"] == "float32" else fields | {"precision": "bf16"})
 
 
@@ -77,6 +84,10 @@ RUNS = st.builds(valid, **CHOICES)
 @settings(max_examples=20, deadline=None)
 def test_runs_that_differ_in_one_field_have_different_names(field: str, data: st.DataObject) -> None:
     one = data.draw(RUNS)
+    if field in ("anchor", "replay"):
+        one = replace(one, init_from="a-s0", distill=None)
+    if field in ("init_from", "distill"):
+        one = replace(one, anchor=None, replay=0.0)
     changed = {field: data.draw(CHOICES[field].filter(lambda value: value != getattr(one, field)))}
     assume(field != "precision" or one.residual == "float32")
     assume(field != "residual" or one.precision == "bf16")

@@ -93,7 +93,7 @@ def _draw_all(
 
 
 def prompts(store: TokenStore, run: Run, length: int) -> Tokens:
-    """Return the first `length` tokens of each document of a run's training text, (documents, length) int64.
+    """Return the first tokens of each document of a run's training text, (documents, length) int64.
 
     Shorter documents are left out. Raises ValueError if all are shorter.
     """
@@ -110,7 +110,7 @@ def prompts(store: TokenStore, run: Run, length: int) -> Tokens:
 def continue_documents(
     model: Any, samples: Samples, documents: Tokens, tokens: int, *, context: int, eos: int, generator: torch.Generator
 ) -> list[Tokens]:
-    """Return texts of at least `tokens` tokens that continue prompts (m, p), `samples.continuations` of each document.
+    """Return texts that continue prompts (m, p), `samples.continuations` of each, at least `tokens` tokens.
 
     Documents come in order, again from the first where they are too few. Raises ValueError without any.
     """
@@ -141,7 +141,10 @@ def joined(texts: Sequence[Tokens], eos: int) -> Tokens:
 def _continued(
     model: Any, samples: Samples, begun: Tokens, context: int, eos: int, generator: torch.Generator
 ) -> list[Tokens]:
-    """Return one text for each of (b, p) prompts, in their order, up to `eos` or `max_length` tokens."""
+    """Return one text for each of (b, p) prompts, in order.
+
+    A text ends with `eos` or at `max_length` tokens.
+    """
     rows, waiting = torch.from_numpy(begun), np.arange(len(begun))
     texts: dict[int, Tokens] = {}
     while len(rows):

@@ -32,7 +32,7 @@ class WeightAnchor:
 
     @torch.no_grad()
     def pull(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Move the weights of an optimizer's groups towards the start, each group at its learning rate."""
+        """Move the weights of optimizer groups to the start, each at its learning rate."""
         for group in groups:
             rate = group["lr"] * self.strength
             for weight in group["params"]:
@@ -66,7 +66,7 @@ def mean_squared_gradient(losses: Iterable[Tensor], parameters: Sequence[Tensor]
 
 
 def drawn_loss(logits: Tensor, seed: int) -> Tensor:
-    """Return the summed loss of labels that are drawn from the softmax of logits (n, V), 0-d.
+    """Return the summed loss of labels drawn from the softmax of logits (n, V), 0-d.
 
     Its squared gradient is the Fisher information of the n predictions in expectation: gradients of different labels have
     mean zero given the labels before them, so their products drop out. Labels of the text would not give it (arXiv
@@ -93,7 +93,7 @@ def language_fisher(model: Any, sequences: Tokens) -> list[Tensor]:
 def load_anchor(
     run: Run, build: Callable[[], Any], model: Any, store: TokenStore, workspace: Workspace, records: Records
 ) -> WeightAnchor | None:
-    """Return the anchor of a Run whose weights are those of `model`, on their device; None without one.
+    """Return the anchor of a Run that trains `model`, on its device; None without one.
 
     `build` makes a model of the same shapes for the weights to start from, which a resumed run does not hold.
     """
@@ -114,7 +114,7 @@ def load_anchor(
 
 
 def old_text(run: Run, store: TokenStore, workspace: Workspace, records: Records) -> Stream:
-    """Return the training text of the Run named by `init_from`, in sequences and an order of this run.
+    """Return the training text of the Run named by `init_from`, in this run's order.
 
     Raises ValueError if it has another vocabulary.
     """
@@ -126,5 +126,9 @@ def old_text(run: Run, store: TokenStore, workspace: Workspace, records: Records
             f"Run {run.name!r} cannot see the text of {run.init_from!r} again: {old.folder} has another vocabulary than "
             f"{store.folder}; prepare both with one tokenizer."
         )
-    same = {"sequence_length": run.sequence_length, "data_order": run.data_order, "order_seed": run.order_seed}
+    same: dict[str, Any] = {
+        "sequence_length": run.sequence_length,
+        "data_order": run.data_order,
+        "order_seed": run.order_seed,
+    }
     return old.training_stream(replace(record.job, **same, batch_size=1, distill=None, teach=None))
