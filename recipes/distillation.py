@@ -369,7 +369,8 @@ def chain(study: Study) -> list[Step]:
         (SYNTHETIC, "itself, no real text"),
         *MEGADOCS.items(),
     ):
-        records = student_records(study, teacher)
+        # Without settings of their own, students of continuations have the names of plain self-distilled ones.
+        records = student_records(study, teacher) if teacher in teachers(study) else []
         if records:
             steps.append(Step(f"student of {what}", 1, records))
     return steps

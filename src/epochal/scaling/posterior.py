@@ -2,7 +2,7 @@
 
 The model of seed j at size i: `loss = E + A / x_i**alpha + tau * a_i + sigma * b_ij`, a and b standard normal. Priors: flat
 in the loss at the largest size and in the drop from the smallest size to the largest; lognormal in alpha; 1 / sigma; and
-for tau / sigma zero at odds of 1 to 3, or else half-Cauchy. At a given alpha and tau / sigma the rest is linear regression in
+for tau / sigma either zero or half-normal, at equal odds. At a given alpha and tau / sigma the rest is linear regression in
 closed form, so only these two are on a grid. Draws from it answer every question: the limit, a prediction, a comparison.
 The scales below were chosen by coverage over exponents of 0.2 to 1 (`benchmarks/coverage.csv`).
 """
@@ -14,9 +14,7 @@ import numpy as np
 from epochal.scaling.solve import Array
 
 ALPHA_MEDIAN, ALPHA_SPREAD = 0.5, 1.0  # of the lognormal prior; its central 90% is 0.10 to 2.6
-# Scale of tau / sigma. Half of a half-Cauchy is below its scale, as where seeds show all noise, and a tenth is above 6
-# times it, as in committed campaigns, whose sizes scattered by 5 to 10 times their seeds.
-BETWEEN = 1.0
+BETWEEN = 8.0  # scale of tau / sigma: sizes of committed campaigns scattered by 5 to 10 times their seeds
 ALPHAS, RATIOS, ZOOMS, DRAWS = 64, 16, 8, 4000
 NEGLIGIBLE = 1e-6  # of the highest weight
 
@@ -61,13 +59,11 @@ def sample_posterior(
     free = len(x) + sigma_dof - 2  # E and A are integrated in closed form
     unit = float(np.mean(1 / weights))  # variance of a typical seed at sigma = 1
     within_dof = len(x) - len(sizes) + sigma_dof
-    # Points of equal probability: a known scale is that of a half-normal.
-    if between is None or within == 0 or within_dof == 0:
-        zeros = RATIOS // 4
-        positive = BETWEEN * np.tan(np.pi / 2 * _middles(RATIOS - zeros))
-        ratios = np.append(np.zeros(zeros), positive)
-    else:
-        ratios = between / np.sqrt(unit * within / within_dof) * ndtri(0.5 + _middles(RATIOS) / 2)
+    # Points of equal probability of the half-normal; half of them are zero under the default.
+    zeros = RATIOS // 2 if between is None or within == 0 or within_dof == 0 else 0
+    scale = BETWEEN if between is None or zeros else between / np.sqrt(unit * within / within_dof)
+    count = RATIOS - zeros
+    ratios = np.append(np.zeros(zeros), scale * ndtri(0.5 + (np.arange(count) + 0.5) / (2 * count)))
     W = S / (1 + unit * ratios[:, None] ** 2 * S)  # (ratios, sizes): weight of a size's mean
     # Points exactly on a law have no noise, and their variance is rounding.
     floor = 1e-20 * float(np.sum(S * means**2))
@@ -115,8 +111,3 @@ def sample_posterior(
     A_at_one = A[kept] * np.exp(alphas[kept] * float(np.mean(np.log(sizes))))
     tau = (sigma * ratios[ratio] * np.sqrt(unit))[kept]
     return Posterior(E[kept], A_at_one, alphas[kept], sigma[kept], tau)
-
-
-def _middles(count: int) -> Array:
-    """The middles of `count` equal parts of 0 to 1."""
-    return (np.arange(count) + 0.5) / count
