@@ -63,6 +63,14 @@ def test_a_text_of_one_document_is_split_at_blank_lines(folder: Path) -> None:
     assert prepare("mine", Path("work") / "data").meta["documents"]["train"] > 20
 
 
+def test_one_document_without_blank_lines_is_cut_into_pieces(folder: Path) -> None:
+    (folder / "a.txt").write_text("\n".join(line for line in made_text().split("\n") if line.strip("-")) * 20)
+    lines = init(request("a.txt"))
+    assert any("pieces of at most 2,000 characters" in line for line in lines)
+    documents = prepare("mine", Path("work") / "data").meta["documents"]
+    assert all(documents[split] for split in ("train", "validation", "test"))
+
+
 @pytest.mark.parametrize(
     ("files", "minutes", "message"),
     [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from epochal.config import model_folder, write_atomic
+from epochal.data.documents import Source, read_documents
 from epochal.models.config import parameter_counts
 from epochal.search.regime import (
     FEWEST_DOCUMENTS,
@@ -29,6 +30,7 @@ from epochal.search.regime import (
 # Smallest first. Of the larger ones a GPU is asked of, a CPU only of the first group.
 CPU_MODELS = ("w16", "w32", "w64", "w96", "w128", "w192")
 GPU_MODELS = ("w64", "w128", "w192", "gpu-25m", "gpu-50m", "ic-150m", "ic-300m", "ic-600m")
+PIECE = 2000  # characters of a document where a text has neither files nor paragraphs
 SPLIT = 0.05  # share of documents held out, for each of validation and test
 SEQUENCE_LENGTH = {"cpu": 128, "gpu": 512}
 MEASURED_TOKENS = 1024  # of a batch whose training is timed
@@ -68,7 +70,7 @@ def init(request: Request, *, force: bool = False) -> list[str]:
         text = Text(documents=store.meta["documents"]["train"], tokens=store.meta["tokens"]["train"], bytes=size)
         choice, speeds = _choose(request, text, store.vocab_size)
         write_atomic(scale, _scale_toml(request, text, choice, speeds))
-    return _summary(request, text, store.vocab_size, choice)
+    return _summary(request, text, store.vocab_size, choice, documents)
 
 
 @contextmanager
@@ -83,16 +85,46 @@ def _removed_after_a_failure(path: Path) -> Iterator[None]:
         raise
 
 
-def _measure_text(request: Request) -> tuple[int, int]:
-    """Return the bytes and the number of documents of the text."""
-    from epochal.data.documents import Source, read_documents
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """What is a document of the text: a file or row, a paragraph, or a piece of fixed length."""
 
+    number: int  # of files and rows
+    unit: str  # "files", "paragraphs" or "pieces"
+
+    @property
+    def sentence(self) -> str:
+        """What the user is to read of it; empty where files and rows are the documents."""
+        have = f"The files hold {self.number} document{'s' * (self.number > 1)}"
+        return {
+            "files": "",
+            "paragraphs": f"{have}, so that paragraphs are taken as documents: some must be held out.",
+            "pieces": f"{have} and fewer than {FEWEST_DOCUMENTS} paragraphs (no blank lines), so that pieces of at most "
+            f"{PIECE:,} characters are taken as documents: some must be held out.",
+        }[self.unit]
+
+
+def _measure_text(request: Request) -> tuple[int, Documents]:
+    """Return the bytes of the text, and what its documents are."""
+    size, number = _read(Source(files=request.files))
+    if not number:
+        raise ValueError(f"{', '.join(request.files)} has no text; give other files.")
+    unit = "files"
+    if number < FEWEST_DOCUMENTS:
+        paragraphs, cut = (
+            _read(Source(files=request.files, **keys))[1] for keys in ({"separator": ""}, {"cut": PIECE})
+        )
+        # Rows of tables are neither split nor cut; a text of a few paragraphs only has few of either.
+        unit = "pieces" if max(number, paragraphs) < min(cut, FEWEST_DOCUMENTS) else "paragraphs"
+    return size, Documents(number=number, unit=unit)
+
+
+def _read(source: Source) -> tuple[int, int]:
+    """Return the bytes and the number of documents of a source."""
     size = documents = 0
-    for text in read_documents(Source(files=request.files)):
+    for text in read_documents(source):
         size += len(text.encode("utf-8", "replace"))
         documents += bool(text.strip())
-    if not documents:
-        raise ValueError(f"{', '.join(request.files)} has no text; give other files.")
     return size, documents
 
 
@@ -123,18 +155,17 @@ def _choose(request: Request, text: Text, vocab_size: int) -> tuple[Choice, dict
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
-def _data_toml(request: Request, vocab_size: int, documents: int) -> str:
+def _data_toml(request: Request, vocab_size: int, documents: Documents) -> str:
     tokenizer = f"path = {_toml(request.start)} # that of the model to go on from"
     if not request.start:
         tokenizer = (
             f"train = {vocab_size} # tokens of a byte-level BPE: about half the root of the bytes of text (Heaps' law)"
         )
-    separator = ""
-    if documents < FEWEST_DOCUMENTS:
-        separator = f"""\
-# The files hold {documents} documents. Paragraphs are taken as documents, so that some can be held out.
-separator = ""
-"""
+    separator = {"files": "", "paragraphs": 'separator = ""\n', "pieces": f"cut = {PIECE} # characters\n"}[
+        documents.unit
+    ]
+    if separator:
+        separator = f"# {documents.sentence}\n{separator}"
     return f"""\
 # Written by epochal init. Every key is explained in configs/data/TEMPLATE.toml of the repository.
 licence = "not stated" # copied into the model card
@@ -242,10 +273,11 @@ def _toml(value: Any) -> str:
 # --- what the user reads ----------------------------------------------------------------------------------------------
 
 
-def _summary(request: Request, text: Text, vocab_size: int, choice: Choice) -> list[str]:
+def _summary(request: Request, text: Text, vocab_size: int, choice: Choice, documents: Documents) -> list[str]:
     final, control, proxy, name = choice.final, choice.control, choice.proxy, request.name
     lines = [
         f"text: {text.bytes:,} bytes; {text.tokens:,} training tokens in {text.documents:,} documents; vocabulary {vocab_size:,}",
+        *([documents.sentence] if documents.sentence else []),
         *choice.reasons,
         f"Batch: {choice.batch_size} sequences of {choice.sequence_length} tokens; it grows with the root of all tokens.",
         f"Start: lr {choice.lr}, wd {choice.wd} (an averaging window of 0.35 epochs).",
