@@ -283,7 +283,7 @@ def _summary(request: Request, text: Text, vocab_size: int, choice: Choice, docu
         f"Start: lr {choice.lr}, wd {choice.wd} (an averaging window of 0.35 epochs).",
     ]
     lines.append(
-        f"Tuning: lr and wd on {proxy.model} with {proxy.epochs} epochs, 5 runs of {_time(proxy.seconds)}."
+        f"Tuning: lr and wd on {proxy.model} with {proxy.epochs} epoch{"s" * (proxy.epochs > 1)}, 5 runs of {_time(proxy.seconds)}."
         if proxy
         else "Tuning: no time for it."
     )
