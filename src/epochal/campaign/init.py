@@ -31,7 +31,8 @@ from epochal.search.regime import (
 CPU_MODELS = ("w16", "w32", "w64", "w96", "w128", "w192")
 GPU_MODELS = ("w64", "w128", "w192", "gpu-25m", "gpu-50m", "ic-150m", "ic-300m", "ic-600m")
 PIECE = 2000  # characters of a document where a text has neither files nor paragraphs
-SPLIT = 0.05  # share of documents held out, for each of validation and test
+SPLIT, LARGEST_SPLIT = 0.05, 0.2  # share of documents held out, for each of validation and test
+HELD_OUT = 32  # sequences, at about three bytes a token: a short text holds out a larger share to have so many
 SEQUENCE_LENGTH = {"cpu": 128, "gpu": 512}
 MEASURED_TOKENS = 1024  # of a batch whose training is timed
 
@@ -65,12 +66,24 @@ def init(request: Request, *, force: bool = False) -> list[str]:
             raise ValueError(f"{path} exists; choose another name, or replace it with --force.")
     size, documents = _measure_text(request)
     with _removed_after_a_failure(data):
-        write_atomic(data, _data_toml(request, vocabulary(size), documents))
+        write_atomic(data, _data_toml(request, size, documents))
         store = prepare(request.name, request.work / "data")
+        _check_held_out(request, store.meta["tokens"])
         text = Text(documents=store.meta["documents"]["train"], tokens=store.meta["tokens"]["train"], bytes=size)
         choice, speeds = _choose(request, text, store.vocab_size)
         write_atomic(scale, _scale_toml(request, text, choice, speeds))
     return _summary(request, text, store.vocab_size, choice, documents)
+
+
+def _check_held_out(request: Request, tokens: dict[str, int]) -> None:
+    """Refuse a text that leaves no sequence to evaluate on."""
+    length = SEQUENCE_LENGTH[request.device]
+    for split in ("validation", "test"):
+        if tokens[split] < length:
+            raise ValueError(
+                f"the {split} split has {tokens[split]} tokens, and a sequence has {length}; give more text than "
+                f"{', '.join(request.files)}."
+            )
 
 
 @contextmanager
@@ -155,12 +168,10 @@ def _choose(request: Request, text: Text, vocab_size: int) -> tuple[Choice, dict
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
-def _data_toml(request: Request, vocab_size: int, documents: Documents) -> str:
+def _data_toml(request: Request, size: int, documents: Documents) -> str:
     tokenizer = f"path = {_toml(request.start)} # that of the model to go on from"
     if not request.start:
-        tokenizer = (
-            f"train = {vocab_size} # tokens of a byte-level BPE: about half the root of the bytes of text (Heaps' law)"
-        )
+        tokenizer = f"train = {vocabulary(size)} # tokens of a byte-level BPE: about half the root of the bytes of text (Heaps' law)"
     separator = {"files": "", "paragraphs": 'separator = ""\n', "pieces": f"cut = {PIECE} # characters\n"}[
         documents.unit
     ]
@@ -177,9 +188,15 @@ files = {_toml(list(request.files))}
 {tokenizer}
 
 [split] # by content: a document keeps its split when text is added
-validation = {SPLIT}
-test = {SPLIT}
+validation = {_split(request, size)}
+test = {_split(request, size)}
 """
+
+
+def _split(request: Request, size: int) -> float:
+    """Return the share of a text of `size` bytes that each of validation and test holds out."""
+    enough = 3 * HELD_OUT * SEQUENCE_LENGTH[request.device] / size
+    return round(min(LARGEST_SPLIT, max(SPLIT, enough)), 2)
 
 
 def _scale_toml(request: Request, text: Text, choice: Choice, speeds: dict[int, dict[str, float]]) -> str:
@@ -276,14 +293,15 @@ def _toml(value: Any) -> str:
 def _summary(request: Request, text: Text, vocab_size: int, choice: Choice, documents: Documents) -> list[str]:
     final, control, proxy, name = choice.final, choice.control, choice.proxy, request.name
     lines = [
-        f"text: {text.bytes:,} bytes; {text.tokens:,} training tokens in {text.documents:,} documents; vocabulary {vocab_size:,}",
+        f"text: {text.bytes:,} bytes; {text.tokens:,} training tokens in {text.documents:,} documents; vocabulary {vocab_size:,}; "
+        f"{_split(request, text.bytes):.0%} of the documents are held out for validation, as many for testing",
         *([documents.sentence] if documents.sentence else []),
         *choice.reasons,
         f"Batch: {choice.batch_size} sequences of {choice.sequence_length} tokens; it grows with the root of all tokens.",
         f"Start: lr {choice.lr}, wd {choice.wd} (an averaging window of 0.35 epochs).",
     ]
     lines.append(
-        f"Tuning: lr and wd on {proxy.model} with {proxy.epochs} epoch{"s" * (proxy.epochs > 1)}, 5 runs of {_time(proxy.seconds)}."
+        f"Tuning: lr and wd on {proxy.model} with {proxy.epochs} epoch{'s' * (proxy.epochs > 1)}, 5 runs of {_time(proxy.seconds)}."
         if proxy
         else "Tuning: no time for it."
     )
