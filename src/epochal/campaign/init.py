@@ -171,7 +171,9 @@ def _choose(request: Request, text: Text, vocab_size: int) -> tuple[Choice, dict
 def _data_toml(request: Request, size: int, documents: Documents) -> str:
     tokenizer = f"path = {_toml(request.start)} # that of the model to go on from"
     if not request.start:
-        tokenizer = f"train = {vocabulary(size)} # tokens of a byte-level BPE: about half the root of the bytes of text (Heaps' law)"
+        tokenizer = (
+            f"train = {vocabulary(size)} # tokens of a byte-level BPE: half the root of the bytes of text (Heaps' law)"
+        )
     separator = {"files": "", "paragraphs": 'separator = ""\n', "pieces": f"cut = {PIECE} # characters\n"}[
         documents.unit
     ]
