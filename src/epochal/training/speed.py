@@ -30,9 +30,9 @@ def training_speeds(
 
 
 def steady(steps: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Return seconds per step by model from those of single steps, so that models compare on a busy machine.
+    """Return seconds per step by model that compare on a busy machine.
 
-    Other programs slow down some steps and not others. Each model has its fastest step, times what all steps took over what
+    `steps` are seconds of single steps. Other programs slow down some steps and not others. Each model has its fastest step, times what all steps took over what
     they would have taken as the fastest ones.
     """
     ideal = sum(len(seconds) * min(seconds) for seconds in steps.values())
