@@ -100,14 +100,14 @@ def _removed_after_a_failure(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """What is a document of the text: a file or row, a paragraph, or a piece of fixed length."""
+    """What counts as a document of the text."""
 
     number: int  # of files and rows
     unit: str  # "files", "paragraphs" or "pieces"
 
     @property
     def sentence(self) -> str:
-        """What the user is to read of it; empty where files and rows are the documents."""
+        """What the user reads of it; empty for files and rows."""
         have = f"The files hold {self.number} document{'s' * (self.number > 1)}"
         return {
             "files": "",
@@ -124,9 +124,8 @@ def _measure_text(request: Request) -> tuple[int, Documents]:
         raise ValueError(f"{', '.join(request.files)} has no text; give other files.")
     unit = "files"
     if number < FEWEST_DOCUMENTS:
-        paragraphs, cut = (
-            _read(Source(files=request.files, **keys))[1] for keys in ({"separator": ""}, {"cut": PIECE})
-        )
+        _, paragraphs = _read(Source(files=request.files, separator=""))
+        _, cut = _read(Source(files=request.files, cut=PIECE))
         # Rows of tables are neither split nor cut; a text of a few paragraphs only has few of either.
         unit = "pieces" if max(number, paragraphs) < min(cut, FEWEST_DOCUMENTS) else "paragraphs"
     return size, Documents(number=number, unit=unit)
@@ -196,7 +195,7 @@ test = {_split(request, size)}
 
 
 def _split(request: Request, size: int) -> float:
-    """Return the share of a text of `size` bytes that each of validation and test holds out."""
+    """Return the share of the documents in each of validation and test."""
     enough = 3 * HELD_OUT * SEQUENCE_LENGTH[request.device] / size
     return round(min(LARGEST_SPLIT, max(SPLIT, enough)), 2)
 

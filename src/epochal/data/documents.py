@@ -271,7 +271,8 @@ def _read_text(path: Path, separator: str | None, reading: Reading) -> Iterator[
 def pieces(text: str, characters: int) -> Iterator[str]:
     """Yield a text in pieces of at most so many characters.
 
-    Joined they are the text. A piece ends after the last full line of its second half, else after the last white space there, else at its length.
+    Joined they are the text. A piece ends after the last full line of its second half, else after the last white space
+    there, else at its length.
     """
     start = 0
     while len(text) - start > characters:

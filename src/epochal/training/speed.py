@@ -32,8 +32,8 @@ def training_speeds(
 def steady(steps: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return seconds per step by model that compare on a busy machine.
 
-    `steps` are seconds of single steps. Other programs slow down some steps and not others. Each model has its fastest step, times what all steps took over what
-    they would have taken as the fastest ones.
+    `steps` are seconds of single steps, of which other programs slow down some. Each model has its fastest step, times what
+    all steps took over what they would have taken as the fastest ones.
     """
     ideal = sum(len(seconds) * min(seconds) for seconds in steps.values())
     slower = sum(map(sum, steps.values())) / ideal
