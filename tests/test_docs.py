@@ -11,7 +11,7 @@ import pytest
 
 from epochal.config import REPOSITORY
 
-PAGES = ["own_corpus", "asymptotes", "optimizers", "cluster"]
+PAGES = ["own_corpus", "asymptotes", "optimizers", "cluster", "how_it_works"]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

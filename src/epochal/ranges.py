@@ -148,6 +148,7 @@ class Named:
 
 Tokens = Annotated[int, Range(1, 10**14)]
 TokensOrNone = Annotated[int, Range(0, 10**14)]  # 0 for none
+Characters = Annotated[int, Range(0, 10**9)]  # 0 for none
 SequenceTokens = Annotated[int, Range(2, 2**24)]  # the shortest sequence has one prediction
 Batch = Annotated[int, Range(1, 10**7)]  # sequences
 Epochs = Annotated[int, Range(1, 10**5)]

@@ -63,12 +63,28 @@ def test_a_text_of_one_document_is_split_at_blank_lines(folder: Path) -> None:
     assert prepare("mine", Path("work") / "data").meta["documents"]["train"] > 20
 
 
+def test_one_document_without_blank_lines_is_cut_into_pieces(folder: Path) -> None:
+    (folder / "a.txt").write_text("\n".join(line for line in made_text().split("\n") if line.strip("-")) * 20)
+    lines = init(request("a.txt"))
+    assert any("pieces of at most 2,000 characters" in line for line in lines)
+    documents = prepare("mine", Path("work") / "data").meta["documents"]
+    assert all(documents[split] for split in ("train", "validation", "test"))
+
+
+def test_a_short_text_holds_out_enough_for_sequences_of_validation(folder: Path) -> None:
+    (folder / "a.txt").write_text("\n\n".join(made_text().split("\n--\n"))[:14_000])
+    init(request("a.txt"))
+    tokens = prepare("mine", Path("work") / "data").meta["tokens"]
+    assert min(tokens["validation"], tokens["test"]) > load_scale("mine").sequence_length
+
+
 @pytest.mark.parametrize(
     ("files", "minutes", "message"),
     [
         (("nothing.txt",), 10.0, "matches no file"),
         (("empty.txt",), 10.0, "has no text"),
         (("short.txt",), 10.0, "has no documents"),
+        (("few.txt",), 10.0, "a sequence has 128; give more text"),
         (("a.txt",), 1e-9, "give more time"),
     ],
 )
@@ -77,6 +93,7 @@ def test_what_cannot_be_is_refused_and_leaves_no_config(
 ) -> None:
     (folder / "empty.txt").write_text("\n")
     (folder / "short.txt").write_text("one line")
+    (folder / "few.txt").write_text("\n\n".join(f"{number} words" for number in range(60)))
     (folder / "a.txt").write_text("\n\n".join(made_text().split("\n--\n")))
     with pytest.raises(ValueError, match=message):
         init(request(*files, minutes=minutes))

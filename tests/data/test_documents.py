@@ -176,3 +176,13 @@ def test_a_hub_data_set_is_streamed_in_order(tmp_path: Path, monkeypatch: pytest
         list(read_documents(Source(hub=str(folder), text="bodi")))
     with pytest.raises(ValueError, match="cannot be read"):
         list(read_documents(Source(hub=str(folder / "missing"), text="body")))
+
+
+@pytest.mark.parametrize("text", ["word " * 1000, "a line\n" * 700, "x" * 5001, "日本語。" * 900])
+def test_a_long_text_is_cut_into_pieces_that_join_to_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = read(tmp_path / "a.txt", cut=100)
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 100 and min(map(len, found[:-1])) > 50
+    if " " in text or "\n" in text:
+        assert all(piece[-1].isspace() for piece in found)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from epochal.config import model_folder, write_atomic
+from epochal.data.documents import Source, read_documents
 from epochal.models.config import parameter_counts
 from epochal.search.regime import (
     FEWEST_DOCUMENTS,
@@ -29,7 +30,9 @@ from epochal.search.regime import (
 # Smallest first. Of the larger ones a GPU is asked of, a CPU only of the first group.
 CPU_MODELS = ("w16", "w32", "w64", "w96", "w128", "w192")
 GPU_MODELS = ("w64", "w128", "w192", "gpu-25m", "gpu-50m", "ic-150m", "ic-300m", "ic-600m")
-SPLIT = 0.05  # share of documents held out, for each of validation and test
+PIECE = 2000  # characters of a document where a text has neither files nor paragraphs
+SPLIT, LARGEST_SPLIT = 0.05, 0.2  # share of documents held out, for each of validation and test
+HELD_OUT = 32  # sequences, at about three bytes a token: a short text holds out a larger share to have so many
 SEQUENCE_LENGTH = {"cpu": 128, "gpu": 512}
 MEASURED_TOKENS = 1024  # of a batch whose training is timed
 
@@ -63,12 +66,24 @@ def init(request: Request, *, force: bool = False) -> list[str]:
             raise ValueError(f"{path} exists; choose another name, or replace it with --force.")
     size, documents = _measure_text(request)
     with _removed_after_a_failure(data):
-        write_atomic(data, _data_toml(request, vocabulary(size), documents))
+        write_atomic(data, _data_toml(request, size, documents))
         store = prepare(request.name, request.work / "data")
+        _check_held_out(request, store.meta["tokens"])
         text = Text(documents=store.meta["documents"]["train"], tokens=store.meta["tokens"]["train"], bytes=size)
         choice, speeds = _choose(request, text, store.vocab_size)
         write_atomic(scale, _scale_toml(request, text, choice, speeds))
-    return _summary(request, text, store.vocab_size, choice)
+    return _summary(request, text, store.vocab_size, choice, documents)
+
+
+def _check_held_out(request: Request, tokens: dict[str, int]) -> None:
+    """Refuse a text that leaves no sequence to evaluate on."""
+    length = SEQUENCE_LENGTH[request.device]
+    for split in ("validation", "test"):
+        if tokens[split] < length:
+            raise ValueError(
+                f"the {split} split has {tokens[split]} tokens, and a sequence has {length}; give more text than "
+                f"{', '.join(request.files)}."
+            )
 
 
 @contextmanager
@@ -83,16 +98,45 @@ def _removed_after_a_failure(path: Path) -> Iterator[None]:
         raise
 
 
-def _measure_text(request: Request) -> tuple[int, int]:
-    """Return the bytes and the number of documents of the text."""
-    from epochal.data.documents import Source, read_documents
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """What counts as a document of the text."""
 
+    number: int  # of files and rows
+    unit: str  # "files", "paragraphs" or "pieces"
+
+    @property
+    def sentence(self) -> str:
+        """What the user reads of it; empty for files and rows."""
+        have = f"The files hold {self.number} document{'s' * (self.number > 1)}"
+        return {
+            "files": "",
+            "paragraphs": f"{have}, so that paragraphs are taken as documents: some must be held out.",
+            "pieces": f"{have} and fewer than {FEWEST_DOCUMENTS} paragraphs (no blank lines), so that pieces of at most "
+            f"{PIECE:,} characters are taken as documents: some must be held out.",
+        }[self.unit]
+
+
+def _measure_text(request: Request) -> tuple[int, Documents]:
+    """Return the bytes of the text, and what its documents are."""
+    size, number = _read(Source(files=request.files))
+    if not number:
+        raise ValueError(f"{', '.join(request.files)} has no text; give other files.")
+    unit = "files"
+    if number < FEWEST_DOCUMENTS:
+        _, paragraphs = _read(Source(files=request.files, separator=""))
+        _, cut = _read(Source(files=request.files, cut=PIECE))
+        # Rows of tables are neither split nor cut; a text of a few paragraphs only has few of either.
+        unit = "pieces" if max(number, paragraphs) < min(cut, FEWEST_DOCUMENTS) else "paragraphs"
+    return size, Documents(number=number, unit=unit)
+
+
+def _read(source: Source) -> tuple[int, int]:
+    """Return the bytes and the number of documents of a source."""
     size = documents = 0
-    for text in read_documents(Source(files=request.files)):
+    for text in read_documents(source):
         size += len(text.encode("utf-8", "replace"))
         documents += bool(text.strip())
-    if not documents:
-        raise ValueError(f"{', '.join(request.files)} has no text; give other files.")
     return size, documents
 
 
@@ -123,18 +167,17 @@ def _choose(request: Request, text: Text, vocab_size: int) -> tuple[Choice, dict
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
-def _data_toml(request: Request, vocab_size: int, documents: int) -> str:
+def _data_toml(request: Request, size: int, documents: Documents) -> str:
     tokenizer = f"path = {_toml(request.start)} # that of the model to go on from"
     if not request.start:
         tokenizer = (
-            f"train = {vocab_size} # tokens of a byte-level BPE: about half the root of the bytes of text (Heaps' law)"
+            f"train = {vocabulary(size)} # tokens of a byte-level BPE: half the root of the bytes of text (Heaps' law)"
         )
-    separator = ""
-    if documents < FEWEST_DOCUMENTS:
-        separator = f"""\
-# The files hold {documents} documents. Paragraphs are taken as documents, so that some can be held out.
-separator = ""
-"""
+    separator = {"files": "", "paragraphs": 'separator = ""\n', "pieces": f"cut = {PIECE} # characters\n"}[
+        documents.unit
+    ]
+    if separator:
+        separator = f"# {documents.sentence}\n{separator}"
     return f"""\
 # Written by epochal init. Every key is explained in configs/data/TEMPLATE.toml of the repository.
 licence = "not stated" # copied into the model card
@@ -146,9 +189,15 @@ files = {_toml(list(request.files))}
 {tokenizer}
 
 [split] # by content: a document keeps its split when text is added
-validation = {SPLIT}
-test = {SPLIT}
+validation = {_split(request, size)}
+test = {_split(request, size)}
 """
+
+
+def _split(request: Request, size: int) -> float:
+    """Return the share of the documents in each of validation and test."""
+    enough = 3 * HELD_OUT * SEQUENCE_LENGTH[request.device] / size
+    return round(min(LARGEST_SPLIT, max(SPLIT, enough)), 2)
 
 
 def _scale_toml(request: Request, text: Text, choice: Choice, speeds: dict[int, dict[str, float]]) -> str:
@@ -242,16 +291,18 @@ def _toml(value: Any) -> str:
 # --- what the user reads ----------------------------------------------------------------------------------------------
 
 
-def _summary(request: Request, text: Text, vocab_size: int, choice: Choice) -> list[str]:
+def _summary(request: Request, text: Text, vocab_size: int, choice: Choice, documents: Documents) -> list[str]:
     final, control, proxy, name = choice.final, choice.control, choice.proxy, request.name
     lines = [
-        f"text: {text.bytes:,} bytes; {text.tokens:,} training tokens in {text.documents:,} documents; vocabulary {vocab_size:,}",
+        f"text: {text.bytes:,} bytes; {text.tokens:,} training tokens in {text.documents:,} documents; vocabulary {vocab_size:,}; "
+        f"{_split(request, text.bytes):.0%} of the documents are held out for validation, as many for testing",
+        *([documents.sentence] if documents.sentence else []),
         *choice.reasons,
         f"Batch: {choice.batch_size} sequences of {choice.sequence_length} tokens; it grows with the root of all tokens.",
         f"Start: lr {choice.lr}, wd {choice.wd} (an averaging window of 0.35 epochs).",
     ]
     lines.append(
-        f"Tuning: lr and wd on {proxy.model} with {proxy.epochs} epochs, 5 runs of {_time(proxy.seconds)}."
+        f"Tuning: lr and wd on {proxy.model} with {proxy.epochs} epoch{'s' * (proxy.epochs > 1)}, 5 runs of {_time(proxy.seconds)}."
         if proxy
         else "Tuning: no time for it."
     )

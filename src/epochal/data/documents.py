@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from epochal.config import nearest
 from epochal.data.text import BYTE_ORDER_MARK, Reading, clean, decode
-from epochal.ranges import shown
+from epochal.ranges import Characters, shown
 
 READERS = ("records", "api")
 
@@ -63,6 +63,7 @@ class Source:
     # Adjacent rows with equal values in these columns are joined by newlines into one document.
     group: tuple[str, ...] = ()
     separator: str | None = None
+    cut: Characters = 0  # files of text are cut into documents of at most so many characters; 0: they are not
     # Of .json files. "records": an array of objects, each a document. "api": a tree of API descriptions, whose strings
     # under the key `text` become one document for each file, without markup, line breaks, and strings of earlier files.
     reader: str = "records"
@@ -78,6 +79,8 @@ class Source:
             raise ValueError(
                 f"separator must be one line, got {shown(self.separator)}; an empty one stands for a blank line."
             )
+        if self.separator is not None and self.cut:
+            raise ValueError("a source is split at separators or cut by length; remove the key separator or cut.")
 
 
 def read_documents(source: Source, reading: Reading | None = None) -> Iterator[str]:
@@ -97,7 +100,7 @@ def read_documents(source: Source, reading: Reading | None = None) -> Iterator[s
         if ending in (*TEXT, *HTML) and source.reader == "records":
             for text, separated in _read_text(path, source.separator, reading):
                 separators += separated
-                yield text
+                yield from pieces(text, source.cut) if source.cut else (text,)
         elif source.reader == "api":
             if ending != TREE:
                 raise ValueError(f'{path} is not a .json file, which reader = "api" needs; remove the key or the file.')
@@ -263,6 +266,23 @@ def _read_text(path: Path, separator: str | None, reading: Reading) -> Iterator[
         document, separated = [], True
     if document or not separated:
         yield clean("".join(document), reading, f"{path}, document {number}"), separated
+
+
+def pieces(text: str, characters: int) -> Iterator[str]:
+    """Yield a text in pieces of at most so many characters.
+
+    Joined they are the text. A piece ends after the last full line of its second half, else after the last white space
+    there, else at its length.
+    """
+    start = 0
+    while len(text) - start > characters:
+        end, middle = start + characters, start + characters // 2
+        line = text.rfind("\n", middle, end)
+        if line < 0:
+            line = max((place for place in range(middle, end) if text[place].isspace()), default=end - 1)
+        yield text[start : line + 1]
+        start = line + 1
+    yield text[start:]
 
 
 class _Text(html.parser.HTMLParser):
