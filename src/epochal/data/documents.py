@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from epochal.config import nearest
 from epochal.data.text import BYTE_ORDER_MARK, Reading, clean, decode
-from epochal.ranges import Characters, shown
+from epochal.ranges import Characters, Ranged, shown
 
 READERS = ("records", "api")
 
@@ -45,7 +45,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Ranged):
     """Source of documents: exactly one of `files` (paths, folders or globs), `package` or `hub`.
 
     A file of text or HTML is one document, or is split at lines equal to `separator`. In others each row is a document.
@@ -69,6 +69,7 @@ class Source:
     reader: str = "records"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if sum([bool(self.files), self.package is not None, self.hub is not None]) != 1:
             raise ValueError("a source needs exactly one of files, package and hub; set one of them.")
         if self.package is not None and self.file is None:
