@@ -270,7 +270,7 @@ def _teachers_like(study: Study, model: str) -> list[float]:
 
 
 def _one_teacher(study: Study) -> float:
-    """Return the standard deviation in nats that one teacher hides: that of runs trained like it."""
+    """Return the standard deviation in nats between runs trained like the one teacher."""
     # All seeds of the student read the text of one teacher, so their spread lacks what another one would change. Two
     # campaigns with intervals from seeds alone did not meet. A student is taken to follow its teacher nat for nat.
     settings = study.settings(Settings)

@@ -87,7 +87,7 @@ def test_no_known_run_of_the_grid_beats_a_tuned_optimum(scale: str) -> None:
 
 @pytest.mark.parametrize("scale", COMMITTED)
 def test_a_settled_verdict_for_a_claim_has_an_interval_or_three_seeds(scale: str) -> None:
-    """Of its number or of each of its cases; the report shows such a verdict in green."""
+    """Of its number or of each of its cases; such a verdict is green."""
     for row in read_claims(REPOSITORY / "recipes" / "results" / scale / "claims.json"):
         if row.holds and not row.provisional:
             cases = bool(row.cases) and all(case.interval is not None for case in row.cases)

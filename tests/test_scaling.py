@@ -674,7 +674,7 @@ def test_chinchilla_form_and_the_interval_of_its_limit():
 
 
 def test_isoflop_points_give_back_the_constants_of_vpnls():
-    """The constants and budgets of the first example in the README of Open-Athena/vpnls (arXiv 2603.22339), no noise."""
+    """The first example in the README of Open-Athena/vpnls (arXiv 2603.22339), without noise."""
     true = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
     C, ratio = np.meshgrid(np.geomspace(1e17, 1e22, 8), np.geomspace(1 / 8, 8, 16), indexing="ij")
     N = (np.sqrt(C / 6) * ratio).ravel()

@@ -170,6 +170,9 @@ def _from_circle(count: int, losses: Curve) -> dict[int, list[float]]:
 
 
 def jackknife_error(replicates: npt.ArrayLike) -> Array:
-    """Give the standard error from leave-one-out values (..., K): sqrt((K - 1) / K * sum of squared deviations)."""
+    """Give the standard error from leave-one-out values (..., K).
+
+    It is sqrt((K - 1) / K * sum of squared deviations).
+    """
     values = np.asarray(replicates, np.float64)
     return np.asarray(np.sqrt((values.shape[-1] - 1) * np.var(values, axis=-1)))
