@@ -21,10 +21,10 @@ from epochal.ranges import Items, Range, Ranged, checker, shown
 from epochal.records import Records, Workspace
 from epochal.run import Ensemble, Run, Samples, Targets
 from epochal.scale import Point, Scale, load_scale
-from recipes import continued, distillation, ensembling, epoching, optimizers, optimizers_at_scale
+from recipes import continued, distillation, ensembling, epoching, optimizers, optimizers_at_scale, regularizers
 
 HUGE = 10**400
-RECIPES = (continued, distillation, ensembling, epoching, optimizers, optimizers_at_scale)
+RECIPES = (continued, distillation, ensembling, epoching, optimizers, optimizers_at_scale, regularizers)
 ROOTS = (
     *(Scale, DataConfig, Cluster, WorkerConfig, ModelFile, Run, Ensemble, Samples, Targets),
     *(recipe.Settings for recipe in RECIPES),
