@@ -119,7 +119,9 @@ def work(config: WorkerConfig, emit: Emit) -> int:
         allowed = [job for job in ready_jobs(jobs, records) if not config.only or job.name in config.only]
         ready = [job for job in allowed if not has_failed(workspace, job, config)]
         if not ready:
-            return int(bool(allowed))  # all of them have failed
+            # A job that a retry finished has not failed. One without a record may have failed and not be ready.
+            unfinished = allowed if config.only else [*allowed, *(job for job in jobs if records.get(job) is None)]
+            return int(any(has_failed(workspace, job, config) for job in unfinished))
         with claim_next(ready, records) as job:
             if job is not None:
                 # Corrupt inputs were moved aside: the next plan recomputes them first.
