@@ -1,6 +1,7 @@
 """What does the same text give without any of this? (Controls of a campaign.)
 
-Claim: the best single model beats one ordinary pass over the whole text that took as much compute.
+Claim: the best model beats one ordinary pass over the whole text. `epochal init` chooses the largest model for that pass
+that takes no longer than the final one.
 Command: epochal run controls --scale demo
 Results: recipes/results/<scale>/report.md
 """
@@ -21,7 +22,7 @@ from epochal.study import Study
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Ranged):
-    """One pass over the text at the usual decay and equal compute."""
+    """One pass over the text at the usual decay."""
 
     model: str
     lr: Rate
@@ -78,7 +79,7 @@ def _claims(named: dict[str, Record]) -> tuple[Claim, ...]:
     return (
         Claim(
             id="controls.one-pass",
-            text="the best model that is not the control beats one pass over the whole text at equal compute",
+            text="the best model that is not the control beats one ordinary pass over the whole text",
             value=f"{control.loss - best.loss:+.4f} nats ({control.loss:.4f} to {best.loss:.4f})",
             holds=best.loss < control.loss,
             provisional=("one seed",),

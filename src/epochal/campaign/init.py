@@ -111,9 +111,9 @@ class Documents:
         have = f"The files hold {self.number} document{'s' * (self.number > 1)}"
         return {
             "files": "",
-            "paragraphs": f"{have}, so that paragraphs are taken as documents: some must be held out.",
-            "pieces": f"{have} and fewer than {FEWEST_DOCUMENTS} paragraphs (no blank lines), so that pieces of at most "
-            f"{PIECE:,} characters are taken as documents: some must be held out.",
+            "paragraphs": f"{have}, too few to hold some out: each paragraph is a document instead.",
+            "pieces": f"{have} and fewer than {FEWEST_DOCUMENTS} paragraphs, too few to hold some out: pieces of at most "
+            f"{PIECE:,} characters are documents instead.",
         }[self.unit]
 
 
