@@ -36,7 +36,7 @@ def run(language: str, text: str, folder: Path) -> subprocess.CompletedProcess[s
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=240
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=800
     )
 
 
