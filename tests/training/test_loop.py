@@ -247,6 +247,13 @@ def test_saving_checkpoints_changes_no_result(setup: Setup) -> None:
     assert metrics(space, "often") == metrics(space, "rarely")
 
 
+def test_more_evaluations_than_steps_are_one_after_each_step(setup: Setup) -> None:
+    space, _, config = setup
+    run = tiny.run(config, name="often", epochs=1)
+    run = replace(run, num_evals=3 * run.steps)
+    assert [step for step, _ in trained(run, space).results["curve"]] == list(range(1, run.steps + 1))
+
+
 def test_a_killed_run_resumes_from_the_last_intact_checkpoint(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

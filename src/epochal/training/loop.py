@@ -179,7 +179,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
 
     # --- steps -----------------------------------------------------------------------------------------------------
     # `num_evals` evenly spaced steps, the last of which is the last step.
-    evaluate_at = {round(run.steps * (i + 1) / run.num_evals) for i in range(run.num_evals)}
+    evaluate_at = {round(run.steps * (i + 1) / run.num_evals) for i in range(run.num_evals)} - {0}
     started, start_step = time.monotonic(), progress.step
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
     stopper = Stopper(processes, options.checkpoint_seconds)
@@ -502,7 +502,7 @@ def _step(
     clock.mark()
     # Before the optimizer's step and after the gradient: both are of the same weights, and their steps add up.
     if anchor is not None:
-        anchor.pull(processes.optimizer.param_groups)
+        anchor.pull(groups)
     # At the first step this compares the update with that of one process; later it does nothing.
     with OrthogonalUpdate(run, groups), check:
         norm = processes.step()
