@@ -65,27 +65,29 @@ class StochasticDepth(Base):
     knob: ClassVar[str] = "share"
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnPredictions(Base):
-    """PS-KD: soft targets are the model's predictions of the epoch before, with a weight that rises to this."""
+class PerPosition(Base):
+    """A loss with a distribution for every position of the text as its state."""
 
-    weight: Share = 0.8
-    knob: ClassVar[str] = "weight"
     reach: ClassVar[str] = "one"
     per_position: ClassVar[bool] = True
     has_loss: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyLearning(Base):
+class OwnPredictions(PerPosition):
+    """PS-KD: soft targets are the model's predictions of the epoch before, with a weight that rises to this."""
+
+    weight: Share = 0.8
+    knob: ClassVar[str] = "weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyLearning(PerPosition):
     """ELR: predictions stay near their own running average over epochs."""
 
     strength: Strength = 3.0
     momentum: LessThanAll = 0.7
     knob: ClassVar[str] = "strength"
-    reach: ClassVar[str] = "one"
-    per_position: ClassVar[bool] = True
-    has_loss: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,10 +124,10 @@ def _measure_text(request: Request) -> tuple[int, Documents]:
         raise ValueError(f"{', '.join(request.files)} has no text; give other files.")
     unit = "files"
     if number < FEWEST_DOCUMENTS:
-        _, paragraphs = _read(Source(files=request.files, separator=""))
-        _, cut = _read(Source(files=request.files, cut=PIECE))
+        unit, most = "paragraphs", max(number, _read(Source(files=request.files, separator=""))[1])
         # Rows of tables are neither split nor cut; a text of a few paragraphs only has few of either.
-        unit = "pieces" if max(number, paragraphs) < min(cut, FEWEST_DOCUMENTS) else "paragraphs"
+        if most < FEWEST_DOCUMENTS and most < _read(Source(files=request.files, cut=PIECE))[1]:
+            unit = "pieces"
     return size, Documents(number=number, unit=unit)
 
 

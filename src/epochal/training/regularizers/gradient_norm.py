@@ -7,11 +7,10 @@ gradient of a mean prediction instead, which a language model does not have. Two
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from epochal.training.regularizers.look_ahead import Accumulate
-from epochal.training.regularizers.moved import moved
+from epochal.training.regularizers.moved import copied_gradients, moved
 
 
 def gradient_norm(
@@ -19,7 +18,7 @@ def gradient_norm(
 ) -> Tensor:
     """Add the penalized gradient to `parameters` and return the loss without the penalty, 0-d."""
     loss = accumulate(tokens, first_row)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+    gradients = copied_gradients(parameters)
     for parameter in parameters:
         parameter.grad = None
     with moved(parameters, gradients, radius):

@@ -6,10 +6,9 @@ many passes as without. `radius` follows the schedule of the learning rate, whic
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from epochal.training.regularizers.moved import moved
+from epochal.training.regularizers.moved import copied_gradients, moved
 
 # Adds the gradient of rows and returns their loss; both count as their share of the whole batch.
 Accumulate = Callable[[Tensor, int], Tensor]
@@ -21,6 +20,6 @@ def look_ahead(
     """Add the mean of both gradients to `parameters` and return the mean loss; tokens (b, T) with an even b."""
     half = len(tokens) // 2
     loss = accumulate(tokens[:half], first_row)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+    gradients = copied_gradients(parameters)
     with moved(parameters, gradients, -radius):
         return loss + accumulate(tokens[half:], first_row + half)

@@ -16,6 +16,11 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
+def copied_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of the gradients, zeros where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+
 @contextmanager
 def moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
     """Move parameters by `length` along a direction inside a `with` block.

@@ -7,7 +7,7 @@ optimizer adds to a matrix, its decay apart: under Adam an orthogonal gradient d
 import torch
 from torch import Tensor
 
-TINY = 1e-30
+from epochal.training.regularizers.moved import TINY
 
 
 def orthogonal(g: Tensor, w: Tensor) -> Tensor:
