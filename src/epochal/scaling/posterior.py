@@ -2,7 +2,7 @@
 
 The model of seed j at size i: `loss = E + A / x_i**alpha + tau * a_i + sigma * b_ij`, a and b standard normal. Priors: flat
 in the loss at the largest size and in the drop from the smallest size to the largest; lognormal in alpha; 1 / sigma; and
-for tau / sigma either zero or half-normal, at equal odds. At a given alpha and tau / sigma the rest is linear regression in
+for tau / sigma either zero (in 3 of 8) or half-normal. At a given alpha and tau / sigma the rest is linear regression in
 closed form, so only these two are on a grid. Draws from it answer every question: the limit, a prediction, a comparison.
 The scales below were chosen by coverage over exponents of 0.2 to 1 (`benchmarks/coverage.csv`).
 """
@@ -14,8 +14,9 @@ import numpy as np
 from epochal.scaling.solve import Array
 
 ALPHA_MEDIAN, ALPHA_SPREAD = 0.5, 1.0  # of the lognormal prior; its central 90% is 0.10 to 2.6
-BETWEEN = 8.0  # scale of tau / sigma: sizes of committed campaigns scattered by 5 to 10 times their seeds
+BETWEEN = 12.0  # scale of tau / sigma: sizes of committed campaigns scattered by 5 to 10 times their seeds
 ALPHAS, RATIOS, ZOOMS, DRAWS = 64, 16, 8, 4000
+ZEROS = 6  # of the RATIOS: tau = 0, where nothing but seeds scatters
 NEGLIGIBLE = 1e-6  # of the highest weight
 
 
@@ -59,8 +60,8 @@ def sample_posterior(
     free = len(x) + sigma_dof - 2  # E and A are integrated in closed form
     unit = float(np.mean(1 / weights))  # variance of a typical seed at sigma = 1
     within_dof = len(x) - len(sizes) + sigma_dof
-    # Points of equal probability of the half-normal; half of them are zero under the default.
-    zeros = RATIOS // 2 if between is None or within == 0 or within_dof == 0 else 0
+    # Points of equal probability of the half-normal; ZEROS of them are zero under the default.
+    zeros = ZEROS if between is None or within == 0 or within_dof == 0 else 0
     scale = BETWEEN if between is None or zeros else between / np.sqrt(unit * within / within_dof)
     count = RATIOS - zeros
     ratios = np.append(np.zeros(zeros), scale * ndtri(0.5 + (np.arange(count) + 0.5) / (2 * count)))
