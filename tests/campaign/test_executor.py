@@ -210,5 +210,5 @@ def test_workers_keep_the_memory_that_they_free() -> None:
     def faults(environment: dict[str, str]) -> int:
         return int(subprocess.check_output([sys.executable, "-c", code], env=environment))
 
-    assert faults(plain) > 10_000
-    assert faults({**plain, **KEEP_FREED_MEMORY}) < 1000
+    assert faults(plain) >= 100
+    assert faults({**plain, **KEEP_FREED_MEMORY}) < 20
