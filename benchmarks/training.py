@@ -30,8 +30,9 @@ from epochal.models.llama import build_model, load_config
 from epochal.optim.build import build_optimizer
 from epochal.optimizer_config import AdamW, Fira, Muon, Optimizer, Spectra
 from epochal.provenance import utilisation
-from epochal.training.loop import ModelWithLoss, gradient_pass
+from epochal.training.loop import ModelWithLoss
 from epochal.training.noise import Noise
+from epochal.training.step import gradient_pass
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "AdamW": AdamW(lr=1e-3),

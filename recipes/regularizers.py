@@ -34,6 +34,7 @@ from epochal.run import (
     OwnPredictions,
     RandomTokens,
     Run,
+    SelfTunedDecay,
     StableMax,
     StochasticDepth,
 )
@@ -88,6 +89,14 @@ ROWS = (
     _row(
         "gradient norm", "arXiv 2210.02720, SAM", "regularizer.strength", (0.01, 0.05, 0.2), regularizer=GradientNorm()
     ),
+    _row(
+        "self-tuned decay",
+        "hypergradient, arXiv 1703.04782",
+        "regularizer.rate",
+        (0.03, 0.1, 0.3),
+        regularizer=SelfTunedDecay(),
+        holdout_tokens=2048,  # bought like the others: the arm trains on the rest of D
+    ),
     _row("StableMax", "arXiv 2501.04697", regularizer=StableMax(), members=False),
     _row(MUON, "baseline of MuonEq-R", optimizer=Muon()),
     _row("MuonEq-R", "NanoGPT Slowrun", optimizer=Muon(normalize_rows=True), baseline=MUON),
@@ -97,7 +106,6 @@ NOT_AVAILABLE = {
     "weight compander": "arXiv 2306.16993: its section III, with the formula, is in no text that could be read",
     "multi-token prediction": "needs a head and a block for each further token, which no model file here has",
     "discretization drift (DAL)": "arXiv 2302.01952: a step size for gradient descent, not defined for Adam",
-    "self-tuned decay": "a hypergradient on held-out tokens that count as bought: not built",
 }
 
 

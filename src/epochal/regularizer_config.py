@@ -21,6 +21,7 @@ __all__ = [
     "OwnPredictions",
     "RandomTokens",
     "Regularizer",
+    "SelfTunedDecay",
     "StableMax",
     "StochasticDepth",
 ]
@@ -119,6 +120,17 @@ class GradientNorm(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfTunedDecay(Base):
+    """Weight decay follows its hypergradient on the tokens that the run holds out."""
+
+    rate: Strength = 0.1  # change of log decay where the held-out gradient points along the weights
+    knob: ClassVar[str] = "rate"
+    every: ClassVar[int] = 4  # steps between two changes, each of which costs a pass
+    passes: ClassVar[float] = 1.25
+    reach: ClassVar[str] = "one"
+
+
+@dataclass(frozen=True, kw_only=True)
 class StableMax(Base):
     """Probabilities proportional to a function that is linear for large logits, in training and evaluation."""
 
@@ -133,5 +145,6 @@ Regularizer = (
     | OrthogonalStep
     | LookAhead
     | GradientNorm
+    | SelfTunedDecay
     | StableMax
 )

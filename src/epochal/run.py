@@ -199,6 +199,15 @@ class Run(Ranged):
             raise ValueError(f"regularizer {kind} has a loss that teach would replace; leave out one of them.")
         if kind == "StableMax" and self.input_mask_prob:
             raise ValueError("regularizer StableMax has no loss on masked inputs; leave out input_mask_prob.")
+        if isinstance(self.regularizer, regularizer_config.SelfTunedDecay):
+            if not self.holdout_tokens or not self.optimizer.wd:
+                raise ValueError(
+                    f"regularizer {kind} moves a decay above 0 by held-out text; set optimizer.wd and holdout_tokens."
+                )
+            if self.teach is not None:
+                raise ValueError(
+                    f"regularizer {kind} reads held-out text, for which there is no teacher; leave out teach."
+                )
         if isinstance(self.regularizer, regularizer_config.LookAhead) and self.batch_size % 2:
             raise ValueError(
                 f"regularizer {kind} needs batches of two halves, got batch_size {self.batch_size}; use an even one."

@@ -21,6 +21,7 @@ from epochal.stopping import Stopped
 from epochal.training import cuda_graph, loop
 from epochal.training.loop import ModelWithLoss, RuntimeOptions, train
 from epochal.training.noise import Noise
+from epochal.training.step import TrainingStep
 
 TOKENS = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -249,14 +250,14 @@ def test_a_bf16_residual_stream_is_bf16_and_as_exact_as_bf16_is() -> None:
 def test_the_mode_deterministic_is_set_for_its_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space, _, config = tiny.workspace(tmp_path)
     seen: list[tuple[bool, bool]] = []
-    step = loop._step
+    step = TrainingStep.__call__
 
     def watched(*arguments: Any) -> Any:
         flags = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
         seen.append(flags)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", watched)
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
     results = []
     for name, modes in (("on", ("deterministic",)), ("off", ())):
         run = tiny.run(config, name=name, epochs=1, precision="bf16")

@@ -28,6 +28,7 @@ from epochal.run import (
     RandomTokens,
     Regularizer,
     Run,
+    SelfTunedDecay,
     StableMax,
     StochasticDepth,
 )
@@ -42,6 +43,7 @@ from epochal.training.regularizers.own_predictions import soft_target_loss, weig
 from epochal.training.regularizers.random_tokens import replace_tokens
 from epochal.training.regularizers.stable_max import stable_logits
 from epochal.training.regularizers.stochastic_depth import keep_factors, skip_share
+from epochal.training.regularizers.tuned_decay import TunedDecay
 
 ALL: dict[str, Regularizer] = {
     type(each).__name__ + getattr(each, "of", ""): each
@@ -54,6 +56,7 @@ ALL: dict[str, Regularizer] = {
         OrthogonalStep(of="update"),
         LookAhead(),
         GradientNorm(),
+        SelfTunedDecay(),
         StableMax(),
     )
 }
@@ -194,6 +197,41 @@ def test_the_second_half_of_a_batch_is_seen_after_a_step_of_the_first() -> None:
     assert torch.equal(w.detach(), before)
 
 
+def test_the_decay_moves_along_its_hypergradient() -> None:
+    """Against a central difference of the held-out loss in log wd, through a step with decoupled decay."""
+    choice, lr, wd = SelfTunedDecay(rate=0.3), 0.1, 0.8
+    w, g, held_out = drawn(3), drawn(3, seed=1), drawn(2, 3, seed=2)
+
+    def after_step(log_wd: float) -> torch.Tensor:
+        return w - lr * math.exp(log_wd) * w - lr * g
+
+    def loss(log_wd: float) -> float:
+        return sum(float(0.5 * (after_step(log_wd) - x) @ H @ (after_step(log_wd) - x)) for x in held_out) / 2
+
+    slope = (loss(math.log(wd) + 1e-5) - loss(math.log(wd) - 1e-5)) / 2e-5
+    tuned = TunedDecay(choice, held_out.numpy(), batch_size=2)
+    moved = after_step(math.log(wd)).requires_grad_()
+    for step in range(choice.every):
+        tuned.before(step, [w])
+        assert tuned.factor == 1.0
+        tuned.after(step, [moved], quadratic(moved), 0)
+    gradient = H @ (moved.detach() - held_out.mean(0))
+    # dL / d log wd = -lr wd <g, w>, so the decay moves against the slope, by at most its rate.
+    cosine = -slope / (lr * wd * float(gradient.norm() * w.norm()))
+    assert math.log(tuned.factor) == pytest.approx(0.3 * cosine, rel=1e-6)
+
+
+def test_a_run_tunes_its_decay_on_text_that_it_does_not_train_on(world: World) -> None:
+    space, _, config = world
+    runs = [short(config, name=f"rate{rate}", **changed(SelfTunedDecay(rate=rate))) for rate in (0.0, 1.0)]
+    held_out = short(config, name="held-out", holdout_tokens=256)
+    off, on, plain = (trained(run, space) for run in (*runs, held_out))
+    assert plain.results["curve"] == off.results["curve"] != on.results["curve"]
+    assert "decay_factor" not in off.results
+    assert on.results["decay_factor"] != 1.0
+    assert runs[1].passes == 1.25, "a pass more in every fourth step"
+
+
 def test_stable_max_is_the_published_ratio() -> None:
     z = torch.cat([drawn(4, 7) * 5, torch.zeros(1, 7, dtype=torch.float64)])
     s = torch.where(z >= 0, z + 1, 1 / (1 - z))
@@ -229,6 +267,11 @@ def short(config: Path, **changes: Any) -> Run:
     return tiny.run(config, **{**values, **changes})
 
 
+def changed(regularizer: Regularizer) -> dict[str, Any]:
+    """A regularizer as a field of a run, with the held-out text that it needs."""
+    return {"regularizer": regularizer, **({"holdout_tokens": 256} if isinstance(regularizer, SelfTunedDecay) else {})}
+
+
 def trained(run: Run, space: Workspace) -> Record:
     record = train(run, space, RuntimeOptions(micro_batch=2))
     assert record is not None
@@ -259,10 +302,10 @@ def test_a_run_differs_from_the_plain_one_and_resumes_to_the_last_bit(
     world: World, plain: tuple[Record, Any], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space, _, config = world
-    whole = trained(short(config, name=f"whole-{kind}", regularizer=ALL[kind]), space)
+    whole = trained(short(config, name=f"whole-{kind}", **changed(ALL[kind])), space)
     assert whole.status == "done" and math.isfinite(whole.loss)
     assert whole.loss != plain[0].loss
-    run, calls = short(config, name=f"cut-{kind}", regularizer=ALL[kind]), [0]
+    run, calls = short(config, name=f"cut-{kind}", **changed(ALL[kind])), [0]
 
     def stop_reason() -> str | None:
         calls[0] += 1
@@ -310,7 +353,7 @@ def test_every_preset_supports_a_regularizer_or_refuses_it_in_one_sentence(kind:
         "whole": {("replicated", 1), ("replicated", 2)},
         "one": {("replicated", 1)},
     }
-    run = short(Path("kjv"), regularizer=ALL[kind])
+    run = short(Path("kjv"), **changed(ALL[kind]))
     for backend, world in works["any"]:
         if (backend, world) in works[ALL[kind].reach]:
             check_modes(Preset(backend), run, world=world, device="cpu")
@@ -328,6 +371,7 @@ def test_impossible_combinations_are_refused(world: World) -> None:
         ({"regularizer": OwnPredictions(), "data_order": "documents"}, "keeps predictions for fixed sequences"),
         ({"regularizer": LookAhead(), "batch_size": 1}, "needs batches of two halves"),
         ({"regularizer": StableMax(), "input_mask_prob": 0.5}, "no loss on masked inputs"),
+        ({"regularizer": SelfTunedDecay()}, "set optimizer.wd and holdout_tokens"),
     ):
         with pytest.raises(ValueError, match=reason):
             short(config, **changes)
@@ -335,7 +379,7 @@ def test_impossible_combinations_are_refused(world: World) -> None:
 
 def test_names_and_fingerprints_tell_regularizers_apart_and_ignore_none() -> None:
     base = tiny.run(Path("kjv"), data_order="sequences")
-    runs = [named_run(tiny.run(Path("kjv"), data_order="sequences", regularizer=each), base) for each in ALL.values()]
+    runs = [named_run(tiny.run(Path("kjv"), data_order="sequences", **changed(each)), base) for each in ALL.values()]
     runs.append(named_run(tiny.run(Path("kjv"), data_order="sequences", regularizer=RandomTokens(share=0.15)), base))
     plain = named_run(base, base)
     assert len({run.name for run in (*runs, plain)}) == len(runs) + 1

@@ -36,13 +36,12 @@ from epochal.records import Record, Records, Workspace, input_fingerprints, load
 from epochal.run import Run
 from epochal.stopping import SAVE_SECONDS, Stopped, stop_reason
 from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
-from epochal.training.cuda_graph import GraphedPass
 from epochal.training.noise import MASKED_WEIGHT, Noise
-from epochal.training.regularizers.anchor import WeightAnchor, check_anchor, load_anchor, old_text
+from epochal.training.regularizers.anchor import check_anchor, load_anchor, old_text
 from epochal.training.regularizers.losses import RegularizedLoss, regularized_loss
-from epochal.training.regularizers.step import OrthogonalUpdate
-from epochal.training.regularizers.step import add_gradients as add_regularized
+from epochal.training.regularizers.tuned_decay import tuned_decay
 from epochal.training.schedule import decay_multiplier, multiplier
+from epochal.training.step import TrainingStep, gradient_pass
 from epochal.training.teacher import Teacher, load_teacher
 from epochal.training.timing import StepClock
 from epochal.training.weight_average import WeightAverage
@@ -168,14 +167,15 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     )
     own = regularized_loss(run, batches.real, store.vocab_size, processes.device)
     processes.prepare(ModelWithLoss(model, noise, teacher, run.precision, own), make_optimizer, run.precision)
-    anchor = load_anchor(run, build, model, store, workspace, records)
+    anchor, tuned = load_anchor(run, build, model, store, workspace, records), tuned_decay(run, store)
+    # What a checkpoint holds of the regularizer.
+    regularizer_state = own.tensors if own is not None else tuned.tensors if tuned is not None else {}
     # After `prepare`, so that the average is on the device of the weights.
     average = WeightAverage(run, model)
     settings = functools.partial(write_settings, model.config, store.tokenizer_folder)
     # Weights were loaded before `prepare` sharded them; optimizer state can only be loaded after it.
-    progress, resumed_code = _resume(run, workspace, processes, checkpoint, average, own)
+    progress, resumed_code = _resume(run, workspace, processes, checkpoint, average, regularizer_state)
     _start_trackers(run, processes, options, meaning, progress.step)
-    add_gradients = gradient_pass(processes, model)
 
     # --- steps -----------------------------------------------------------------------------------------------------
     # `num_evals` evenly spaced steps, the last of which is the last step.
@@ -183,7 +183,10 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     started, start_step = time.monotonic(), progress.step
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
     stopper = Stopper(processes, options.checkpoint_seconds)
-    save = functools.partial(_save, run, workspace, processes, average, progress, meaning, settings, own)
+    training_step = TrainingStep(
+        run, processes, gradient_pass(processes, model), options.micro_batch, clock, check, anchor, tuned
+    )
+    save = functools.partial(_save, run, workspace, processes, average, progress, meaning, settings, regularizer_state)
     evaluate_if_due = functools.partial(
         _evaluate_if_due, run, workspace, processes, average, progress, model, validation, stopper, evaluate_at
     )
@@ -191,22 +194,21 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     evaluate_if_due()
     _leave_evaluation(run, processes, progress, stopper, save)
     if processes.rebuilds_buckets and progress.step < run.steps:
-        _settle_buckets(run, processes, batches(start_step)[rows], rows.start, options.micro_batch)
+        training_step.settle_buckets(batches(start_step)[rows], rows.start)
     while progress.step < run.steps and not progress.diverged:
         step = progress.step
 
         # Schedule: lr and weight decay of this step, for the parts of the model that decay.
         factor = multiplier(step, run.steps, warmup=run.warmup)
         wd = run.optimizer.wd * decay_multiplier(factor, kind=run.wd_schedule)
+        wd *= 1.0 if tuned is None else tuned.factor
         for group in processes.optimizer.param_groups:
             group["lr"] = run.optimizer.lr * factor
             group["weight_decay"] = wd * group["decay_scale"]
 
         # Forward, backward and optimizer step. Rows are numbered over the whole run: each has its own noise.
         batch, first_row = batches(step)[rows], step * run.batch_size + rows.start
-        loss, norm = _step(
-            run, processes, add_gradients, batch, first_row, options.micro_batch, clock, check, factor, anchor
-        )
+        loss, norm = training_step(step, batch, first_row, factor)
         progress.add(loss)
         progress.step = step + 1
         average.update(model, progress.step)
@@ -272,6 +274,8 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             "tokens": progress.step * run.batch_tokens,
             "text": store.text(run.unique_tokens),
             "spectral_norms": None if progress.diverged else spectral_norms(final),
+            # The decay at the end over that at the start.
+            **({} if tuned is None else {"decay_factor": tuned.factor}),
         },
         inputs=marks,
         provenance={
@@ -456,71 +460,6 @@ def _batches(run: Run, store: TokenStore, workspace: Workspace) -> Batches:
     return Batches(real, sampled, run.distill.fraction, run.batch_size)
 
 
-# Adds the gradient of a micro-batch (b, T), given its first row and the normaliser, and returns its loss.
-GradientPass = Callable[[torch.Tensor, int, float], torch.Tensor]
-
-
-def gradient_pass(processes: Processes, model: torch.nn.Module) -> GradientPass:
-    """Return the forward and backward pass of a micro-batch; a CUDA graph in the mode cuda-graph."""
-
-    def add_gradients(tokens: torch.Tensor, first_row: int, normaliser: float) -> torch.Tensor:
-        loss: torch.Tensor = processes.wrapped(tokens, first_row, normaliser)
-        processes.backward(loss)
-        return loss.detach()
-
-    return GraphedPass(add_gradients, model.parameters()) if "cuda-graph" in processes.modes else add_gradients
-
-
-def _step(
-    run: Run,
-    processes: Processes,
-    add_gradients: GradientPass,
-    rows: Tokens,
-    first_row: int,
-    micro_batch: int | None,
-    clock: StepClock,
-    check: ShardedUpdateCheck,
-    factor: float,
-    anchor: WeightAnchor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over this process's rows; returns (loss, gradient norm before clipping)."""
-    clock.mark()
-    tokens = torch.from_numpy(rows).to(processes.device)
-    # Normalized by the targets of this process: gradients and losses are then averaged over processes.
-    targets = len(tokens) * (run.sequence_length - 1)
-
-    def accumulate(some: torch.Tensor, first_row: int) -> torch.Tensor:
-        parts, loss = torch.split(some, micro_batch or len(some)), torch.zeros((), device=processes.device)
-        for number, part in enumerate(parts, start=1):
-            with processes.accumulating(last=number == len(parts)):
-                loss += add_gradients(part, first_row, targets)
-            first_row += len(part)
-        return loss
-
-    groups = processes.optimizer.param_groups
-    loss = add_regularized(run, accumulate, groups, tokens, first_row, factor)
-    clock.mark()
-    # Before the optimizer's step and after the gradient: both are of the same weights, and their steps add up.
-    if anchor is not None:
-        anchor.pull(groups)
-    # At the first step this compares the update with that of one process; later it does nothing.
-    with OrthogonalUpdate(run, groups), check:
-        norm = processes.step()
-    clock.mark()
-    return loss, norm
-
-
-def _settle_buckets(run: Run, processes: Processes, rows: Tokens, first_row: int, micro_batch: int | None) -> None:
-    """Let DDP arrange its buckets in a step that changes nothing."""
-    # After its first backward pass DDP arranges gradients in the order in which they became ready, and sums them in that
-    # order from then on. A resumed run would sum its first step in another order than the undisturbed one, which from three
-    # processes on changes the last bit.
-    part = torch.from_numpy(rows[: micro_batch or len(rows)]).to(processes.device)
-    loss = processes.wrapped(part, first_row, len(rows) * (run.sequence_length - 1))
-    processes.backward(0.0 * loss)
-    processes.optimizer.zero_grad()
-
-
 def _evaluate_if_due(
     run: Run,
     workspace: Workspace,
@@ -642,7 +581,7 @@ def _resume(
     processes: Processes,
     checkpoint: Checkpoint | None,
     average: WeightAverage,
-    own: RegularizedLoss | None,
+    regularizer_state: dict[str, torch.Tensor],
 ) -> tuple[Progress, str | None]:
     """Load all of a checkpoint but the weights, and truncate metrics.jsonl to its step.
 
@@ -655,7 +594,7 @@ def _resume(
         state["_sum"] = own_sum(state["_sum"], processes.rank, processes.world)
         progress, code = Progress(**state), checkpoint.state["code"]
         checkpoint.load_average(average.tensors)
-        checkpoint.load_regularizer({} if own is None else own.tensors)
+        checkpoint.load_regularizer(regularizer_state)
     if code != code_hash() and processes.is_main:
         log.warning(
             "%s: %s was written by another version of epochal; resuming it", run.name, checkpoint and checkpoint.path
@@ -704,7 +643,7 @@ def _save(
     progress: Progress,
     meaning: dict[str, Any],
     settings: Callable[[Path], None],
-    own: RegularizedLoss | None,
+    regularizer_state: dict[str, torch.Tensor],
 ) -> None:
     started = time.monotonic()
     save_checkpoint(
@@ -714,7 +653,7 @@ def _save(
         processes.optimizer.named_state(),
         {**progress.state(processes), "meaning": meaning, "code": code_hash()},
         average.tensors,
-        regularizer=own.tensors if own is not None else None,
+        regularizer=regularizer_state,
         settings=settings,
         group=processes,
     )
