@@ -58,7 +58,7 @@ def sample_posterior(
     means = np.bincount(group, weights * y) / S
     within = float(np.sum(weights * (y - means[group]) ** 2)) + sigma_dof
     free = len(x) + sigma_dof - 2  # E and A are integrated in closed form
-    unit = float(np.mean(1 / weights))  # variance of a typical seed at sigma = 1
+    unit = 1.0 / float(np.mean(weights))  # variance at sigma = 1 of the seeds that weigh most
     within_dof = len(x) - len(sizes) + sigma_dof
     # Points of equal probability of the half-normal; ZEROS of them are zero under the default.
     zeros = ZEROS if between is None or within == 0 or within_dof == 0 else 0
