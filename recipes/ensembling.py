@@ -59,6 +59,7 @@ class Settings(Ranged):
 
     models: Annotated[tuple[str, ...], Items(least=0)]  # sizes that get ensembles
     count: Repeats  # members of each
+    models_elsewhere: Annotated[tuple[str, ...], Items(least=0)] = ()  # sizes at further budgets; empty for the same
     # 2 or more: epochs and decay of members are tuned for the limit K to infinity, fitted from that many members a
     # point, as in the paper. 0: the rule of twice the epochs and half the decay.
     search_members: Annotated[int, Range(0, 1000)] = 0
@@ -76,7 +77,11 @@ class Settings(Ranged):
             raise ValueError(
                 f"search_members is {self.search_members}; give 2 to count ({self.count}), or 0 for the rule."
             )
-        scale.check_models("models and search_models", *self.models, *self.search_models)
+        scale.check_models(
+            "models, models_elsewhere and search_models", *self.models, *self.models_elsewhere, *self.search_models
+        )
+        if extra := sorted(set(self.models_elsewhere) - set(self.models)):
+            raise ValueError(f"models_elsewhere has {extra}, which are not in models; add them there.")
         unknown = sorted(set(self.search_tokens) - set(scale.unique_tokens))
         if unknown:
             raise ValueError(
@@ -94,12 +99,19 @@ def settings(study: Study) -> Settings:
     return study.settings(Settings) or NO_ENSEMBLES
 
 
+def sizes(study: Study, tokens: int) -> list[str]:
+    """Return the sizes that get ensembles at one budget, smallest first."""
+    here, scale = settings(study), study.scale
+    wanted = here.models if tokens == scale.unique_tokens[0] else here.models_elsewhere or here.models
+    return [model for model in here.models if model in wanted and model in scale.models_at(tokens)]
+
+
 def plan(study: Study) -> list[Job]:
     """Return the searches, then members and ensembles of each size whose search has a certificate."""
     here = settings(study)
     jobs = [*heavy_weight_decay.plan(study), *(job for search in member_searches(study) for job in search.jobs)]
     for tokens in study.scale.unique_tokens:
-        for model in here.models:
+        for model in sizes(study, tokens):
             for point in (_rule_point(study, model, tokens), best_point(study, model, tokens)):
                 if point is not None:
                     jobs += [*members_at(study, model, tokens, point), *ensembles_at(study, model, tokens, point)]
@@ -190,7 +202,7 @@ def member_search(study: Study, model: str, tokens: int) -> Search:
 
 def member_searches(study: Study) -> list[Search]:
     """Return the searches for members; none where they follow the rule."""
-    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in settings(study).models]
+    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in sizes(study, tokens)]
     return [member_search(study, *cell) for cell in cells if searched(study, *cell)]
 
 
@@ -224,14 +236,14 @@ def ensembles(study: Study, model: str, tokens: int) -> list[Ensemble]:
 
     Also none of a size that gets no ensembles: its members are not planned.
     """
-    point = best_point(study, model, tokens) if model in settings(study).models else None
+    point = best_point(study, model, tokens) if model in sizes(study, tokens) else None
     return [] if point is None else ensembles_at(study, model, tokens, point)
 
 
 def single_point_ensembles(study: Study, tokens: int) -> dict[str, Ensemble]:
     """Return, by size, the ensemble of the seeds at the best single model's point."""
     # These seeds were run anyway, so this comparison costs no training.
-    results = {model: study.best(TUNED, model, tokens) for model in settings(study).models if study.scale.seeds > 1}
+    results = {model: study.best(TUNED, model, tokens) for model in sizes(study, tokens) if study.scale.seeds > 1}
     return {
         model: named_ensemble(tuple(run.name for run in result.runs), "logits")
         for model, result in results.items()
@@ -259,7 +271,7 @@ Finished = list[tuple[str, Ensemble, Record]]
 
 def finished(study: Study, tokens: int) -> Finished:
     """Return the ensembles of one budget that have run: size, job, record."""
-    jobs = [(model, ensemble) for model in settings(study).models for ensemble in ensembles(study, model, tokens)]
+    jobs = [(model, ensemble) for model in sizes(study, tokens) for ensemble in ensembles(study, model, tokens)]
     return [(model, job, record) for model, job in jobs if (record := study.records.get(job)) is not None]
 
 
@@ -270,7 +282,7 @@ def best_ensemble(study: Study, tokens: int) -> Record | None:
 
 def best_ensembles(study: Study, tokens: int) -> list[Ensemble]:
     """Return all ensembles of the size that has the best one; none before those of every size have run."""
-    done, models = finished(study, tokens), settings(study).models
+    done, models = finished(study, tokens), sizes(study, tokens)
     if len(done) < len(AVERAGES) * len(models) or not done:
         return []
     return ensembles(study, best_model(study, tokens), tokens)

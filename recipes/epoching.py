@@ -56,9 +56,8 @@ def standard(study: Study) -> Arm:
 def budgets(study: Study) -> dict[int, tuple[str, ...]]:
     """Return the sizes of the standard recipe at every budget D, ascending."""
     here, scale = settings(study), study.scale
-    models = dict.fromkeys(here.data_scaling_tokens, here.data_scaling_models) | dict.fromkeys(
-        scale.unique_tokens, scale.models
-    )
+    models = dict.fromkeys(here.data_scaling_tokens, here.data_scaling_models)
+    models |= {tokens: scale.models_at(tokens) for tokens in scale.unique_tokens}
     return dict(sorted(models.items()))
 
 

@@ -32,7 +32,7 @@ SEED_MOVES = 0.02  # nats; the most that the paper's limit moves between seeds
 def plan(study: Study) -> list[Job]:
     """Return every job that can be named: the standard searches to compare with, the joint searches, and their seeds."""
     jobs: list[Job] = [*epoching.plan(study), *(job for search in joint_searches(study) for job in search.jobs)]
-    for result in (best(study, model, tokens) for tokens in study.scale.unique_tokens for model in study.scale.models):
+    for result in (best(study, model, tokens) for tokens, model in cells(study)):
         # Seeds only at certified points, which do not move any more.
         jobs += result.runs if result.settled else ()
     return jobs
@@ -40,8 +40,12 @@ def plan(study: Study) -> list[Job]:
 
 def joint_searches(study: Study) -> list[Search]:
     """Return the joint search of every budget and size."""
-    scale = study.scale
-    return [study.search(TUNED, model, tokens) for tokens in scale.unique_tokens for model in scale.models]
+    return [study.search(TUNED, model, tokens) for tokens, model in cells(study)]
+
+
+def cells(study: Study) -> list[tuple[int, str]]:
+    """Return every budget with each of its sizes."""
+    return [(tokens, model) for tokens in study.scale.unique_tokens for model in study.scale.models_at(tokens)]
 
 
 def searches(study: Study) -> list[Search]:
@@ -59,7 +63,7 @@ def best_single(study: Study, tokens: int) -> tuple[Result, str]:
 
     The size is "" before any result.
     """
-    model = min(study.scale.models, key=lambda m: best(study, m, tokens).mean)
+    model = min(study.scale.models_at(tokens), key=lambda m: best(study, m, tokens).mean)
     result = best(study, model, tokens)
     return result, model if result else ""
 
@@ -69,7 +73,7 @@ def size_law(study: Study, tokens: int, field: str = "parameters") -> PowerLaw |
 
     N is the result `field`: all parameters, or those outside of the embeddings.
     """
-    results = [best(study, model, tokens) for model in study.scale.models]
+    results = [best(study, model, tokens) for model in study.scale.models_at(tokens)]
     records = [record for result in results for record in result.records.values() if field in record.results]
     points = [(float(record.results[field]), record.loss) for record in records]
     if len({size for size, _ in points}) < FEWEST_SIZES:
@@ -81,7 +85,7 @@ def size_law(study: Study, tokens: int, field: str = "parameters") -> PowerLaw |
 
 def missing(study: Study, *tokens: int) -> tuple[str, ...]:
     """Name what the tuned losses of these budgets lack for a final verdict."""
-    return study.caveats(TUNED, dict.fromkeys(tokens, study.scale.models))
+    return study.caveats(TUNED, {budget: study.scale.models_at(budget) for budget in tokens})
 
 
 def missing_of(study: Study, tokens: int, *models: str) -> tuple[str, ...]:
@@ -142,7 +146,7 @@ def _standard_claims(study: Study) -> list[Claim]:
     seeds = min(len(result.records) for pair in pairs.values() for result in pair)
     caveats = (*epoching.caveats(study, *pairs), *missing(study, *pairs))
     decays = [found.point.wd / usual for found, _ in pairs.values() if found.point]
-    results = [(m, d, r) for d in pairs for m in study.scale.models if (r := best(study, m, d))]
+    results = [(m, d, r) for d in pairs for m in study.scale.models_at(d) if (r := best(study, m, d))]
     windows = [Case(f"{model}.{tokens}", round(result.runs[0].tau, 3)) for model, tokens, result in results]
     inside = sum(WINDOW[0] <= case.value <= WINDOW[1] for case in windows)
     return [
@@ -191,18 +195,19 @@ def choice(*results: Result) -> float:
 
 def _steps_claim(study: Study) -> list[Claim]:
     """Is every step to a larger size a step down? With an interval for each."""
-    cases = []
+    cases, steps = [], 0
     for tokens in study.scale.unique_tokens:
-        for small, large in pairwise(study.scale.models):
+        for small, large in pairwise(study.scale.models_at(tokens)):
+            steps += 1
             before, after = best(study, small, tokens), best(study, large, tokens)
             if before and after:
                 losses = list(after.losses.values()), list(before.losses.values())
                 cases.append(gain_case(f"{small}-{large}.{tokens}", *losses, search=choice(before, after)))
-    if len(cases) < len(study.scale.unique_tokens) * (len(study.scale.models) - 1) or not cases:
+    if len(cases) < steps or not cases:
         return []
     return [
         family_claim(
-            f"tuned loss falls with every step of N over {len(study.scale.models)} sizes, at every budget",
+            f"tuned loss falls with every step of N over {_sizes(study)} sizes, at every budget",
             cases,
             [case.value > 0 for case in cases],
             id="heavy-decay.monotone",
@@ -211,6 +216,12 @@ def _steps_claim(study: Study) -> list[Claim]:
             provisional=missing(study, *study.scale.unique_tokens),
         )
     ]
+
+
+def _sizes(study: Study) -> str:
+    """Return how many sizes the budgets have: "4", or "3 to 4"."""
+    counts = sorted({len(study.scale.models_at(tokens)) for tokens in study.scale.unique_tokens})
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
 def _setting_claim(study: Study) -> list[Claim]:
@@ -243,7 +254,7 @@ def _seeds_claim(study: Study) -> list[Claim]:
     """Does the limit in N stay the same with another seed of every size?"""
     cases = []
     for tokens in study.scale.unique_tokens:
-        results = [best(study, model, tokens) for model in study.scale.models]
+        results = [best(study, model, tokens) for model in study.scale.models_at(tokens)]
         seeds = set.intersection(*(set(result.records) for result in results))
         if len(results) < FEWEST_SIZES or len(seeds) < FEWEST_SEEDS:
             continue
@@ -289,7 +300,7 @@ def _law_table(study: Study) -> list[Table]:
 
 def _table(study: Study, tokens: int) -> Table:
     rows: list[tuple[Any, ...]] = []
-    for model in study.scale.models:
+    for model in study.scale.models_at(tokens):
         search, result = study.search(TUNED, model, tokens), best(study, model, tokens)
         point, tried = result.point, search.descent.tried
         if point is None or not result:
@@ -341,8 +352,8 @@ def _early_note(stops: list[EarlyStop]) -> str:
 
 
 def _figures(study: Study, tokens: int, law: PowerLaw | None) -> list[Figure]:
-    tuned = [(r.parameters, r.mean) for m in study.scale.models if (r := best(study, m, tokens))]
-    baseline = [study.best(epoching.standard(study), model, tokens) for model in study.scale.models]
+    tuned = [(r.parameters, r.mean) for m in study.scale.models_at(tokens) if (r := best(study, m, tokens))]
+    baseline = [study.best(epoching.standard(study), model, tokens) for model in study.scale.models_at(tokens)]
     standard = [(r.parameters, r.mean) for r in baseline if r]
     if not tuned:
         return []

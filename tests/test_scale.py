@@ -44,6 +44,10 @@ def test_fields_are_changed_by_name_inside_the_optimizer_too(demo: Scale) -> Non
         ({"search_mode": "random"}, "sequential, parallel"),
         ({"standard_wd": 0.3}, r"standard_wd 0.3 is not in grid.wd"),
         ({"unique_tokens": (1000,)}, "unique_tokens 1000"),
+        (
+            {"ladder": (Rung(model="w16", lr=0.01, epochs=4, unique_tokens=(512,)),)},
+            "give it some of the scale's .24576",
+        ),
         ({"optimizer": AdamW(lr=0.1)}, r"\[optimizer\] must not set lr or wd"),
         ({"optimizer": Spectra(base=AdamW(wd=0.3))}, r"\[optimizer\] must not set lr or wd"),
     ],
@@ -51,6 +55,16 @@ def test_fields_are_changed_by_name_inside_the_optimizer_too(demo: Scale) -> Non
 def test_a_scale_that_could_never_run_is_refused(demo: Scale, change: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         replace(demo, **change)  # type: ignore[arg-type]
+
+
+def test_a_size_may_have_fewer_budgets_than_its_scale(demo: Scale) -> None:
+    tokens = (24576, 12288)
+    small, *others = (replace(rung, unique_tokens=()) for rung in demo.ladder)
+    scale = replace(demo, unique_tokens=tokens, ladder=(small, *(replace(r, unique_tokens=tokens[:1]) for r in others)))
+    assert [scale.models_at(each) for each in tokens] == [demo.models, demo.models[:1]]
+    assert scale.smaller(demo.models[1], tokens[0]) == demo.models[0]
+    with pytest.raises(ValueError, match="no size below 'w64' at D = 12,288"):
+        replace(scale, ladder=(replace(small, unique_tokens=tokens[:1]), Rung(model="w64"))).smaller("w64", tokens[1])
 
 
 def test_tables_of_recipes_and_the_optimizer_are_read(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ class Rung(Ranged):
     wd: Decay | None = None  # without it, the decay whose averaging window is `Scale.tau` epochs
     standard_lr: Rate | None = None  # this and the next: the start at the standard decay, where it differs
     standard_epochs: Epochs | None = None
+    unique_tokens: Annotated[
+        tuple[Tokens, ...], Items(least=0)
+    ] = ()  # its budgets, the scale's first among them; empty for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +144,22 @@ class Scale(Ranged):
             )
         for tokens in self.unique_tokens:
             self.check_budget(tokens)
+        for rung in self.ladder:
+            own = set(rung.unique_tokens)
+            if own and not {self.unique_tokens[0]} <= own <= set(self.unique_tokens):
+                raise ValueError(
+                    f"ladder: {rung.model!r} has the budgets {list(rung.unique_tokens)}; give it some of the scale's "
+                    f"{list(self.unique_tokens)}, and the first of them, at which all sizes are compared."
+                )
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models of the ladder, smallest first."""
         return tuple(rung.model for rung in self.ladder)
+
+    def models_at(self, unique_tokens: int) -> tuple[str, ...]:
+        """Return the models that are trained at one budget, smallest first."""
+        return tuple(rung.model for rung in self.ladder if unique_tokens in (rung.unique_tokens or self.unique_tokens))
 
     @functools.cached_property
     def base(self) -> Run:
@@ -187,11 +201,12 @@ class Scale(Ranged):
         """Return the rung of a model."""
         return next(rung for rung in self.ladder if rung.model == model)
 
-    def smaller(self, model: str) -> str:
-        """Return the model one rung below; raises ValueError for the smallest."""
-        if model == self.models[0]:
-            raise ValueError(f"there is no size below {model!r}; give it lr and epochs.")
-        return self.models[self.models.index(model) - 1]
+    def smaller(self, model: str, unique_tokens: int) -> str:
+        """Return the model one rung below at a budget; raises ValueError for the smallest."""
+        models = self.models_at(unique_tokens)
+        if model == models[0]:
+            raise ValueError(f"there is no size below {model!r} at D = {unique_tokens:,}; give it lr and epochs.")
+        return models[models.index(model) - 1]
 
     def run(self, model: str, unique_tokens: int, point: Point, *, seed: int = 0, **changes: Any) -> Run:
         """Return the Run of one size, budget and point; `changes` are further fields, and the name follows from all.

@@ -179,7 +179,7 @@ class Study:
         """Return the search of one size and budget; it starts at the smaller size's optimum if the rung gives no start."""
         start = self.scale.start(self.scale.rung(model), tokens, wd=arm.wd)
         if start is None:
-            smaller = self.tuned(arm, self.scale.smaller(model), tokens)
+            smaller = self.tuned(arm, self.scale.smaller(model, tokens), tokens)
             # Only from a certified optimum: a start that moves later would change every run of this search.
             start = smaller.best if smaller.certified else None
         elif arm.grids:
@@ -281,7 +281,7 @@ class Study:
     def _noise(self, arm: Arm, model: str, tokens: int) -> Noise | None:
         """Return the noise between seeds at the optima of all sizes of one budget; that of all runs without such seeds."""
         # Not of all settings of the size: overfitted runs scatter far more than those that compete for the optimum.
-        points = [(other, self.tuned(arm, other, tokens).best) for other in self.scale.models]
+        points = [(other, self.tuned(arm, other, tokens).best) for other in self.scale.models_at(tokens)]
         runs = [self.seeds(arm, other, tokens, point, self.scale.seeds) for other, point in points if point is not None]
         own = pooled_noise([record.loss for record in self.finite(dict(enumerate(group))).values()] for group in runs)
         return own or seed_noise(self.records, model, tokens)

@@ -93,6 +93,30 @@ def test_another_first_seed_repeats_the_campaign_on_other_draws(demo: Scale) -> 
     assert not {fingerprint(job) for job in first} & {fingerprint(job) for job in second}
 
 
+def test_a_campaign_may_have_fewer_sizes_and_ensembles_at_further_budgets(demo: Scale) -> None:
+    *small, largest = demo.ladder
+    scale = replace(demo, seeds=2, unique_tokens=(TOKENS, 12288))
+    scale = replace(scale, ladder=(*small, replace(largest, unique_tokens=(TOKENS,))))
+    models = [rung.model for rung in demo.ladder]
+    scale = with_table(scale, "epoching", data_scaling_tokens=[], data_scaling_models=[])
+    scale = with_table(scale, "ensembling", models=models, models_elsewhere=models[:1], count=2, search_members=0)
+    campaign = simulate(scale, "ensembling")
+    assert {run.model for run in campaign.runs if run.unique_tokens == 12288} == set(models[:-1])
+    members = {
+        tokens: {run.model for run in campaign.runs if run.unique_tokens == tokens} for tokens in scale.unique_tokens
+    }
+    assert members[TOKENS] == set(models)
+    study = campaign.study
+    assert [model for model, *_ in ensembling.finished(study, 12288)] == [models[0]] * len(AVERAGES)
+    assert {model for model, *_ in ensembling.finished(study, TOKENS)} == set(models)
+    claim = campaign.claims("heavy_weight_decay")["heavy-decay.monotone"]
+    assert f"over {len(models) - 1} to {len(models)} sizes" in claim.text
+    assert len(claim.cases) == 2 * len(models) - 3
+    assert "waiting" not in " ".join(claim.provisional)
+    for recipe in ("heavy_weight_decay", "ensembling", "data_efficiency"):
+        draw(campaign.report(recipe))
+
+
 def test_a_job_of_two_meanings_is_refused(demo: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     job = campaign_jobs(["epoching"], MadeUpRecords(), demo)[0]
     twin = Ensemble(name=job.name, runs=("a",), average="logits")

@@ -109,7 +109,7 @@ def _decide_seeds(first: str, second: str, records: Records, scale: Scale, vocab
 
 
 def _decide_limits(study: Study, first: Arm, second: Arm, tokens: int, vocab_size: int | None) -> Decision | None:
-    results = [[study.best(arm, model, tokens) for model in study.scale.models] for arm in (first, second)]
+    results = [[study.best(arm, model, tokens) for model in study.scale.models_at(tokens)] for arm in (first, second)]
     points = [
         [(float(r.results["parameters"]), r.loss) for one in side for r in one.records.values()] for side in results
     ]
