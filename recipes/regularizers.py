@@ -207,7 +207,8 @@ def once(study: Study, here: Settings, row: Row, point: Point | None) -> tuple[R
 
 def ensemble(row: Row, runs: tuple[Run, ...]) -> Ensemble | None:
     """Return the seeds of an arm as members, averaged in logits; None where they cannot be."""
-    return named_ensemble(tuple(run.name for run in runs), "logits") if row.members and len(runs) > 1 else None
+    names = tuple(run.name for run in runs)
+    return named_ensemble(names, "logits", sharpness=True) if row.members and len(runs) > 1 else None
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -222,6 +223,7 @@ class Outcome:
     records: dict[int, Record]  # by seed, on repeated text
     once: dict[int, Record]  # by seed, in one pass
     law: MembersLaw | None  # of its seeds as members
+    sharpness: float | None  # the largest eigenvalue of the Hessian at the end, mean over seeds
     passes: float
 
     @property
@@ -238,7 +240,9 @@ def outcome(study: Study, here: Settings, row: Row) -> Outcome:
     record = None if together is None else study.records.get(together)
     fresh = study.finite(dict(enumerate(once(study, here, row, point))))
     passes = runs[0].passes if runs else 1.0
-    return Outcome(row, point, study.finite(dict(enumerate(runs))), fresh, _law(record), passes)
+    sharp = None if record is None else record.results.get("sharpness")
+    sharp = statistics.fmean(sharp) if sharp else None
+    return Outcome(row, point, study.finite(dict(enumerate(runs))), fresh, _law(record), sharp, passes)
 
 
 def _law(record: Record | None) -> MembersLaw | None:
@@ -277,7 +281,8 @@ def report(study: Study) -> Section | None:
     notes = [
         "Gains are paired by seed with the arm's baseline, on the test split; knob, decay and epochs were tuned on the "
         "validation split by the first seed. The limit is that of the arm's seeds as members, averaged in logits, on the "
-        "validation split. Cost: passes times epochs, over those of the baseline.",
+        "validation split. Cost: passes times epochs, over those of the baseline. Sharpness: the largest eigenvalue of the "
+        "Hessian of the training loss at the end, mean over seeds.",
         "In one pass every arm has the plain learning rate, the standard decay and its best knob; arms of two passes cost "
         "twice as much there.",
         *(f"Not available: {name} ({reason})." for name, reason in NOT_AVAILABLE.items()),
@@ -317,6 +322,7 @@ COLUMNS = (
     "seeds",
     "limit in K",
     "gain in the limit",
+    "sharpness",
     "gain in one pass",
     "once low",
     "once high",
@@ -346,6 +352,7 @@ def _cells(
         len(one.records),
         None if one.law is None else one.law.E,
         limits[1].E - limits[0].E if limits[0] is not None and limits[1] is not None else None,
+        one.sharpness,
         statistics.fmean(alone) if alone else None,
         *(seed_interval(alone) or (None, None)),
     )

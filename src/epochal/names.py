@@ -61,6 +61,7 @@ def named_ensemble(runs: tuple[str, ...], average: str, **options: Any) -> Ensem
     parts += [f"weights-{digest(*map(_text, ensemble.member_weights))}"] if ensemble.member_weights else []
     parts += [f"on-{Path(ensemble.data).stem}"] if ensemble.data else []
     parts += ["tasks", *ensemble.tasks] if ensemble.tasks else []
+    parts += ["sharpness"] if ensemble.sharpness else []
     return replace(ensemble, name="-".join(parts))
 
 

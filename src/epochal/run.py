@@ -282,6 +282,7 @@ class Ensemble(Ranged):
     member_weights: tuple[Share, ...] | None = None  # summing to one; None: equal
     data: str | None = None  # another data set, of the same tokenizer, on whose held-out text to judge them
     tasks: tuple[str, ...] = ()  # multiple-choice tasks that they answer as well (`epochal.evaluation.downstream`)
+    sharpness: bool = False  # of each member on its training text too (`epochal.evaluation.sharpness`)
 
     def __post_init__(self) -> None:
         super().__post_init__()

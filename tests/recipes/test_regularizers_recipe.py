@@ -46,7 +46,7 @@ def test_every_arm_is_tuned_alike_around_the_plain_optimum(campaign: MadeUpCampa
         search = regularizers.search(study, here, row)
         assert search.descent.certified
         run = study.run(row.arm, here.model, 49152, search.descent.visited[0])
-        assert run.passes * run.epochs == base.epochs, row.arm.label
+        assert abs(run.passes * run.epochs - base.epochs) <= run.passes / 2, row.arm.label
         assert search.grid["epochs"] == (run.epochs, 2 * run.epochs)
         assert set(search.grid["wd"]) == {0.1, base.wd / 4, base.wd / 2, base.wd}
         point = search.descent.best

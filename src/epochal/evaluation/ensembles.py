@@ -17,6 +17,7 @@ from epochal.data.store import Tokens, TokenStore, open_store
 from epochal.data.tokenizer import auto_tokenizer, vocabulary_difference
 from epochal.evaluation.losses import logit_losses, parameter_losses, probability_losses, target_log_probs
 from epochal.evaluation.member_weights import learn
+from epochal.evaluation.sharpness import sharpness
 from epochal.evaluation.subsets import Curve, Subset, curve_of
 from epochal.models.load import Loader, load_ensemble, load_model, member_records
 from epochal.provenance import provenance
@@ -32,7 +33,8 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
 
     Subsets are those of `cyclic_subsets`; `member_weights` of a subset are scaled to sum to one. Results, each also with
     the prefix `test_`: `loss`, `curve` (losses by k), `without` (leave-one-out means by k) and `interval` of `Curve`.
-    `holdout` is `Learned` from text that all members held out, `tasks` the `Accuracy` on each task. Raises ValueError if
+    `holdout` is `Learned` from text that all members held out, `tasks` the `Accuracy` on each task, `sharpness` that of each
+    member. Raises ValueError if
     members differ in their data or sequence length, two are the same model, or the weights of one are missing.
 
     `shown` is called with a split, the tokens of it that one more member has begun, and those of all members.
@@ -67,6 +69,12 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
         results["holdout"] = {"tokens": sequences.size, **asdict(learn(loaders, sequences, average=ensemble.average))}
     if ensemble.tasks:
         results["tasks"] = _task_accuracies(ensemble, members, workspace, store)
+    if ensemble.sharpness:
+        text = open_store(run.data, workspace)
+        runs = [record.job for record in members if isinstance(record.job, Run)]
+        results["sharpness"] = [
+            sharpness(load(), text.training_stream(one)) for load, one in zip(loaders, runs, strict=True)
+        ]
     parameters = sum(int(record.results["parameters"]) for record in members)
     return Record(
         job=ensemble,
