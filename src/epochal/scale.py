@@ -215,17 +215,16 @@ class Scale(Ranged):
         """
         seed += self.first_seed
         optimizer = changes.pop("optimizer", self.optimizer)
-        run = replace(
-            self.base,
-            model=model,
-            unique_tokens=unique_tokens,
-            epochs=point.epochs,
-            optimizer=with_rates(optimizer, point.lr, point.wd),
-            init_seed=seed,
-            order_seed=seed,
-        )
-        # The point last: a tuned field may be inside a value that is changed.
-        run = replace(run, **changes)
+        fields_of_run = {
+            "model": model,
+            "unique_tokens": unique_tokens,
+            "epochs": point.epochs,
+            "optimizer": with_rates(optimizer, point.lr, point.wd),
+            "init_seed": seed,
+            "order_seed": seed,
+        }
+        run = replace(self.base, **{**fields_of_run, **changes})
+        # Last: a tuned field may be inside a value that is changed.
         for name, value in point.more:
             run = with_field(run, name, value)
         return named_run(run, self.base)
