@@ -18,7 +18,7 @@ from epochal.names import named_ensemble
 from epochal.ranges import Items, Range, Ranged, Repeats, Tokens
 from epochal.records import Record
 from epochal.report.claims import Case, Claim
-from epochal.report.comparison import family_claim, family_table, measured_case
+from epochal.report.comparison import family_claim, family_table, gain_case, measured_case
 from epochal.report.figures import AVERAGE_LINES, draw_key, draw_law, draw_level, draw_series, size_color
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, SOUP, Ensemble, Job, Run, inputs
@@ -136,7 +136,7 @@ def best_point(study: Study, model: str, tokens: int) -> Point | None:
         return _earlier_point(study, model, tokens) or (rule if study.scale.seeds == 1 else None)
     if study.scale.seeds == 1:
         return rule
-    by_rule, plain = _both_points(study, model, tokens)
+    by_rule, plain = _both_points(study, model, tokens, rule)
     if by_rule is None or plain is None:
         return None
     limits = _both_limits(by_rule, plain, study.scale.seeds)
@@ -336,6 +336,7 @@ def report(study: Study) -> Section:
     """Compare ensembles with the best single model, and extrapolate in K."""
     done = {tokens: finished(study, tokens) for tokens in study.scale.unique_tokens}
     claims = [*_gain_claims(study, done), *_limit_claims(study, done), *_predicted_claim(done), *_rule_claim(study)]
+    claims += _tuned_members_claims(study)
     claims += [*_soup_claim(study), *_joint_claim(study, done)]
     tables = [_table(tokens, found) for tokens, found in done.items() if found]
     tables += [family_table(claim, f"By case: {claim.text}") for claim in claims if len(claim.cases) > 1]
@@ -502,56 +503,64 @@ def _soup_claim(study: Study) -> list[Claim]:
     ]
 
 
-def _both_points(study: Study, model: str, tokens: int) -> tuple[Record | None, Record | None]:
-    """Return the records of members by the rule and at the single model's point.
+def _both_points(study: Study, model: str, tokens: int, point: Point) -> tuple[Record | None, Record | None]:
+    """Return the records of members at a point and at the single model's.
 
     Both are averaged in logits; the second has as many members as there are seeds.
     """
-    rule, plain = _rule_point(study, model, tokens), single_point_ensembles(study, tokens).get(model)
-    single = study.tuned(TUNED, model, tokens).best
-    if rule is None or plain is None or single is None:
+    plain, single = single_point_ensembles(study, tokens).get(model), study.tuned(TUNED, model, tokens).best
+    if plain is None or single is None:
         return None, None
     # All members where they have run there, and else as many as there are seeds.
     more = ensembles_at(study, model, tokens, single)[0]
     known = study.records.get(more) if study.records.named(more.name) else study.records.get(plain)
-    return study.records.get(ensembles_at(study, model, tokens, rule)[0]), known
+    return study.records.get(ensembles_at(study, model, tokens, point)[0]), known
 
 
-def _both_limits(by_rule: Record | None, plain: Record | None, seeds: int) -> tuple[float, float] | None:
-    """Return the limits in K by the rule and at the single model's point.
+def _both_limits(members: Record | None, plain: Record | None, seeds: int) -> tuple[float, float] | None:
+    """Return the limits in K of members at a point and at the single model's.
 
     None before both are known.
     """
-    if by_rule is None or plain is None or "curve" not in by_rule.results or "curve" not in plain.results:
+    if members is None or plain is None or "curve" not in members.results or "curve" not in plain.results:
         return None
-    # At a finite K the rule may look worse although its limit is lower (spec section 6). Both limits are fitted to the
+    # At a finite K members may look worse although their limit is lower (spec section 6). Both limits are fitted to the
     # same numbers of members, as many as there are seeds, so that further members cannot change the choice.
-    curves = mean_curve(by_rule), mean_curve(plain)
+    curves = mean_curve(members), mean_curve(plain)
     shared = [k for k in curves[0] if k in curves[1] and k <= seeds]
-    rule, single = (members_limit({k: curve[k] for k in shared}) for curve in curves)
-    return rule, single
+    found, single = (members_limit({k: curve[k] for k in shared}) for curve in curves)
+    return found, single
+
+
+def _limit_gain(study: Study, model: str, tokens: int, point: Point) -> tuple[Case, bool, int] | None:
+    """Compare the limit of members at a point with that at the single model's; None before both are known.
+
+    Returns the gain, whether it is above zero, and how many members the second has.
+    """
+    members, plain = _both_points(study, model, tokens, point)
+    limits = _both_limits(members, plain, study.scale.seeds)
+    if members is None or plain is None or limits is None or not all(map(math.isfinite, limits)):
+        return None
+    laws = members_law(members), members_law(plain)
+    halves = [half_width(law.interval["E"]) if law.interval else None for law in laws]
+    # With as few members at one of the points as there are seeds there is no interval: both limits are then fitted to
+    # those.
+    gain = laws[1].E - laws[0].E if None not in halves else limits[1] - limits[0]
+    case = measured_case(f"{model}.{tokens}", gain, _around(gain, *halves), dof=settings(study).count - 1)
+    return case, gain > 0, len(inputs(plain.job))
 
 
 def _rule_claim(study: Study) -> list[Claim]:
     """Compare the limits by the rule with those at the single model's point."""
-    cases, signs, counts = list[Case](), list[bool](), list[int]()
+    gains = list[tuple[Case, bool, int]]()
     for tokens in study.scale.unique_tokens:
         for model in single_point_ensembles(study, tokens):
-            by_rule, plain = _both_points(study, model, tokens)
-            limits = _both_limits(by_rule, plain, study.scale.seeds)
-            if by_rule is None or plain is None or limits is None or not all(map(math.isfinite, limits)):
-                continue
-            laws = members_law(by_rule), members_law(plain)
-            halves = [half_width(law.interval["E"]) if law.interval else None for law in laws]
-            # With as few members at one of the points as there are seeds there is no interval: both limits are then
-            # fitted to those.
-            known = None not in halves
-            gain = laws[1].E - laws[0].E if known else limits[1] - limits[0]
-            name, interval = f"{model}.{tokens}", _around(gain, *halves)
-            cases.append(measured_case(name, gain, interval, dof=settings(study).count - 1))
-            signs, counts = [*signs, gain > 0], [*counts, len(inputs(plain.job))]
-    if not cases:
+            point = _rule_point(study, model, tokens)
+            gain = None if point is None else _limit_gain(study, model, tokens, point)
+            gains += [] if gain is None else [gain]
+    if not gains:
         return []
+    cases, signs, counts = zip(*gains, strict=True)
     few = sum(case.interval is None for case in cases)
     return [
         family_claim(
@@ -567,6 +576,45 @@ def _rule_claim(study: Study) -> list[Claim]:
                 *((f"{few} of {len(cases)} have too few members at one setting for an interval",) if few else ()),
             ),
         )
+    ]
+
+
+def _tuned_members_claims(study: Study) -> list[Claim]:
+    """Are members that were tuned for their limit better together and worse alone than the best single setting?"""
+    together, alone = list[tuple[Case, bool, int]](), list[Case]()
+    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in sizes(study, tokens)]
+    for model, tokens in cells:
+        point, single = best_point(study, model, tokens), study.best(TUNED, model, tokens)
+        if point is None or not searched(study, model, tokens) or not single:
+            continue
+        gain = _limit_gain(study, model, tokens, point)
+        losses = [loss for run in members_at(study, model, tokens, point) if (loss := study.loss(run)) is not None]
+        if gain is not None and losses:
+            together.append(gain)
+            alone.append(gain_case(f"{model}.{tokens}", list(single.losses.values()), losses))
+    if not together:
+        return []
+    cases, signs, counts = zip(*together, strict=True)
+    missing = heavy_weight_decay.missing(study, *{tokens for model, tokens in cells if searched(study, model, tokens)})
+    return [
+        family_claim(
+            "members tuned for their limit have a lower limit in K than those of the best single setting, wherever they were tuned",
+            cases,
+            signs,
+            id="ensembling.tuned-together",
+            paper="the best single model is not the best member (no number), section 6",
+            seeds=min(counts),
+            provisional=missing,
+        ),
+        family_claim(
+            "a member tuned for the limit has a higher loss alone than the best single model of its size, wherever they were tuned",
+            alone,
+            [case.value > 0 for case in alone],
+            id="ensembling.tuned-alone",
+            paper="the best single model is not the best member (no number), section 6",
+            seeds=study.scale.seeds,
+            provisional=missing,
+        ),
     ]
 
 

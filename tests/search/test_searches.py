@@ -1,6 +1,7 @@
 """Searches over the Runs of a scale: objectives, starts, further fields, early stopping, what plan says; on made-up records."""
 
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,18 @@ def test_members_are_tuned_for_their_limit(scale: Scale) -> None:
     assert any(
         s.what.startswith("w64 members") for s in cost_estimate(["ensembling"], campaign.records, scale).searches
     )
+
+
+def test_tuned_members_are_judged_together_and_alone_against_the_best_single_setting(scale: Scale) -> None:
+    scale = with_table(replace(scale, seeds=3), "ensembling", search_members=2)
+    campaign = simulate(scale, "ensembling", record_of=member_record)
+    claims, single = campaign.claims("ensembling"), campaign.study.best(TUNED, "w64", TOKENS)
+    (together,), (alone,) = (claims[f"ensembling.tuned-{which}"].cases for which in ("together", "alone"))
+    assert single.point is not None
+    limit = 0.05 * (math.log2(single.point.epochs / 32) ** 2 + math.log2(single.point.wd / 1.6) ** 2)
+    assert together.value == pytest.approx(limit) and limit > 0
+    members = [campaign.study.loss(run) for run in ensembling.members(campaign.study, "w64", TOKENS)]
+    assert alone.value == pytest.approx(statistics.fmean(filter(None, members)) - single.mean)
 
 
 def test_a_point_with_a_diverged_member_is_no_optimum(scale: Scale) -> None:
