@@ -580,7 +580,7 @@ def _rule_claim(study: Study) -> list[Claim]:
 
 
 def _tuned_members_claims(study: Study) -> list[Claim]:
-    """Are members that were tuned for their limit better together and worse alone than the best single setting?"""
+    """Are members tuned for their limit better together and worse alone?"""
     together, alone = list[tuple[Case, bool, int]](), list[Case]()
     cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in sizes(study, tokens)]
     for model, tokens in cells:
