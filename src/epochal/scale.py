@@ -70,9 +70,8 @@ class Rung(Ranged):
     wd: Decay | None = None  # without it, the decay whose averaging window is `Scale.tau` epochs
     standard_lr: Rate | None = None  # this and the next: the start at the standard decay, where it differs
     standard_epochs: Epochs | None = None
-    unique_tokens: Annotated[
-        tuple[Tokens, ...], Items(least=0)
-    ] = ()  # its budgets, the scale's first among them; empty for all
+    # Its budgets, the scale's first among them; empty for all.
+    unique_tokens: Annotated[tuple[Tokens, ...], Items(least=0)] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

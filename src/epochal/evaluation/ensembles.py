@@ -34,8 +34,8 @@ def evaluate_ensemble(ensemble: Ensemble, workspace: Workspace, records: Records
     Subsets are those of `cyclic_subsets`; `member_weights` of a subset are scaled to sum to one. Results, each also with
     the prefix `test_`: `loss`, `curve` (losses by k), `without` (leave-one-out means by k) and `interval` of `Curve`.
     `holdout` is `Learned` from text that all members held out, `tasks` the `Accuracy` on each task, `sharpness` that of each
-    member. Raises ValueError if
-    members differ in their data or sequence length, two are the same model, or the weights of one are missing.
+    member. Raises ValueError if members differ in their data or sequence length, two are the same model, or the weights of
+    one are missing.
 
     `shown` is called with a split, the tokens of it that one more member has begun, and those of all members.
     """

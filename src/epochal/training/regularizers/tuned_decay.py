@@ -2,7 +2,7 @@
 
 A decoupled decay takes lr wd w from the weights w in each step. With g the gradient of the held-out loss L after the step,
 dL / d log wd = -lr wd <g, w> over the weights that decay, w before the step. So log wd moves by `rate` times the cosine of g
-and w, once in EVERY steps: the multiplicative rule of arXiv 1703.04782 (section 3), there for learning rates. It sees one
+and w, in every fourth step: the multiplicative rule of arXiv 1703.04782 (section 3), there for learning rates. It sees one
 step ahead, where the paper of self-tuning networks (arXiv 1903.03088) learns how the weights respond.
 """
 
@@ -54,7 +54,7 @@ class TunedDecay:
         rows = torch.from_numpy(self.held_out[batch * self.batch_size : (batch + 1) * self.batch_size])
         accumulate(rows.to(decayed[0].device), first_row)
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in decayed]
-        # On the CPU, and read once in EVERY steps: the next step's decay is a number that Python hands to the optimizer.
+        # On the CPU, because the next step's decay is a number that Python hands to the optimizer.
         self.tensors["log_decay"] += self.choice.rate * cosine(gradients, self._before).cpu()
         self._before = []
 
