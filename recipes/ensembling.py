@@ -202,8 +202,13 @@ def member_search(study: Study, model: str, tokens: int) -> Search:
 
 def member_searches(study: Study) -> list[Search]:
     """Return the searches for members; none where they follow the rule."""
+    return [member_search(study, *cell) for cell in searched_cells(study)]
+
+
+def searched_cells(study: Study) -> list[tuple[str, int]]:
+    """Return every size and budget whose members are tuned by a search of their own."""
     cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in sizes(study, tokens)]
-    return [member_search(study, *cell) for cell in cells if searched(study, *cell)]
+    return [cell for cell in cells if searched(study, *cell)]
 
 
 def searches(study: Study) -> list[Search]:
@@ -582,20 +587,21 @@ def _rule_claim(study: Study) -> list[Claim]:
 def _tuned_members_claims(study: Study) -> list[Claim]:
     """Are members tuned for their limit better together and worse alone?"""
     together, alone = list[tuple[Case, bool, int]](), list[Case]()
-    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in sizes(study, tokens)]
-    for model, tokens in cells:
+    for model, tokens in searched_cells(study):
         point, single = best_point(study, model, tokens), study.best(TUNED, model, tokens)
-        if point is None or not searched(study, model, tokens) or not single:
+        if point is None or not single:
             continue
         gain = _limit_gain(study, model, tokens, point)
         losses = [loss for run in members_at(study, model, tokens, point) if (loss := study.loss(run)) is not None]
         if gain is not None and losses:
             together.append(gain)
-            alone.append(gain_case(f"{model}.{tokens}", list(single.losses.values()), losses))
+            search = heavy_weight_decay.choice(single)
+            alone.append(gain_case(f"{model}.{tokens}", list(single.losses.values()), losses, search=search))
     if not together:
         return []
     cases, signs, counts = zip(*together, strict=True)
-    missing = heavy_weight_decay.missing(study, *{tokens for model, tokens in cells if searched(study, model, tokens)})
+    budgets = dict.fromkeys(tokens for _, tokens in searched_cells(study))
+    caveats = *heavy_weight_decay.missing(study, *budgets), "the members that chose the setting are among those judged"
     return [
         family_claim(
             "members tuned for their limit have a lower limit in K than those of the best single setting, wherever they were tuned",
@@ -604,7 +610,7 @@ def _tuned_members_claims(study: Study) -> list[Claim]:
             id="ensembling.tuned-together",
             paper="the best single model is not the best member (no number), section 6",
             seeds=min(counts),
-            provisional=missing,
+            provisional=caveats,
         ),
         family_claim(
             "a member tuned for the limit has a higher loss alone than the best single model of its size, wherever they were tuned",
@@ -613,7 +619,7 @@ def _tuned_members_claims(study: Study) -> list[Claim]:
             id="ensembling.tuned-alone",
             paper="the best single model is not the best member (no number), section 6",
             seeds=study.scale.seeds,
-            provisional=missing,
+            provisional=caveats,
         ),
     ]
 

@@ -503,7 +503,7 @@ def report(
     """
     from rich.console import Console
 
-    from epochal.campaign.plan import named_roles
+    from epochal.campaign.plan import named_roles, naming_recipes
     from epochal.report.overview import overview, sampled_text
     from epochal.report.terminal import print_summary
     from epochal.report.write import write_report
@@ -517,8 +517,10 @@ def report(
     else:
         setting, found, sections, summary = _campaign_report(recipes, scale, results, work)
         title, folder = f"epochal: {setting.name}", results / setting.name
-        sample = sampled_text(found, setting.data)
-        first = overview(found, named_roles(found, setting), sections, scale=scale, sample=sample)
+        # A campaign that only compares has no best models.
+        if naming_recipes(setting):
+            sample = sampled_text(found, setting.data)
+            first = overview(found, named_roles(found, setting), sections, scale=scale, sample=sample)
     command_scale = scale if records is None else ""
     path = write_report(sections, out or folder, title=title, summary=summary, scale=command_scale, overview=first)
     print_summary(sections, Console())

@@ -29,9 +29,8 @@ from epochal.stopping import EXIT_STOPPED, listen, stop_reason
 
 TICK_SECONDS = 0.2
 
-# Variables of glibc's malloc, read when a process starts. By default it returns blocks above 128 KiB to the kernel when they are
-# freed, and a training step on a CPU waits for their pages again: steps of w32 took 1.25 to 1.6 times as long, of w64 1.0 to 1.5
-# times and of w128 1.0 to 1.3 times (512 tokens, three trials next to two other processes).
+# Variables of glibc's malloc, read when a process starts. By default it returns blocks above 128 KiB to the kernel when they
+# are freed, and every step of a small model on a CPU waits for their pages again.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest that glibc accepts
     "MALLOC_TRIM_THRESHOLD_": str(2**30),

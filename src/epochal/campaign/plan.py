@@ -111,10 +111,14 @@ def named_roles(records: Records, scale: Scale) -> dict[str, Record]:
     "best" is the single model of lowest validation loss among them.
     """
     study = Study(records, scale)
-    modules = [module for module in map(load_recipe, recipe_names(scale)) if hasattr(module, "roles")]
-    roles = {role: record for module in modules for role, record in module.roles(study).items()}
+    roles = {role: record for module in naming_recipes(scale) for role, record in module.roles(study).items()}
     models = [record for record in roles.values() if isinstance(record.job, Run)]
     return roles | ({"best": min(models, key=lambda record: record.loss)} if models else {})
+
+
+def naming_recipes(scale: Scale) -> list[Any]:
+    """Return the recipes of a scale that give results a short name."""
+    return [module for module in map(load_recipe, recipe_names(scale)) if hasattr(module, "roles")]
 
 
 @dataclass(frozen=True)
