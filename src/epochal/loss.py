@@ -340,14 +340,30 @@ def _softmax_loss(
         return losses
     parts = []
     for part in _row_blocks(z):
-        p = None if soft is None else soft[part]
-        loss, d_z = softmax_loss_reference(
-            z[part], y[part], p, weight=weight, temperature=temperature, ignore_index=ignore_index
-        )
+        if soft is None:
+            loss, d_z = _block_cross_entropy(z[part], y[part], ignore_index)
+        else:
+            loss, d_z = softmax_loss_reference(
+                z[part], y[part], soft[part], weight=weight, temperature=temperature, ignore_index=ignore_index
+            )
         parts.append(loss)
         if gradient:
             z[part] = d_z
     return torch.cat(parts)
+
+
+def _block_cross_entropy(z: Tensor, y: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return the losses of a block of logits and their gradient, float32 (float64 for float64 logits)."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    ignored = y == ignore_index
+    hot = y.masked_fill(ignored, 0).unsqueeze(1)
+    # One exponential: the largest probability is 1 / sum exp(z - max z), at least 1 / V, so its logarithm is exact enough.
+    p = z.softmax(1)
+    loss = z.amax(1) - z.gather(1, hot).squeeze(1) - p.amax(1).log()
+    p.scatter_add_(1, hot, torch.full_like(hot, -1, dtype=p.dtype))
+    if ignored.any():
+        p[ignored] = 0.0
+    return loss.masked_fill_(ignored, 0.0), p
 
 
 def _sparse_loss(z: Tensor, y: Tensor, ids: Tensor, p: Tensor, weight: float, ignore_index: int) -> Tensor:
