@@ -15,6 +15,7 @@ from scipy.optimize import curve_fit, least_squares
 from scipy.special import stdtrit
 from scipy.stats import ttest_ind
 
+from epochal.scale import load_scale
 from epochal.scaling import (
     CHINCHILLA,
     JOINT,
@@ -735,3 +736,17 @@ def test_a_surface_that_cannot_be_fitted_says_why():
     with np.errstate(over="ignore", invalid="ignore"), pytest.raises(ValueError, match="could not be fitted") as caught:
         fit_surface(CHINCHILLA, y, N=N * 1e-200, D=D)
     assert "N from 1e-201 to 1e-199" in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_what_the_page_of_the_slowrun_expects_follows_from_the_papers_laws():
+    page = (Path(__file__).parents[1] / "docs" / "slowrun.md").read_text(encoding="utf-8")
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(("| tuned", "| ensembles"))]
+    billions = load_scale("slowrun").unique_tokens[0] / 1e9
+    alone, together = 1.96 + 1.03 * billions**-0.23, 1.90 + 0.88 * billions**-0.24
+    between_texts = 3.376 - (alone + 0.05 / 2.7**1.02)
+    above = {"150M": 0.05 / 0.15**1.02, "300M": 0.05 / 0.3**1.02, "600M": 0.05 / 0.6**1.02, "1.4B": 0.05 / 1.4**1.02}
+    expected = [alone + above[name] for name in above] + [alone, together]
+    assert [float(row[1]) for row in table] == pytest.approx([loss + between_texts for loss in expected], abs=6e-4)
+    multiples = [slowrun_multiple(float(row[1])) for row in table]
+    assert multiples[0] is None and table[0][2] == "below the table"
+    assert [float(row[2]) for row in table[1:]] == pytest.approx(multiples[1:], abs=0.05)
