@@ -89,7 +89,9 @@ def entries(study: Study) -> list[Entry]:
         members = ensembling.members(study, model, tokens)
         found += [_entry(study, "members", f"{k} x {model}", members[:k]) for k in range(1, len(members) + 1)]
     for teacher, what in (("ensemble", "the ensemble"), ("self", "one member")):
-        for seed, run in distillation.students(study, teacher).items():
+        # Before every decay is tried the best one may change, and no recipe plans the seeds of the others.
+        seeds = distillation.students(study, teacher) if distillation.tuned(study, teacher) else {}
+        for seed, run in seeds.items():
             found.append(_entry(study, "student", f"{run.model} of {what}, seed {seed}", (run,)))
     # A tuned run may also be the standard one; it is listed once, under its first kind.
     unique = {entry.job.name: entry for entry in reversed(found)}

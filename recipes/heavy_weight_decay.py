@@ -25,6 +25,7 @@ TUNED = Arm("tuned")
 
 # A three-constant law in N needs at least three sizes.
 FEWEST_SIZES = 3
+FEWEST_FOR_INTERVAL = 4  # sizes of a law that says how far its predictions may be off
 WINDOW = (0.20, 0.52)  # epochs; the paper's averaging windows 1 / (lr wd steps per epoch)
 SEED_MOVES = 0.02  # nats; the most that the paper's limit moves between seeds
 
@@ -68,12 +69,14 @@ def best_single(study: Study, tokens: int) -> tuple[Result, str]:
     return result, model if result else ""
 
 
-def size_law(study: Study, tokens: int, field: str = "parameters") -> PowerLaw | None:
-    """Fit E + A / N**alpha to the tuned losses; None with fewer than three sizes.
+def size_law(
+    study: Study, tokens: int, field: str = "parameters", models: tuple[str, ...] | None = None
+) -> PowerLaw | None:
+    """Fit E + A / N**alpha to the tuned losses of some models (default all); None with fewer than three sizes.
 
     N is the result `field`: all parameters, or those outside of the embeddings.
     """
-    results = [best(study, model, tokens) for model in study.scale.models_at(tokens)]
+    results = [best(study, model, tokens) for model in models or study.scale.models_at(tokens)]
     records = [record for result in results for record in result.records.values() if field in record.results]
     points = [(float(record.results[field]), record.loss) for record in records]
     if len({size for size, _ in points}) < FEWEST_SIZES:
@@ -107,6 +110,7 @@ def report(study: Study) -> Section:
             lines = (law.note, check_law(law).sentence)
             notes += [f"Law in N at D = {tokens:,}: {line}" for line in lines if line]
     claims = [*_standard_claims(study), *_steps_claim(study), *_setting_claim(study), *_seeds_claim(study)]
+    claims += _largest_claim(study)
     tables += [_family(claim) for claim in claims if len(claim.cases) > 1] + _law_table(study)
     stops = early_stops(study.records, searches(study))
     if stops:
@@ -273,6 +277,39 @@ def _seeds_claim(study: Study) -> list[Claim]:
             seeds=study.scale.seeds,
             holds=high <= SEED_MOVES,
             cases=tuple(cases),
+            provisional=missing(study, *study.scale.unique_tokens),
+        )
+    ]
+
+
+def _largest_claim(study: Study) -> list[Claim]:
+    """Does the law of the smaller sizes predict the tuned loss of the largest?"""
+    found = []
+    for tokens in study.scale.unique_tokens:
+        *smaller, largest = study.scale.models_at(tokens)
+        law, measured = size_law(study, tokens, models=tuple(smaller)), best(study, largest, tokens)
+        if len(smaller) >= FEWEST_FOR_INTERVAL and law is not None and law.interval and measured:
+            ends = law.predict_interval(float(measured.parameters), seeds=len(measured.records))
+            low, high = (float(end) for end in ends)
+            found.append(
+                (f"{largest}.{tokens}", float(law.predict(float(measured.parameters))), low, high, measured.mean)
+            )
+    if not found:
+        return []
+    return [
+        Claim(
+            id="heavy-decay.predicted-size",
+            text="the law in N of the smaller sizes predicts the tuned loss of the largest within its 90% interval",
+            value="; ".join(
+                f"{name}: predicted {middle:.4f} ({low:.4f} to {high:.4f}), measured {loss:.4f}"
+                for name, middle, low, high, loss in found
+            ),
+            paper="the limit is read off such a law, section 5",
+            seeds=study.scale.seeds,
+            holds=all(low <= loss <= high for _, _, low, high, loss in found),
+            cases=tuple(
+                Case(name, loss - middle, (loss - high, loss - low)) for name, middle, low, high, loss in found
+            ),
             provisional=missing(study, *study.scale.unique_tokens),
         )
     ]

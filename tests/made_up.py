@@ -1,16 +1,17 @@
 """Campaigns without training: losses from a formula, records in memory, and a loop that runs a campaign to its end."""
 
 import math
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epochal.campaign.plan import campaign_jobs, load_recipe
+from epochal.campaign.plan import campaign_jobs, load_recipe, ready_jobs
 from epochal.records import Record, Records, Workspace, write_record
 from epochal.report.claims import Claim
 from epochal.report.sections import Section
-from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint, inputs
+from epochal.run import Ensemble, Job, Run, Samples, Targets, fingerprint
 from epochal.scale import Scale
 from epochal.study import Study
 
@@ -144,16 +145,18 @@ def draw(section: Section) -> set[str]:
 RecordOf = Callable[[Job, Records], Record]
 
 
-def simulate(scale: Scale, *recipes: str, record_of: RecordOf = made_up_record) -> MadeUpCampaign:
-    """Run the recipes to their end: in each round every planned job whose inputs have records."""
+def simulate(
+    scale: Scale, *recipes: str, record_of: RecordOf = made_up_record, some: random.Random | None = None
+) -> MadeUpCampaign:
+    """Run the recipes to their end: in each round every planned job whose inputs have records, or `some` of these."""
     records, rounds = MadeUpRecords(), list[tuple[Job, ...]]()
     for _ in range(200):
-        planned = campaign_jobs(recipes, records, scale)
-        missing = [job for job in planned if records.get(job) is None]
-        ready = tuple(job for job in missing if all(records.named(name) for name in inputs(job)))
+        # Refuses a plan in which a job reads another that nobody plans.
+        ready = tuple(ready_jobs(campaign_jobs(recipes, records, scale), records))
         if not ready:
-            assert not missing, f"{missing[0].name} reads a job that no recipe plans"
             return MadeUpCampaign(scale, tuple(rounds), records)
+        if some is not None:
+            ready = tuple(some.sample(ready, some.randint(1, len(ready))))
         records = records.having([record_of(job, records) for job in ready])
         rounds.append(ready)
     raise AssertionError("the campaign does not end")

@@ -194,6 +194,14 @@ def test_unknown_and_unavailable_tasks_raise(campaign: Campaign) -> None:
         score(model, tokenizer, ["sciq"])
 
 
+def test_an_answer_longer_than_the_models_positions_is_refused(campaign: Campaign) -> None:
+    space, records, store = campaign
+    _, tokenizer, _ = open_model("a", space, records)
+    model = build_model("w16", vocab_size=store.vocab_size, max_positions=8, seed=0, bos_token_id=0)
+    with pytest.raises(ValueError, match=r"an answer of next_passage has \d+ tokens, and the model reads 8; leave"):
+        score(model, tokenizer, ["next_passage"], store=store)
+
+
 PUBLIC = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
     "piqa": ("baber/piqa", "default", "validation"),

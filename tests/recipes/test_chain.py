@@ -1,6 +1,7 @@
 """The chain from epoching to students and its laws: what is planned when, and what is claimed at every stage."""
 
 import math
+import random
 import statistics
 import time
 from dataclasses import replace
@@ -23,6 +24,7 @@ from made_up import (
 from epochal.campaign.plan import campaign_jobs, cost_estimate, load_recipe, recipe_names
 from epochal.config import REPOSITORY
 from epochal.records import Records, Workspace
+from epochal.report.claims import Claim
 from epochal.run import AVERAGES, SOUP, Ensemble, Run, Samples, fingerprint
 from epochal.scale import Point, Scale, load_scale, member_point
 from epochal.study import Study
@@ -117,6 +119,14 @@ def test_a_campaign_may_have_fewer_sizes_and_ensembles_at_further_budgets(demo: 
         draw(campaign.report(recipe))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_jobs_may_finish_in_any_order(seed: int) -> None:
+    """The scale's searches of decays, members and students may be half done when the next plan is made."""
+    scale = load_scale("docs-rehearsal")
+    campaign = simulate(scale, *scale.recipes, some=random.Random(seed))
+    assert {type(job) for job in campaign.jobs} == {Run, Ensemble, Samples}
+
+
 def test_a_job_of_two_meanings_is_refused(demo: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     job = campaign_jobs(["epoching"], MadeUpRecords(), demo)[0]
     twin = Ensemble(name=job.name, runs=("a",), average="logits")
@@ -194,6 +204,23 @@ def test_verdicts_of_the_made_up_chain(chain: MadeUpCampaign) -> None:
         "distillation.student-of-self": False,
         "distillation.beats-teacher": False,
     }
+
+
+def test_the_law_of_the_smaller_sizes_predicts_the_largest_or_does_not(demo: Scale) -> None:
+    first = demo.ladder[0]
+    scale = replace(demo, seeds=3, ladder=tuple(replace(first, model=f"w{size}") for size in (16, 32, 64, 96, 128)))
+    scale = with_table(scale, "epoching", sweep_model="w32", data_scaling_tokens=[], data_scaling_models=[])
+    campaign = simulate(scale, "heavy_weight_decay")
+
+    def claim(raised: float) -> Claim:
+        records = campaign.records.with_losses(lambda run: made_up_loss(run) + (raised if run.model == "w128" else 0.0))
+        section = load_recipe("heavy_weight_decay").report(Study(records, scale))
+        return next(claim for claim in section.claims if claim.id == "heavy-decay.predicted-size")
+
+    assert claim(0.0).holds and abs(claim(0.0).cases[0].value) < 0.01
+    assert not claim(0.2).holds and claim(0.2).cases[0].value == pytest.approx(claim(0.0).cases[0].value + 0.2)
+    four = replace(scale, ladder=scale.ladder[:-1])
+    assert "heavy-decay.predicted-size" not in simulate(four, "heavy_weight_decay").claims("heavy_weight_decay")
 
 
 # --- epoching and heavy decay -------------------------------------------------------------------------------------------

@@ -109,7 +109,8 @@ def score(
     """Return the zero-shot accuracy of a transformers model on each task, in order.
 
     Offline tasks are generated from `store`; `task_folder` has additional lm-eval task files; `limit` is the number of
-    questions per task. Raises ValueError for a task that is unknown, has no accuracy or whose data cannot be loaded.
+    questions per task. Raises ValueError for a task that is unknown, has no accuracy, whose data cannot be loaded, or an answer
+    longer than the model's positions.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -120,7 +121,18 @@ def score(
         folders.append(store.folder.parent / f"{store.folder.name}-tasks")
         write_tasks(store, folders[-1])
     manager = _manager(tuple(str(path) for path in folders), tasks)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+
+    class Harness(HFLM):  # type: ignore[misc]
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            encoded: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            if len(encoded[1]) > self.max_length:
+                raise ValueError(
+                    f"an answer of {' or '.join(tasks)} has {len(encoded[1])} tokens, and the model reads {self.max_length}; "
+                    "leave the task out, or train with longer sequences."
+                )
+            return encoded
+
+    harness = Harness(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     results = lm_eval.simple_evaluate(
         harness,
         tasks=_load(manager, tasks),
