@@ -35,7 +35,7 @@ from epochal.scaling import (
 from epochal.scaling.seeds import NORMAL
 from epochal.search.descent import members_limit
 from epochal.search.searches import Search
-from epochal.study import Study, mean_curve
+from epochal.study import Result, Study, mean_curve
 from recipes import _member_variants, heavy_weight_decay
 from recipes.heavy_weight_decay import TUNED
 
@@ -340,8 +340,8 @@ def joint_law(done: Finished) -> JointLaw | None:
 def report(study: Study) -> Section:
     """Compare ensembles with the best single model, and extrapolate in K."""
     done = {tokens: finished(study, tokens) for tokens in study.scale.unique_tokens}
-    claims = [*_gain_claims(study, done), *_limit_claims(study, done), *_predicted_claim(done), *_rule_claim(study)]
-    claims += _tuned_members_claims(study)
+    claims = [*_gain_claims(study, done), *_equal_claim(study, done), *_limit_claims(study, done)]
+    claims += [*_predicted_claim(done), *_rule_claim(study), *_tuned_members_claims(study)]
     claims += [*_soup_claim(study), *_joint_claim(study, done)]
     tables = [_table(tokens, found) for tokens, found in done.items() if found]
     tables += [family_table(claim, f"By case: {claim.text}") for claim in claims if len(claim.cases) > 1]
@@ -378,6 +378,15 @@ def _around(gain: float, *halves: float | None) -> tuple[float, float] | None:
     return gain - half, gain + half
 
 
+def _gain(record: Record, count: int, single: Result) -> tuple[float, tuple[float, float] | None]:
+    """Return what `count` members of an ensemble gain over a single model, and its interval."""
+    # Members are one draw: their error is the jackknife's of the law at that K.
+    law, gain = members_law(record), single.mean - mean_curve(record)[count]
+    low, high = (float(end) for end in law.predict_interval(count)) if law.interval else (math.nan, math.nan)
+    own = half_width(seed_interval(list(single.losses.values()), search=heavy_weight_decay.choice(single)))
+    return gain, _around(gain, own, (high - low) / 2 if law.interval else None)
+
+
 def _gain_claims(study: Study, done: Done) -> list[Claim]:
     """Compare the best ensemble with the best single model at every budget."""
     cases, sizes, seeds = list[Case](), list[float](), list[int]()
@@ -385,12 +394,7 @@ def _gain_claims(study: Study, done: Done) -> list[Claim]:
         best, (single, model) = best_ensemble(study, tokens), heavy_weight_decay.best_single(study, tokens)
         if best is None or not single:
             continue
-        # An ensemble is one draw of members: its error is the jackknife's of the law at that K.
-        law, count = members_law(best), int(best.results["members"])
-        low, high = (float(end) for end in law.predict_interval(count)) if law.interval else (math.nan, math.nan)
-        own = half_width(seed_interval(list(single.losses.values()), search=heavy_weight_decay.choice(single)))
-        gain = single.mean - best.loss
-        interval = _around(gain, own, (high - low) / 2 if law.interval else None)
+        gain, interval = _gain(best, int(best.results["members"]), single)
         name = f"{model}-{best_model(study, tokens)}.{tokens}"
         cases.append(measured_case(name, gain, interval, dof=len(single.records) - 1))
         sizes, seeds = [*sizes, gain], [*seeds, len(single.records)]
@@ -405,6 +409,38 @@ def _gain_claims(study: Study, done: Done) -> list[Claim]:
             paper="0.25 nats with 8 members of 300M (3.57 to 3.32), section 6",
             sizes=(sizes[0], 0.25),
             seeds=min(seeds),
+            provisional=heavy_weight_decay.missing(study, *done),
+        )
+    ]
+
+
+def _equal_claim(study: Study, done: Done) -> list[Claim]:
+    """Compare members with the larger single models that have as many parameters as they have together."""
+    cases, costs, counts = list[Case](), list[float](), list[int]()
+    for tokens, found in done.items():
+        for model, ensemble, record in found:
+            one = record.results["parameters"] / len(ensemble.runs)
+            epochs = members(study, model, tokens)[0].epochs
+            for larger in study.scale.models_at(tokens) if ensemble.average == "logits" else ():
+                single = heavy_weight_decay.best(study, larger, tokens)
+                count = math.floor(single.parameters / one) if single else 0
+                if 2 <= count <= len(ensemble.runs) and single.point is not None:
+                    gain, interval = _gain(record, count, single)
+                    name = f"{count}x{model}-{larger}.{tokens}"
+                    cases.append(measured_case(name, gain, interval, dof=len(single.records) - 1))
+                    costs.append(count * one * epochs / (single.parameters * single.point.epochs))
+                    counts.append(len(single.records))
+    if not cases:
+        return []
+    return [
+        family_claim(
+            "members with at most the parameters of a larger single model have a lower loss together, at "
+            f"{min(costs):.2g} to {max(costs):.2g} times its training FLOPs",
+            cases,
+            [case.value > 0 for case in cases],
+            id="ensembling.equal-parameters",
+            paper="3 members of 300M (3.42) are below the limit in N of single models (3.43), section 6",
+            seeds=min(counts),
             provisional=heavy_weight_decay.missing(study, *done),
         )
     ]

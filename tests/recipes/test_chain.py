@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import statistics
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from made_up import (
     made_up_loss,
     made_up_record,
     simulate,
+    size_of,
     with_table,
 )
 
@@ -194,6 +196,7 @@ def test_verdicts_of_the_made_up_chain(chain: MadeUpCampaign) -> None:
         "heavy-decay.one-setting": False,
         "heavy-decay.seed-limit": True,
         "ensembling.beats-single": True,
+        "ensembling.equal-parameters": True,
         "ensembling.limit": True,
         "ensembling.predicted": True,
         "ensembling.rule": False,
@@ -221,6 +224,18 @@ def test_the_law_of_the_smaller_sizes_predicts_the_largest_or_does_not(demo: Sca
     assert not claim(0.2).holds and claim(0.2).cases[0].value == pytest.approx(claim(0.0).cases[0].value + 0.2)
     four = replace(scale, ladder=scale.ladder[:-1])
     assert "heavy-decay.predicted-size" not in simulate(four, "heavy_weight_decay").claims("heavy_weight_decay")
+
+
+def test_members_are_compared_with_the_larger_models_of_as_many_parameters(chain: MadeUpCampaign) -> None:
+    claim = chain.claims("ensembling")["ensembling.equal-parameters"]
+    assert claim.cases
+    for case in claim.cases:
+        count, small, large = map(int, re.findall(r"\d+", case.name.removesuffix(f".{TOKENS}")))
+        assert count * size_of(f"w{small}") <= size_of(f"w{large}") < (count + 1) * size_of(f"w{small}")
+        record = chain.records.get(ensembling.ensembles(chain.study, f"w{small}", TOKENS)[0])
+        single = heavy_weight_decay.best(chain.study, f"w{large}", TOKENS)
+        together = statistics.fmean(record.results["curve"][str(count)])
+        assert case.value == pytest.approx(statistics.fmean(single.losses.values()) - together)
 
 
 # --- epoching and heavy decay -------------------------------------------------------------------------------------------
