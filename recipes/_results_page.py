@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from epochal.campaign.plan import load_recipe
@@ -12,7 +13,7 @@ from epochal.config import REPOSITORY, write_atomic
 from epochal.records import Workspace, load_records
 from epochal.report.claims import CLAIM_COLUMNS, ClaimRow, read_claims, tally
 from epochal.report.markdown import markdown_table
-from epochal.report.sections import Table, claim_cells
+from epochal.report.sections import Table, claim_cells, format_interval
 from epochal.scale import load_scale
 from epochal.scaling import interval_text
 from epochal.study import Study
@@ -20,7 +21,55 @@ from epochal.study import Study
 RESULTS = Path("recipes/results")
 BEGIN, END = "<!-- results: written by make report -->", "<!-- end of results -->"
 REPLICATION_SUFFIX = "-again"  # micro-again and micro-drawn-again replicate claims of micro on other seeds
-FIGURES = ("loss-against-epochs", "loss-against-size-{tokens}", "loss-against-members-{tokens}")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A question of README.md, the claims that answer it by id, and a figure."""
+
+    question: str
+    claims: tuple[str, ...]
+    figure: str
+
+
+SHOWN = (
+    Shown(
+        "Are members tuned for their limit worse alone and better together, and do few members predict many?",
+        ("ensembling.tuned-alone", "ensembling.tuned-together", "ensembling.predicted"),
+        "members-tuned",
+    ),
+    Shown(
+        "Is the limit in members below the limit in size, and are several small models better than one large one?",
+        ("ensembling.limit-below-size", "ensembling.equal-parameters"),
+        "loss-against-parameters",
+    ),
+    Shown("Does tuned decay beat the standard one?", ("heavy-decay.beats-standard",), "loss-against-data"),
+    Shown(
+        "Does loss fall with every step of size once decay is tuned, and is the next size predicted?",
+        ("heavy-decay.monotone", "heavy-decay.predicted-size"),
+        "loss-against-size-{tokens}",
+    ),
+    Shown(
+        "How much more text would the standard recipe need, and does that last as text grows?",
+        (
+            "data-efficiency.tuned",
+            "data-efficiency.limit-k",
+            "data-efficiency.lasts.tuned",
+            "data-efficiency.lasts.limit-k",
+        ),
+        "multiples-against-data",
+    ),
+    Shown(
+        "How much of an ensemble's gain does one student keep?",
+        (
+            "distillation.share",
+            "distillation.student-of-ensemble",
+            "distillation.student-of-self",
+            "distillation.synthetic-only",
+        ),
+        "whole-chain",
+    ),
+)
 
 
 def main(scales: Sequence[str]) -> None:
@@ -30,7 +79,7 @@ def main(scales: Sequence[str]) -> None:
     scales = most_records_first(scales)
     rows = {scale: read_claims(RESULTS / scale / "claims.json") for scale in scales}
     readme = REPOSITORY / "README.md"
-    readme_text = replace_results(readme.read_text(encoding="utf-8"), main_results(scales[0]))
+    readme_text = replace_results(readme.read_text(encoding="utf-8"), main_results(scales[0], rows[scales[0]]))
     write_atomic(RESULTS / "README.md", claims_page(rows))
     write_atomic(readme, readme_text)
 
@@ -107,22 +156,34 @@ def _replication(original: list[ClaimRow], replication: list[ClaimRow]) -> list[
     ]
 
 
-def main_results(scale_name: str) -> str:
-    """Render the whole chain of one scale, with up to three figures, for README.md."""
+def main_results(scale_name: str, claims: Sequence[ClaimRow]) -> str:
+    """Render the whole chain of one scale and the six questions of SHOWN for README.md."""
     scale = load_scale(scale_name)
     records = load_records(Workspace(scale_name, RESULTS, Path("work")))
     tables: tuple[Table, ...] = load_recipe("distillation").report(Study(records, scale)).tables
     if not tables:
         raise ValueError(f"{records.workspace.records} lacks runs of the chain; run epochal run --scale {scale_name}.")
-    chain, folder = tables[0], RESULTS / scale_name / "figures"
-    names = [name.format(tokens=scale.unique_tokens[0]) for name in FIGURES]
+    chain, by_id = tables[0], {row.id: row for row in claims}
+    folder = RESULTS / scale_name / "figures"
     parts = [
         f"{chain.title}, scale `{scale_name}` (nats per token; {len(records)} records):",
         markdown_table(chain),
-        "\n".join(f"![{name}]({folder / name}.svg)" for name in names if (folder / f"{name}.svg").exists()),
-        f"All claims with their verdicts: [{RESULTS}/README.md]({RESULTS}/README.md).",
+        f"Six questions, with every size and budget of `{scale_name}` and beside what the paper found "
+        f"([all claims]({RESULTS}/README.md)):",
     ]
-    return "\n\n".join(part for part in parts if part)
+    for number, shown in enumerate(SHOWN, start=1):
+        rows = [by_id[name] for name in shown.claims if name in by_id]
+        if rows:
+            cells = tuple((row.text, row.paper, row.value, format_interval(row), _short_verdict(row)) for row in rows)
+            table = Table(title="", columns=("claim", "paper", "measured", "90% interval", "verdict"), rows=cells)
+            figure = folder / f"{shown.figure.format(tokens=scale.unique_tokens[0])}.svg"
+            parts += [f"**{number}. {shown.question}**", markdown_table(table)]
+            parts += [f"![{figure.stem}]({figure})"] if figure.exists() else []
+    return "\n\n".join(parts)
+
+
+def _short_verdict(row: ClaimRow) -> str:
+    return f"{row.verdict} (provisional)" if row.provisional else row.verdict
 
 
 def replace_results(readme: str, results: str) -> str:

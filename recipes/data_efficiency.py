@@ -128,7 +128,7 @@ def report(study: Study) -> Section:
         question=question,
         claims=(*claims, *_lasting_claims(study, found)),
         tables=(_law_table(law), _table(found, losses), *_recipe_laws(losses), *slowrun),
-        figures=(_law_figure(study, law), _bar_figure(found[tokens], tokens)),
+        figures=(_law_figure(study, law), _bar_figure(found[tokens], tokens), *_lasting_figure(found)),
         notes=tuple(note for note in (law.note,) if note),
     )
 
@@ -300,6 +300,29 @@ def _law_figure(study: Study, law: PowerLaw) -> Figure:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _lasting_figure(found: dict[int, Multiples]) -> list[Figure]:
+    """Draw the multiples against D; none before enough budgets have them."""
+    series = {
+        what: {budget: values[what] for budget, values in sorted(found.items()) if what in values} for what in LASTING
+    }
+    series = {what: values for what, values in series.items() if len(values) >= FEWEST_BUDGETS}
+
+    def draw(axes: Any) -> None:
+        for what, values in series.items():
+            points = [value.multiple for value in values.values()]
+            low, high = (
+                [None if value.interval is None else _finite(value.interval[end]) for value in values.values()]
+                for end in (0, 1)
+            )
+            draw_series(axes, list(values), points, label=what, low=low, high=high)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("unique tokens D")
+        axes.set_ylabel("multiple of the data")
+
+    caption = "Multiples of the data against D: how much more text the standard recipe needs for the same loss."
+    return [Figure(name="multiples-against-data", caption=caption, draw=draw)] if series else []
 
 
 def _bar_figure(multiples: Multiples, tokens: int) -> Figure:

@@ -19,7 +19,7 @@ from epochal.ranges import Items, Range, Ranged, Repeats, Tokens
 from epochal.records import Record
 from epochal.report.claims import Case, Claim
 from epochal.report.comparison import family_claim, family_table, gain_case, measured_case
-from epochal.report.figures import AVERAGE_LINES, draw_key, draw_law, draw_level, draw_series, size_color
+from epochal.report.figures import AVERAGE_LINES, PALETTE, draw_key, draw_law, draw_level, draw_series, size_color
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, SOUP, Ensemble, Job, Run, inputs
 from epochal.scale import Point, Scale, member_point
@@ -346,6 +346,7 @@ def report(study: Study) -> Section:
     tables = [_table(tokens, found) for tokens, found in done.items() if found]
     tables += [family_table(claim, f"By case: {claim.text}") for claim in claims if len(claim.cases) > 1]
     figures = [_figure(study, tokens, found) for tokens, found in done.items() if found]
+    figures += [*_tuned_figure(study), *_parameters_figure(study, done[study.scale.unique_tokens[0]])]
     variants, tokens = settings(study).member_variants, study.scale.unique_tokens[0]
     rows = _member_variants.rows(study, variants, _variant_base(study))
     if rows and variants is not None:
@@ -738,3 +739,69 @@ def _figure(study: Study, tokens: int, done: Finished) -> Figure:
 
     caption = f"Loss against K at D = {tokens:,}: members of every size (color), average (dash), and the law in K with its limit."
     return Figure(name=f"loss-against-members-{tokens}", caption=caption, draw=draw)
+
+
+def _tuned_figure(study: Study) -> list[Figure]:
+    """Draw members at the setting with the lowest limit and at that of the best single model, where they were searched."""
+    cells = searched_cells(study)
+    tokens = cells[0][1] if cells else 0
+    curves = list[tuple[str, str, dict[int, float], MembersLaw]]()
+    for model, _ in (cell for cell in cells if cell[1] == tokens):
+        point = best_point(study, model, tokens)
+        records = (None, None) if point is None else _both_points(study, model, tokens, point)
+        for name, record in zip(("tuned for the limit", "best single setting"), records, strict=True):
+            if record is not None and len(record.results.get("curve", {})) > 2:
+                curves.append((model, name, mean_curve(record), members_law(record)))
+    if not curves:
+        return []
+    most, lines = (
+        max(max(curve) for _, _, curve, _ in curves),
+        {"tuned for the limit": "-", "best single setting": "--"},
+    )
+
+    def draw(axes: Any) -> None:
+        for model, name, curve, law in curves:
+            look: dict[str, Any] = {"color": size_color(study.scale.models, model), "line_style": lines[name]}
+            draw_series(
+                axes, list(curve), list(curve.values()), label=f"{model}, {name}", join=False, in_legend=False, **look
+            )
+            draw_law(axes, law, 1, 4 * most, label=f"{model}, {name}", in_legend=False, **look)
+        for model in dict.fromkeys(model for model, *_ in curves):
+            draw_key(axes, model, color=size_color(study.scale.models, model))
+        for name, line in lines.items():
+            draw_key(axes, name, line_style=line)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("members K")
+        axes.set_ylabel("validation loss (nats per token)")
+
+    caption = f"Members tuned for their limit and members of the best single setting (logits) at D = {tokens:,}."
+    return [Figure(name="members-tuned", caption=caption, draw=draw)]
+
+
+def _parameters_figure(study: Study, done: Finished) -> list[Figure]:
+    """Draw members and single models against all of their parameters, on the first budget."""
+    tokens = study.scale.unique_tokens[0]
+    singles = [result for model in study.scale.models if (result := heavy_weight_decay.best(study, model, tokens))]
+    law = heavy_weight_decay.size_law(study, tokens)
+    if not done or not singles:
+        return []
+
+    def draw(axes: Any) -> None:
+        ends = [result.parameters for result in singles]
+        most = max([max(ends), *(record.results["parameters"] for *_, record in done)])
+        label, losses = "single models, tuned", [result.mean for result in singles]
+        line = draw_series(axes, ends, losses, label=label, join=law is None, color=PALETTE[-1])
+        if law is not None:
+            draw_law(axes, law, min(ends), 2 * most, label="their law in N", color=line.get_color())
+        for model, ensemble, record in done:
+            if ensemble.average == "logits":
+                curve, one = mean_curve(record), record.results["parameters"] / len(ensemble.runs)
+                color = size_color(study.scale.models, model)
+                sizes = [count * one for count in curve]
+                draw_series(axes, sizes, list(curve.values()), label=f"members of {model}", color=color)
+        axes.set_xscale("log")
+        axes.set_xlabel("parameters in all")
+        axes.set_ylabel("validation loss (nats per token)")
+
+    caption = f"Ensembles (logits) and single models against their parameters at D = {tokens:,}."
+    return [Figure(name="loss-against-parameters", caption=caption, draw=draw)]

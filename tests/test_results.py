@@ -117,7 +117,7 @@ def test_committed_texts_follow_from_committed_reports(monkeypatch: pytest.Monke
     rows = {scale: read_claims(results_page.RESULTS / scale / "claims.json") for scale in scales}
     assert (results_page.RESULTS / "README.md").read_text() == results_page.claims_page(rows)
     readme = Path("README.md").read_text()
-    assert readme == results_page.replace_results(readme, results_page.main_results(scales[0]))
+    assert readme == results_page.replace_results(readme, results_page.main_results(scales[0], rows[scales[0]]))
 
 
 def test_the_campaign_with_most_records_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
