@@ -168,7 +168,7 @@ def main_results(scale_name: str, claims: Sequence[ClaimRow]) -> str:
     parts = [
         f"{chain.title}, scale `{scale_name}` (nats per token; {len(records)} records):",
         markdown_table(chain),
-        f"Six questions, with every size and budget of `{scale_name}` and beside what the paper found "
+        f"Six questions, what `{scale_name}` answers and what the paper found "
         f"([all claims]({RESULTS}/README.md)):",
     ]
     for number, shown in enumerate(SHOWN, start=1):

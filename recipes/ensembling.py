@@ -416,7 +416,7 @@ def _gain_claims(study: Study, done: Done) -> list[Claim]:
 
 
 def _equal_claim(study: Study, done: Done) -> list[Claim]:
-    """Compare members with the larger single models that have as many parameters as they have together."""
+    """Compare members with larger single models of as many parameters."""
     cases, costs, counts = list[Case](), list[float](), list[int]()
     for tokens, found in done.items():
         for model, ensemble, record in found:
@@ -742,7 +742,7 @@ def _figure(study: Study, tokens: int, done: Finished) -> Figure:
 
 
 def _tuned_figure(study: Study) -> list[Figure]:
-    """Draw members at the setting with the lowest limit and at that of the best single model, where they were searched."""
+    """Draw members tuned for their limit next to those of the best single setting."""
     cells = searched_cells(study)
     tokens = cells[0][1] if cells else 0
     curves = list[tuple[str, str, dict[int, float], MembersLaw]]()

@@ -134,7 +134,7 @@ def test_every_claim_is_on_the_page_with_its_command(tmp_path: Path, monkeypatch
     simulate(load_scale("demo"), "distillation").write(space)
     redraw("demo", tmp_path)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{results_page.BEGIN}\nold\n{results_page.END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n{results_page.BEGIN}\nformer text\n{results_page.END}\nafter\n")
     monkeypatch.setattr(results_page, "REPOSITORY", tmp_path)
     results_page.main(["demo"])
     claims = json.loads((tmp_path / "recipes" / "results" / "demo" / "claims.json").read_text())
@@ -150,7 +150,7 @@ def test_every_claim_is_on_the_page_with_its_command(tmp_path: Path, monkeypatch
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
-    assert "old" not in readme
+    assert "former text" not in readme
     assert "The whole chain, D = 24,576 tokens" in readme
     for figure in ("loss-against-epochs", "loss-against-size-24576", "loss-against-members-24576"):
         assert f"(recipes/results/demo/figures/{figure}.svg)" in readme
