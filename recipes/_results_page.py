@@ -168,8 +168,7 @@ def main_results(scale_name: str, claims: Sequence[ClaimRow]) -> str:
     parts = [
         f"{chain.title}, scale `{scale_name}` (nats per token; {len(records)} records):",
         markdown_table(chain),
-        f"Six questions, what `{scale_name}` answers and what the paper found "
-        f"([all claims]({RESULTS}/README.md)):",
+        f"Six questions, what `{scale_name}` answers and what the paper found ([all claims]({RESULTS}/README.md)):",
     ]
     for number, shown in enumerate(SHOWN, start=1):
         rows = [by_id[name] for name in shown.claims if name in by_id]

@@ -152,8 +152,17 @@ def test_every_claim_is_on_the_page_with_its_command(tmp_path: Path, monkeypatch
     assert readme.endswith("after\n")
     assert "former text" not in readme
     assert "The whole chain, D = 24,576 tokens" in readme
-    for figure in ("loss-against-epochs", "loss-against-size-24576", "loss-against-members-24576"):
+    for figure in ("loss-against-size-24576", "whole-chain"):
         assert f"(recipes/results/demo/figures/{figure}.svg)" in readme
+
+
+def test_every_claim_and_figure_of_the_readme_exists() -> None:
+    """A misspelled id would leave its claim out of the page."""
+    texts = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "recipes").glob("*.py")]
+    for shown in results_page.SHOWN:
+        for name in (*shown.claims, shown.figure.removesuffix("-{tokens}")):
+            stems = {name, name.rsplit(".", 1)[0] + ".", name.rsplit("-", 1)[0] + "-"}
+            assert any(f'"{stem}' in text for stem in stems for text in texts), name
 
 
 def row(id: str, value: str, interval: tuple[float, float] | None) -> ClaimRow:

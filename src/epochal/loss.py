@@ -355,7 +355,8 @@ def _softmax_loss(
 def _block_cross_entropy(z: Tensor, y: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return the losses of a block of logits and their gradient.
 
-    Both are float32, or float64 for float64 logits."""
+    Both are float32, or float64 for float64 logits.
+    """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     ignored = y == ignore_index
     hot = y.masked_fill(ignored, 0).unsqueeze(1)
