@@ -48,5 +48,6 @@ def optimizer_campaign() -> MadeUpCampaign:
 
 @pytest.fixture(scope="session")
 def continued_campaign() -> MadeUpCampaign:
-    """The tuned base of one size, and everything that continues from it on a second text."""
-    return simulate(replace(load_scale("micro"), unique_tokens=(24576,), seeds=1), "continued")
+    """The tuned base of one size, and everything that continues from it on a second text, without arms against forgetting."""
+    scale = replace(load_scale("micro"), unique_tokens=(24576,), seeds=1)
+    return simulate(with_table(scale, "continued", l2=[], ewc=[], prediction=[], replay=[]), "continued")

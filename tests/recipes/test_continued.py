@@ -116,7 +116,7 @@ def test_the_papers_setting_is_priced() -> None:
         ({"batch_sizes": [4]}, "give at least 2"),
         ({"base": "llama"}, "give the path of a model folder, with a slash in it"),
         (
-            {"base": "models/llama", "replay": [0.1], "l2": [1.0]},
+            {"base": "models/llama", "ewc": [], "prediction": []},
             "l2, replay work against forgetting of the first text",
         ),
         ({"replay": [1.0]}, "replay.* must be a number from 0 to below 1"),
