@@ -26,7 +26,7 @@ check: .venv/test
 	$(BIN)/mypy
 
 bench: .venv/test
-	for name in laws records optimizers losses teachers ensembles distributed parity; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in laws records optimizers losses teachers regularizers ensembles distributed parity; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 report: .venv/demo
 	for scale in $(COMMITTED); do $(BIN)/epochal report --scale $$scale || exit 1; done

@@ -225,6 +225,7 @@ class Outcome:
     law: MembersLaw | None  # of its seeds as members
     sharpness: float | None  # the largest eigenvalue of the Hessian at the end, mean over seeds
     passes: float
+    edges: tuple[str, ...]  # tuned fields whose grid ends at the point
 
     @property
     def label(self) -> str:
@@ -234,7 +235,8 @@ class Outcome:
 
 def outcome(study: Study, here: Settings, row: Row) -> Outcome:
     """Collect the records of an arm."""
-    point = _best(search(study, here, row))
+    found = search(study, here, row)
+    point, certificate = _best(found), found.certificate()
     runs = repeated(study, here, row, point)
     together = ensemble(row, runs)
     record = None if together is None else study.records.get(together)
@@ -242,7 +244,10 @@ def outcome(study: Study, here: Settings, row: Row) -> Outcome:
     passes = runs[0].passes if runs else 1.0
     sharp = None if record is None else record.results.get("sharpness")
     sharp = statistics.fmean(sharp) if sharp else None
-    return Outcome(row, point, study.finite(dict(enumerate(runs))), fresh, _law(record), sharp, passes)
+    # The epochs have two values, so one of them is always at an end.
+    ends = [name for name in certificate.edges if name != "epochs"] if certificate is not None else []
+    edges = tuple(name.rpartition(".")[2] for name in ends)
+    return Outcome(row, point, study.finite(dict(enumerate(runs))), fresh, _law(record), sharp, passes, edges)
 
 
 def _law(record: Record | None) -> MembersLaw | None:
@@ -281,7 +286,8 @@ def report(study: Study) -> Section | None:
     notes = [
         "Gains are paired by seed with the arm's baseline, on the test split; knob, decay and epochs were tuned on the "
         "validation split by the first seed. The limit is that of the arm's seeds as members, averaged in logits, on the "
-        "validation split. Cost: passes times epochs, over those of the baseline. Sharpness: the largest eigenvalue of the "
+        "validation split. Cost: passes times epochs, over those of the baseline; the time of a step is in "
+        "benchmarks/regularizers.csv. Sharpness: the largest eigenvalue of the "
         "Hessian of the training loss at the end, mean over seeds.",
         "In one pass every arm has the plain learning rate, the standard decay and its best knob; arms of two passes cost "
         "twice as much there.",
@@ -314,7 +320,6 @@ COLUMNS = (
     "wd",
     "epochs",
     "cost",
-    "tokens/s",
     "test loss",
     "gain",
     "90% low",
@@ -345,7 +350,6 @@ def _cells(
         one.point.wd,
         one.point.epochs,
         cost,
-        _speed(one, base),
         statistics.fmean(test_losses(one.records).values()),
         statistics.fmean(gains) if gains else None,
         *(seed_interval(gains) or (None, None)),
@@ -356,17 +360,6 @@ def _cells(
         statistics.fmean(alone) if alone else None,
         *(seed_interval(alone) or (None, None)),
     )
-
-
-def _speed(one: Outcome, base: Outcome) -> float | None:
-    """Return the tokens a second of an arm over those of its baseline."""
-    medians = []
-    for records in (one.records, base.records):
-        speeds = [r.provenance["tokens_per_second"] for r in records.values() if "tokens_per_second" in r.provenance]
-        if not speeds:
-            return None
-        medians.append(statistics.median(speeds))
-    return round(medians[0] / medians[1], 2) if medians[1] else None
 
 
 def _gains(one: Outcome, base: Outcome, which: str) -> list[float]:
@@ -384,7 +377,7 @@ def _claim(one: Outcome, gains: list[float], where: str, here: Settings) -> Clai
         f"{here.model}: {one.label} lowers the loss of {one.row.baseline} {where}",
         gains,
         id=f"regularizers.{'repeated' if repeated_text else 'once'}.{one.label}".lower().replace(" ", "-"),
-        caveats=few,
+        caveats=(*few, *((f"at the end of its grid: {', '.join(one.edges)}",) if one.edges else ())),
     )
     return long_enough(claim, [record.job for record in records.values() if isinstance(record.job, Run)])
 

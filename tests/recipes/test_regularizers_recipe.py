@@ -84,6 +84,23 @@ def test_the_table_has_one_row_for_each_arm_and_names_what_is_missing(campaign: 
     assert campaign.report("regularizers", MadeUpRecords()).claims == ()
 
 
+def test_a_claim_says_that_the_arm_is_at_the_end_of_its_grid(campaign: MadeUpCampaign) -> None:
+    study, here, claims = campaign.study, settings(campaign), campaign.claims("regularizers")
+    tuned = regularizers.outcome(study, here, regularizers.row_of(PLAIN)).point
+    assert tuned is not None
+    flagged = set()
+    for row in ROWS[1:]:
+        point = regularizers.outcome(study, here, row).point
+        ends = [name for name, values in row.arm.grids.items() if point.get(name) in (values[0], values[-1])]
+        ends = [name.split(".")[-1] for name in ends] + ["wd"] * (point.wd in (0.1, tuned.wd))
+        id = f"regularizers.repeated.{row.arm.label}".replace(" ", "-").lower()
+        reasons = [why for why in claims[id].provisional if "end of its grid" in why] if id in claims else []
+        if id in claims:
+            assert [set(why.split(": ")[1].split(", ")) for why in reasons] == ([set(ends)] if ends else [])
+        flagged.add(bool(reasons))
+    assert flagged == {True, False}
+
+
 def test_members_are_the_seeds_and_a_second_pass_is_priced(campaign: MadeUpCampaign) -> None:
     members = {name for ensemble in campaign.ensembles for name in ensemble.runs}
     stable = {run.name for run in campaign.runs if isinstance(run.regularizer, StableMax)}
