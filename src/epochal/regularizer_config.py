@@ -41,6 +41,7 @@ class Base(Ranged):
     passes: ClassVar[float] = 1.0  # forward and backward passes of a step, relative to a plain one
     reach: ClassVar[str] = "any"
     per_position: ClassVar[bool] = False  # keeps a value for every position of the text
+    copies: ClassVar[int] = 0  # of the weights or gradients that a step holds, float32
     has_loss: ClassVar[bool] = False  # replaces the cross-entropy of the labels
     knob: ClassVar[str] = ""  # the field that switches it off at zero
 
@@ -97,6 +98,7 @@ class OrthogonalStep(Base):
 
     of: Annotated[str, OneOf(STEPS)] = "gradient"
     reach: ClassVar[str] = "whole"
+    copies: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ class LookAhead(Base):
     radius: Strength = 0.3  # L2 norm of the temporary step at the peak learning rate; it follows the schedule
     knob: ClassVar[str] = "radius"
     reach: ClassVar[str] = "one"
+    copies: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,7 @@ class GradientNorm(Base):
     knob: ClassVar[str] = "strength"
     passes: ClassVar[float] = 2.0
     reach: ClassVar[str] = "one"
+    copies: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,7 @@ class SelfTunedDecay(Base):
     every: ClassVar[int] = 4  # steps between two changes, each of which costs a pass
     passes: ClassVar[float] = 1.25
     reach: ClassVar[str] = "one"
+    copies: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from epochal.distributed.memory import (
 )
 from epochal.distributed.presets import Preset
 from epochal.doctor import gpu_advice
-from epochal.models.config import read_config
-from epochal.run import AdamW, Run
+from epochal.models.config import parameter_counts, read_config
+from epochal.run import AdamW, LookAhead, OrthogonalStep, OwnPredictions, RandomTokens, Run
 
 H100 = device_bytes("NVIDIA H100 80GB HBM3") or 0.0
 FSDP2 = Preset("fsdp2")
@@ -87,3 +87,18 @@ def test_workers_of_a_gpu_share_the_cores(monkeypatch: pytest.MonkeyPatch, jobs:
     shares = [_cores(number, jobs) for number in range(jobs)]
     assert {core for share in shares for core in share} == {2, 3, 5, 7}
     assert all(shares) and (jobs > 4 or sum(map(len, shares)) == 4)
+
+
+def test_what_a_regularizer_keeps_is_counted() -> None:
+    """Distributions of float16 for every position dominate; a step along a gradient holds two copies of the weights."""
+    plain = run("ic-150m", sequences=8, length=1024, data_order="sequences")
+
+    def total(**changes: Any) -> float:
+        return estimate_memory(replace(plain, **changes), 2, world=1, preset=Preset(), vocab_size=1000).total
+
+    table = 8 * 1024 * 1000 * 2
+    batch = 3 * 2 * 1024 * 1000 * 4
+    assert total(regularizer=OwnPredictions()) - total() == table + batch
+    weights = parameter_counts("ic-150m", vocab_size=1000).total
+    for copies, regularizer in ((0, RandomTokens()), (1, OrthogonalStep(of="update")), (2, LookAhead())):
+        assert total(regularizer=regularizer) - total() == pytest.approx(4 * copies * weights)

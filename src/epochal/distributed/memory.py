@@ -28,11 +28,12 @@ class MemoryEstimate:
     gathered: float  # whole weights that a sharded backend holds for a while
     activations: float
     head: float  # a chunk of logits, gradients of the head and of the hidden states
+    regularizer: float = 0.0  # what it keeps of the text, the weights and the gradients
 
     @property
     def total(self) -> float:
         """The sum."""
-        return self.states + self.gathered + self.activations + self.head
+        return self.states + self.gathered + self.activations + self.head + self.regularizer
 
 
 def estimate_memory(
@@ -63,7 +64,19 @@ def estimate_memory(
         gathered=gathered,
         activations=passes * tokens * _activation_bytes(shape, run, preset),
         head=4.0 * min(LOGIT_CHUNK, tokens * V) + 4.0 * V * h + 8.0 * tokens * h,
+        regularizer=_regularizer_bytes(run, counts.total, tokens, V),
     )
+
+
+def _regularizer_bytes(run: Run, weights: int, tokens: int, vocab_size: int) -> float:
+    choice = run.regularizer
+    if choice is None:
+        return 0.0
+    copies = 4.0 * choice.copies * weights
+    if not choice.per_position:
+        return copies
+    # A float16 distribution for every position; of a micro-batch the stored one, log-probabilities and probabilities whole.
+    return copies + 2.0 * (run.unique_tokens - run.holdout_tokens) * vocab_size + 12.0 * tokens * vocab_size
 
 
 def _activation_bytes(shape: Shape, run: Run, preset: Preset) -> float:
