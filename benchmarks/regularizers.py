@@ -1,6 +1,6 @@
 """Time of a training step with each arm of the recipe `regularizers`, over that of a plain step.
 
-    epochal data kjv && python benchmarks/regularizers.py       w32 on one CPU thread (minutes), into regularizers.csv
+    python benchmarks/regularizers.py       w32 on one CPU thread (minutes), into regularizers.csv
 
 Each arm trains a short run of the scale `regularizers`, its knob in the middle of its values; the time is the training loop's,
 without evaluations. Arms alternate, and ratios are to the plain run of the same round, so that load on the machine cancels.
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from measure import HERE, append, environment
 
+from epochal.data.prepare import prepare
 from epochal.records import Records, Workspace
 from epochal.run import Run
 from epochal.scale import Point, load_scale
@@ -48,11 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="w32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", type=Path, default=Path("work"), help="the folder with data/kjv")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="where the token store is, or will be built")
     parser.add_argument("--csv", type=Path, default=HERE / "regularizers.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     scale = load_scale("regularizers")
+    prepare(scale.data, options.work / "data")
     study = Study(Records(Workspace(scale.name, Path("results"), options.work)), scale)
     runs = {row.arm.label: short_run(study, options.model, row) for row in ROWS}
     step_milliseconds(runs[PLAIN], options.work / "data")  # what is done once in a process

@@ -178,16 +178,20 @@ def _claim(
     )
 
 
+def _lasting(found: dict[int, Multiples]) -> dict[str, dict[int, DataEfficiency]]:
+    """Return the multiples of LASTING by budget, where enough budgets have them."""
+    series = {what: {d: values[what] for d, values in sorted(found.items()) if what in values} for what in LASTING}
+    return {what: values for what, values in series.items() if len(values) >= FEWEST_BUDGETS}
+
+
 def _lasting_claims(study: Study, found: dict[int, Multiples]) -> list[Claim]:
     """Does the multiple persist where there is more text? The slope of its logarithm over that of D."""
     from scipy.special import stdtrit
     from scipy.stats import linregress
 
     claims = []
-    for what in LASTING:
-        multiples = {budget: values[what].multiple for budget, values in found.items() if what in values}
-        if len(multiples) < FEWEST_BUDGETS:
-            continue
+    for what, values in _lasting(found).items():
+        multiples = {budget: value.multiple for budget, value in values.items()}
         fit = linregress(
             [math.log2(budget) for budget in multiples], [math.log2(value) for value in multiples.values()]
         )
@@ -304,10 +308,7 @@ def _finite(value: float) -> float | None:
 
 def _lasting_figure(found: dict[int, Multiples]) -> list[Figure]:
     """Draw the multiples against D; none before enough budgets have them."""
-    series = {
-        what: {budget: values[what] for budget, values in sorted(found.items()) if what in values} for what in LASTING
-    }
-    series = {what: values for what, values in series.items() if len(values) >= FEWEST_BUDGETS}
+    series = _lasting(found)
 
     def draw(axes: Any) -> None:
         for what, values in series.items():

@@ -25,7 +25,6 @@ TUNED = Arm("tuned")
 
 # A three-constant law in N needs at least three sizes.
 FEWEST_SIZES = 3
-FEWEST_FOR_INTERVAL = 4  # sizes of a law that says how far its predictions may be off
 WINDOW = (0.20, 0.52)  # epochs; the paper's averaging windows 1 / (lr wd steps per epoch)
 SEED_MOVES = 0.02  # nats; the most that the paper's limit moves between seeds
 
@@ -288,7 +287,7 @@ def _largest_claim(study: Study) -> list[Claim]:
     for tokens in study.scale.unique_tokens:
         *smaller, largest = study.scale.models_at(tokens)
         law, measured = size_law(study, tokens, models=tuple(smaller)), best(study, largest, tokens)
-        if len(smaller) >= FEWEST_FOR_INTERVAL and law is not None and law.interval and measured:
+        if law is not None and law.interval and measured:
             ends = law.predict_interval(float(measured.parameters), seeds=len(measured.records))
             low, high = (float(end) for end in ends)
             found.append(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epochal.campaign.plan import campaign_jobs, load_recipe, ready_jobs
+from epochal.campaign.plan import campaign_jobs, load_recipe, partition_jobs
 from epochal.records import Record, Records, Workspace, write_record
 from epochal.report.claims import Claim
 from epochal.report.sections import Section
@@ -152,8 +152,11 @@ def simulate(
     records, rounds = MadeUpRecords(), list[tuple[Job, ...]]()
     for _ in range(200):
         # Refuses a plan in which a job reads another that nobody plans.
-        ready = tuple(ready_jobs(campaign_jobs(recipes, records, scale), records))
+        status = partition_jobs(campaign_jobs(recipes, records, scale), records)
+        ready = status.ready
         if not ready:
+            causes = {name for lacking in status.waiting.values() for name in lacking} - status.waiting.keys()
+            assert all(map(records.diverged, causes)), f"nothing is ready, and {status.waiting} wait"
             return MadeUpCampaign(scale, tuple(rounds), records)
         if some is not None:
             ready = tuple(some.sample(ready, some.randint(1, len(ready))))

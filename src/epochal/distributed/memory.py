@@ -72,11 +72,11 @@ def _regularizer_bytes(run: Run, weights: int, tokens: int, vocab_size: int) -> 
     choice = run.regularizer
     if choice is None:
         return 0.0
-    copies = 4.0 * choice.copies * weights
-    if not choice.per_position:
-        return copies
-    # A float16 distribution for every position; of a micro-batch the stored one, log-probabilities and probabilities whole.
-    return copies + 2.0 * (run.unique_tokens - run.holdout_tokens) * vocab_size + 12.0 * tokens * vocab_size
+    # A float16 distribution for every position of the text.
+    stored = 2.0 * (run.unique_tokens - run.holdout_tokens) * vocab_size if choice.per_position else 0.0
+    # Such a loss has whole rows of a micro-batch: logits, probabilities and their gradient.
+    rows = 12.0 * tokens * vocab_size if choice.has_loss else 0.0
+    return 4.0 * choice.copies * weights + stored + rows
 
 
 def _activation_bytes(shape: Shape, run: Run, preset: Preset) -> float:
