@@ -284,7 +284,7 @@ def cost_of(
         seconds += more / speed / scale.hardware.devices
         match job:
             case Run():
-                disk += BYTES_PER_WEIGHT * parameter_counts(job.model, vocab_size=vocab_size).total
+                disk += BYTES_PER_WEIGHT * _weights(job.model, vocab_size, Path.cwd())
             case Samples():
                 disk += 4 * job.tokens
             case Targets():
