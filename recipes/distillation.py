@@ -29,8 +29,8 @@ TEACHERS = {"ensemble": "the ensemble", "self": "one member of its own size"}
 SYNTHETIC = "self-alone"
 # Text of one member that continues documents, each continuation a document of its own or all of one document as one.
 MEGADOCS = {
-    "separate": "separate continuations of documents",
-    "stretched": "documents stretched by their continuations",
+    "separate": "separate continuations",
+    "stretched": "stretched documents",
 }
 
 
@@ -324,7 +324,7 @@ def _megadocs_claim(study: Study, missing: tuple[str, ...]) -> list[Claim]:
         return []
     return [
         welch_claim(
-            f"a student of {MEGADOCS['stretched']} beats one of {MEGADOCS['separate']}",
+            f"a student of documents stretched by their continuations beats one of {MEGADOCS['separate']}",
             one,
             apart,
             id="distillation.megadocs",

@@ -76,7 +76,8 @@ def members(axes):
 
 
 def rows(axes):
-    draw_ranking(axes, ["a long name of one optimizer", "b"], [4.1, 4.2], low=[4.0, None], high=[4.3, None])
+    names = ["a long name of one optimizer", "b", "a name that would leave no room for the numbers of the axis"]
+    draw_ranking(axes, names, [4.1, 4.2, 4.55], low=[4.0, None, None], high=[4.3, None, None])
     axes.set_xlabel("validation loss (nats per token)")
 
 

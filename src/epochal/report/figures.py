@@ -23,6 +23,7 @@ PAGE_SIZE = (5.4, 3.4)  # inches on the page, where the legend is text below the
 POINTS_PER_INCH = 72  # SVG units
 AVERAGE_LINES = {"logits": "-", "probs": (0, (4, 2)), "parameters": (0, (1, 1.5))}
 LIMIT = "limit"  # gid of the mark of an asymptote
+LONGEST_NAME = 34  # letters of a row's name that leave room for the axis
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -238,8 +239,8 @@ def draw_ranking(
 ) -> Any:
     """Draw one row for each name from top to bottom: its value as a point, written next to the name.
 
-    `low` and `high` are optional 90% intervals; None leaves a gap. Returns the points. Raises ValueError for sequences of
-    different lengths.
+    A name longer than LONGEST_NAME letters is cut on the axis; the point shows it whole. `low` and `high` are optional 90%
+    intervals; None leaves a gap. Returns the points. Raises ValueError for sequences of different lengths.
     """
     import numpy as np
 
@@ -259,7 +260,7 @@ def draw_ranking(
         for name, x, a, b in zip(names, xs, lows, highs, strict=True)
     ]
     shown = [
-        f"{plain(name)}: {x:.3f}" if math.isfinite(x) else f"{plain(name)}: –"
+        f"{plain(_cut(name))}: {x:.3f}" if math.isfinite(x) else f"{plain(_cut(name))}: –"
         for name, x in zip(names, xs, strict=True)
     ]
     axes.set_yticks(places, shown)
@@ -279,6 +280,10 @@ def compact(value: float) -> str:
 def plain(text: str) -> str:
     """Return a label in which matplotlib reads no formula, which stands between two dollar signs."""
     return text.replace("$", r"\$")
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def _marker(color: Any) -> str:
