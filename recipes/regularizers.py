@@ -17,6 +17,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
+from epochal.campaign.plan import flops_of
 from epochal.names import named_ensemble
 from epochal.ranges import Ranged, Repeats, Tokens
 from epochal.records import Record
@@ -34,7 +35,9 @@ from epochal.run import (
     OwnPredictions,
     RandomTokens,
     Run,
+    SecondToken,
     SelfTunedDecay,
+    SelfTunedDropout,
     StableMax,
     StochasticDepth,
 )
@@ -97,6 +100,22 @@ ROWS = (
         regularizer=SelfTunedDecay(),
         holdout_tokens=2048,  # bought like the others: the arm trains on the rest of D
     ),
+    _row(
+        "self-tuned dropout",
+        "hypergradient, as for decay",
+        "regularizer.rate",
+        (0.03, 0.1, 0.3),
+        regularizer=SelfTunedDropout(),
+        dropout=0.1,  # at the start
+        holdout_tokens=2048,
+    ),
+    _row(
+        "second token",
+        "arXiv 2404.19737, a linear map",
+        "regularizer.weight",
+        (0.1, 0.3, 0.5),
+        regularizer=SecondToken(),
+    ),
     _row("StableMax", "arXiv 2501.04697", regularizer=StableMax(), members=False),
     _row(MUON, "baseline of MuonEq-R", optimizer=Muon()),
     _row("MuonEq-R", "NanoGPT Slowrun", optimizer=Muon(normalize_rows=True), baseline=MUON),
@@ -104,7 +123,6 @@ ROWS = (
 # What has been proposed but is not in the table, and why.
 NOT_AVAILABLE = {
     "weight compander": "arXiv 2306.16993: its section III, with the formula, is in no text that could be read",
-    "multi-token prediction": "needs a head and a block for each further token, which no model file here has",
     "discretization drift (DAL)": "arXiv 2302.01952: a step size for gradient descent, not defined for Adam",
 }
 
@@ -224,7 +242,7 @@ class Outcome:
     once: dict[int, Record]  # by seed, in one pass
     law: MembersLaw | None  # of its seeds as members
     sharpness: float | None  # the largest eigenvalue of the Hessian at the end, mean over seeds
-    passes: float
+    flops: float  # of one of its seeds
     edges: tuple[str, ...]  # tuned fields whose grid ends at the point
 
     @property
@@ -238,16 +256,18 @@ def outcome(study: Study, here: Settings, row: Row) -> Outcome:
     found = search(study, here, row)
     point, certificate = _best(found), found.certificate()
     runs = repeated(study, here, row, point)
+    repeats = study.finite(dict(enumerate(runs)))
     together = ensemble(row, runs)
     record = None if together is None else study.records.get(together)
     fresh = study.finite(dict(enumerate(once(study, here, row, point))))
-    passes = runs[0].passes if runs else 1.0
+    vocabulary = next((record.results["text"]["vocab_size"] for record in repeats.values()), None)
+    flops = max((flops_of(record.job, vocabulary) for record in repeats.values()), default=0.0)
     sharp = None if record is None else record.results.get("sharpness")
     sharp = statistics.fmean(sharp) if sharp else None
     # The epochs have two values, so one of them is always at an end.
     ends = [name for name in certificate.edges if name != "epochs"] if certificate is not None else []
     edges = tuple(name.rpartition(".")[2] for name in ends)
-    return Outcome(row, point, study.finite(dict(enumerate(runs))), fresh, _law(record), sharp, passes, edges)
+    return Outcome(row, point, repeats, fresh, _law(record), sharp, flops, edges)
 
 
 def _law(record: Record | None) -> MembersLaw | None:
@@ -340,7 +360,7 @@ def _cells(
     if one.point is None or not one.records:
         return (one.label, one.row.source, *(None,) * (len(COLUMNS) - 2))
     base, gains, alone = found[one.row.baseline], repeats.get(one.label, []), fresh.get(one.label, [])
-    cost = None if base.point is None else one.passes * one.point.epochs / (base.passes * base.point.epochs)
+    cost = one.flops / base.flops if base.flops else None
     limits = (one.law, base.law) if one is not base else (None, None)
     knob = ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in one.point.more)
     return (

@@ -55,12 +55,14 @@ def row_dropout_kernel(x: Tensor, seeds: Tensor, p: float) -> Tensor:
 
 
 @torch.library.custom_op("epochal_kernels::row_dropout", mutates_args=())
-def row_dropout(x: Tensor, seeds: Tensor, p: float) -> Tensor:
+def row_dropout(x: Tensor, seeds: Tensor, share: Tensor) -> Tensor:
     """Drop a share p of each row; divide the others by 1 - p.
 
-    x (b, ...), seeds (b,): row i draws its mask from seeds[i].
+    x (b, ...), seeds (b,): row i draws its mask from seeds[i]. `share` is p, 0-d on the CPU: a compiled graph takes a tensor as
+    an input, where another float would be another graph.
     Raises ValueError for another number of seeds than rows, or a p outside of [0, 1).
     """
+    p = float(share)
     if seeds.shape != x.shape[:1] or not 0 <= p < 1:
         raise ValueError(
             f"row_dropout: seeds {tuple(seeds.shape)} and p {p} for x {tuple(x.shape)}; pass one seed a row, 0 <= p < 1."
@@ -72,18 +74,16 @@ def row_dropout(x: Tensor, seeds: Tensor, p: float) -> Tensor:
 
 
 @row_dropout.register_fake
-def _(x, seeds, p):
+def _(x, seeds, share):
     return torch.empty_like(x)
 
 
 def _save(ctx, inputs, output):
-    _, seeds, ctx.p = inputs
-    ctx.save_for_backward(seeds)
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx, gradient):
-    (seeds,) = ctx.saved_tensors
-    return row_dropout(gradient, seeds, ctx.p), None, None
+    return row_dropout(gradient, *ctx.saved_tensors), None, None
 
 
 row_dropout.register_autograd(_backward, setup_context=_save)

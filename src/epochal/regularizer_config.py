@@ -21,7 +21,9 @@ __all__ = [
     "OwnPredictions",
     "RandomTokens",
     "Regularizer",
+    "SecondToken",
     "SelfTunedDecay",
+    "SelfTunedDropout",
     "StableMax",
     "StochasticDepth",
 ]
@@ -43,6 +45,7 @@ class Base(Ranged):
     per_position: ClassVar[bool] = False  # keeps a value for every position of the text
     copies: ClassVar[int] = 0  # of the weights or gradients that a step holds, float32
     has_loss: ClassVar[bool] = False  # replaces the cross-entropy of the labels
+    more_heads: ClassVar[int] = 0  # passes through the head that a plain step lacks, each after a map
     knob: ClassVar[str] = ""  # the field that switches it off at zero
 
     @property
@@ -136,6 +139,29 @@ class SelfTunedDecay(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfTunedDropout(Base):
+    """Dropout follows its hypergradient on the tokens that the run holds out."""
+
+    rate: Strength = 0.1  # change of log dropout where more of it moves the weights along the held-out gradient
+    knob: ClassVar[str] = "rate"
+    every: ClassVar[int] = 4  # steps between two changes, each of which costs three passes
+    passes: ClassVar[float] = 1.75
+    reach: ClassVar[str] = "one"
+    copies: ClassVar[int] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondToken(Base):
+    """Multi-token prediction: a linear map and the shared head also predict the token after the next one."""
+
+    weight: Strength = 0.3  # of that loss
+    knob: ClassVar[str] = "weight"
+    reach: ClassVar[str] = "one"
+    has_loss: ClassVar[bool] = True
+    more_heads: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class StableMax(Base):
     """Probabilities proportional to a function that is linear for large logits, in training and evaluation."""
 
@@ -151,5 +177,7 @@ Regularizer = (
     | LookAhead
     | GradientNorm
     | SelfTunedDecay
+    | SelfTunedDropout
+    | SecondToken
     | StableMax
 )

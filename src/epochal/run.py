@@ -199,10 +199,12 @@ class Run(Ranged):
             raise ValueError(f"regularizer {kind} has a loss that teach would replace; leave out one of them.")
         if kind == "StableMax" and self.input_mask_prob:
             raise ValueError("regularizer StableMax has no loss on masked inputs; leave out input_mask_prob.")
-        if isinstance(self.regularizer, regularizer_config.SelfTunedDecay):
-            if not self.holdout_tokens or not self.optimizer.wd:
+        if isinstance(self.regularizer, regularizer_config.SelfTunedDecay | regularizer_config.SelfTunedDropout):
+            decays = isinstance(self.regularizer, regularizer_config.SelfTunedDecay)
+            moved = "optimizer.wd" if decays else "dropout"
+            if not self.holdout_tokens or not (self.optimizer.wd if decays else self.dropout):
                 raise ValueError(
-                    f"regularizer {kind} moves a decay above 0 by held-out text; set optimizer.wd and holdout_tokens."
+                    f"regularizer {kind} moves a {moved} above 0 by held-out text; set {moved} and holdout_tokens."
                 )
             if self.teach is not None:
                 raise ValueError(
@@ -257,7 +259,12 @@ class Run(Ranged):
     def passes(self) -> float:
         """Forward and backward passes of a step, relative to plain training; those of an online teacher apart."""
         masked = 2.0 if self.input_mask_prob else 1.0  # masked inputs are a second pass over the same tokens
-        return masked * (self.regularizer.passes if self.regularizer is not None else 1.0)
+        return masked * (1.0 if self.regularizer is None or self.regularizer.off else self.regularizer.passes)
+
+    @property
+    def more_heads(self) -> int:
+        """Passes through the head that plain training lacks, each after a linear map."""
+        return 0 if self.regularizer is None or self.regularizer.off else self.regularizer.more_heads
 
     @property
     def tau(self) -> float:

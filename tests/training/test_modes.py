@@ -96,10 +96,10 @@ def test_the_gradient_of_dropout_has_the_mask_of_its_forward_pass() -> None:
 
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     seeds = torch.tensor([5, 2**32 - 1, 0])
-    torch.autograd.gradcheck(lambda x: row_dropout(x, seeds, 0.4), x)
-    torch.library.opcheck(row_dropout, (x, seeds, 0.4), test_utils=("test_schema", "test_faketensor"))
+    torch.autograd.gradcheck(lambda x: row_dropout(x, seeds, torch.tensor(0.4)), x)
+    torch.library.opcheck(row_dropout, (x, seeds, torch.tensor(0.4)), test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(ValueError, match=r"seeds \(3,\) and p 1.5 for x"):
-        row_dropout(x, seeds, 1.5)
+        row_dropout(x, seeds, torch.tensor(1.5))
 
 
 def test_recomputed_layers_give_the_same_bits_with_dropout_and_masked_inputs_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from epochal.campaign.plan import flops_of
 from epochal.data.store import TokenStore
 from epochal.distributed.presets import Preset, check_modes
 from epochal.models.llama import build_model
@@ -28,7 +30,9 @@ from epochal.run import (
     RandomTokens,
     Regularizer,
     Run,
+    SecondToken,
     SelfTunedDecay,
+    SelfTunedDropout,
     StableMax,
     StochasticDepth,
 )
@@ -41,9 +45,11 @@ from epochal.training.regularizers.look_ahead import look_ahead
 from epochal.training.regularizers.orthogonal import orthogonal, orthogonal_step
 from epochal.training.regularizers.own_predictions import soft_target_loss, weight_at
 from epochal.training.regularizers.random_tokens import replace_tokens
+from epochal.training.regularizers.second_token import SecondTokenMap
 from epochal.training.regularizers.stable_max import stable_logits
 from epochal.training.regularizers.stochastic_depth import keep_factors, skip_share
 from epochal.training.regularizers.tuned_decay import TunedDecay
+from epochal.training.regularizers.tuned_dropout import TunedDropout
 
 ALL: dict[str, Regularizer] = {
     type(each).__name__ + getattr(each, "of", ""): each
@@ -57,6 +63,8 @@ ALL: dict[str, Regularizer] = {
         LookAhead(),
         GradientNorm(),
         SelfTunedDecay(),
+        SelfTunedDropout(),
+        SecondToken(),
         StableMax(),
     )
 }
@@ -67,6 +75,7 @@ OFF: tuple[Regularizer, ...] = (
     EarlyLearning(strength=0.0),
     LookAhead(radius=0.0),
     GradientNorm(strength=0.0),
+    SecondToken(weight=0.0),
 )
 World = tuple[Workspace, TokenStore, Path]
 
@@ -197,6 +206,11 @@ def test_the_second_half_of_a_batch_is_seen_after_a_step_of_the_first() -> None:
     assert torch.equal(w.detach(), before)
 
 
+def groups_of(weight: torch.Tensor) -> list[dict[str, Any]]:
+    """The groups of an optimizer of one matrix."""
+    return [{"params": [weight], "decay_scale": 1.0}]
+
+
 def test_the_decay_moves_along_its_hypergradient() -> None:
     """Against a central difference of the held-out loss in log wd, through a step with decoupled decay."""
     choice, lr, wd = SelfTunedDecay(rate=0.3), 0.1, 0.8
@@ -212,13 +226,92 @@ def test_the_decay_moves_along_its_hypergradient() -> None:
     tuned = TunedDecay(choice, held_out.numpy(), batch_size=2)
     moved = after_step(math.log(wd)).requires_grad_()
     for step in range(choice.every):
-        tuned.before(step, [w])
-        assert tuned.factor == 1.0
-        tuned.after(step, [moved], quadratic(moved), 0)
+        tuned.before(step, groups_of(w))
+        assert tuned.decay_factor == 1.0
+        tuned.after(step, groups_of(moved), quadratic(moved), held_out, 0)
     gradient = H @ (moved.detach() - held_out.mean(0))
     # dL / d log wd = -lr wd <g, w>, so the decay moves against the slope, by at most its rate.
     cosine = -slope / (lr * wd * float(gradient.norm() * w.norm()))
-    assert math.log(tuned.factor) == pytest.approx(0.3 * cosine, rel=1e-6)
+    assert math.log(tuned.decay_factor) == pytest.approx(0.3 * cosine, rel=1e-6)
+
+
+def test_the_dropout_moves_along_its_hypergradient() -> None:
+    """Against a central difference in log p of the held-out loss after a step, for a gradient that is linear in p."""
+    choice, lr, p = SelfTunedDropout(rate=0.3), 0.1, 0.2
+    w, g, slope_of_g, held_out = drawn(3), drawn(3, seed=1), drawn(3, seed=2), drawn(2, 3, seed=3)
+
+    def after_step(log_p: float) -> torch.Tensor:
+        return w - lr * (g + math.exp(log_p) * slope_of_g)
+
+    def loss(log_p: float) -> float:
+        return sum(float(0.5 * (after_step(log_p) - x) @ H @ (after_step(log_p) - x)) for x in held_out) / 2
+
+    slope = (loss(math.log(p) + 1e-5) - loss(math.log(p) - 1e-5)) / 2e-5
+    noise = Noise(seed=0, dropout=p, input_mask_prob=0.0)
+    tuned = TunedDropout(choice, noise, held_out.numpy(), batch_size=2)
+    moved = after_step(math.log(p)).requires_grad_()
+
+    def accumulate(rows: torch.Tensor, first_row: int) -> torch.Tensor:
+        if torch.equal(rows, held_out):
+            assert noise.dropout == 0.0
+            return quadratic(moved)(rows, first_row)
+        moved.grad = g + noise.dropout * slope_of_g
+        return torch.zeros(())
+
+    for step in range(choice.every):
+        assert tuned.results == {"dropout_factor": 1.0}
+        tuned.before(step, groups_of(w))
+        tuned.after(step, groups_of(moved), accumulate, torch.zeros(2, 3), 0)
+    gradient = H @ (moved.detach() - held_out.mean(0))
+    cosine = -slope / (lr * p * float(gradient.norm() * slope_of_g.norm()))
+    assert abs(cosine) > 0.1
+    assert math.log(tuned.results["dropout_factor"]) == pytest.approx(0.3 * cosine, rel=1e-6)
+    tuned.before(choice.every, groups_of(moved))
+    assert noise.dropout == pytest.approx(p * math.exp(0.3 * cosine))
+    tuned.tensors["log_dropout"].fill_(10.0)
+    assert tuned.share == 0.6, "p + p / 2 must stay below 1"
+
+
+def test_a_run_tunes_its_dropout_on_text_that_it_does_not_train_on(world: World) -> None:
+    space, _, config = world
+    runs = [short(config, name=f"dropout-rate{rate}", **changed(SelfTunedDropout(rate=rate))) for rate in (0.0, 1.0)]
+    fixed = short(config, name="fixed-dropout", holdout_tokens=256, dropout=0.2)
+    off, on, plain = (trained(run, space) for run in (*runs, fixed))
+    assert plain.results["curve"] == off.results["curve"] != on.results["curve"]
+    assert "dropout_factor" not in off.results
+    assert on.results["dropout_factor"] != 1.0
+    assert [run.passes for run in runs] == [1.0, 1.75], "three passes more in every fourth step"
+
+
+def test_the_loss_of_the_second_token_is_the_cross_entropy_two_ahead() -> None:
+    """Against float64 over positions one by one, in value and gradient of hidden states, head and map."""
+    tokens, head = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0)), drawn(11, 4).requires_grad_()
+    hidden, second = drawn(2, 5, 4, seed=1).requires_grad_(), SecondTokenMap(4, torch.device("cpu"))
+    matrix = (torch.eye(4, dtype=torch.float64) + 0.1 * drawn(4, 4, seed=2)).requires_grad_()
+    second.map.data = matrix.detach().float()
+    exact = sum(
+        -torch.log_softmax(head @ (matrix @ hidden[row, place]), 0)[tokens[row, place + 2]]
+        for row in range(2)
+        for place in range(4)
+    )
+    exact_gradients = torch.autograd.grad(exact / 10, [hidden, head, matrix])
+    single, flat = head.detach().float().requires_grad_(), hidden.detach().float().flatten(0, 1).requires_grad_()
+    loss = second.loss(flat, single, tokens, 10.0)
+    assert loss.item() == pytest.approx(exact.item() / 10, rel=1e-6)
+    found = torch.autograd.grad(loss, [flat, single, second.map])
+    for one, other in zip(found, exact_gradients, strict=True):
+        torch.testing.assert_close(one.double().reshape(other.shape), other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_map_of_the_second_token_learns_and_is_not_in_the_model(world: World, plain: tuple[Record, Any]) -> None:
+    space, _, config = world
+    run = short(config, name="second", regularizer=SecondToken())
+    trained(run, space)
+    assert weights(space, "second").keys() == plain[1].keys()
+    # As many passes, and 6 more FLOPs for each weight of the map and of the head.
+    vocabulary, width = 512, 16
+    bare = dataclasses.replace(run, regularizer=None)
+    assert flops_of(run, vocabulary) - flops_of(bare, vocabulary) == 6 * run.tokens * width * (width + vocabulary)
 
 
 def test_a_run_tunes_its_decay_on_text_that_it_does_not_train_on(world: World) -> None:
@@ -269,7 +362,12 @@ def short(config: Path, **changes: Any) -> Run:
 
 def changed(regularizer: Regularizer) -> dict[str, Any]:
     """A regularizer as a field of a run, with the held-out text that it needs."""
-    return {"regularizer": regularizer, **({"holdout_tokens": 256} if isinstance(regularizer, SelfTunedDecay) else {})}
+    more: dict[str, Any] = {}
+    if isinstance(regularizer, SelfTunedDecay | SelfTunedDropout):
+        more["holdout_tokens"] = 256
+    if isinstance(regularizer, SelfTunedDropout):
+        more["dropout"] = 0.2
+    return {"regularizer": regularizer, **more}
 
 
 def trained(run: Run, space: Workspace) -> Record:

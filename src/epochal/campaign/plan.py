@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from epochal.config import REPOSITORY, find_config, nearest
-from epochal.models.config import check_run, parameter_counts
+from epochal.models.config import check_run, head_parameters, parameter_counts
 from epochal.records import Record, Records, Workspace
 from epochal.run import Ensemble, Job, Run, Samples, Targets, inputs
 from epochal.scale import Scale
@@ -218,6 +218,8 @@ def flops_of(job: Job, vocab_size: int | None = None, jobs: Mapping[str, Job] | 
     if not isinstance(job, Run):
         return 0.0
     per_token = 6.0 * job.passes * _weights(job.model, vocab_size, Path.cwd())
+    if job.more_heads:
+        per_token += 6.0 * job.more_heads * head_parameters(job.model, vocab_size=vocab_size)
     if job.teach is not None and job.teach.mode == "online":
         # A teacher has a forward pass only, 2 N per token.
         models = _models_of(job.teach.source, jobs or {})

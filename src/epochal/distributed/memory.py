@@ -64,19 +64,21 @@ def estimate_memory(
         gathered=gathered,
         activations=passes * tokens * _activation_bytes(shape, run, preset),
         head=4.0 * min(LOGIT_CHUNK, tokens * V) + 4.0 * V * h + 8.0 * tokens * h,
-        regularizer=_regularizer_bytes(run, counts.total, tokens, V),
+        regularizer=_regularizer_bytes(run, counts.total, tokens, V, h),
     )
 
 
-def _regularizer_bytes(run: Run, weights: int, tokens: int, vocab_size: int) -> float:
+def _regularizer_bytes(run: Run, weights: int, tokens: int, vocab_size: int, width: int) -> float:
     choice = run.regularizer
     if choice is None:
         return 0.0
     # A float16 distribution for every position of the text.
     stored = 2.0 * (run.unique_tokens - run.holdout_tokens) * vocab_size if choice.per_position else 0.0
     # Such a loss has whole rows of a micro-batch: logits, probabilities and their gradient.
-    rows = 12.0 * tokens * vocab_size if choice.has_loss else 0.0
-    return 4.0 * choice.copies * weights + stored + rows
+    rows = 12.0 * tokens * vocab_size if choice.has_loss and not choice.more_heads else 0.0
+    # A linear map with its gradient and two moments, and its outputs and inputs with theirs.
+    heads = 16.0 * choice.more_heads * width * (width + tokens)
+    return 4.0 * choice.copies * weights + stored + rows + heads
 
 
 def _activation_bytes(shape: Shape, run: Run, preset: Preset) -> float:

@@ -435,6 +435,14 @@ def flops_per_token(
     return flops
 
 
+def head_parameters(config: Mapping[str, Any] | str | Path, *, vocab_size: int | None = None) -> int:
+    """Return the parameters that one more head multiplies: a linear map of the width and the head of the model."""
+    if isinstance(config, str | Path):
+        config = read_config(config)
+    width = shape_of(config).width
+    return width * (width + (config["vocab_size"] if vocab_size is None else vocab_size))
+
+
 def _check_heads(config: Mapping[str, Any], where: str) -> None:
     width, _, heads, kv_heads, head_dim, *_ = shape_of(config)
     learned = config.get("model_type") == "gpt2"

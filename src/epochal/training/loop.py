@@ -25,7 +25,7 @@ from epochal.distributed.presets import check_modes
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.meaning import describe, meaning_of, take_folder
-from epochal.models.config import check_run, flops_per_token, parameter_counts, read_config
+from epochal.models.config import check_run, flops_per_token, head_parameters, parameter_counts, read_config
 from epochal.models.folder import save_model, write_settings
 from epochal.models.layers import apply_modes, eager, set_deterministic, use_bf16_residual
 from epochal.models.llama import build_model, next_token, start_from
@@ -39,7 +39,7 @@ from epochal.training.checkpoint import Checkpoint, newest_checkpoint, save_chec
 from epochal.training.noise import MASKED_WEIGHT, Noise
 from epochal.training.regularizers.anchor import check_anchor, load_anchor, old_text
 from epochal.training.regularizers.losses import RegularizedLoss, regularized_loss
-from epochal.training.regularizers.tuned_decay import tuned_decay
+from epochal.training.regularizers.tuned_dropout import self_tuned
 from epochal.training.schedule import decay_multiplier, multiplier
 from epochal.training.step import TrainingStep, gradient_pass
 from epochal.training.teacher import Teacher, load_teacher
@@ -165,9 +165,9 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     make_optimizer = functools.partial(
         build_optimizer, choice=run.optimizer, steps=run.steps, warmup_steps=warmup_steps
     )
-    own = regularized_loss(run, batches.real, store.vocab_size, processes.device)
+    own = regularized_loss(run, batches.real, model.config, processes.device)
     processes.prepare(ModelWithLoss(model, noise, teacher, run.precision, own), make_optimizer, run.precision)
-    anchor, tuned = load_anchor(run, build, model, store, workspace, records), tuned_decay(run, store)
+    anchor, tuned = load_anchor(run, build, model, store, workspace, records), self_tuned(run, store, noise)
     # What a checkpoint holds of the regularizer.
     regularizer_state = own.tensors if own is not None else tuned.tensors if tuned is not None else {}
     # After `prepare`, so that the average is on the device of the weights.
@@ -184,7 +184,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
     clock, check = StepClock(processes.device), ShardedUpdateCheck(processes, run.name)
     stopper = Stopper(processes, options.checkpoint_seconds)
     training_step = TrainingStep(
-        run, processes, gradient_pass(processes, model), options.micro_batch, clock, check, anchor, tuned
+        run, processes, gradient_pass(processes, model), options.micro_batch, clock, check, anchor, tuned, own
     )
     save = functools.partial(_save, run, workspace, processes, average, progress, meaning, settings, regularizer_state)
     evaluate_if_due = functools.partial(
@@ -201,7 +201,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         # Schedule: lr and weight decay of this step, for the parts of the model that decay.
         factor = multiplier(step, run.steps, warmup=run.warmup)
         wd = run.optimizer.wd * decay_multiplier(factor, kind=run.wd_schedule)
-        wd *= 1.0 if tuned is None else tuned.factor
+        wd *= 1.0 if tuned is None else tuned.decay_factor
         for group in processes.optimizer.param_groups:
             group["lr"] = run.optimizer.lr * factor
             group["weight_decay"] = wd * group["decay_scale"]
@@ -261,6 +261,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
         save_model(final, store.tokenizer_folder, workspace.folder(run.name) / "model")
     counts = parameter_counts(config, vocab_size=store.vocab_size)
     flops = run.passes * flops_per_token(config, run.sequence_length, vocab_size=store.vocab_size)
+    flops += 6.0 * run.more_heads * head_parameters(config, vocab_size=store.vocab_size)
     speed = (progress.step - start_step) * run.batch_tokens / max(hours * 3600, 1e-9)
     return Record(
         job=run,
@@ -274,8 +275,7 @@ def train(run: Run, workspace: Workspace, options: RuntimeOptions = RuntimeOptio
             "tokens": progress.step * run.batch_tokens,
             "text": store.text(run.unique_tokens),
             "spectral_norms": None if progress.diverged else spectral_norms(final),
-            # The decay at the end over that at the start.
-            **({} if tuned is None else {"decay_factor": tuned.factor}),
+            **({} if tuned is None else tuned.results),
         },
         inputs=marks,
         provenance={

@@ -39,7 +39,7 @@ class Noise:
         self.random_share = regularizer.share if isinstance(regularizer, RandomTokens) else 0.0
         self.skip_share = regularizer.share if isinstance(regularizer, StochasticDepth) else 0.0
         self.vocab_size = 0
-        self._sites: dict[str, torch.nn.Module] = {}
+        self._sites: dict[str, Any] = {}  # modules with a hook
         self._blocks: dict[str, tuple[torch.nn.Module, float]] = {}  # that may be skipped, and how often
 
     def attach(self, model: Any) -> None:
@@ -57,8 +57,9 @@ class Noise:
                 if id(module) in sites:
                     self._sites[name] = module
                     # The same function at all sites, which reads attributes: one compiled graph serves all layers.
-                    module.dropout_share, module.row_seeds = self.dropout, torch.zeros(0, dtype=torch.int64)
+                    module.row_seeds = torch.zeros(0, dtype=torch.int64)
                     module.register_forward_hook(_drop)
+            self.set_dropout(self.dropout)
 
     def _attach_skips(self, model: Any) -> None:
         layers = decoder_layers(model)
@@ -71,6 +72,12 @@ class Noise:
                 self._blocks[name] = module, skip_share(depths[id(module)], len(layers), self.skip_share)
                 module.row_factors = torch.zeros(0)
                 module.register_forward_hook(_skip)
+
+    def set_dropout(self, share: float) -> None:
+        """Drop another share from now on; only where there was dropout when the hooks were added."""
+        self.dropout = share
+        for module in self._sites.values():
+            module.dropout_share = torch.tensor(share, dtype=torch.float64)
 
     def begin(self, rows: range, name: str = "plain") -> None:
         """Draw the seeds of the next forward pass; every (row, pass, site) has its own."""

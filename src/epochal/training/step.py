@@ -14,8 +14,10 @@ from epochal.distributed.processes import Processes
 from epochal.run import Run
 from epochal.training.cuda_graph import GraphedPass
 from epochal.training.regularizers.anchor import WeightAnchor
-from epochal.training.regularizers.step import OrthogonalUpdate, add_gradients, decayed_matrices
+from epochal.training.regularizers.losses import RegularizedLoss
+from epochal.training.regularizers.step import OrthogonalUpdate, add_gradients
 from epochal.training.regularizers.tuned_decay import TunedDecay
+from epochal.training.regularizers.tuned_dropout import TunedDropout
 from epochal.training.timing import StepClock
 
 # Adds the gradient of a micro-batch (b, T), given its first row and the normaliser, and returns its loss.
@@ -44,7 +46,8 @@ class TrainingStep:
     clock: StepClock
     check: ShardedUpdateCheck
     anchor: WeightAnchor | None
-    decay: TunedDecay | None
+    tuned: TunedDecay | TunedDropout | None
+    own: RegularizedLoss | None
 
     def __call__(self, number: int, rows: Tokens, first_row: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one optimizer step over this process's rows; returns (loss, gradient norm before clipping).
@@ -54,19 +57,21 @@ class TrainingStep:
         processes, groups = self.processes, self.processes.optimizer.param_groups
         self.clock.mark()
         tokens = torch.from_numpy(rows).to(processes.device)
+        if self.tuned is not None:
+            self.tuned.before(number, groups)
         loss = add_gradients(self.run, self.accumulate, groups, tokens, first_row, factor)
         self.clock.mark()
         # Before the optimizer's step and after the gradient: both are of the same weights, and their steps add up.
         if self.anchor is not None:
             self.anchor.pull(groups)
-        if self.decay is not None:
-            self.decay.before(number, decayed_matrices(groups))
         # At the first step this compares the update with that of one process; later it does nothing.
         with OrthogonalUpdate(self.run, groups), self.check:
             norm = processes.step()
         self.clock.mark()
-        if self.decay is not None:
-            self.decay.after(number, decayed_matrices(groups), self.accumulate, first_row)
+        if self.own is not None:
+            self.own.step(groups)
+        if self.tuned is not None:
+            self.tuned.after(number, groups, self.accumulate, tokens, first_row)
             processes.optimizer.zero_grad()
         return loss, norm
 

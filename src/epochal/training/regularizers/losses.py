@@ -4,6 +4,7 @@ n positions, d width, V vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch.nn import functional
 
 from epochal.data.store import Stream
 from epochal.loss import cross_entropy
-from epochal.regularizer_config import EarlyLearning, OwnPredictions, StableMax
+from epochal.regularizer_config import EarlyLearning, OwnPredictions, SecondToken, StableMax
 from epochal.run import Run
 from epochal.training.regularizers.early_learning import CLAMP, early_learning_loss, running_average
 from epochal.training.regularizers.own_predictions import soft_target_loss, weight_at
+from epochal.training.regularizers.second_token import SecondTokenMap
 from epochal.training.regularizers.stable_max import stable_logits
+from epochal.training.regularizers.step import Groups
 
 # Rows of an evaluation's logits (rows, V).
 EVALUATED_ROWS = 1024
@@ -24,16 +27,20 @@ EVALUATED_ROWS = 1024
 class RegularizedLoss:
     """The loss of a run with one of these regularizers.
 
-    `tensors` are the state, which a checkpoint must hold: for each position a distribution (V,) in float16.
+    `tensors` are the state, which a checkpoint must hold: for each position a distribution (V,) in float16, or the map of the
+    second token.
     """
 
-    def __init__(self, run: Run, stream: Stream, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, run: Run, stream: Stream, config: Any, device: torch.device) -> None:
         self.choice, self.stream = run.regularizer, stream
         self.epochs = run.epochs
         self.tensors: dict[str, Tensor] = {}
         if run.regularizer is not None and run.regularizer.per_position:
-            shape = stream.sequences_per_epoch, stream.sequence_length - 1, vocab_size
+            shape = stream.sequences_per_epoch, stream.sequence_length - 1, config.vocab_size
             self.tensors["distributions"] = torch.zeros(shape, dtype=torch.float16, device=device)
+        self.second = SecondTokenMap(config.hidden_size, device) if isinstance(run.regularizer, SecondToken) else None
+        if self.second is not None:
+            self.tensors = self.second.tensors
 
     def loss(
         self, hidden: Tensor, head: Tensor, targets: Tensor, tokens: Tensor, rows: range, normaliser: float
@@ -41,6 +48,10 @@ class RegularizedLoss:
         """Return the summed loss over `normaliser`: hidden (n, d), head (V, d), targets (n,), tokens (b, T)."""
         if isinstance(self.choice, StableMax):
             return functional.cross_entropy(stable_logits(_logits(hidden, head)), targets, reduction="sum") / normaliser
+        if isinstance(self.choice, SecondToken):
+            assert self.second is not None
+            second = self.second.loss(hidden, head, tokens, normaliser)
+            return cross_entropy(hidden, head, targets, normaliser=normaliser) + self.choice.weight * second
         places = torch.tensor([self.stream.place(row) for row in rows], device=hidden.device)
         table = self.tensors["distributions"]
         stored = table[places].flatten(0, 1).float()
@@ -69,6 +80,11 @@ class RegularizedLoss:
             loss = cross_entropy(hidden, head, targets, normaliser=normaliser)
         return loss, log_probs.detach().exp()
 
+    def step(self, groups: Groups) -> None:
+        """Step what the loss trains itself, after the optimizer with these groups."""
+        if self.second is not None:
+            self.second.step(groups)
+
     @property
     def evaluates(self) -> bool:
         """Whether held-out text is judged by these probabilities instead of the softmax."""
@@ -81,11 +97,11 @@ class RegularizedLoss:
         )
 
 
-def regularized_loss(run: Run, stream: Stream, vocab_size: int, device: torch.device) -> RegularizedLoss | None:
-    """Return the loss of a run whose regularizer has one, None for any other."""
+def regularized_loss(run: Run, stream: Stream, config: Any, device: torch.device) -> RegularizedLoss | None:
+    """Return the loss of a run whose regularizer has one, None for any other; `config` is the model's."""
     if run.regularizer is None or not run.regularizer.has_loss or run.regularizer.off:
         return None
-    return RegularizedLoss(run, stream, vocab_size, device)
+    return RegularizedLoss(run, stream, config, device)
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:

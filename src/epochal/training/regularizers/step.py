@@ -12,11 +12,14 @@ from epochal.training.regularizers.gradient_norm import gradient_norm
 from epochal.training.regularizers.look_ahead import Accumulate, look_ahead
 from epochal.training.regularizers.orthogonal import orthogonal, orthogonal_step
 
+# Those of the optimizer.
+Groups = Sequence[dict[str, Any]]
+
 
 def add_gradients(
     run: Run,
     accumulate: Accumulate,
-    groups: Sequence[dict[str, Any]],
+    groups: Groups,
     tokens: Tensor,
     first_row: int,
     factor: float,
@@ -28,9 +31,9 @@ def add_gradients(
     """
     match run.regularizer:
         case LookAhead() as choice if not choice.off:
-            return look_ahead(accumulate, _parameters(groups), tokens, first_row, choice.radius * factor)
+            return look_ahead(accumulate, all_parameters(groups), tokens, first_row, choice.radius * factor)
         case GradientNorm() as choice if not choice.off:
-            return gradient_norm(accumulate, _parameters(groups), tokens, first_row, choice.strength, choice.radius)
+            return gradient_norm(accumulate, all_parameters(groups), tokens, first_row, choice.strength, choice.radius)
     loss = accumulate(tokens, first_row)
     if isinstance(run.regularizer, OrthogonalStep) and run.regularizer.of == "gradient":
         for parameter in decayed_matrices(groups):
@@ -39,11 +42,12 @@ def add_gradients(
     return loss
 
 
-def _parameters(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+def all_parameters(groups: Groups) -> list[Tensor]:
+    """Return the parameters of all groups."""
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def decayed_matrices(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+def decayed_matrices(groups: Groups) -> list[Tensor]:
     """Return the parameters that decay: linear maps and the head, without embedding and norms."""
     return [parameter for group in groups if group["decay_scale"] for parameter in group["params"]]
 
@@ -51,7 +55,7 @@ def decayed_matrices(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 class OrthogonalUpdate:
     """A context around an optimizer step, which makes its update orthogonal for such a run."""
 
-    def __init__(self, run: Run, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, run: Run, groups: Groups) -> None:
         self.on = isinstance(run.regularizer, OrthogonalStep) and run.regularizer.of == "update"
         self.groups = groups
 

@@ -11,17 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epochal.data.store import Tokens, TokenStore
+from epochal.data.store import Tokens
 from epochal.regularizer_config import SelfTunedDecay
-from epochal.run import Run
 from epochal.training.regularizers.look_ahead import Accumulate
 from epochal.training.regularizers.moved import TINY, total_norm
+from epochal.training.regularizers.step import Groups, decayed_matrices
 
 
 def cosine(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Return the cosine between all gradients and all weights, 0-d float64."""
     product = torch.stack([torch.sum(g.double() * w.double()) for g, w in zip(gradients, weights, strict=True)]).sum()
     return product / (total_norm(gradients).double() * total_norm(weights).double() + TINY)
+
+
+def held_out_batch(held_out: Tokens, batch_size: int, number: int) -> Tensor:
+    """Return one batch (b, T) of sequences (n, T), which repeat."""
+    first = number % (len(held_out) // batch_size) * batch_size
+    return torch.from_numpy(held_out[first : first + batch_size])
 
 
 class TunedDecay:
@@ -33,34 +39,34 @@ class TunedDecay:
         self._before: list[Tensor] = []
 
     @property
-    def factor(self) -> float:
+    def decay_factor(self) -> float:
         """What the decay of the next step is multiplied by."""
         return float(self.tensors["log_decay"].exp())
+
+    @property
+    def results(self) -> dict[str, float]:
+        """What a record says of it: the decay at the end over that at the start."""
+        return {"decay_factor": self.decay_factor}
 
     def due(self, step: int) -> bool:
         """Whether the decay moves after this step, counted from 0."""
         return step % self.choice.every == self.choice.every - 1
 
-    def before(self, step: int, decayed: Sequence[Tensor]) -> None:
-        """Keep the weights that decay, before the step of the optimizer."""
-        self._before = [weight.detach().clone() for weight in decayed] if self.due(step) else []
+    def before(self, step: int, groups: Groups) -> None:
+        """Keep the weights that decay, before this step."""
+        self._before = [weight.detach().clone() for weight in decayed_matrices(groups)] if self.due(step) else []
 
-    def after(self, step: int, decayed: Sequence[Tensor], accumulate: Accumulate, first_row: int) -> None:
-        """Move the decay, after the step of the optimizer; gradients are left as `accumulate` makes them."""
+    def after(self, step: int, groups: Groups, accumulate: Accumulate, tokens: Tensor, first_row: int) -> None:
+        """Move the decay after a step on tokens (b, T): rows from `first_row` on.
+
+        Gradients are left as `accumulate` makes them.
+        """
         if not self.due(step):
             return
-        count = len(self.held_out) // self.batch_size
-        batch = step // self.choice.every % count
-        rows = torch.from_numpy(self.held_out[batch * self.batch_size : (batch + 1) * self.batch_size])
-        accumulate(rows.to(decayed[0].device), first_row)
+        decayed = decayed_matrices(groups)
+        rows = held_out_batch(self.held_out, self.batch_size, step // self.choice.every)
+        accumulate(rows.to(tokens.device), first_row)
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in decayed]
         # On the CPU, because the next step's decay is a number that Python hands to the optimizer.
         self.tensors["log_decay"] += self.choice.rate * cosine(gradients, self._before).cpu()
         self._before = []
-
-
-def tuned_decay(run: Run, store: TokenStore) -> TunedDecay | None:
-    """Return the decay of a run that tunes it, None for any other."""
-    if not isinstance(run.regularizer, SelfTunedDecay) or run.regularizer.off:
-        return None
-    return TunedDecay(run.regularizer, store.holdout(run), run.batch_size)
