@@ -113,7 +113,7 @@ ROWS = (
         "second token",
         "arXiv 2404.19737, a linear map",
         "regularizer.weight",
-        (0.1, 0.3, 0.5),
+        (0.1, 0.3, 0.5, 1.0),
         regularizer=SecondToken(),
     ),
     _row("StableMax", "arXiv 2501.04697", regularizer=StableMax(), members=False),
