@@ -76,17 +76,19 @@ def main(scales: Sequence[str]) -> None:
     """Write both texts for the given scales; raises ValueError for none, and for one without a report."""
     if not scales:
         raise ValueError("name at least one scale that has a report, e.g. python -m recipes._results_page micro.")
-    scales = most_records_first(scales)
-    rows = {scale: read_claims(RESULTS / scale / "claims.json") for scale in scales}
+    rows = most_answers_first({scale: read_claims(RESULTS / scale / "claims.json") for scale in scales})
+    flagship = next(iter(rows))
     readme = REPOSITORY / "README.md"
-    readme_text = replace_results(readme.read_text(encoding="utf-8"), main_results(scales[0], rows[scales[0]]))
+    readme_text = replace_results(readme.read_text(encoding="utf-8"), main_results(flagship, rows[flagship]))
     write_atomic(RESULTS / "README.md", claims_page(rows))
     write_atomic(readme, readme_text)
 
 
-def most_records_first(scales: Sequence[str]) -> list[str]:
-    """Sort scales by their number of records; README.md shows the results of the first."""
-    return sorted(scales, key=lambda scale: -sum(1 for _ in (RESULTS / scale / "records").glob("*.json")))
+def most_answers_first(rows: dict[str, list[ClaimRow]]) -> dict[str, list[ClaimRow]]:
+    """Sort scales by how many claims of SHOWN they have, then by claims; README.md shows the first."""
+    shown = {name for one in SHOWN for name in one.claims}
+    order = sorted(rows, key=lambda scale: (-len(shown & {row.id for row in rows[scale]}), -len(rows[scale]), scale))
+    return {scale: rows[scale] for scale in order}
 
 
 def claims_page(rows: dict[str, list[ClaimRow]]) -> str:

@@ -113,20 +113,32 @@ def test_committed_texts_follow_from_committed_reports(monkeypatch: pytest.Monke
     if not COMMITTED:
         pytest.skip("no campaign has been committed yet")
     monkeypatch.chdir(REPOSITORY)
-    scales = results_page.most_records_first(COMMITTED)
-    rows = {scale: read_claims(results_page.RESULTS / scale / "claims.json") for scale in scales}
+    read = {scale: read_claims(results_page.RESULTS / scale / "claims.json") for scale in COMMITTED}
+    rows = results_page.most_answers_first(read)
     assert (results_page.RESULTS / "README.md").read_text() == results_page.claims_page(rows)
     readme = Path("README.md").read_text()
-    assert readme == results_page.replace_results(readme, results_page.main_results(scales[0], rows[scales[0]]))
+    first, claims = next(iter(rows.items()))
+    assert readme == results_page.replace_results(readme, results_page.main_results(first, claims))
 
 
-def test_the_campaign_with_most_records_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for scale, count in {"a": 1, "b": 3, "c": 0}.items():
-        (results_page.RESULTS / scale / "records").mkdir(parents=True)
-        for k in range(count):
-            (results_page.RESULTS / scale / "records" / f"{k}.json").touch()
-    assert results_page.most_records_first(["a", "c", "b"]) == ["b", "a", "c"]
+def test_the_campaign_that_answers_most_questions_comes_first() -> None:
+    row = read_claims(REPOSITORY / "recipes" / "results" / "micro" / "claims.json")[0]
+
+    def claims(*names: str) -> list[ClaimRow]:
+        return [replace(row, id=name) for name in names]
+
+    rows = {
+        "many others": claims("a", "b", "c", "d"),
+        "two": claims("heavy-decay.monotone", "distillation.share"),
+        "two and another": claims("heavy-decay.monotone", "distillation.share", "a"),
+        "one, for two sizes": claims("heavy-decay.monotone", "heavy-decay.monotone", "a", "b"),
+    }
+    assert list(results_page.most_answers_first(rows)) == [
+        "two and another",
+        "two",
+        "one, for two sizes",
+        "many others",
+    ]
 
 
 def test_every_claim_is_on_the_page_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
