@@ -145,6 +145,7 @@ class SelfTunedDropout(Base):
     rate: Strength = 0.1  # change of log dropout where more of it moves the weights along the held-out gradient
     knob: ClassVar[str] = "rate"
     every: ClassVar[int] = 4  # steps between two changes, each of which costs three passes
+    highest: ClassVar[float] = 0.6  # of the dropout, half as much more of which is tried
     passes: ClassVar[float] = 1.75
     reach: ClassVar[str] = "one"
     copies: ClassVar[int] = 2

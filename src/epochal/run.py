@@ -206,6 +206,10 @@ class Run(Ranged):
                 raise ValueError(
                     f"regularizer {kind} moves a {moved} above 0 by held-out text; set {moved} and holdout_tokens."
                 )
+            if not decays and self.dropout > regularizer_config.SelfTunedDropout.highest:
+                raise ValueError(
+                    f"regularizer {kind} keeps dropout at most {regularizer_config.SelfTunedDropout.highest}, got {self.dropout}."
+                )
             if self.teach is not None:
                 raise ValueError(
                     f"regularizer {kind} reads held-out text, for which there is no teacher; leave out teach."

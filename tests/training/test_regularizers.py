@@ -268,8 +268,14 @@ def test_the_dropout_moves_along_its_hypergradient() -> None:
     assert math.log(tuned.results["dropout_factor"]) == pytest.approx(0.3 * cosine, rel=1e-6)
     tuned.before(choice.every, groups_of(moved))
     assert noise.dropout == pytest.approx(p * math.exp(0.3 * cosine))
-    tuned.tensors["log_dropout"].fill_(10.0)
-    assert tuned.share == 0.6, "p + p / 2 must stay below 1"
+    # Far along the slope or against it: p + p / 2 stays below 1.
+    shares = []
+    for _ in range(2):
+        slope_of_g = -slope_of_g
+        far = TunedDropout(SelfTunedDropout(rate=100.0), noise, held_out.numpy(), batch_size=2)
+        far.after(3, groups_of(moved), accumulate, torch.zeros(2, 3), 0)
+        shares.append(far.share)
+    assert max(shares) == pytest.approx(0.6) and min(shares) < 1e-6
 
 
 def test_a_run_tunes_its_dropout_on_text_that_it_does_not_train_on(world: World) -> None:
@@ -470,6 +476,8 @@ def test_impossible_combinations_are_refused(world: World) -> None:
         ({"regularizer": LookAhead(), "batch_size": 1}, "needs batches of two halves"),
         ({"regularizer": StableMax(), "input_mask_prob": 0.5}, "no loss on masked inputs"),
         ({"regularizer": SelfTunedDecay()}, "set optimizer.wd and holdout_tokens"),
+        ({"regularizer": SelfTunedDropout(), "holdout_tokens": 256}, "set dropout and holdout_tokens"),
+        ({**changed(SelfTunedDropout()), "dropout": 0.7}, "keeps dropout at most 0.6, got 0.7"),
     ):
         with pytest.raises(ValueError, match=reason):
             short(config, **changes)

@@ -7,6 +7,8 @@ in every fourth step, with the same random numbers in both, as masks are where t
 1903.03088) learn how the weights respond instead.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,6 @@ from epochal.training.regularizers.step import Groups, all_parameters
 from epochal.training.regularizers.tuned_decay import TunedDecay, cosine, held_out_batch
 
 SPREAD = 0.5  # h / p
-HIGHEST = 0.6  # so that p + h is below 1
 
 
 class TunedDropout:
@@ -36,7 +37,7 @@ class TunedDropout:
     @property
     def share(self) -> float:
         """The dropout of the next step."""
-        return min(HIGHEST, self.start * float(self.tensors["log_dropout"].exp()))
+        return self.start * float(self.tensors["log_dropout"].exp())
 
     @property
     def results(self) -> dict[str, float]:
@@ -63,7 +64,8 @@ class TunedDropout:
         judged, more, less = gradients
         difference = [one - other for one, other in zip(more, less, strict=True)]
         # On the CPU, because the share is a number that Python hands to the forward pass.
-        self.tensors["log_dropout"] += self.choice.rate * cosine(judged, difference).cpu()
+        moved = self.tensors["log_dropout"] + self.choice.rate * cosine(judged, difference).cpu()
+        self.tensors["log_dropout"].copy_(moved.clamp(max=math.log(self.choice.highest / self.start)))
 
 
 def self_tuned(run: Run, store: TokenStore, noise: Noise) -> TunedDecay | TunedDropout | None:
