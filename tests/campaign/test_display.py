@@ -10,6 +10,7 @@ from rich.console import Console
 
 from epochal.campaign.display import BLOCKS, Display, Metrics, RunDisplay, _duration, curve
 from epochal.campaign.executor import CampaignStatus
+from epochal.config import write_atomic
 from epochal.records import Workspace
 from epochal.stopping import Stopped, check_stop, listen
 
@@ -47,6 +48,9 @@ def test_metrics_are_read_as_they_are_written(workspace: Workspace) -> None:
     assert metrics.read().losses == [3.0, 2.0] and metrics.best == 2.5
     path.write_text(first)  # a resume from step 10
     assert metrics.read().losses == [3.0] and metrics.best is None
+    # Another attempt, which was as far as the last one before anybody looked.
+    write_atomic(path, line(10, train_loss=4.0, tokens_per_second=100.0))
+    assert metrics.read().losses == [4.0] and metrics.best is None
     assert Metrics(path.with_name("missing")).read().cells() == ()
 
 

@@ -39,13 +39,17 @@ class Metrics:
         self.losses: list[float] = []
         self.last: dict[str, Any] = {}
         self.best: float | None = None
-        self._offset = 0
+        self._file, self._offset = 0, 0
 
     def read(self) -> "Metrics":
         """Read the lines that are new since the last call; a missing file has none."""
         try:
-            if self.path.stat().st_size < self._offset:  # a resumed run drops the lines after its checkpoint
+            now = self.path.stat()
+            # A run that starts or resumes writes the lines up to its checkpoint anew, as another file; on file systems that
+            # number files anew, the size tells.
+            if now.st_ino != self._file or now.st_size < self._offset:
                 self._begin()
+                self._file = now.st_ino
             with self.path.open("rb") as file:
                 file.seek(self._offset)
                 whole = file.read().rpartition(b"\n")[0]
