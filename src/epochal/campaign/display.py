@@ -45,8 +45,8 @@ class Metrics:
         """Read the lines that are new since the last call; a missing file has none."""
         try:
             now = self.path.stat()
-            # A run that starts or resumes writes the lines up to its checkpoint anew, as another file; on file systems that
-            # number files anew, the size tells.
+            # A run that starts or resumes replaces the file by one with the lines up to its checkpoint. The size is
+            # compared too, because a file system may give the new file the same number.
             if now.st_ino != self._file or now.st_size < self._offset:
                 self._begin()
                 self._file = now.st_ino
