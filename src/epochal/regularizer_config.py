@@ -127,27 +127,33 @@ class GradientNorm(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfTunedDecay(Base):
-    """Weight decay follows its hypergradient on the tokens that the run holds out."""
+class SelfTuned(Base):
+    """A number that follows its hypergradient on the tokens that the run holds out."""
 
-    rate: Strength = 0.1  # change of log decay where the held-out gradient points along the weights
+    rate: Strength = 0.1  # change of its logarithm where the cosine of the two gradients is 1
     knob: ClassVar[str] = "rate"
-    every: ClassVar[int] = 4  # steps between two changes, each of which costs a pass
-    passes: ClassVar[float] = 1.25
+    every: ClassVar[int] = 4  # steps between two changes
     reach: ClassVar[str] = "one"
+
+    def due(self, step: int) -> bool:
+        """Whether the number changes after this step, counted from 0."""
+        return step % self.every == self.every - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTunedDecay(SelfTuned):
+    """Weight decay follows its hypergradient."""
+
+    passes: ClassVar[float] = 1.25  # a change costs one
     copies: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfTunedDropout(Base):
-    """Dropout follows its hypergradient on the tokens that the run holds out."""
+class SelfTunedDropout(SelfTuned):
+    """Dropout follows its hypergradient, from that of the run on."""
 
-    rate: Strength = 0.1  # change of log dropout where more of it moves the weights along the held-out gradient
-    knob: ClassVar[str] = "rate"
-    every: ClassVar[int] = 4  # steps between two changes, each of which costs three passes
     highest: ClassVar[float] = 0.6  # of the dropout, half as much more of which is tried
-    passes: ClassVar[float] = 1.75
-    reach: ClassVar[str] = "one"
+    passes: ClassVar[float] = 1.75  # a change costs three
     copies: ClassVar[int] = 2
 
 

@@ -199,7 +199,7 @@ class Run(Ranged):
             raise ValueError(f"regularizer {kind} has a loss that teach would replace; leave out one of them.")
         if kind == "StableMax" and self.input_mask_prob:
             raise ValueError("regularizer StableMax has no loss on masked inputs; leave out input_mask_prob.")
-        if isinstance(self.regularizer, regularizer_config.SelfTunedDecay | regularizer_config.SelfTunedDropout):
+        if isinstance(self.regularizer, regularizer_config.SelfTuned):
             decays = isinstance(self.regularizer, regularizer_config.SelfTunedDecay)
             moved = "optimizer.wd" if decays else "dropout"
             if not self.holdout_tokens or not (self.optimizer.wd if decays else self.dropout):

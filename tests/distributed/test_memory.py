@@ -19,7 +19,7 @@ from epochal.distributed.memory import (
 from epochal.distributed.presets import Preset
 from epochal.doctor import gpu_advice
 from epochal.models.config import parameter_counts, read_config
-from epochal.run import AdamW, LookAhead, OrthogonalStep, OwnPredictions, RandomTokens, Run
+from epochal.run import AdamW, LookAhead, OrthogonalStep, OwnPredictions, RandomTokens, Run, SecondToken
 
 H100 = device_bytes("NVIDIA H100 80GB HBM3") or 0.0
 FSDP2 = Preset("fsdp2")
@@ -102,3 +102,6 @@ def test_what_a_regularizer_keeps_is_counted() -> None:
     weights = parameter_counts("ic-150m", vocab_size=1000).total
     for copies, regularizer in ((0, RandomTokens()), (1, OrthogonalStep(of="update")), (2, LookAhead())):
         assert total(regularizer=regularizer) - total() == pytest.approx(4 * copies * weights)
+    width = read_config("ic-150m")["hidden_size"]
+    maps, states, head = 4 * width * width, 4 * 2 * 1024 * width, 1000 * width
+    assert total(regularizer=SecondToken()) - total() == pytest.approx(4 * (maps + states + head))

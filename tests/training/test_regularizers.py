@@ -292,10 +292,10 @@ def test_a_run_tunes_its_dropout_on_text_that_it_does_not_train_on(world: World)
 def test_the_loss_of_the_second_token_is_the_cross_entropy_two_ahead() -> None:
     """Against float64 over positions one by one, in value and gradient of hidden states, head and map."""
     tokens, head = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0)), drawn(11, 4).requires_grad_()
-    hidden, second = drawn(2, 5, 4, seed=1).requires_grad_(), SecondTokenMap(4, torch.device("cpu"))
+    hidden, second = drawn(2, 5, 4, seed=1).requires_grad_(), SecondTokenMap(0.3, 4, torch.device("cpu"))
     matrix = (torch.eye(4, dtype=torch.float64) + 0.1 * drawn(4, 4, seed=2)).requires_grad_()
     second.map.data = matrix.detach().float()
-    exact = sum(
+    exact = 0.3 * sum(
         -torch.log_softmax(head @ (matrix @ hidden[row, place]), 0)[tokens[row, place + 2]]
         for row in range(2)
         for place in range(4)
@@ -309,10 +309,28 @@ def test_the_loss_of_the_second_token_is_the_cross_entropy_two_ahead() -> None:
         torch.testing.assert_close(one.double().reshape(other.shape), other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_map_of_the_second_token_learns_and_is_not_in_the_model(world: World, plain: tuple[Record, Any]) -> None:
+def test_the_map_of_the_second_token_is_stepped_like_the_matrices_of_the_model() -> None:
+    """Against the closed form of Adam's first step: each entry moves by lr against the sign of its gradient."""
+    second, groups = SecondTokenMap(0.3, 4, torch.device("cpu")), groups_of(torch.zeros(1))
+    groups.insert(0, {"params": [], "decay_scale": 0.0, "lr": 9.0, "weight_decay": 9.0})
+    groups[1].update(lr=0.01, weight_decay=0.5)
+    gradient = drawn(4, 4).float()
+    second.map.grad = gradient.clone()
+    second.step(groups)
+    torch.testing.assert_close(second.map.detach(), torch.eye(4) * (1 - 0.01 * 0.5) - 0.01 * gradient.sign())
+    assert second.map.grad is None
+    assert torch.equal(second.tensors["map"], second.map.detach()) and second.tensors["step"] == 1.0
+
+
+def test_the_map_of_the_second_token_learns_and_is_not_in_the_model(
+    world: World, plain: tuple[Record, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     space, _, config = world
     run = short(config, name="second", regularizer=SecondToken())
-    trained(run, space)
+    learned = trained(run, space)
+    monkeypatch.setattr(SecondTokenMap, "step", lambda self, groups: None)
+    fixed = trained(dataclasses.replace(run, name="second-fixed"), space)
+    assert learned.results["curve"] != fixed.results["curve"]
     assert weights(space, "second").keys() == plain[1].keys()
     # As many passes, and 6 more FLOPs for each weight of the map and of the head.
     vocabulary, width = 512, 16

@@ -76,8 +76,8 @@ def _regularizer_bytes(run: Run, weights: int, tokens: int, vocab_size: int, wid
     stored = 2.0 * (run.unique_tokens - run.holdout_tokens) * vocab_size if choice.per_position else 0.0
     # Such a loss has whole rows of a micro-batch: logits, probabilities and their gradient.
     rows = 12.0 * tokens * vocab_size if choice.has_loss and not choice.more_heads else 0.0
-    # A linear map with its gradient and two moments, and its outputs and inputs with theirs.
-    heads = 16.0 * choice.more_heads * width * (width + tokens)
+    # A linear map with its gradient and two moments, its outputs and inputs with theirs, and another gradient of the head.
+    heads = 4.0 * choice.more_heads * width * (4 * width + 4 * tokens + vocab_size)
     return 4.0 * choice.copies * weights + stored + rows + heads
 
 

@@ -38,8 +38,9 @@ class RegularizedLoss:
         if run.regularizer is not None and run.regularizer.per_position:
             shape = stream.sequences_per_epoch, stream.sequence_length - 1, config.vocab_size
             self.tensors["distributions"] = torch.zeros(shape, dtype=torch.float16, device=device)
-        self.second = SecondTokenMap(config.hidden_size, device) if isinstance(run.regularizer, SecondToken) else None
-        if self.second is not None:
+        self.second: SecondTokenMap | None = None
+        if isinstance(run.regularizer, SecondToken):
+            self.second = SecondTokenMap(run.regularizer.weight, config.hidden_size, device)
             self.tensors = self.second.tensors
 
     def loss(
@@ -48,10 +49,9 @@ class RegularizedLoss:
         """Return the summed loss over `normaliser`: hidden (n, d), head (V, d), targets (n,), tokens (b, T)."""
         if isinstance(self.choice, StableMax):
             return functional.cross_entropy(stable_logits(_logits(hidden, head)), targets, reduction="sum") / normaliser
-        if isinstance(self.choice, SecondToken):
-            assert self.second is not None
-            second = self.second.loss(hidden, head, tokens, normaliser)
-            return cross_entropy(hidden, head, targets, normaliser=normaliser) + self.choice.weight * second
+        if self.second is not None:
+            plain = cross_entropy(hidden, head, targets, normaliser=normaliser)
+            return plain + self.second.loss(hidden, head, tokens, normaliser)
         places = torch.tensor([self.stream.place(row) for row in rows], device=hidden.device)
         table = self.tensors["distributions"]
         stored = table[places].flatten(0, 1).float()

@@ -19,7 +19,8 @@ from epochal.optimizer_config import AdamW
 class SecondTokenMap:
     """The map M (d, d); `tensors` are it and its optimizer's state, which a checkpoint must hold."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, weight: float, width: int, device: torch.device) -> None:
+        self.weight = weight
         self.map = torch.eye(width, device=device, requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.map], betas=(AdamW.beta1, AdamW.beta2))
         # Made here instead of in the first step, so that a checkpoint can be loaded into it.
@@ -28,10 +29,10 @@ class SecondTokenMap:
         self.tensors = {"map": self.map.data, **self.optimizer.state[self.map]}
 
     def loss(self, hidden: Tensor, head: Tensor, tokens: Tensor, normaliser: float) -> Tensor:
-        """Return the summed loss of the second tokens over `normaliser`: hidden (b (T - 1), d), head (V, d), tokens (b, T)."""
+        """Return weight L2, summed over `normaliser`: hidden (b (T - 1), d), head (V, d), tokens (b, T)."""
         # The last position has no second token.
         states = hidden.view(len(tokens), -1, hidden.shape[1])[:, :-1].flatten(0, 1)
-        return cross_entropy(states @ self.map.t(), head, tokens[:, 2:].flatten(), normaliser=normaliser)
+        return self.weight * cross_entropy(states @ self.map.t(), head, tokens[:, 2:].flatten(), normaliser=normaliser)
 
     def step(self, groups: Sequence[dict[str, Any]]) -> None:
         """Step M like the linear maps of these optimizer groups, and clear its gradient."""

@@ -48,20 +48,16 @@ class TunedDecay:
         """What a record says of it: the decay at the end over that at the start."""
         return {"decay_factor": self.decay_factor}
 
-    def due(self, step: int) -> bool:
-        """Whether the decay moves after this step, counted from 0."""
-        return step % self.choice.every == self.choice.every - 1
-
     def before(self, step: int, groups: Groups) -> None:
         """Keep the weights that decay, before this step."""
-        self._before = [weight.detach().clone() for weight in decayed_matrices(groups)] if self.due(step) else []
+        self._before = [weight.detach().clone() for weight in decayed_matrices(groups)] if self.choice.due(step) else []
 
     def after(self, step: int, groups: Groups, accumulate: Accumulate, tokens: Tensor, first_row: int) -> None:
         """Move the decay after a step on tokens (b, T): rows from `first_row` on.
 
         Gradients are left as `accumulate` makes them.
         """
-        if not self.due(step):
+        if not self.choice.due(step):
             return
         decayed = decayed_matrices(groups)
         rows = held_out_batch(self.held_out, self.batch_size, step // self.choice.every)

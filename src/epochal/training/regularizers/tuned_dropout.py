@@ -50,7 +50,7 @@ class TunedDropout:
 
     def after(self, step: int, groups: Groups, accumulate: Accumulate, tokens: Tensor, first_row: int) -> None:
         """Move the dropout after a step on tokens (b, T): rows from `first_row` on."""
-        if step % self.choice.every != self.choice.every - 1:
+        if not self.choice.due(step):
             return
         parameters = all_parameters(groups)
         held_out = held_out_batch(self.held_out, self.batch_size, step // self.choice.every).to(tokens.device)
