@@ -478,6 +478,7 @@ def _limit_claims(study: Study, done: Done) -> list[Claim]:
             limits,
             signs,
             id="ensembling.limit",
+            differences=False,
             seeds=count,
             provisional=caveats,
         )

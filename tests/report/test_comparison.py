@@ -133,6 +133,12 @@ def test_a_family_fails_where_one_case_is_settled_against_it(gains, holds):
     assert noisy == (0.001 in gains or (holds is False and min(gains) > -0.01))
 
 
+def test_a_family_shows_differences_with_their_sign_and_losses_without():
+    cases = [measured_case(str(value), value, None) for value in (3.5, 4.25)]
+    shown = [family_claim("f", cases, [True, True], id="f", seeds=3, differences=d).value for d in (True, False)]
+    assert [value.split("): ")[1] for value in shown] == ["+3.5000 to +4.2500 nats", "3.5000 to 4.2500 nats"]
+
+
 def test_a_case_without_a_finite_interval_settles_nothing():
     for interval in (None, (-math.inf, 0.2)):
         case = measured_case("a", 0.1, interval)

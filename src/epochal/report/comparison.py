@@ -171,16 +171,26 @@ def settled(cases: Sequence[Case], sign: int) -> int:
 
 
 def family_claim(
-    text: str, cases: Sequence[Case], signs: Sequence[bool], *, id: str, unit: str = "nats", **fields: Any
+    text: str,
+    cases: Sequence[Case],
+    signs: Sequence[bool],
+    *,
+    id: str,
+    unit: str = "nats",
+    differences: bool = True,
+    **fields: Any,
 ) -> Claim:
     """Make one claim of a sentence about several cases; `signs` say in which of them it is true as measured.
+
+    Values of cases are `differences`, shown with their sign, or losses.
 
     It fails where a case is settled against it or none is true as measured, holds where all are, and is open otherwise.
     """
     for_it, against = settled(cases, 1), settled(cases, -1)
     holds = False if against or not any(signs) else True if all(signs) else None
     low, high = min(case.value for case in cases), max(case.value for case in cases)
-    spread = f"{low:+.4f} to {high:+.4f} {unit}" if len(cases) > 1 else f"{low:+.4f} {unit}"
+    sign = "+" if differences else ""
+    spread = f"{low:{sign}.4f} to {high:{sign}.4f} {unit}" if len(cases) > 1 else f"{low:{sign}.4f} {unit}"
     open_cases = len(cases) - for_it - against
     caveats = fields.pop("provisional", ())
     if (holds and open_cases) or (holds is False and not against):
