@@ -171,10 +171,10 @@ def rows(study: Study, settings: Settings | None, independent: MakeMember | None
     found = {}
     for label, variant in VARIANTS.items():
         groups = [members(study, settings, independent, variant, repetition) for repetition in range(settings.seeds)]
-        alone = [loss for group in groups for run in group if (loss := study.loss(run)) is not None]
+        alone = [loss for group in groups for run in group if (loss := study.test_loss(run)) is not None]
         for average in AVERAGES:
             jobs = {r: ensemble(study, settings, independent, variant, r, average) for r in range(settings.seeds)}
-            losses = {r: loss for r, job in jobs.items() if job and (loss := study.loss(job)) is not None}
+            losses = {r: loss for r, job in jobs.items() if job and (loss := study.test_loss(job)) is not None}
             if losses and alone:
                 found[label, average] = Row(losses, statistics.fmean(alone), cost(groups[0]) / base)
     return found

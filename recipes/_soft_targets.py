@@ -166,14 +166,14 @@ def headroom(study: Study, soft: Settings) -> Headroom | None:
     ensemble = study.records.get(job) if job is not None else None
     if not own or ensemble is None:
         return None
-    return Headroom(own.mean, ensemble.loss, own.parameters, int(ensemble.results["members"]))
+    return Headroom(own.mean, ensemble.test_loss, own.parameters, int(ensemble.results["members"]))
 
 
 def claims(study: Study, text: Student, soft: Settings, caveats: tuple[str, ...]) -> list[Claim]:
     """Return the claims of `PAIRS`, paired by seed."""
     arms = []
     for way in WAYS:
-        losses = {seed: record.loss for seed, record in records(study, text, soft, way).items()}
+        losses = {seed: record.test_loss for seed, record in records(study, text, soft, way).items()}
         arms.append(ArmLosses(label=way, losses=losses, caveats=(*caveats, "no student is tuned")))
     pairs = [
         Pair(
@@ -212,7 +212,7 @@ def tables(study: Study, text: Student, soft: Settings) -> list[Table]:
     room = headroom(study, soft)
     if room is None:
         return []
-    by_way = {way: [record.loss for record in records(study, text, soft, way).values()] for way in WAYS}
+    by_way = {way: [record.test_loss for record in records(study, text, soft, way).values()] for way in WAYS}
     rows: list[tuple[Any, ...]] = []
     for way, losses in sorted(((w, v) for w, v in by_way.items() if v), key=lambda item: statistics.fmean(item[1])):
         mean, spread = statistics.fmean(losses), seed_interval(losses)
@@ -236,7 +236,7 @@ def _size_table(study: Study, text: Student, soft: Settings, room: Headroom, tok
     for model, record in sorted(done, key=lambda pair: -int(pair[1].results["parameters"])):
         size = int(record.results["parameters"])
         shares = (round(size / room.member_size, 3), round(size / room.member_size / room.members, 3))
-        rows.append((model, size, *shares, record.loss, _percent(room.share(record.loss))))
+        rows.append((model, size, *shares, record.test_loss, _percent(room.share(record.test_loss))))
     return Table(
         title=f"Students of several sizes, taught by the cache, {tokens}",
         columns=("model", "N", "N / member", "N / ensemble", "loss", "share of the ensemble's gain"),

@@ -18,7 +18,7 @@ from epochal.report.comparison import ArmLosses, comparison_table, difference_cl
 from epochal.report.sections import Section
 from epochal.run import AdamW, Fira, Job, Run, Spectra
 from epochal.scaling import seed_caveats, seed_interval
-from epochal.study import Arm, Study, Sweep
+from epochal.study import Arm, Study, Sweep, judged
 from recipes import optimizers
 
 THRESHOLDS = tuple(Arm(f"threshold {c:g}", optimizer=Spectra(base=AdamW(), clip=c)) for c in (0.2, 1.0, 4.0, 10.0))
@@ -109,7 +109,7 @@ def report(study: Study) -> Section:
 
 def _losses(study: Study, label: str, change: Arm, grid: Sweep) -> dict[int, float]:
     records = study.finite(dict(enumerate(changed_runs(study, label, change, grid))))
-    return {seed: record.loss for seed, record in records.items()}
+    return {seed: record.test_loss for seed, record in judged(records).items()}
 
 
 def _few(seeds: int, grid: Sweep) -> tuple[str, ...]:

@@ -155,8 +155,9 @@ def _claims(found: dict[str, Record]) -> list[Claim]:
         Claim(
             id=f"best-model.{better}",
             text=text,
-            value=f"{found[worse].loss - found[better].loss:+.4f} nats ({found[worse].loss:.4f} to {found[better].loss:.4f})",
-            holds=found[better].loss < found[worse].loss,
+            value=f"{found[worse].test_loss - found[better].test_loss:+.4f} nats ({found[worse].test_loss:.4f} to "
+            f"{found[better].test_loss:.4f})",
+            holds=found[better].test_loss < found[worse].test_loss,
             provisional=("one seed",),
         )
         for better, worse, text in pairs

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 from epochal.names import named_ensemble
 from epochal.ranges import Batch, Decay, Epochs, Items, LessThanAll, Ranged, Rate, Repeats, SomeShare, Tokens
-from epochal.records import Record
 from epochal.report.claims import Claim
 from epochal.report.comparison import (
     ArmLosses,
@@ -249,7 +248,7 @@ def _rows(here: Continuation) -> list[Row]:
         runs = here.steps()[step]
         records = [record for run in runs if (record := get(run)) is not None and math.isfinite(record.loss)]
         # A base from elsewhere was trained on another text, so forgetting cannot be measured.
-        back = [record.loss for job in here.on_first_text(step) if (record := get(job)) is not None]
+        back = [record.test_loss for job in here.on_first_text(step) if (record := get(job)) is not None]
         if records:
             tests = [record.results["test_loss"] for record in records if "test_loss" in record.results]
             setting = (runs[0].steps, runs[0].optimizer.lr)
@@ -259,16 +258,16 @@ def _rows(here: Continuation) -> list[Row]:
         if record is not None:
             what = f"{here.settings.members} members, mean {job.average}"
             tests = [record.results["test_loss"]] if "test_loss" in record.results else []
-            found.append((what, None, None, [record.loss], tests, [back_record.loss] if back_record else []))
+            found.append((what, None, None, [record.loss], tests, [back_record.test_loss] if back_record else []))
     return found
 
 
 def _table(here: Continuation, rows: list[Row]) -> Table:
     first = here.study.scale.data
     return Table(
-        title=f"Continued on {here.settings.data} with {here.settings.unique_tokens:,} tokens (loss on {first}: forgetting; "
+        title=f"Continued on {here.settings.data} with {here.settings.unique_tokens:,} tokens (test loss on {first}: forgetting; "
         "means over seeds)",
-        columns=("step", "steps", "lr", "loss", "test loss", f"loss on {first}", "seeds"),
+        columns=("step", "steps", "lr", "validation loss", "test loss", f"test loss on {first}", "seeds"),
         rows=tuple(
             (what, steps, lr, *(statistics.fmean(one) if one else None for one in losses), len(losses[0]))
             for what, steps, lr, *losses in rows
@@ -283,7 +282,7 @@ STEP_CLAIMS = {
 
 
 def _losses(here: Continuation, step: str) -> dict[int, float]:
-    return {seed: r.loss for seed, r in here.study.finite(dict(enumerate(here.steps()[step]))).items()}
+    return {seed: r.test_loss for seed, r in here.study.finite(dict(enumerate(here.steps()[step]))).items()}
 
 
 def _step_claims(here: Continuation) -> list[Claim]:
@@ -300,18 +299,11 @@ def _step_claims(here: Continuation) -> list[Claim]:
 def _forgetting_claim(here: Continuation) -> list[Claim]:
     """Report what the last step costs on the first text."""
     base, get = here.study.records.named(here.base), here.study.records.get
-    rises = [record.loss - base.loss for job in here.on_first_text(STEPS[-1]) if base and (record := get(job))]
+    rises = [
+        record.test_loss - base.test_loss for job in here.on_first_text(STEPS[-1]) if base and (record := get(job))
+    ]
     text = f"continued: {STEPS[-1]} raises the loss on {here.study.scale.data}, the first text"
     return [difference_claim(text, rises, id="continued.forgetting")] if rises else []
-
-
-def _judged(record: Record) -> float:
-    """Return the loss on the test split, or on validation text without one.
-
-    No knob was chosen on the test split.
-    """
-    test = record.results.get("test_loss")
-    return record.loss if test is None else float(test)
 
 
 def _arms_against(here: Continuation) -> dict[str, tuple[float | None, list[Run]]]:
@@ -332,7 +324,7 @@ def _on_both(here: Continuation, runs: list[Run]) -> tuple[Mapping[int, float], 
     new = here.study.finite(dict(enumerate(runs)))
     old = here.study.finite({seed: here.again(run) for seed, run in enumerate(runs)})
     both = sorted(new.keys() & old.keys())
-    return {seed: _judged(new[seed]) for seed in both}, {seed: _judged(old[seed]) for seed in both}
+    return {seed: new[seed].test_loss for seed in both}, {seed: old[seed].test_loss for seed in both}
 
 
 def _against_table(here: Continuation) -> list[Table]:
@@ -387,13 +379,13 @@ def _ensemble_claims(here: Continuation) -> list[Claim]:
         Claim(
             id="continued.soup",
             text="continued: members from the same weights average as well in their weights as in their logits",
-            value=f"{logits.loss - soup.loss:+.4f} nats",
+            value=f"{logits.test_loss - soup.test_loss:+.4f} nats",
             seeds=count,
-            holds=soup.loss <= logits.loss,
+            holds=soup.test_loss <= logits.test_loss,
             paper="weights slightly better, section 11",
             provisional=("one set of members",),
         ),
-        *_worth_claim(here, logits.loss),
+        *_worth_claim(here, logits.test_loss),
     ]
 
 
@@ -401,7 +393,7 @@ def _worth_claim(here: Continuation, reached: float) -> list[Claim]:
     """Report how much text the default recipe needs for the ensemble's loss."""
     # A lower bound, as the paper's 17.5x: the largest budget whose single pass is still worse.
     passes, tokens = here.full_passes(), here.settings.unique_tokens
-    losses = {run.unique_tokens: loss for run in passes if (loss := here.study.loss(run)) is not None}
+    losses = {run.unique_tokens: loss for run in passes if (loss := here.study.test_loss(run)) is not None}
     if not losses or len(losses) < len(passes):
         return []
     most = max((budget for budget, loss in losses.items() if loss > reached), default=tokens)

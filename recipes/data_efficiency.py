@@ -10,11 +10,13 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from epochal.report.claims import Claim
-from epochal.report.figures import draw_law, draw_ranking, draw_series
+from epochal.report.comparison import beyond_noise, within_noise
+from epochal.report.figures import LOSS_AXIS, draw_law, draw_ranking, draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job, Run
-from epochal.scale import Scale
 from epochal.scaling import DataEfficiency, PowerLaw, data_efficiency, fit_power_law, seed_interval, slowrun_multiple
 from epochal.search.searches import Search
 from epochal.study import Study
@@ -44,11 +46,9 @@ def searches(study: Study) -> list[Search]:
 
 
 def standard_losses(study: Study, tokens: int) -> list[float]:
-    """Return the best standard loss of one budget: of every seed that has run, or of the search's alone."""
-    losses = [loss for run in seeds(study, tokens) if (loss := study.loss(run)) is not None]
+    """Return the best standard test loss of one budget: of every judged seed that has run, or of the search's alone."""
     # Before the seeds are planned, the search has the first seed.
-    losses = losses or [epoching.first_loss(study, epoching.best_standard(study, tokens))]
-    return [loss for loss in losses if math.isfinite(loss)]
+    return list(epoching.best_standard(study, tokens).losses.values())
 
 
 def standard_law(study: Study) -> PowerLaw | None:
@@ -86,13 +86,13 @@ def reached(study: Study, tokens: int) -> dict[str, Reached]:
         count, law = ensemble.results["members"], ensembling.members_law(ensemble)
         around = law.predict_interval([float(count)]) if law.interval else None
         half = float(around[1][0] - around[0][0]) / 2 if around else None
-        interval = None if half is None else (ensemble.loss - half, ensemble.loss + half)
-        found[f"ensemble of {count}"] = Reached(ensemble.loss, interval)
+        interval = None if half is None else (ensemble.test_loss - half, ensemble.test_loss + half)
+        found[f"ensemble of {count}"] = Reached(ensemble.test_loss, interval)
         found["its limit in K"] = Reached(law.E, law.interval["E"] if law.interval else None, limit=True)
     joint = ensembling.joint_law(ensembling.finished(study, tokens))
     if joint is not None:
         found["the limit in K and N"] = Reached(joint.E, joint.interval["E"] if joint.interval else None, limit=True)
-    students = [record.loss for record in distillation.student_records(study, "ensemble")]
+    students = [record.test_loss for record in distillation.student_records(study, "ensemble")]
     if students and tokens == study.scale.unique_tokens[0]:
         found["student of the ensemble"] = Reached(statistics.fmean(students), seed_interval(students))
     return {what: value for what, value in found.items() if math.isfinite(value.loss) and value.loss > 0}
@@ -119,18 +119,26 @@ def report(study: Study) -> Section:
     }
     # Losses on another validation text cannot be looked up in the Slowrun's table.
     slowrun = (_slowrun_table(losses),) if scale.data == SLOWRUN_DATA else ()
-    caveats = (*epoching.caveats(study, tokens), *heavy_weight_decay.missing(study, tokens))
+    caveats = (*_reference_caveats(study), *heavy_weight_decay.missing(study, tokens))
     claims = [
-        _claim(what, value, losses[tokens][what], tokens, scale, caveats) for what, value in found[tokens].items()
+        _claim(what, value, losses[tokens][what], tokens, study.judged_seeds, caveats)
+        for what, value in found[tokens].items()
     ]
     return Section(
         title="Data efficiency",
         question=question,
-        claims=(*claims, *_lasting_claims(study, found)),
+        claims=(*claims, *lasting_claims(study, found)),
         tables=(_law_table(law), _table(found, losses), *_recipe_laws(losses), *slowrun),
         figures=(_law_figure(study, law), _bar_figure(found[tokens], tokens), *_lasting_figure(found)),
         notes=tuple(note for note in (law.note,) if note),
     )
+
+
+def _reference_caveats(study: Study) -> tuple[str, ...]:
+    """Name what the standard law lacks, at every budget that it is fitted to."""
+    budgets = epoching.budgets(study)
+    mixed = ("the standard law has other sizes at some budgets",) if len(set(budgets.values())) > 1 else ()
+    return (*epoching.caveats(study, *budgets), *mixed)
 
 
 Multiples = dict[str, DataEfficiency]
@@ -149,11 +157,10 @@ PAPER = {
     "the limit in K and N": (5.17, "5.17x at 200M tokens, section 8"),
 }
 LASTING = ("tuned decay", "its limit in K")
+FALLS = 0.1  # doublings of a multiple for each doubling of D; the paper's tuned multiples fall by 0.06
 
 
-def _claim(
-    what: str, value: DataEfficiency, loss: Reached, tokens: int, scale: Scale, caveats: tuple[str, ...]
-) -> Claim:
+def _claim(what: str, value: DataEfficiency, loss: Reached, tokens: int, seeds: int, caveats: tuple[str, ...]) -> Claim:
     reasons = caveats
     if value.extrapolated:
         reasons = (*reasons, "beyond the budgets of the law")
@@ -163,28 +170,36 @@ def _claim(
         reasons = (*reasons, "the interval is that of the law alone")
     paper, text = PAPER.get(what, (None, ""))
     # A limit without an interval is not known well enough for a verdict.
-    known = not loss.limit or loss.interval is not None
+    known, noise = not loss.limit or loss.interval is not None, within_noise(value.interval, 1.0)
+    finite = math.isfinite(value.multiple)
     return Claim(
         id=f"data-efficiency.{CLAIM_IDS.get(what, 'ensemble')}",
         text=f"D = {tokens:,}: {what}: the standard recipe needs more data for the same loss",
-        value=f"{value.multiple:.2f}x",
+        value=f"{value.multiple:.2f}x" if finite else "below the standard law's limit",
         paper=text,
         interval=value.interval,
-        seeds=scale.seeds,
-        holds=value.multiple > 1 if known else None,
+        seeds=seeds,
+        holds=beyond_noise(value.multiple > 1, noise) if known else None,
         # Multiples are compared as logarithms: once means no effect.
-        sizes=None if paper is None else (math.log(value.multiple), math.log(paper)),
-        provisional=reasons,
+        sizes=None if paper is None or not finite else (math.log(value.multiple), math.log(paper)),
+        provisional=(*reasons, *noise),
     )
 
 
 def _lasting(found: dict[int, Multiples]) -> dict[str, dict[int, DataEfficiency]]:
-    """Return the multiples of LASTING by budget, where enough budgets have them."""
-    series = {what: {d: values[what] for d, values in sorted(found.items()) if what in values} for what in LASTING}
+    """Return the finite multiples of LASTING by budget, where enough budgets have them."""
+    series = {
+        what: {
+            d: values[what]
+            for d, values in sorted(found.items())
+            if what in values and math.isfinite(values[what].multiple)
+        }
+        for what in LASTING
+    }
     return {what: values for what, values in series.items() if len(values) >= FEWEST_BUDGETS}
 
 
-def _lasting_claims(study: Study, found: dict[int, Multiples]) -> list[Claim]:
+def lasting_claims(study: Study, found: dict[int, Multiples]) -> list[Claim]:
     """Does the multiple persist where there is more text? The slope of its logarithm over that of D."""
     from scipy.special import stdtrit
     from scipy.stats import linregress
@@ -195,22 +210,37 @@ def _lasting_claims(study: Study, found: dict[int, Multiples]) -> list[Claim]:
         fit = linregress(
             [math.log2(budget) for budget in multiples], [math.log2(value) for value in multiples.values()]
         )
-        half = float(stdtrit(len(multiples) - 2, 0.95)) * float(fit.stderr)
+        half = max(float(stdtrit(len(multiples) - 2, 0.95)) * float(fit.stderr), _own_error(values))
         slope, interval = float(fit.slope), (float(fit.slope) - half, float(fit.slope) + half)
         shown = ", ".join(f"{value:.2f}x" for _, value in sorted(multiples.items()))
         claims.append(
             Claim(
                 id=f"data-efficiency.lasts.{CLAIM_IDS[what]}",
-                text=f"{what}: the multiple of the data does not fall as D grows from {min(multiples):,} to {max(multiples):,}",
-                value=f"{slope:+.2f} doublings of the multiple for each doubling of D ({shown})",
+                text=f"{what}: the multiple of the data falls by less than {FALLS:g} doublings for each doubling of D from "
+                f"{min(multiples):,} to {max(multiples):,}",
+                value=f"{slope:+.2f} doublings ({shown})",
                 interval=interval,
-                seeds=study.scale.seeds,
+                seeds=study.judged_seeds,
                 paper="about constant over four budgets (2.25 to 2.00 tuned, 4.93 to 5.28 joint), section 8",
-                holds=True if slope >= 0 else False if interval[1] < 0 else None,
-                provisional=heavy_weight_decay.missing(study, *multiples),
+                holds=True if interval[0] > -FALLS else False if interval[1] < -FALLS else None,
+                provisional=(*_reference_caveats(study), *heavy_weight_decay.missing(study, *multiples)),
             )
         )
     return claims
+
+
+def _own_error(values: dict[int, DataEfficiency]) -> float:
+    """Return the half-width of the slope that the multiples' own intervals give, taken as independent; 0 without them."""
+    # The scatter of four points about a line is a poor estimate of their errors.
+    x = np.log2(list(values))
+    weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
+    halves = [
+        math.log2(value.interval[1] / value.interval[0]) / 2
+        if value.interval and value.interval[0] > 0 and math.isfinite(value.interval[1])
+        else 0.0
+        for value in values.values()
+    ]
+    return float(np.sqrt(np.sum((weights * halves) ** 2)))
 
 
 def _recipe_laws(losses: dict[int, dict[str, Reached]]) -> tuple[Table, ...]:
@@ -292,10 +322,10 @@ def _law_figure(study: Study, law: PowerLaw) -> Figure:
         )
         ensembles = [ensembling.best_ensemble(study, d) for d in budgets]
         if any(ensembles):
-            draw_series(axes, budgets, [record.loss if record else None for record in ensembles], label="ensemble")
+            draw_series(axes, budgets, [record.test_loss if record else None for record in ensembles], label="ensemble")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("unique tokens D")
-        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_ylabel(LOSS_AXIS)
 
     return Figure(
         name="loss-against-data", caption="Best losses against D, and the law of the standard recipe.", draw=draw
@@ -328,7 +358,8 @@ def _lasting_figure(found: dict[int, Multiples]) -> list[Figure]:
 
 def _bar_figure(multiples: Multiples, tokens: int) -> Figure:
     def draw(axes: Any) -> None:
-        draw_ranking(axes, ["standard", *multiples], [1.0, *(value.multiple for value in multiples.values())])
+        finite = {what: value.multiple for what, value in multiples.items() if math.isfinite(value.multiple)}
+        draw_ranking(axes, ["standard", *finite], [1.0, *finite.values()])
         axes.set_xlabel("multiple of the data")
 
     return Figure(name="data-efficiency", caption=f"Data efficiency at D = {tokens:,}.", draw=draw)

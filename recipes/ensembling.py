@@ -11,15 +11,25 @@ Results: recipes/results/<scale>/report.md
 import functools
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from epochal.names import named_ensemble
 from epochal.ranges import Items, Range, Ranged, Repeats, Tokens
-from epochal.records import Record
+from epochal.records import Record, curves, mean_curve, validation_curve
 from epochal.report.claims import Case, Claim
 from epochal.report.comparison import family_claim, family_table, gain_case, measured_case
-from epochal.report.figures import AVERAGE_LINES, PALETTE, draw_key, draw_law, draw_level, draw_series, size_color
+from epochal.report.figures import (
+    AVERAGE_LINES,
+    LOSS_AXIS,
+    PALETTE,
+    draw_key,
+    draw_law,
+    draw_level,
+    draw_series,
+    size_color,
+)
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, SOUP, Ensemble, Job, Run, inputs
 from epochal.scale import Point, Scale, member_point
@@ -35,7 +45,7 @@ from epochal.scaling import (
 from epochal.scaling.seeds import NORMAL
 from epochal.search.descent import members_limit
 from epochal.search.searches import Search
-from epochal.study import Result, Study, mean_curve
+from epochal.study import FEWEST_FRESH, Result, Study
 from recipes import _member_variants, heavy_weight_decay
 from recipes.heavy_weight_decay import TUNED
 
@@ -116,6 +126,9 @@ def plan(study: Study) -> list[Job]:
                 if point is not None:
                     jobs += [*members_at(study, model, tokens, point), *ensembles_at(study, model, tokens, point)]
         jobs += single_point_ensembles(study, tokens).values()
+    for cell in searched_cells(study):
+        together = unseen(study, *cell)
+        jobs += [*(run for group in together for run in group), *(as_ensemble(group) for group in together)]
     jobs += soup(study)
     return jobs + _member_variants.plan(study, here.member_variants, _variant_base(study))
 
@@ -139,7 +152,7 @@ def best_point(study: Study, model: str, tokens: int) -> Point | None:
     by_rule, plain = _both_points(study, model, tokens, rule)
     if by_rule is None or plain is None:
         return None
-    limits = _both_limits(by_rule, plain, study.scale.seeds)
+    limits = _both_limits(by_rule, plain, study.scale.seeds, validation_curve)
     single_is_lower = limits is not None and limits[1] < limits[0]
     return study.tuned(TUNED, model, tokens).best if single_is_lower else rule
 
@@ -151,7 +164,7 @@ def _earlier_point(study: Study, model: str, tokens: int) -> Point | None:
     for point in study.known_points(TUNED, model, tokens):
         records = [study.records.named(job.name) for job in ensembles_at(study, model, tokens, point)]
         if all(record is not None and "curve" in record.results for record in records) and records[0] is not None:
-            limits[point] = members_limit(mean_curve(records[0]))
+            limits[point] = members_limit(validation_curve(records[0]))
     return min(limits, key=lambda point: (limits[point], point), default=None)
 
 
@@ -193,7 +206,7 @@ def member_search(study: Study, model: str, tokens: int) -> Search:
         if record is None:
             return None
         # What a plan assumes of runs to come is a loss without a curve.
-        return members_limit(mean_curve(record)) if "curve" in record.results else record.loss
+        return members_limit(validation_curve(record)) if "curve" in record.results else record.loss
 
     # The best single model's point competes: its seeds are members too.
     known = (single.best,) if start and single.best and study.records.named(jobs_of(single.best)[-1].name) else ()
@@ -228,6 +241,29 @@ def ensembles_at(study: Study, model: str, tokens: int, point: Point) -> list[En
     """Return the ensembles of one size at a point, one for each average."""
     names = tuple(run.name for run in members_at(study, model, tokens, point))
     return [named_ensemble(names, average) for average in AVERAGES]
+
+
+def unseen(study: Study, model: str, tokens: int) -> tuple[tuple[Run, ...], ...]:
+    """Return the members that no search has seen, at the members' point and at the best single model's.
+
+    None before both are known, and where fewer are left than an interval needs.
+    """
+    descent, single, seen = (
+        member_search(study, model, tokens).descent,
+        study.tuned(TUNED, model, tokens),
+        settings(study),
+    )
+    points = (descent.best if descent.certified else None, single.best if single.certified else None)
+    if None in points or seen.count - seen.search_members < FEWEST_FRESH:
+        return ()
+    return tuple(
+        members_at(study, model, tokens, point)[seen.search_members :] for point in points if point is not None
+    )
+
+
+def as_ensemble(runs: tuple[Run, ...]) -> Ensemble:
+    """Return the ensemble of some members, averaged in logits."""
+    return named_ensemble(tuple(run.name for run in runs), "logits")
 
 
 def members(study: Study, model: str, tokens: int) -> tuple[Run, ...]:
@@ -302,16 +338,12 @@ def best_model(study: Study, tokens: int) -> str:
 
 
 def members_law(record: Record) -> MembersLaw:
-    """Fit the law in K to the losses of one ensemble record (spec section 6).
+    """Fit the law in K to the test losses of one ensemble record (spec section 6).
 
     Its interval is that of a new draw of members. Subsets share members, so their scatter alone would be far too narrow.
     """
-    without = record.results.get("without")
-    return fit_members(_by_count(record.results["curve"]), _by_count(without) if without else None)
-
-
-def _by_count(table: dict[str, list[float]]) -> dict[int, list[float]]:
-    return {int(k): losses for k, losses in table.items()}
+    subsets, without = curves(record)
+    return fit_members(subsets, without or None)
 
 
 def joint_law(done: Finished) -> JointLaw | None:
@@ -341,7 +373,7 @@ def report(study: Study) -> Section:
     """Compare ensembles with the best single model, and extrapolate in K."""
     done = {tokens: finished(study, tokens) for tokens in study.scale.unique_tokens}
     claims = [*_gain_claims(study, done), *_equal_claim(study, done), *_limit_claims(study, done)]
-    claims += [*_predicted_claim(done), *_rule_claim(study), *_tuned_members_claims(study)]
+    claims += [*_predicted_claim(study, done), *_rule_claim(study), *_tuned_members_claims(study)]
     claims += [*_soup_claim(study), *_joint_claim(study, done)]
     tables = [_table(tokens, found) for tokens, found in done.items() if found]
     tables += [family_table(claim, f"By case: {claim.text}") for claim in claims if len(claim.cases) > 1]
@@ -388,6 +420,11 @@ def _gain(record: Record, count: int, single: Result) -> tuple[float, tuple[floa
     return gain, _around(gain, own, (high - low) / 2 if law.interval else None)
 
 
+def _dof(record: Record, single: Result) -> int:
+    """Return the fewer of the degrees of freedom of an ensemble's members and of a single model's seeds."""
+    return min(int(record.results["members"]), len(single.records)) - 1
+
+
 def _gain_claims(study: Study, done: Done) -> list[Claim]:
     """Compare the best ensemble with the best single model at every budget."""
     cases, sizes, seeds = list[Case](), list[float](), list[int]()
@@ -397,7 +434,7 @@ def _gain_claims(study: Study, done: Done) -> list[Claim]:
             continue
         gain, interval = _gain(best, int(best.results["members"]), single)
         name = f"{model}-{best_model(study, tokens)}.{tokens}"
-        cases.append(measured_case(name, gain, interval, dof=len(single.records) - 1))
+        cases.append(measured_case(name, gain, interval, dof=_dof(best, single)))
         sizes, seeds = [*sizes, gain], [*seeds, len(single.records)]
     if not cases:
         return []
@@ -410,6 +447,7 @@ def _gain_claims(study: Study, done: Done) -> list[Claim]:
             paper="0.25 nats with 8 members of 300M (3.57 to 3.32), section 6",
             sizes=(sizes[0], 0.25),
             seeds=min(seeds),
+            planned=len(done),
             provisional=heavy_weight_decay.missing(study, *done),
         )
     ]
@@ -428,7 +466,7 @@ def _equal_claim(study: Study, done: Done) -> list[Claim]:
                 if 2 <= count <= len(ensemble.runs) and single.point is not None:
                     gain, interval = _gain(record, count, single)
                     name = f"{count}x{model}-{larger}.{tokens}"
-                    cases.append(measured_case(name, gain, interval, dof=len(single.records) - 1))
+                    cases.append(measured_case(name, gain, interval, dof=_dof(record, single)))
                     costs.append(count * one * epochs / (single.parameters * single.point.epochs))
                     counts.append(len(single.records))
     if not cases:
@@ -452,15 +490,15 @@ def _limit_claims(study: Study, done: Done) -> list[Claim]:
     limits, signs, chances = list[Case](), list[bool](), list[Case]()
     for tokens, found in done.items():
         single, _ = heavy_weight_decay.best_single(study, tokens)
-        laws = [(model, ensemble, members_law(record)) for model, ensemble, record in found]
-        for model, ensemble, law in laws if single else ():
+        laws = [(model, ensemble, record, members_law(record)) for model, ensemble, record in found]
+        for model, ensemble, record, law in laws if single else ():
             # The members' setting was chosen: what ties with it belongs to the error of their limit.
             search = heavy_weight_decay.choice(heavy_weight_decay.best(study, model, tokens))
             jackknife = half_width(law.interval["E"]) if law.interval else None
             half = None if jackknife is None else math.hypot(jackknife, NORMAL * search)
             own, gain = half_width(seed_interval(list(single.losses.values()))), single.mean - law.E
             # Judged by the gain over the single model, shown as the limit, which a replication can be compared with.
-            judged = measured_case("", gain, _around(gain, half, own), dof=len(ensemble.runs) - 1)
+            judged = measured_case("", gain, _around(gain, half, own), dof=_dof(record, single))
             shown = None if half is None else (law.E - half, law.E + half)
             limits.append(Case(f"{model}.{ensemble.average}.{tokens}", law.E, shown, judged.t, judged.dof))
             signs.append(gain > 0)
@@ -479,13 +517,16 @@ def _limit_claims(study: Study, done: Done) -> list[Claim]:
             signs,
             id="ensembling.limit",
             differences=False,
+            planned=_planned(study),
             seeds=count,
             provisional=caveats,
         )
     ]
     if chances:
         probabilities = [case.value for case in chances]
-        sure = all(chance >= SURE for chance in probabilities)
+        every = len(chances) == len(done)
+        sure = every and all(chance >= SURE for chance in probabilities)
+        budgets = () if every else (f"{len(chances)} of {len(done)} budgets have run",)
         claims.append(
             Claim(
                 id="ensembling.limit-below-size",
@@ -496,33 +537,43 @@ def _limit_claims(study: Study, done: Done) -> list[Claim]:
                 # One budget where the opposite is as sure is enough to be false.
                 holds=True if sure else False if min(probabilities) <= 1 - SURE else None,
                 cases=tuple(chances),
-                provisional=caveats,
+                provisional=(*caveats, *budgets),
             )
         )
     return claims
 
 
-def _predicted_claim(done: Done) -> list[Claim]:
-    """Predict the loss of all members from fewer."""
-    cases = []
-    for tokens, found in done.items():
+def _planned(study: Study) -> int:
+    """Return how many ensembles the campaign will have."""
+    return len(AVERAGES) * sum(len(sizes(study, tokens)) for tokens in study.scale.unique_tokens)
+
+
+def _predicted_claim(study: Study, done: Done) -> list[Claim]:
+    """Predict the loss of all members from half of them, and compare with no change."""
+    count = settings(study).count
+    few, cases, unchanged = max(FEWEST_COUNTS - 1, math.ceil(count / 2)), list[Case](), list[float]()
+    for tokens, found in done.items() if count > few else ():
         for model, ensemble, record in found:
-            curve = _by_count(record.results["curve"])
-            if len(curve) >= FEWEST_COUNTS:
-                cases.append(Case(f"{model}.{ensemble.average}.{tokens}", predict_members(curve).error))
+            predicted, means = predict_members(curves(record)[0], upto=few), mean_curve(record)
+            cases.append(Case(f"{model}.{ensemble.average}.{tokens}", predicted.error))
+            unchanged.append(means[few] - means[count])
     if not cases:
         return []
     worst = max(abs(case.value) for case in cases)
-    near = sum(abs(case.value) <= PREDICTED for case in cases)
+    near = sum(abs(case.value) <= min(PREDICTED, abs(same)) for case, same in zip(cases, unchanged, strict=True))
+    missing = _planned(study) - len(cases)
     return [
         Claim(
             id="ensembling.predicted",
-            text=f"E + A/K + B/K^2 fitted to fewer members predicts the loss of all of them within {PREDICTED:g} nats",
-            value=f"in {near} of {len(cases)}: at most {worst:.4f} nats off",
+            text=f"E + A/K + B/K^2 fitted to K up to {few} predicts the loss of {count} members within {PREDICTED:g} nats, and "
+            f"better than the loss of {few}",
+            value=f"in {near} of {len(cases)}: at most {worst:.4f} nats off ({few} are {min(unchanged):.4f} to "
+            f"{max(unchanged):.4f} off)",
             paper="1 / K over seven tables (free exponents 0.96 to 1.09), sections 6 and 13",
-            seeds=max(len(ensemble.runs) for found in done.values() for _, ensemble, _ in found),
-            holds=near == len(cases),
+            seeds=count,
+            holds=False if near < len(cases) else None if missing else True,
             cases=tuple(cases),
+            provisional=(f"{len(cases)} of {_planned(study)} cases have run",) if missing else (),
         )
     ]
 
@@ -538,10 +589,10 @@ def _soup_claim(study: Study) -> list[Claim]:
         Claim(
             id="ensembling.soup",
             text="the mean of the weights of independent members is worse than one of them",
-            value=f"{record.loss - single:+.4f} nats ({single:.4f} to {record.loss:.4f})",
+            value=f"{record.test_loss - single:+.4f} nats ({single:.4f} to {record.test_loss:.4f})",
             paper="averaging weights of independent members fails (no number), section 10",
             seeds=int(best.results["members"]),
-            holds=record.loss > single,
+            holds=record.test_loss > single,
         )
     ]
 
@@ -560,18 +611,20 @@ def _both_points(study: Study, model: str, tokens: int, point: Point) -> tuple[R
     return study.records.get(ensembles_at(study, model, tokens, point)[0]), known
 
 
-def _both_limits(members: Record | None, plain: Record | None, seeds: int) -> tuple[float, float] | None:
+def _both_limits(
+    members: Record | None, plain: Record | None, seeds: int, curve_of: Callable[[Record], dict[int, float]]
+) -> tuple[float, float] | None:
     """Return the limits in K of members at a point and at the single model's.
 
-    None before both are known.
+    `curve_of` says on which text. None before both are known.
     """
     if members is None or plain is None or "curve" not in members.results or "curve" not in plain.results:
         return None
     # At a finite K members may look worse although their limit is lower (spec section 6). Both limits are fitted to the
     # same numbers of members, as many as there are seeds, so that further members cannot change the choice.
-    curves = mean_curve(members), mean_curve(plain)
-    shared = [k for k in curves[0] if k in curves[1] and k <= seeds]
-    found, single = (members_limit({k: curve[k] for k in shared}) for curve in curves)
+    both = curve_of(members), curve_of(plain)
+    shared = [k for k in both[0] if k in both[1] and k <= seeds]
+    found, single = (members_limit({k: curve[k] for k in shared}) for curve in both)
     return found, single
 
 
@@ -581,7 +634,7 @@ def _limit_gain(study: Study, model: str, tokens: int, point: Point) -> tuple[Ca
     Returns the gain, whether it is above zero, and how many members the second has.
     """
     members, plain = _both_points(study, model, tokens, point)
-    limits = _both_limits(members, plain, study.scale.seeds)
+    limits = _both_limits(members, plain, study.scale.seeds, mean_curve)
     if members is None or plain is None or limits is None or not all(map(math.isfinite, limits)):
         return None
     laws = members_law(members), members_law(plain)
@@ -591,6 +644,20 @@ def _limit_gain(study: Study, model: str, tokens: int, point: Point) -> tuple[Ca
     gain = laws[1].E - laws[0].E if None not in halves else limits[1] - limits[0]
     case = measured_case(f"{model}.{tokens}", gain, _around(gain, *halves), dof=settings(study).count - 1)
     return case, gain > 0, len(inputs(plain.job))
+
+
+def _unseen_gain(study: Study, model: str, tokens: int) -> tuple[Case, bool, int] | None:
+    """Return what `_limit_gain` does, from members that no search has seen; None before they have run."""
+    records = [record for runs in unseen(study, model, tokens) if (record := study.records.get(as_ensemble(runs)))]
+    if len(records) < 2 or any("curve" not in record.results for record in records):
+        return None
+    tuned, plain = map(members_law, records)
+    gain, halves = (
+        plain.E - tuned.E,
+        [half_width(law.interval["E"]) if law.interval else None for law in (tuned, plain)],
+    )
+    case = measured_case(f"{model}.{tokens}", gain, _around(gain, *halves), dof=tuned.dof)
+    return case, gain > 0, len(inputs(records[0].job))
 
 
 def _rule_claim(study: Study) -> list[Claim]:
@@ -614,6 +681,7 @@ def _rule_claim(study: Study) -> list[Claim]:
             id="ensembling.rule",
             paper="limits 3.34 and 3.27 for 300M, section 6",
             seeds=min(counts),
+            planned=sum(len(sizes(study, tokens)) for tokens in study.scale.unique_tokens),
             provisional=(
                 *heavy_weight_decay.missing(study, *study.scale.unique_tokens),
                 *((f"{few} of {len(cases)} have too few members at one setting for an interval",) if few else ()),
@@ -624,22 +692,26 @@ def _rule_claim(study: Study) -> list[Claim]:
 
 def _tuned_members_claims(study: Study) -> list[Claim]:
     """Are members tuned for their limit better together and worse alone?"""
-    together, alone = list[tuple[Case, bool, int]](), list[Case]()
+    together, alone, seen = list[tuple[Case, bool, int]](), list[Case](), False
     for model, tokens in searched_cells(study):
         point, single = best_point(study, model, tokens), study.best(TUNED, model, tokens)
         if point is None or not single:
             continue
-        gain = _limit_gain(study, model, tokens, point)
-        losses = [loss for run in members_at(study, model, tokens, point) if (loss := study.loss(run)) is not None]
+        fresh = _unseen_gain(study, model, tokens)
+        gain = fresh or _limit_gain(study, model, tokens, point)
+        judged = unseen(study, model, tokens)[0] if fresh else members_at(study, model, tokens, point)
+        losses = [loss for run in judged if (loss := study.test_loss(run)) is not None]
         if gain is not None and losses:
             together.append(gain)
             search = heavy_weight_decay.choice(single)
             alone.append(gain_case(f"{model}.{tokens}", list(single.losses.values()), losses, search=search))
+            seen = seen or fresh is None
     if not together:
         return []
     cases, signs, counts = zip(*together, strict=True)
     budgets = dict.fromkeys(tokens for _, tokens in searched_cells(study))
-    caveats = *heavy_weight_decay.missing(study, *budgets), "the members that chose the setting are among those judged"
+    chosen = ("the members that chose the setting are among those judged",) if seen else ()
+    caveats, planned = (*heavy_weight_decay.missing(study, *budgets), *chosen), len(searched_cells(study))
     return [
         family_claim(
             "members tuned for their limit have a lower limit in K than those of the best single setting, wherever they were tuned",
@@ -648,6 +720,7 @@ def _tuned_members_claims(study: Study) -> list[Claim]:
             id="ensembling.tuned-together",
             paper="the best single model is not the best member (no number), section 6",
             seeds=min(counts),
+            planned=planned,
             provisional=caveats,
         ),
         family_claim(
@@ -656,7 +729,8 @@ def _tuned_members_claims(study: Study) -> list[Claim]:
             [case.value > 0 for case in alone],
             id="ensembling.tuned-alone",
             paper="the best single model is not the best member (no number), section 6",
-            seeds=study.scale.seeds,
+            seeds=study.judged_seeds,
+            planned=planned,
             provisional=caveats,
         ),
     ]
@@ -703,9 +777,9 @@ def _limit_notes(study: Study, tokens: int, done: Finished) -> list[str]:
 def _table(tokens: int, done: Finished) -> Table:
     rows = []
     for model, ensemble, record in done:
-        for k, losses in record.results["curve"].items():
+        for k, losses in curves(record)[0].items():
             low, high = (min(losses), max(losses)) if len(losses) > 1 else (None, None)
-            rows.append((model, ensemble.average, int(k), statistics.fmean(losses), low, high))
+            rows.append((model, ensemble.average, k, statistics.fmean(losses), low, high))
     return Table(
         title=f"Ensembles, D = {tokens:,} tokens (mean, lowest and highest over subsets of K members)",
         columns=("model", "average", "K", "loss", "lowest", "highest"),
@@ -736,7 +810,7 @@ def _figure(study: Study, tokens: int, done: Finished) -> Figure:
             draw_level(axes, single.mean, 1, 4 * members, label=f"best single ({model})")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("members K")
-        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_ylabel(LOSS_AXIS)
 
     caption = f"Loss against K at D = {tokens:,}: members of every size (color), average (dash), and the law in K with its limit."
     return Figure(name=f"loss-against-members-{tokens}", caption=caption, draw=draw)
@@ -773,7 +847,7 @@ def _tuned_figure(study: Study) -> list[Figure]:
             draw_key(axes, name, line_style=line)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("members K")
-        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_ylabel(LOSS_AXIS)
 
     caption = f"Members tuned for their limit and members of the best single setting (logits) at D = {tokens:,}."
     return [Figure(name="members-tuned", caption=caption, draw=draw)]
@@ -802,7 +876,7 @@ def _parameters_figure(study: Study, done: Finished) -> list[Figure]:
                 draw_series(axes, sizes, list(curve.values()), label=f"members of {model}", color=color)
         axes.set_xscale("log")
         axes.set_xlabel("parameters in all")
-        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_ylabel(LOSS_AXIS)
 
     caption = f"Ensembles (logits) and single models against their parameters at D = {tokens:,}."
     return [Figure(name="loss-against-parameters", caption=caption, draw=draw)]

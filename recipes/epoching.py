@@ -104,7 +104,7 @@ Pair = tuple[tuple[Run, ...], tuple[Run, ...]]
 def rises(study: Study, pair: Pair) -> list[float]:
     """Return how far the second setting is above the first, in nats, by seed."""
     before, after = (study.finite(dict(enumerate(runs))) for runs in pair)
-    return [after[seed].loss - before[seed].loss for seed in before if seed in after]
+    return [after[seed].test_loss - before[seed].test_loss for seed in before if seed in after]
 
 
 def best_standard(study: Study, tokens: int) -> Result:
@@ -222,14 +222,14 @@ def _table(study: Study, tokens: int) -> Table:
         search = study.search(standard(study), model, tokens)
         result, tried = study.best(standard(study), model, tokens), search.descent.tried
         if result.point is None or not result:
-            rows.append((model, *(None,) * 4, 0, tried, "no result yet"))
+            rows.append((model, *(None,) * 5, 0, tried, "no result yet"))
             continue
         certificate = search.certificate(seed_noise(study.records, model, tokens))
         setting = (model, result.parameters, result.point.lr, result.point.epochs)
-        rows.append((*setting, result.mean, len(result.records), tried, str(certificate)))
+        rows.append((*setting, result.validation, result.mean, len(result.records), tried, str(certificate)))
     return Table(
         title=f"Best standard runs, D = {tokens:,} tokens, wd {study.scale.standard_wd:g}",
-        columns=("model", "N", "lr", "epochs", "loss", "seeds", "runs tried", "search"),
+        columns=("model", "N", "lr", "epochs", "validation loss", "test loss", "seeds", "runs tried", "search"),
         rows=tuple(rows),
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from epochal.report.claims import FEWEST_SEEDS, Case, Claim
 from epochal.report.comparison import family_claim, family_table, gain_case
-from epochal.report.figures import draw_law, draw_series
+from epochal.report.figures import LOSS_AXIS, draw_law, draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import Job
 from epochal.scaling import PowerLaw, check_law, fit_power_law, search_noise
@@ -59,11 +59,11 @@ def best(study: Study, model: str, tokens: int) -> Result:
 
 
 def best_single(study: Study, tokens: int) -> tuple[Result, str]:
-    """Return the tuned result with the lowest seed mean, and its size.
+    """Return the tuned result with the lowest validation loss over seeds, and its size.
 
     The size is "" before any result.
     """
-    model = min(study.scale.models_at(tokens), key=lambda m: best(study, m, tokens).mean)
+    model = min(study.scale.models_at(tokens), key=lambda m: best(study, m, tokens).validation)
     result = best(study, model, tokens)
     return result, model if result else ""
 
@@ -77,7 +77,7 @@ def size_law(
     """
     results = [best(study, model, tokens) for model in models or study.scale.models_at(tokens)]
     records = [record for result in results for record in result.records.values() if field in record.results]
-    points = [(float(record.results[field]), record.loss) for record in records]
+    points = [(float(record.results[field]), record.test_loss) for record in records]
     if len({size for size, _ in points}) < FEWEST_SIZES:
         return None
     # What the choice between tied settings adds to the scatter of sizes around the law.
@@ -161,6 +161,7 @@ def _standard_claims(study: Study) -> list[Claim]:
             paper="0.29 nats at 200M tokens (3.75 to 3.46), sections 4 and 5",
             sizes=(base.mean - tuned.mean, 0.29),
             seeds=seeds,
+            planned=len(study.scale.unique_tokens),
             provisional=caveats,
         ),
         Claim(
@@ -206,7 +207,7 @@ def _steps_claim(study: Study) -> list[Claim]:
             if before and after:
                 losses = list(after.losses.values()), list(before.losses.values())
                 cases.append(gain_case(f"{small}-{large}.{tokens}", *losses, search=choice(before, after)))
-    if len(cases) < steps or not cases:
+    if not cases:
         return []
     return [
         family_claim(
@@ -215,7 +216,8 @@ def _steps_claim(study: Study) -> list[Claim]:
             [case.value > 0 for case in cases],
             id="heavy-decay.monotone",
             paper="monotone over four sizes, section 5",
-            seeds=study.scale.seeds,
+            planned=steps,
+            seeds=study.judged_seeds,
             provisional=missing(study, *study.scale.unique_tokens),
         )
     ]
@@ -233,18 +235,18 @@ def _setting_claim(study: Study) -> list[Claim]:
     results = [best(study, model, tokens) for model in models]
     points = set.intersection(*(set(study.known_points(TUNED, model, tokens)) for model in models))
     runs = {point: [study.run(TUNED, model, tokens, point) for model in models] for point in sorted(points)}
-    losses = {point: [study.loss(run) or math.inf for run in found] for point, found in runs.items()}
-    if len(models) < FEWEST_SIZES or not losses or not all(results):
+    sums = {point: sum(study.loss(run) or math.inf for run in found) for point, found in runs.items()}
+    if len(models) < FEWEST_SIZES or not sums or not all(results):
         return []
-    point = min(losses, key=lambda one: (sum(losses[one]), one))
-    tuned = [result.mean for result in results]
-    falls = [all(later < earlier for earlier, later in pairwise(row)) for row in (tuned, losses[point])]
+    point = min(sums, key=lambda one: (sums[one], one))
+    tuned, losses = [result.mean for result in results], [study.test_loss(run) or math.inf for run in runs[point]]
+    falls = [all(later < earlier for earlier, later in pairwise(row)) for row in (tuned, losses)]
     return [
         Claim(
             id="heavy-decay.one-setting",
             text=f"D = {tokens:,}: tuned loss falls with every step of N, and with one setting for all sizes (lr {point.lr:g}, "
             f"{point.epochs} epochs, wd {point.wd:g}) it does not",
-            value=", ".join(f"{m} {loss:.4f}" for m, loss in zip(models, losses[point], strict=True)),
+            value=", ".join(f"{m} {loss:.4f}" for m, loss in zip(models, losses, strict=True)),
             paper="monotone only where every size is tuned, section 5",
             seeds=1,
             holds=falls[0] and not falls[1],
@@ -267,16 +269,20 @@ def _seeds_claim(study: Study) -> list[Claim]:
     if not cases:
         return []
     low, high = min(case.value for case in cases), max(case.value for case in cases)
+    budgets = len(study.scale.unique_tokens)
     return [
         Claim(
             id="heavy-decay.seed-limit",
             text=f"refitted to each seed alone, the limit in N moves by at most {SEED_MOVES:g} nats at every budget",
             value=f"in {sum(case.value <= SEED_MOVES for case in cases)} of {len(cases)}: {low:.4f} to {high:.4f} nats",
             paper="at most 0.02 nats over three seeds, section 5",
-            seeds=study.scale.seeds,
-            holds=high <= SEED_MOVES,
+            seeds=study.judged_seeds,
+            holds=False if high > SEED_MOVES else True if len(cases) == budgets else None,
             cases=tuple(cases),
-            provisional=missing(study, *study.scale.unique_tokens),
+            provisional=(
+                *missing(study, *study.scale.unique_tokens),
+                *((f"{len(cases)} of {budgets} budgets have run",) if len(cases) < budgets else ()),
+            ),
         )
     ]
 
@@ -304,7 +310,7 @@ def _largest_claim(study: Study) -> list[Claim]:
                 for name, middle, low, high, loss in found
             ),
             paper="the limit is read off such a law, section 5",
-            seeds=study.scale.seeds,
+            seeds=study.judged_seeds,
             holds=all(low <= loss <= high for _, _, low, high, loss in found),
             cases=tuple(
                 Case(name, loss - middle, (loss - high, loss - low)) for name, middle, low, high, loss in found
@@ -324,7 +330,7 @@ def _law_table(study: Study) -> list[Table]:
                 low, high = law.interval["E"] if law.interval else (None, None)
                 far = 4 * float(law.x.max())
                 around = (
-                    [float(end) for end in law.predict_interval(far, seeds=study.scale.seeds)] if law.interval else []
+                    [float(end) for end in law.predict_interval(far, seeds=study.judged_seeds)] if law.interval else []
                 )
                 rows.append(
                     (tokens, words, law.E, low, high, law.alpha, float(law.predict(far)), *(around or (None, None)))
@@ -343,11 +349,11 @@ def _table(study: Study, tokens: int) -> Table:
             rows.append((model, *(None,) * 7, 0, tried, "no result yet"))
             continue
         tau, noise = round(result.runs[0].tau, 3), seed_noise(study.records, model, tokens)
-        outcome = (result.mean, result.fresh, len(result.records), tried, str(search.certificate(noise)))
+        outcome = (result.validation, result.mean, len(result.records), tried, str(search.certificate(noise)))
         rows.append((model, result.parameters, point.lr, point.epochs, point.wd, tau, *outcome))
     return Table(
         title=f"Tuned single models, D = {tokens:,} tokens (tau: averaging window in epochs; "
-        "fresh seeds: without the one that chose the setting)",
+        "losses of the seeds that did not choose the setting, where at least three have run)",
         columns=(
             "model",
             "N",
@@ -355,8 +361,8 @@ def _table(study: Study, tokens: int) -> Table:
             "epochs",
             "wd",
             "tau",
-            "loss",
-            "loss, fresh seeds",
+            "validation loss",
+            "test loss",
             "seeds",
             "runs tried",
             "search",
@@ -404,7 +410,7 @@ def _figures(study: Study, tokens: int, law: PowerLaw | None) -> list[Figure]:
             draw_law(axes, law, sizes[0], 4 * sizes[-1], label="E + A / N^alpha", color=line.get_color())
         axes.set_xscale("log")
         axes.set_xlabel("parameters N")
-        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_ylabel(LOSS_AXIS)
 
     caption = f"Loss against N at D = {tokens:,}: best standard and best tuned runs, and the law in N."
     return [Figure(name=f"loss-against-size-{tokens}", caption=caption, draw=draw)]

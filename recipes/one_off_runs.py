@@ -27,7 +27,7 @@ def report(study: Study) -> Section | None:
             continue
         # Runs of several seeds share this name.
         name = without_seed(record.job.name)
-        losses.setdefault(name, {})[record.job.init_seed] = record.loss
+        losses.setdefault(name, {})[record.job.init_seed] = record.test_loss
         # Written by `epochal train --like`.
         if "like" in record.provenance:
             like = without_seed(record.provenance["like"]["name"])

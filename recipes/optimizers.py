@@ -17,13 +17,21 @@ from epochal.config import nearest
 from epochal.ranges import Decay, Epochs, Items, Ranged, Rate, Repeats, Tokens, shown
 from epochal.records import Record
 from epochal.report.claims import Claim
-from epochal.report.comparison import ArmLosses, Pair, gains_by_seed, long_enough, pair_claims
-from epochal.report.figures import draw_ranking
+from epochal.report.comparison import (
+    ArmLosses,
+    Pair,
+    beyond_noise,
+    gains_by_seed,
+    long_enough,
+    pair_claims,
+    within_noise,
+)
+from epochal.report.figures import LOSS_AXIS, draw_ranking
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Signum, Spectra
 from epochal.scale import Scale
 from epochal.scaling import seed_caveats, seed_interval
-from epochal.study import Arm, Result, Study, Sweep
+from epochal.study import Arm, Result, Study, Sweep, judged
 
 # The threshold of 2 is for the width 32 of these comparisons. The paper's 10 is for widths from 768: the largest singular
 # value of a random update grows with the square root of the width.
@@ -164,7 +172,7 @@ def report(study: Study) -> Section:
         claims += _cost_claims(study, name, sweep) if sweep.epochs == 1 else []
     notes = (
         "Every optimizer: the same grid of lr and wd (times and over its factor), then further seeds at its best point. "
-        "Seed 0 chose the point, so its loss is low by a selection effect that is the same for all.",
+        "The first seed chose the point on the validation split; losses are those of the test split.",
         "Differences are paired by seed: both runs start from the same weights and see the same batches.",
         "State: optimizer state in bytes over the bytes of the weights in float32. Share: the optimizer's part of a "
         "training step's time on the machine that ran it. Norm: the largest singular value of any matrix of the blocks.",
@@ -187,7 +195,7 @@ def losses(study: Study, arm: Arm, sweep: Sweep) -> ArmLosses:
 
 def caveats(result: Result, label: str, sweep: Sweep) -> tuple[str, ...]:
     """Name what the result of one arm lacks for a final verdict."""
-    few = (f"seeds of {label}",) if len(result.records) < sweep.seeds else ()
+    few = (f"seeds of {label}",) if len(result.records) < len(judged(dict.fromkeys(range(sweep.seeds)))) else ()
     edge = (f"{label} is best at the end of its grid ({' and '.join(result.edges)})",) if result.edges else ()
     return (*few, *edge, *(("one seed",) if sweep.seeds < 2 else ()))
 
@@ -217,19 +225,22 @@ def _ranking_claim(study: Study, name: str, sweep: Sweep) -> list[Claim]:
     results = {arm.label: result for arm in ARMS if (result := study.swept(arm, sweep))}
     if len(results) < 2 or BASE not in results:
         return []
-    first = min(results, key=lambda label: results[label].mean)
+    first = min(results, key=lambda label: results[label].validation)
     reasons = [c for label in (first, BASE) for c in caveats(results[label], label, sweep)]
     waiting = [arm.label for arm in ARMS if arm.label not in results]
     gains = list(gains_by_seed(results[first].losses, results[BASE].losses).values())
+    noise = within_noise(seed_interval(gains)) if first != BASE else ()
     return [
         Claim(
             id=f"optimizers.{name}.ranking",
-            text=f"{sweep.title}: another optimizer than {BASE} comes first ({first})",
-            value=f"{results[BASE].mean - results[first].mean:.4f} nats below {BASE}",
+            text=f"{sweep.title}: another optimizer than {BASE} comes first",
+            value=f"{BASE} comes first"
+            if first == BASE
+            else f"{first}, {statistics.fmean(gains):+.4f} nats below {BASE}",
             interval=seed_interval(gains) if first != BASE else None,
             seeds=min(len(result.records) for result in results.values()),
-            holds=first != BASE,
-            provisional=(*dict.fromkeys(reasons), *((f"{', '.join(waiting)} not run",) if waiting else ())),
+            holds=first != BASE and beyond_noise(statistics.fmean(gains) > 0, noise),
+            provisional=(*dict.fromkeys(reasons), *noise, *((f"{', '.join(waiting)} not run",) if waiting else ())),
         )
     ]
 
@@ -264,7 +275,7 @@ def _cost_claims(study: Study, name: str, sweep: Sweep) -> list[Claim]:
                 value=f"{norms[1] - norms[0]:+.2f} ({norms[0]:.2f} against {norms[1]:.2f})",
                 interval=seed_interval(smaller),
                 seeds=pair,
-                holds=norms[0] < norms[1],
+                holds=beyond_noise(norms[0] < norms[1], seed_caveats(smaller)),
                 paper="smaller weight norms (no number), spectra section 3",
                 provisional=seed_caveats(smaller),
             )
@@ -357,7 +368,7 @@ def _figures(study: Study, name: str, sweep: Sweep) -> list[Figure]:
 
     def draw(axes: Any) -> None:
         draw_ranking(axes, labels, means, low=[end[0] for end in ends], high=[end[1] for end in ends])
-        axes.set_xlabel("validation loss (nats per token)")
+        axes.set_xlabel(LOSS_AXIS)
 
     caption = f"{sweep.title.capitalize()}: each optimizer at its own optimum, mean over seeds with a 90% interval."
     return [Figure(name=f"optimizers-{name}", caption=caption, draw=draw)]

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from epochal.names import named_ensemble
 from epochal.ranges import Items, Range, Ranged, Repeats
-from epochal.records import Record
+from epochal.records import Record, mean_curve
 from epochal.report.claims import Case, Claim
 from epochal.report.comparison import (
     FEWEST_REPETITIONS,
@@ -25,12 +25,12 @@ from epochal.report.comparison import (
     gains_by_seed,
     measured_case,
 )
-from epochal.report.figures import draw_series
+from epochal.report.figures import LOSS_AXIS, draw_series
 from epochal.report.sections import Figure, Section, Table
 from epochal.run import AVERAGES, Ensemble, Job
 from epochal.scale import Scale, member_point
 from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interval
-from epochal.study import Result, Study, Sweep, mean_curve
+from epochal.study import Result, Study, Sweep
 from recipes import _member_variants, optimizers
 from recipes._member_variants import VARIANTS, MakeMember
 from recipes.ensembling import half_width, members_law
@@ -113,7 +113,7 @@ class Comparison:
         if member is None:
             return {}
         jobs = {repetition: self.group(member, variant, repetition) for repetition in self.settings.repetitions}
-        return {repetition: loss for repetition, job in jobs.items() if (loss := self.study.loss(job)) is not None}
+        return {repetition: loss for repetition, job in jobs.items() if (loss := self.study.test_loss(job)) is not None}
 
     def ensemble_record(self, label: str, average: str) -> Record | None:
         """Return the record of all independent members of one optimizer."""
@@ -177,7 +177,7 @@ def report(study: Study) -> Section:
 def size_law(here: Comparison, label: str) -> PowerLaw | None:
     """Fit the law in N of one optimizer; None with fewer sizes than `FEWEST_SIZES`."""
     records = [record for model in here.settings.models for record in here.tuned(label, model).records.values()]
-    points = [(float(record.results["parameters"]), record.loss) for record in records]
+    points = [(float(record.results["parameters"]), record.test_loss) for record in records]
     if len({size for size, _ in points}) < FEWEST_SIZES:
         return None
     return fit_power_law([size for size, _ in points], [loss for _, loss in points])
@@ -247,7 +247,8 @@ def _decay_claim(here: Comparison, others: list[str]) -> list[Claim]:
     return [
         Claim(
             id="optimizers-at-scale.same-decay",
-            text=f"{', '.join(others)} have their lowest loss at the same decay as {BASE}, at every size",
+            text=f"{', '.join(others)} {'have their' if len(others) > 1 else 'has its'} lowest loss at the same decay as {BASE}, "
+            "at every size",
             value=f"in {sum(equal)} of {len(equal)}{': ' * bool(other)}{', '.join(other)}",
             holds=all(equal),
             provisional=(*_caveats(here, *others), "one seed chose the decay"),
@@ -296,7 +297,7 @@ def _figures(here: Comparison) -> tuple[Figure, ...]:
                 draw_series(axes, [size for size, _ in points], [loss for _, loss in points], label=label)
         axes.set_xscale("log")
         axes.set_xlabel("parameters N")
-        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_ylabel(LOSS_AXIS)
 
     caption = f"Loss against N, {here.sweep.title}: each optimizer at its own optimum."
     return (Figure(name="optimizers-against-size", caption=caption, draw=draw),)

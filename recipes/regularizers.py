@@ -20,7 +20,7 @@ from typing import Any
 from epochal.campaign.plan import flops_of
 from epochal.names import named_ensemble
 from epochal.ranges import Ranged, Repeats, Tokens
-from epochal.records import Record
+from epochal.records import Record, curves
 from epochal.report.claims import Case, Claim
 from epochal.report.comparison import difference_claim, gains_by_seed, long_enough, measured_case, settled
 from epochal.report.sections import Section, Table
@@ -273,15 +273,8 @@ def outcome(study: Study, here: Settings, row: Row) -> Outcome:
 def _law(record: Record | None) -> MembersLaw | None:
     if record is None or len(record.results.get("curve", {})) < 2:
         return None
-    curve, without = (
-        {int(k): losses for k, losses in record.results.get(name, {}).items()} for name in ("curve", "without")
-    )
-    return fit_members(curve, without or None)
-
-
-def test_losses(records: dict[int, Record]) -> dict[int, float]:
-    """Return the losses on the test split, which no search has seen; those on validation text without one."""
-    return {seed: record.results.get("test_loss") or record.loss for seed, record in records.items()}
+    subsets, without = curves(record)
+    return fit_members(subsets, without or None)
 
 
 def report(study: Study) -> Section | None:
@@ -306,7 +299,7 @@ def report(study: Study) -> Section | None:
     notes = [
         "Gains are paired by seed with the arm's baseline, on the test split; knob, decay and epochs were tuned on the "
         "validation split by the first seed. The limit is that of the arm's seeds as members, averaged in logits, on the "
-        "validation split. Cost: FLOPs of training over those of the baseline; the time of a step is in "
+        "test split. Cost: FLOPs of training over those of the baseline; the time of a step is in "
         "benchmarks/regularizers.csv. Sharpness: the largest eigenvalue of the "
         "Hessian of the training loss at the end, mean over seeds.",
         "In one pass every arm has the plain learning rate, the standard decay and its best knob; arms of two passes cost "
@@ -370,7 +363,7 @@ def _cells(
         one.point.wd,
         one.point.epochs,
         cost,
-        statistics.fmean(test_losses(one.records).values()),
+        statistics.fmean(record.test_loss for record in one.records.values()),
         statistics.fmean(gains) if gains else None,
         *(seed_interval(gains) or (None, None)),
         len(one.records),
@@ -383,7 +376,7 @@ def _cells(
 
 
 def _gains(one: Outcome, base: Outcome, which: str) -> list[float]:
-    ours, theirs = test_losses(getattr(one, which)), test_losses(getattr(base, which))
+    ours, theirs = ({seed: record.test_loss for seed, record in getattr(side, which).items()} for side in (one, base))
     return list(gains_by_seed(ours, theirs).values())
 
 

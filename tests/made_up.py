@@ -56,14 +56,21 @@ class MadeUpRecords(Records):
     def with_losses(self, loss_of: LossOf) -> "MadeUpRecords":
         """Return the same runs with other losses."""
         runs = [record for record in self if isinstance(record.job, Run)]
-        return self.having(replace(r, results=r.results | {"loss": loss_of(r.job)}) for r in runs)  # type: ignore[arg-type]
+        return self.having(replace(r, results=r.results | both_losses(loss_of(r.job))) for r in runs)  # type: ignore[arg-type]
+
+
+TEST_ABOVE = 0.01  # nats; how far made-up test losses are above those of validation text
+
+
+def both_losses(loss: float) -> dict[str, float]:
+    """Return the results of a made-up loss on validation text."""
+    return {"loss": loss, "test_loss": loss + TEST_ABOVE}
 
 
 def made_up_record(job: Job, records: Records, loss_of: LossOf = made_up_loss) -> Record:
     match job:
         case Run():
-            loss, parameters = loss_of(job), size_of(job.model)
-            results = {"loss": loss, "test_loss": loss + 0.01, "parameters": parameters, "steps": job.steps}
+            results = both_losses(loss_of(job)) | {"parameters": size_of(job.model), "steps": job.steps}
         case Samples():
             results = {"tokens": job.tokens, "texts": 5, "members": 1}
         case Targets():
@@ -81,7 +88,8 @@ def _ensemble_results(job: Ensemble, members: list[Any]) -> dict[str, Any]:
         for k in range(1, count + 1)
     }
     parameters = sum(member.results["parameters"] for member in members)
-    results = {"loss": curve[str(count)][0], "curve": curve, "members": count, "parameters": parameters}
+    results = both_losses(curve[str(count)][0]) | {"curve": curve, "members": count, "parameters": parameters}
+    results["test_curve"] = {k: [loss + TEST_ABOVE for loss in losses] for k, losses in curve.items()}
     if members[0].job.holdout_tokens and job.member_weights is None and count == 3:
         results["holdout"] = {"weights": [0.5, 0.3, 0.2], "selected": [0, 2]}
     return results

@@ -6,6 +6,7 @@ import csv
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -607,6 +608,13 @@ def test_comparison_of_two_limits():
     assert compare_limits(low, high).sentence.startswith("B is higher than A")
     assert compare_limits(low, low).probability == pytest.approx(0.5)
     assert comparison.interval[1] < 0 and covers(comparison.interval, comparison.difference)
+    # The best fit and most of its neighbors are on two sides.
+    skewed = SimpleNamespace(
+        E=low.E - 1.0, interval=low.interval, note="", quantiles=lambda p, x: low.quantiles(p, x) + 0.01
+    )
+    assert compare_limits(low, skewed).sentence.startswith(
+        "Whether B is lower than A in the limit is undecided: probability 0."
+    )
     unknown = compare_limits(low, fit_power_law(EIGHT[:3], losses_at(EIGHT[:3])))
     assert unknown.probability is None and "no interval" in unknown.sentence
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from made_up import MadeUpRecords, diverged, made_up_loss, made_up_record, simulate, with_table
+from made_up import TEST_ABOVE, MadeUpRecords, diverged, made_up_loss, made_up_record, simulate, with_table
 
 from epochal.campaign.plan import campaign_jobs, load_recipe, recipe_names
 from epochal.run import AdamW, Fira, Job, Lion, Muon, Run, Signum, Spectra
@@ -90,9 +90,19 @@ def test_the_best_point_of_a_descent_has_all_seeds(demo: Scale) -> None:
     result = study.best(TUNED, "w16", TOKENS)
     assert result.settled and [run.init_seed for run in result.runs] == [0, 1, 2]
     assert sorted(result.losses) == [0], "the other seeds have not run"
-    assert result.mean == made_up_loss(result.runs[0])
+    assert result.validation == made_up_loss(result.runs[0]) and result.mean == result.validation + TEST_ABOVE
     other = study.records.having([diverged(result.runs[1]), made_up_record(result.runs[2], study.records)])  # type: ignore[attr-defined]
     assert sorted(Study(other, scale).best(TUNED, "w16", TOKENS).losses) == [0, 2], "one seed diverged"
+
+
+def test_claims_leave_out_the_seed_that_chose_where_three_others_have_run(demo: Scale) -> None:
+    scale = replace(demo, seeds=4)
+    study = finished(scale, lambda study: study.search(TUNED, "w16", TOKENS).jobs)
+    runs = study.best(TUNED, "w16", TOKENS).runs
+    for count, seeds in ((2, [0, 1]), (3, [0, 1, 2]), (4, [1, 2, 3])):
+        records = study.records.having([made_up_record(run, study.records) for run in runs[:count]])  # type: ignore[attr-defined]
+        assert sorted(Study(records, scale).best(TUNED, "w16", TOKENS).losses) == seeds
+    assert [Study(MadeUpRecords(), replace(demo, seeds=count)).judged_seeds for count in (1, 3, 4, 6)] == [1, 3, 3, 5]
 
 
 def test_a_size_without_start_waits_for_the_next_smaller_one(demo: Scale) -> None:

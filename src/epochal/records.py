@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,12 @@ class Record:
         """Final validation loss in nats per token; inf for a diverged run."""
         value = self.results.get("loss")
         return math.inf if value is None else float(value)
+
+    @property
+    def test_loss(self) -> float:
+        """Final loss on the test split in nats per token, which claims judge; on validation text without a test split."""
+        value = self.results.get("test_loss")
+        return self.loss if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -364,6 +371,30 @@ def _check_members(job: Ensemble, results: dict[str, Any]) -> None:
         right = answers.get("right") if isinstance(answers, dict) else None
         if not isinstance(right, str) or not right or set(right) - {"0", "1"}:
             raise ValueError(f"has no answers, a 1 or a 0 each, to the task {task!r}")
+
+
+# --- losses of members ------------------------------------------------------------------------------------------------
+
+
+def curves(record: Record) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+    """Return the test losses of an ensemble's subsets of K members by K, and those without one member each.
+
+    On validation text where the data has no test split; the second table is empty in a record without it.
+    """
+    prefix = "test_" if record.results.get("test_curve") else ""
+    tables = (record.results.get(f"{prefix}{name}") or {} for name in ("curve", "without"))
+    subsets, without = ({int(k): losses for k, losses in table.items()} for table in tables)
+    return subsets, without
+
+
+def mean_curve(record: Record) -> dict[int, float]:
+    """Return the mean test loss of an ensemble over its subsets of K members, by K."""
+    return {k: statistics.fmean(losses) for k, losses in curves(record)[0].items()}
+
+
+def validation_curve(record: Record) -> dict[int, float]:
+    """Return the mean validation loss of an ensemble over its subsets of K members by K, which searches read."""
+    return {int(k): statistics.fmean(losses) for k, losses in record.results["curve"].items()}
 
 
 # --- writing, and errors ----------------------------------------------------------------------------------------------

@@ -15,13 +15,16 @@ from typing import Any, TypeVar, cast
 
 from epochal.config import from_table
 from epochal.records import Record, Records
-from epochal.run import Ensemble, Job, Optimizer, Run
+from epochal.run import Job, Optimizer, Run
 from epochal.scale import Point, Scale, Value
 from epochal.search.descent import NOT_STARTED, Descent, Noise, descend, pooled_noise
 from epochal.search.searches import Search, seed_noise
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+
+# Seeds other than the first from which a result leaves the first one out: fewer have no interval.
+FEWEST_FRESH = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Result:
 
     point: Point | None = None
     runs: tuple[Run, ...] = ()  # all seeds at the point
-    records: Mapping[int, Record] = field(default_factory=dict)  # finite ones, by seed
+    # Finite ones by seed, without the first seed once `FEWEST_FRESH` others have run.
+    records: Mapping[int, Record] = field(default_factory=dict)
     settled: bool = False  # The grid is complete, or every neighbor of the point was run and is not better.
     edges: tuple[str, ...] = ()  # tuned fields whose grid ends at the point
     tried: int = 0  # runs of the first seed that the search cost
@@ -79,22 +83,18 @@ class Result:
 
     @property
     def losses(self) -> dict[int, float]:
-        """Validation losses in nats by seed."""
-        return {seed: record.loss for seed, record in self.records.items()}
+        """Test losses in nats by seed."""
+        return {seed: record.test_loss for seed, record in self.records.items()}
 
     @property
     def mean(self) -> float:
-        """Mean validation loss over seeds in nats; inf without any."""
+        """Mean test loss over seeds in nats; inf without any."""
         return statistics.fmean(self.losses.values()) if self.records else math.inf
 
     @property
-    def fresh(self) -> float | None:
-        """Mean loss in nats without the first seed; None without others.
-
-        The first seed chose the setting, so its loss is low by a selection effect.
-        """
-        others = [loss for seed, loss in self.losses.items() if seed]
-        return statistics.fmean(others) if others else None
+    def validation(self) -> float:
+        """Mean validation loss over seeds in nats, by which models are chosen; inf without any."""
+        return statistics.fmean(record.loss for record in self.records.values()) if self.records else math.inf
 
     @property
     def parameters(self) -> int:
@@ -163,9 +163,19 @@ class Study:
         return self.scale.changed(run, inner) if inner else run
 
     def loss(self, job: Job) -> float | None:
-        """Return the loss of a job in nats: inf if it diverged, None before it has run."""
+        """Return the validation loss of a job in nats: inf if it diverged, None before it has run."""
         record = self.records.get(job)
         return None if record is None else record.loss
+
+    def test_loss(self, job: Job) -> float | None:
+        """Return the test loss of a job in nats: inf if it diverged, None before it has run."""
+        record = self.records.get(job)
+        return None if record is None else record.test_loss
+
+    @property
+    def judged_seeds(self) -> int:
+        """How many seeds of a tuned setting claims judge once all have run."""
+        return len(judged(dict.fromkeys(range(self.scale.seeds))))
 
     def finite(self, jobs: Mapping[int, Job]) -> dict[int, Record]:
         """Return the records of the jobs that did not diverge, under the same keys."""
@@ -333,7 +343,14 @@ class Study:
         tried: int,
     ) -> Result:
         runs = self.seeds(arm, model, tokens, point, seeds)
-        return Result(point, runs, self.finite(dict(enumerate(runs))), settled, edges, tried)
+        return Result(point, runs, judged(self.finite(dict(enumerate(runs)))), settled, edges, tried)
+
+
+def judged(records: Mapping[int, T]) -> Mapping[int, T]:
+    """Return what claims judge of the seeds of a tuned setting: those that did not choose it, where enough have run."""
+    # The first seed chose the setting, so its loss is low by a selection effect.
+    fresh = {seed: record for seed, record in records.items() if seed}
+    return fresh if len(fresh) >= FEWEST_FRESH else records
 
 
 def _listed(ends: Iterable[tuple[str, tuple[str, ...]]]) -> str:
@@ -343,9 +360,3 @@ def _listed(ends: Iterable[tuple[str, tuple[str, ...]]]) -> str:
 def _rounded(value: float) -> float:
     """Drop the rounding error of a product, which would show in names."""
     return float(f"{value:.6g}")
-
-
-def mean_curve(record: Record) -> dict[int, float]:
-    """Return the mean loss of an ensemble over its subsets of K members, by K."""
-    assert isinstance(record.job, Ensemble)
-    return {int(k): statistics.fmean(losses) for k, losses in record.results["curve"].items()}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from made_up import MadeUpCampaign, made_up_record, simulate, with_table
+from made_up import MadeUpCampaign, both_losses, made_up_record, simulate, with_table
 
 from epochal.campaign.plan import named_roles
 from epochal.records import Record, Records
@@ -78,7 +78,7 @@ def test_a_control_that_wins_is_reported_and_exported(scale: Scale) -> None:
     def control_wins(job: Job, records: Records) -> Record:
         record = record_of(job, records)
         one_pass = isinstance(job, Run) and job.epochs == 1
-        return replace(record, results=record.results | {"loss": 1.0}) if one_pass else record
+        return replace(record, results=record.results | both_losses(1.0)) if one_pass else record
 
     campaign = simulate(scale, "controls", "best_model", record_of=control_wins)
     roles = named_roles(campaign.records, scale)

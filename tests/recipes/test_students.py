@@ -65,7 +65,7 @@ def test_students_report_shares_of_the_gain_and_sizes(chain: MadeUpCampaign) -> 
     for _, loss, half, gain, share, seeds in ways.rows:
         assert gain == pytest.approx(single - loss) and seeds == settings.soft_targets.seeds
         assert half is None, "two seeds have no interval"
-        assert share == f"{100 * (single - loss) / (single - ensemble.loss):.0f}%"
+        assert share == f"{100 * (single - loss) / (single - ensemble.test_loss):.0f}%"
     fractions = {model: size_of(model) / size_of("w32") for model in ("w64", "w32", "w10")}
     assert [(row[0], row[2], row[3]) for row in sizes.rows] == [
         (model, round(share, 3), round(share / len(teacher.runs), 3)) for model, share in fractions.items()

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 
 from epochal.report import write
-from epochal.report.claims import Claim, placed, read_claims, render_claims
+from epochal.report.claims import Case, Claim, placed, read_claims, render_claims
 from epochal.report.figures import compact, draw_law, draw_ranking, draw_series, render_interactive, render_svg
 from epochal.report.markdown import render_markdown
 from epochal.report.sections import Figure, Section, Table, format_column, format_interval, format_number
@@ -236,6 +236,13 @@ def test_an_open_interval_is_null_in_claims_json_and_infinite_when_read(tmp_path
     stored = [row["interval"] for row in json.loads((tmp_path / "claims.json").read_text())]
     assert stored == [[1.2, None], [None, 0.5], None]
     assert [row.interval for row in read_claims(tmp_path / "claims.json")] == ends
+
+
+def test_an_open_interval_of_a_case_is_kept_too(tmp_path):
+    case = Case("one", 1.5, (1.2, math.inf))
+    row = placed(Claim(text="a", value="b", cases=(case,)), scale="s", section="t", command="c")
+    (tmp_path / "claims.json").write_text(render_claims([row]), encoding="utf-8")
+    assert read_claims(tmp_path / "claims.json")[0].cases == (case,)
 
 
 def test_a_claim_cannot_be_judged_and_untestable():

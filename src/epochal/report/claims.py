@@ -147,9 +147,10 @@ def render_claims(rows: Iterable[ClaimRow]) -> str:
     if repeated:
         raise ValueError(f"several claims of this report have the id {repeated[0]!r}; give each claim its own id.")
     for table in tables:
-        if table["interval"] is not None:
-            # JSON has no infinity, so an open end becomes null.
-            table["interval"] = [end if math.isfinite(end) else None for end in table["interval"]]
+        for place in (table, *table["cases"]):
+            if place["interval"] is not None:
+                # JSON has no infinity, so an open end becomes null.
+                place["interval"] = [end if math.isfinite(end) else None for end in place["interval"]]
     return json.dumps(tables, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -165,8 +166,12 @@ def read_claims(path: Path) -> list[ClaimRow]:
 
 
 def _with_infinity(row: Any) -> Any:
-    """Replace null ends of the interval by infinity; malformed rows are left for from_table to refuse."""
-    ends = row.get("interval") if isinstance(row, dict) else None
+    """Replace null ends of intervals by infinity; malformed rows are left for from_table to refuse."""
+    if not isinstance(row, dict):
+        return row
+    if isinstance(cases := row.get("cases"), list):
+        row = row | {"cases": [_with_infinity(case) for case in cases]}
+    ends = row.get("interval")
     if not isinstance(ends, list) or len(ends) != 2:
         return row
     infinite = (-math.inf, math.inf)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from epochal.config import nearest
-from epochal.records import Record
+from epochal.records import Record, curves
 from epochal.report.claims import Case, Claim
 from epochal.report.sections import Cell, Table
 from epochal.run import Run
-from epochal.scaling import gain_interval, jackknife_error, seed_caveats, seed_interval
+from epochal.scaling import gain_interval, jackknife_error, seed_caveats, seed_interval, welch_dof
 
 # With fewer optimizer steps the warm-up and the decay of the learning rate are most of a run.
 FEWEST_STEPS = 100
@@ -71,8 +71,8 @@ def difference_claim(
 ) -> Claim:
     """Claim that the mean of differences is above zero, or within `tolerance` of it.
 
-    `differences` are in nats, one for each seed, `size` is the paper's. The claim is provisional with any of `caveats`, with
-    fewer than three seeds, and while its interval contains zero; the latter does not count against a claim of equality.
+    `differences` are in nats, one for each seed, `size` is the paper's. The claim is provisional with any of `caveats` and with
+    fewer than three seeds, and open while its interval contains zero; the latter does not count against a claim of equality.
     """
     mean = statistics.fmean(differences)
     # An interval that contains zero supports equality, not against it.
@@ -83,7 +83,7 @@ def difference_claim(
         value=f"{mean:+.4f} nats",
         interval=seed_interval(differences),
         seeds=len(differences),
-        holds=mean > 0 if tolerance is None else abs(mean) < tolerance,
+        holds=beyond_noise(mean > 0 if tolerance is None else abs(mean) < tolerance, noise),
         paper=paper,
         sizes=None if size is None else (mean, size),
         provisional=tuple(dict.fromkeys((*caveats, *noise))),
@@ -111,18 +111,28 @@ def welch_claim(
     after, before = statistics.fmean(losses), statistics.fmean(baseline)
     interval = _welch(losses, baseline, search)
     few = {1: ("one seed",), 2: ("two seeds",)}.get(min(len(losses), len(baseline)), ()) if interval is None else ()
-    noise = ("within noise",) if interval is not None and interval[0] <= 0 <= interval[1] else ()
+    noise = within_noise(interval)
     return Claim(
         id=id,
         text=text,
         value=f"{before - after:+.4f} nats ({before:.4f} to {after:.4f})",
         interval=interval,
         seeds=min(len(losses), len(baseline)),
-        holds=after < before,
+        holds=beyond_noise(after < before, noise),
         paper=paper,
         sizes=None if size is None else (before - after, size),
         provisional=tuple(dict.fromkeys((*caveats, *few, *noise))),
     )
+
+
+def within_noise(interval: tuple[float, float] | None, of: float = 0.0) -> tuple[str, ...]:
+    """Return the caveat of an interval that contains the value `of`; nothing without one."""
+    return ("within noise",) if interval is not None and interval[0] <= of <= interval[1] else ()
+
+
+def beyond_noise(holds: bool, caveats: Sequence[str]) -> bool | None:
+    """Return a verdict, or None where the sign that it rests on is within noise."""
+    return None if "within noise" in caveats else holds
 
 
 # --- one sentence about several sizes, budgets or optimizers ------------------------------------------------------------
@@ -136,7 +146,7 @@ def _welch(losses: Sequence[float], baseline: Sequence[float], search: float) ->
 def gain_case(name: str, losses: Sequence[float], baseline: Sequence[float], *, search: float = 0.0) -> Case:
     """Return how far losses are below an unpaired baseline, with Welch's interval."""
     gain = statistics.fmean(baseline) - statistics.fmean(losses)
-    return measured_case(name, gain, _welch(losses, baseline, search), dof=len(losses) + len(baseline) - 2)
+    return measured_case(name, gain, _welch(losses, baseline, search), dof=welch_dof(losses, baseline))
 
 
 def measured_case(
@@ -178,23 +188,34 @@ def family_claim(
     id: str,
     unit: str = "nats",
     differences: bool = True,
+    planned: int | None = None,
     **fields: Any,
 ) -> Claim:
     """Make one claim of a sentence about several cases; `signs` say in which of them it is true as measured.
 
-    Values of cases are `differences`, shown with their sign, or losses.
+    Values of cases are `differences`, shown with their sign, or losses. `planned` is how many cases the campaign will have,
+    where some may be missing.
 
-    It fails where a case is settled against it or none is true as measured, holds where all are, and is open otherwise.
+    It fails where a case is settled against it, holds where all planned cases are true as measured and one is settled, and
+    is open otherwise. Where no case has an interval, signs decide.
     """
     for_it, against = settled(cases, 1), settled(cases, -1)
-    holds = False if against or not any(signs) else True if all(signs) else None
+    known = any(case.t is not None for case in cases)
+    missing = 0 if planned is None else planned - len(cases)
+    holds = None
+    if against or not (any(signs) or known):
+        holds = False
+    elif all(signs) and (for_it or not known) and not missing:
+        holds = True
     low, high = min(case.value for case in cases), max(case.value for case in cases)
     sign = "+" if differences else ""
     spread = f"{low:{sign}.4f} to {high:{sign}.4f} {unit}" if len(cases) > 1 else f"{low:{sign}.4f} {unit}"
     open_cases = len(cases) - for_it - against
     caveats = fields.pop("provisional", ())
-    if (holds and open_cases) or (holds is False and not against):
+    if open_cases and not against:
         caveats = (*caveats, f"{open_cases} of {len(cases)} within noise or without an interval")
+    if missing:
+        caveats = (*caveats, f"{len(cases)} of {planned} cases have run")
     counted = (
         f"in {sum(signs)} of {len(cases)} ({for_it} settled for, {against} against, Holm): " if len(cases) > 1 else ""
     )
@@ -250,7 +271,7 @@ def pair_claims(
             tolerance=pair.tolerance,
         )
         if selecting in by_seed and fresh:
-            value = f"{claim.value} ({statistics.fmean(fresh):+.4f} without seed {selecting}, which chose the settings)"
+            value = f"{claim.value} ({statistics.fmean(fresh):+.4f} without the first seed, which chose the settings)"
             claim = replace(claim, value=value)
         claims.append(claim)
     return claims
@@ -280,10 +301,10 @@ def members_gain(text: str, record: Record, *, id: str, paper: str, **fields: An
 
     The interval is a jackknife: the gain of K - 1 members without each of the K.
     """
-    curve, without = record.results["curve"], record.results.get("without", {})
-    count = max(map(int, curve))
-    gain, interval = statistics.fmean(curve["1"]) - record.loss, None
-    left = [one - rest for one, rest in zip(without.get("1", ()), without.get(str(count - 1), ()), strict=False)]
+    curve, without = curves(record)
+    count = max(curve)
+    gain, interval = statistics.fmean(curve[1]) - record.test_loss, None
+    left = [one - rest for one, rest in zip(without.get(1, ()), without.get(count - 1, ()), strict=False)]
     if len(left) == count >= FEWEST_REPETITIONS:
         from scipy.special import stdtrit
 

@@ -22,6 +22,7 @@ SIZE = (6.0, 3.9)  # inches, of which the legend takes its share
 PAGE_SIZE = (5.4, 3.4)  # inches on the page, where the legend is text below the figure
 POINTS_PER_INCH = 72  # SVG units
 AVERAGE_LINES = {"logits": "-", "probs": (0, (4, 2)), "parameters": (0, (1, 1.5))}
+LOSS_AXIS = "held-out loss (nats per token)"
 LIMIT = "limit"  # gid of the mark of an asymptote
 LONGEST_NAME = 34  # letters of a row's name that leave room for the axis
 

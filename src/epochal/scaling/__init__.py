@@ -22,7 +22,7 @@ from epochal.scaling.joint import JointLaw, fit_joint
 from epochal.scaling.members import MembersLaw, fit_members, jackknife_error, predict_members
 from epochal.scaling.posterior import Posterior
 from epochal.scaling.power import Interval, PowerLaw, fit_power_law, interval_text
-from epochal.scaling.seeds import gain_interval, search_noise, seed_caveats, seed_interval
+from epochal.scaling.seeds import gain_interval, search_noise, seed_caveats, seed_interval, welch_dof
 
 __all__ = [
     "CHINCHILLA",
@@ -59,4 +59,5 @@ __all__ = [
     "seed_interval",
     "slowrun_multiple",
     "soft_minimum",
+    "welch_dof",
 ]

@@ -180,6 +180,9 @@ def compare_limits(a: Limit, b: Limit, *, names: tuple[str, str] = ("A", "B")) -
     # A distribution from a few points does not support a third digit in its tails.
     chance = "above 0.99" if likely > 0.99 else f"{likely:.2f}"
     sentence = f"{second} is {'lower' if probability >= 0.5 else 'higher'} than {first}{where}: probability {chance}"
+    if (probability < 0.5) == (difference < 0):
+        # The law that fits best and most of the laws that fit about as well are on two sides.
+        sentence = f"Whether {second} is lower than {first}{where} is undecided: probability {probability:.2f}"
     low, high = np.quantile(qb[:, None] - qa[None, :], TAILS).tolist()
     # Two limits that were fitted differently from their draws must still be in the interval.
     interval = min(low, difference), max(high, difference)

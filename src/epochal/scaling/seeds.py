@@ -47,15 +47,22 @@ def gain_interval(losses: Sequence[float], baseline: Sequence[float], *, search:
     sides = [checked(name, values, positive=False) for name, values in (("losses", losses), ("baseline", baseline))]
     if min(map(len, sides)) < 2:
         return None
-    variances = [float(np.var(side, ddof=1)) / len(side) for side in sides]
-    total = sum(variances)
-    parts = sum(v**2 / (len(side) - 1) for v, side in zip(variances, sides, strict=True))
-    dof = total**2 / parts if parts > 0 else sum(map(len, sides)) - 2
+    dof, total = welch_dof(losses, baseline), sum(float(np.var(side, ddof=1)) / len(side) for side in sides)
     if dof < 2:
         return None
     half_width = math.hypot(float(stdtrit(dof, TAILS[1])) * math.sqrt(total), NORMAL * search)
     gain = float(np.mean(sides[1]) - np.mean(sides[0]))
     return gain - half_width, gain + half_width
+
+
+def welch_dof(losses: Sequence[float], baseline: Sequence[float]) -> float:
+    """Give Welch's degrees of freedom of a difference of means; 0 where a side has one value."""
+    sides = losses, baseline
+    if min(map(len, sides)) < 2:
+        return 0.0
+    variances = [float(np.var(side, ddof=1)) / len(side) for side in sides]
+    parts = sum(v**2 / (len(side) - 1) for v, side in zip(variances, sides, strict=True))
+    return sum(variances) ** 2 / parts if parts > 0 else float(sum(map(len, sides)) - 2)
 
 
 def seed_caveats(differences: Sequence[float], *, search: float = 0.0) -> tuple[str, ...]:
