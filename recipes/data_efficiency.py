@@ -46,7 +46,10 @@ def searches(study: Study) -> list[Search]:
 
 
 def standard_losses(study: Study, tokens: int) -> list[float]:
-    """Return the best standard test loss of one budget: of every judged seed that has run, or of the search's alone."""
+    """Return the best standard test losses of one budget by seed.
+
+    The search's seed alone before others have run.
+    """
     # Before the seeds are planned, the search has the first seed.
     return list(epoching.best_standard(study, tokens).losses.values())
 
@@ -230,7 +233,10 @@ def lasting_claims(study: Study, found: dict[int, Multiples]) -> list[Claim]:
 
 
 def _own_error(values: dict[int, DataEfficiency]) -> float:
-    """Return the half-width of the slope that the multiples' own intervals give, taken as independent; 0 without them."""
+    """Return the half-width of the slope that the multiples' own intervals give.
+
+    They are taken as independent; 0 without them.
+    """
     # The scatter of four points about a line is a poor estimate of their errors.
     x = np.log2(list(values))
     weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)

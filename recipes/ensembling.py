@@ -244,9 +244,10 @@ def ensembles_at(study: Study, model: str, tokens: int, point: Point) -> list[En
 
 
 def unseen(study: Study, model: str, tokens: int) -> tuple[tuple[Run, ...], ...]:
-    """Return the members that no search has seen, at the members' point and at the best single model's.
+    """Return the members that no search has seen.
 
-    None before both are known, and where fewer are left than an interval needs.
+    Those at the members' point, and those at the best single model's. None before both are known, and where fewer are left
+    than an interval needs.
     """
     descent, single, seen = (
         member_search(study, model, tokens).descent,
@@ -338,7 +339,7 @@ def best_model(study: Study, tokens: int) -> str:
 
 
 def members_law(record: Record) -> MembersLaw:
-    """Fit the law in K to the test losses of one ensemble record (spec section 6).
+    """Fit the law in K to the test losses of one ensemble (spec section 6).
 
     Its interval is that of a new draw of members. Subsets share members, so their scatter alone would be far too narrow.
     """
@@ -421,7 +422,7 @@ def _gain(record: Record, count: int, single: Result) -> tuple[float, tuple[floa
 
 
 def _dof(record: Record, single: Result) -> int:
-    """Return the fewer of the degrees of freedom of an ensemble's members and of a single model's seeds."""
+    """Return the degrees of freedom of an ensemble's members or of a single model's seeds, the fewer."""
     return min(int(record.results["members"]), len(single.records)) - 1
 
 
@@ -647,7 +648,7 @@ def _limit_gain(study: Study, model: str, tokens: int, point: Point) -> tuple[Ca
 
 
 def _unseen_gain(study: Study, model: str, tokens: int) -> tuple[Case, bool, int] | None:
-    """Return what `_limit_gain` does, from members that no search has seen; None before they have run."""
+    """Return what `_limit_gain` does, from unseen members; None before they have run."""
     records = [record for runs in unseen(study, model, tokens) if (record := study.records.get(as_ensemble(runs)))]
     if len(records) < 2 or any("curve" not in record.results for record in records):
         return None

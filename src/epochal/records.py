@@ -50,7 +50,10 @@ class Record:
 
     @property
     def test_loss(self) -> float:
-        """Final loss on the test split in nats per token, which claims judge; on validation text without a test split."""
+        """Final loss on the test split in nats per token, which claims judge.
+
+        On validation text where the data has no test split; inf for a diverged run.
+        """
         value = self.results.get("test_loss")
         return self.loss if value is None else float(value)
 
@@ -377,9 +380,9 @@ def _check_members(job: Ensemble, results: dict[str, Any]) -> None:
 
 
 def curves(record: Record) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
-    """Return the test losses of an ensemble's subsets of K members by K, and those without one member each.
+    """Return the test losses of subsets of K members by K, twice.
 
-    On validation text where the data has no test split; the second table is empty in a record without it.
+    The second table is without one member each. On validation text where the data has no test split; the second table is empty in a record without it.
     """
     prefix = "test_" if record.results.get("test_curve") else ""
     tables = (record.results.get(f"{prefix}{name}") or {} for name in ("curve", "without"))
@@ -388,12 +391,12 @@ def curves(record: Record) -> tuple[dict[int, list[float]], dict[int, list[float
 
 
 def mean_curve(record: Record) -> dict[int, float]:
-    """Return the mean test loss of an ensemble over its subsets of K members, by K."""
+    """Return the mean test loss over subsets of K members, by K."""
     return {k: statistics.fmean(losses) for k, losses in curves(record)[0].items()}
 
 
 def validation_curve(record: Record) -> dict[int, float]:
-    """Return the mean validation loss of an ensemble over its subsets of K members by K, which searches read."""
+    """Return the mean validation loss over subsets of K members by K, which searches read."""
     return {int(k): statistics.fmean(losses) for k, losses in record.results["curve"].items()}
 
 

@@ -347,7 +347,10 @@ class Study:
 
 
 def judged(records: Mapping[int, T]) -> Mapping[int, T]:
-    """Return what claims judge of the seeds of a tuned setting: those that did not choose it, where enough have run."""
+    """Return the seeds of a tuned setting that claims judge.
+
+    Those that did not choose it where enough have run, and all before.
+    """
     # The first seed chose the setting, so its loss is low by a selection effect.
     fresh = {seed: record for seed, record in records.items() if seed}
     return fresh if len(fresh) >= FEWEST_FRESH else records
