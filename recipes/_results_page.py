@@ -96,8 +96,8 @@ def claims_page(rows: dict[str, list[ClaimRow]]) -> str:
     lines = [
         "# Claims and verdicts",
         "",
-        "Written by `make report` from the records of each scale. Intervals are 90%; losses are nats per token on validation "
-        "text.",
+        "Written by `make report` from the records of each scale. Intervals are 90%; losses are nats per token on the test "
+        "split, or on validation text where a data set has no test split.",
     ]
     for scale, claims in rows.items():
         lines += ["", f"## {scale}", "", f"{tally(claims)} Report: [{scale}/report.md]({scale}/report.md)."]

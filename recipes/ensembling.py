@@ -422,7 +422,7 @@ def _gain(record: Record, count: int, single: Result) -> tuple[float, tuple[floa
 
 
 def _dof(record: Record, single: Result) -> int:
-    """Return the degrees of freedom of an ensemble's members or of a single model's seeds, the fewer."""
+    """Return the lower degrees of freedom, of an ensemble's members or a model's seeds."""
     return min(int(record.results["members"]), len(single.records)) - 1
 
 
