@@ -115,7 +115,10 @@ def data(config: str, work: Work = WORK) -> None:
 
 
 def _prepared(config: str, folder: Path) -> "TokenStore":
-    """Open the token store of a data config, or build it; fails in seconds if it needs the hub and cannot reach it."""
+    """Open the token store of a data config, or build it.
+
+    Fails in seconds if it needs the hub and cannot reach it.
+    """
     from epochal.data.prepare import prepare
     from epochal.offline import go_offline_if_unreachable
 

@@ -45,7 +45,7 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def usable_cores() -> list[int]:
-    """Return the cores that this process may use, which may be fewer than the machine has."""
+    """Return the cores that this process may use, which may be fewer than all."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))  # only Linux says which cores a process may use
