@@ -16,6 +16,7 @@ import pytest
 from campaigns import DATA, Campaign, made_text
 
 from epochal import cli, doctor
+from epochal.campaign.environment import usable_cores
 from epochal.campaign.integrity import quarantine_corrupt_inputs, write_checksums
 from epochal.campaign.plan import load_recipe
 from epochal.cli import main
@@ -474,6 +475,32 @@ def test_an_unreachable_hub_is_left_alone(capsys: pytest.CaptureFixture[str], mo
     assert go_offline_if_unreachable()
     assert os.environ["HF_HUB_OFFLINE"] == "1" and sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE is True  # type: ignore[attr-defined]
     assert capsys.readouterr().err == "epochal: 127.0.0.1 cannot be reached, so only its cached files are used.\n"
+
+
+def test_a_campaign_whose_text_is_on_an_unreachable_hub_fails_at_once(
+    campaign: Campaign, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    (campaign.folder / "a.txt").write_text(made_text())
+    config = campaign.folder / "far.toml"
+    config.write_text(DATA.format(corpus=campaign.folder / "a.txt").replace("train = 300", 'path = "owner/name"'))
+    campaign.rewrite(campaign.scale.data, str(config))
+    assert epochal("run", "epoching", *campaign.options) == 2
+    reached, refused = capsys.readouterr().err.splitlines()
+    assert reached == "epochal: 127.0.0.1 cannot be reached, so only its cached files are used."
+    assert "owner/name" in refused
+
+
+def test_cores_are_counted_where_no_process_is_bound_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5, 2}, raising=False)
+    assert usable_cores() == [2, 5]
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert usable_cores() == [0, 1, 2]
 
 
 def test_the_wheel_carries_what_commands_need() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from epochal.campaign.plan import Cost, CostEstimate, SearchState
     from epochal.campaign.worker import WorkerConfig
+    from epochal.data.store import TokenStore
     from epochal.records import Record, Records
     from epochal.report.sections import Section
     from epochal.run import Job, Run
@@ -103,14 +104,9 @@ def data(config: str, work: Work = WORK) -> None:
 
     CONFIG is a name from configs/data or a path.
     """
-    from epochal.data.prepare import prepare
     from epochal.data.text import sentences
-    from epochal.offline import go_offline_if_unreachable
 
-    if _names_a_hub(config):
-        go_offline_if_unreachable()
-
-    store = prepare(config, work / "data")
+    store = _prepared(config, work / "data")
     counts = ", ".join(f"{split} {count:,}" for split, count in store.meta["tokens"].items())
     dropped = ", ".join(f"{count} {what}" for what, count in store.meta["dropped"].items())
     print(f"{store.folder}: vocabulary {store.vocab_size:,}; tokens: {counts}; dropped: {dropped}")
@@ -118,13 +114,29 @@ def data(config: str, work: Work = WORK) -> None:
         print(f"  {line}")
 
 
-def _names_a_hub(config: str) -> bool:
-    """Whether a data config reads text or a tokenizer from the hub."""
-    from epochal.config import read_toml
+def _prepared(config: str, folder: Path) -> "TokenStore":
+    """Open the token store of a data config, or build it.
 
-    table = read_toml(find_config("data", config, ".toml"))
-    tokenizer = dict(table.get("tokenizer", {})).get("path")
-    return "hub" in table.get("source", {}) or (tokenizer is not None and not Path(str(tokenizer)).exists())
+    Fails in seconds if it needs the hub and cannot reach it.
+    """
+    from epochal.data.prepare import prepare
+    from epochal.offline import go_offline_if_unreachable
+
+    path = find_config("data", config, ".toml")
+    if not (folder / path.stem).exists() and _names_a_hub(path):
+        go_offline_if_unreachable()
+    return prepare(config, folder)
+
+
+def _names_a_hub(path: Path) -> bool:
+    """Whether a data config reads text or a tokenizer from the hub."""
+    from epochal.config import load_toml
+    from epochal.data.prepare import DataConfig
+
+    config = load_toml(path, DataConfig)
+    tokenizer = config.tokenizer.path
+    hub = any(source.hub is not None for source in (config.source, *config.more))
+    return hub or (tokenizer is not None and not Path(tokenizer).exists())
 
 
 @app.command()
@@ -133,7 +145,7 @@ def init(
     text: Annotated[list[str], typer.Argument(help="Files, folders or patterns.")],
     hours: Annotated[float | None, typer.Option(min=0.001, max=10_000, help="Time of the campaign.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, max=600_000, help="The same in minutes.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or gpu: one GPU.")] = "cpu",
     start: Annotated[
         str, typer.Option(help="A model to go on from: a folder, or a name on the Hugging Face hub.")
     ] = "",
@@ -290,7 +302,8 @@ def run(
         typer.Option(
             min=1,
             max=1000,
-            help="Workers on this machine, each with a share of the cores or one GPU. Default: the scale's.",
+            help="Workers on this machine, each with a share of the cores or one GPU. Default: devices in [hardware] of "
+            "the scale; 1 with --preset.",
         ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Parallelism preset (configs/accelerate).")] = None,
@@ -330,6 +343,7 @@ def run(
     started = time.monotonic()
     if cluster is None:
         listen()  # from here on a signal is a request to stop, also while the campaign is still being planned
+    from epochal.campaign.environment import usable_cores
     from epochal.campaign.plan import recipe_names
     from epochal.campaign.worker import WorkerConfig
     from epochal.scale import load_scale
@@ -349,8 +363,7 @@ def run(
         recipes=tuple(recipes or recipe_names(setting)),
         results=str(results),
         work=str(work),
-        # Cores that this process may use, which may be fewer than the machine has.
-        threads=max(1, len(os.sched_getaffinity(0)) // workers),
+        threads=max(1, len(usable_cores()) // workers),
         preset=None if preset is None else _preset_path(preset),
         micro_batch=micro_batch,
         modes=tuple(mode or ()),
@@ -360,10 +373,14 @@ def run(
         seconds_left=None if time_limit is None else seconds(time_limit),
     )
     # Before any worker starts: an error in a config should show in seconds, not in a log.
-    estimate = _check_campaign(config)
+    _check_options(config)
     if cluster is not None:
+        # Text is prepared to submit only: batch files and --stop need neither it nor the packages that it comes from.
+        if not (dry_run or stop):
+            _check_campaign(config)
         _run_on_cluster(config, cluster, dry_run=dry_run, stop=stop)
     else:
+        estimate = _check_campaign(config)
         if config.seconds_left is not None:  # planning and the preparation of the text count
             config = replace(config, seconds_left=max(0.0, config.seconds_left + started - time.monotonic()))
         _run_here(config, estimate, workers)
@@ -377,25 +394,28 @@ def _preset_path(name: str) -> str:
     return str(path)
 
 
-def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
-    """Check scale, records, token stores, micro-batch and modes before any worker starts; returns the campaign's cost."""
-    from epochal.data.prepare import prepare
+def _check_options(config: "WorkerConfig") -> None:
+    """Check modes and micro-batch, for which no record and no text is read."""
     from epochal.distributed.presets import read_preset
+    from epochal.scale import load_scale
 
     read_preset({}, config.modes)
+    batch_size = load_scale(config.scale).batch_size
+    if config.micro_batch is not None and batch_size % config.micro_batch:
+        raise ValueError(f"micro-batch {config.micro_batch} does not divide batch_size {batch_size}; use a divisor.")
+
+
+def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
+    """Check records and token stores, which are built if missing; returns the campaign's cost."""
     setting, records = _load(config.scale, Path(config.results), Path(config.work))
     # Before the estimate, which needs the size of the vocabulary.
-    stores = {setting.data: prepare(setting.data, records.workspace.data)}
+    stores = {setting.data: _prepared(setting.data, records.workspace.data)}
     estimate = _estimate(config.recipes, records, setting)
     for run in estimate.largest:
         # Opening checks the hashes; the largest run shows whether there is enough text.
-        store = stores.get(run.data) or prepare(run.data, records.workspace.data)
+        store = stores.get(run.data) or _prepared(run.data, records.workspace.data)
         store.training_stream(run)
         store.sequences("validation", run.sequence_length)
-    if config.micro_batch is not None and setting.batch_size % config.micro_batch:
-        raise ValueError(
-            f"micro-batch {config.micro_batch} does not divide batch_size {setting.batch_size}; use a divisor."
-        )
     return estimate
 
 
@@ -461,13 +481,11 @@ def _run_on_cluster(config: "WorkerConfig", name: str, *, dry_run: bool, stop: b
     """Submit a campaign to a cluster, print its sbatch files, or cancel it."""
     from epochal.campaign.cluster import cluster_campaign, load_cluster
     from epochal.campaign.plan import campaign_jobs, ready_jobs
-    from epochal.records import load_records
-    from epochal.scale import load_scale
 
     campaign, submit = cluster_campaign(config, load_cluster(name)), _launch_module("submit")
     if dry_run:
-        records = load_records(config.workspace)
-        ready = ready_jobs(campaign_jobs(config.recipes, records, load_scale(config.scale)), records)
+        setting, records = _load(config.scale, Path(config.results), Path(config.work))
+        ready = ready_jobs(campaign_jobs(config.recipes, records, setting), records)
         print("\n".join(submit.preview(campaign, ready)), end="")
     else:
         print(submit.stop(campaign) if stop else submit.submit(campaign))
@@ -740,11 +758,12 @@ def _prepare_process() -> None:
     import torch
     from transformers.utils import logging
 
+    from epochal.campaign.environment import usable_cores
     from epochal.distributed.started_by import local_processes
 
     logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes(os.environ)))
+        torch.set_num_threads(max(1, len(usable_cores()) // local_processes(os.environ)))
 
 
 def _progress(job: "Job", config: "WorkerConfig", *, shown: bool) -> contextlib.AbstractContextManager[Any]:

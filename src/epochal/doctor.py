@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from epochal.campaign.environment import clean_environment
+from epochal.campaign.environment import clean_environment, usable_cores
 from epochal.config import find_config
 from epochal.provenance import device_name, versions
 
@@ -35,7 +35,7 @@ def examine() -> int:
     """Print what is installed and what works; returns 1 if something installed does not work, else 0."""
     import torch
 
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    gpus, cores = torch.cuda.device_count(), len(usable_cores())
     print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     print(
         f"device: {device_name()}, {gpus} GPUs, {cores} cores; {shutil.disk_usage('.').free / 1e9:.0f} GB free on disk"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import Campaign
+from campaigns import DATA, Campaign
 
 from epochal.campaign.cluster import Cluster, check_locks, cluster_campaign, load_cluster, load_cluster_campaign
 from epochal.campaign.executor import _gpus
@@ -208,6 +208,20 @@ def test_a_dry_run_prints_and_changes_nothing(campaign: Campaign, run_command: A
     assert code == 0, err
     assert out.count("#!/bin/bash") == 2 and "# 2 jobs, 2 to a task: w16-" in out
     assert sorted(campaign.folder.rglob("*")) == before
+
+
+def test_batch_files_and_a_stop_need_no_text(campaign: Campaign, run_command: Any) -> None:
+    config = campaign.folder / "far.toml"
+    config.write_text(DATA.replace('files = ["{corpus}"]\nseparator = "--"', 'package = "none_such"\nfile = "a.jsonl"'))
+    campaign.rewrite(campaign.scale.data, str(config))
+    before = sorted(campaign.folder.rglob("*"))
+    code, out, err = run_command("--cluster", "local-test", "--dry-run")
+    assert (code, out.count("#!/bin/bash")) == (0, 2), err
+    code, _, err = run_command("--cluster", "local-test", "--stop")
+    assert code == 2 and "squeue is not installed" in err, err
+    assert sorted(campaign.folder.rglob("*")) == before
+    code, _, err = run_command("--cluster", "local-test")
+    assert code == 2 and "none_such" in err, err
 
 
 def test_without_slurm_nothing_is_written(campaign: Campaign, run_command: Any) -> None:

@@ -1,5 +1,6 @@
-"""The environment of processes that a campaign starts, without a launcher's variables."""
+"""The environment of processes that a campaign starts: variables without a launcher's, and cores."""
 
+import os
 from collections.abc import Mapping
 
 # Variables by which accelerate, DeepSpeed, torch and transformers take a process for one of several (torchrun, MPI).
@@ -41,3 +42,10 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     dropped = launcher_variables(environment)
     # `python -m` would import a file such as numpy.py of the working folder instead of the package.
     return {**{name: value for name, value in environment.items() if name not in dropped}, "PYTHONSAFEPATH": "1"}
+
+
+def usable_cores() -> list[int]:
+    """Return the cores that this process may use, which may be fewer than all."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # only Linux says which cores a process may use

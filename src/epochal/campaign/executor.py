@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from epochal.campaign.environment import clean_environment
+from epochal.campaign.environment import clean_environment, usable_cores
 from epochal.campaign.plan import campaign_jobs, ready_jobs
 from epochal.campaign.sweep import LAST_START, sweep
 from epochal.campaign.worker import Patience, WorkerConfig, claim_name, kill_tree
@@ -182,7 +182,7 @@ def _start(config: WorkerConfig, number: int, jobs: int, log_path: Path, events:
 
 def _cores(number: int, jobs: int) -> list[int]:
     """Return a worker's share of the cores that this process may use, at least one."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable_cores()
     return cores[number::jobs] or [cores[number % len(cores)]]
 
 

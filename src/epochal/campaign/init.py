@@ -4,7 +4,6 @@ The choices are those of `epochal.search.regime`; docs/regime.md explains them.
 """
 
 import json
-import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from epochal.campaign.environment import usable_cores
 from epochal.config import model_folder, write_atomic
 from epochal.data.documents import Source, read_documents
 from epochal.models.config import parameter_counts
@@ -27,7 +27,7 @@ from epochal.search.regime import (
     vocabulary,
 )
 
-# Smallest first. Of the larger ones a GPU is asked of, a CPU only of the first group.
+# The models that are tried, smallest first.
 CPU_MODELS = ("w16", "w32", "w64", "w96", "w128", "w192")
 GPU_MODELS = ("w64", "w128", "w192", "gpu-25m", "gpu-50m", "ic-150m", "ic-300m", "ic-600m")
 PIECE = 2000  # characters of a document where a text has neither files nor paragraphs
@@ -147,7 +147,7 @@ def _choose(request: Request, text: Text, vocab_size: int) -> tuple[Choice, dict
     models = (request.start,) if request.start else CPU_MODELS if request.device == "cpu" else GPU_MODELS
     length = SEQUENCE_LENGTH[request.device]
     sizes = {model: parameter_counts(model, vocab_size=vocab_size).total for model in models}
-    cores = len(os.sched_getaffinity(0)) if request.device == "cpu" else 1
+    cores = len(usable_cores()) if request.device == "cpu" else 1
     device = "cpu" if request.device == "cpu" else "cuda"
     # One worker with all cores, and one worker for each core.
     speeds = {
@@ -209,7 +209,7 @@ def _scale_toml(request: Request, text: Text, choice: Choice, speeds: dict[int, 
     )
     order = "documents" if text.documents >= FEWEST_DOCUMENTS else "sequences"
     where = "GPU" if request.device == "gpu" else "CPU cores" if choice.workers == 1 else "CPU core"
-    cores = len(os.sched_getaffinity(0)) if request.device == "cpu" else 1
+    cores = len(usable_cores()) if request.device == "cpu" else 1
     each = cores // choice.workers
     flops = 6 * final.parameters * speeds[choice.workers][final.model] * choice.workers
     return f"""\
@@ -231,7 +231,7 @@ epochs = [{final.epochs}]
 wd = {_toml(sorted({0.1, *choice.wds}))}
 
 {rungs}
-[controls] # one pass over the same text for as much compute as the final model
+[controls] # one pass over the same text by the largest model that takes no longer than the final one
 model = {_toml(control.model)}
 lr = {choice.lr}
 tokens = {control.tokens}
