@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -211,3 +212,28 @@ def test_a_readme_without_marks_and_a_scale_without_report_are_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
         results_page.main(["demo"])
+
+
+# Pages that quote a report: the page, the first and last words of what quotes it, the report, and the numbers.
+QUOTES = [
+    ("regularizers.md", "Of 15 arms", "Many optima", "regularizers", r"0\.\d{3}"),
+    ("forgetting.md", "A model that continues", "Recipe\n`continued`", "micro", r"\b\d\.\d{2}\b"),
+    ("forgetting.md", "In `micro` **replay**", "In a Run", "micro", r"\b[1-9]\.\d{2}\b"),
+    ("regime.md", "in `micro` (w32) such", "|\n", "micro", r"\d{2}%"),
+]
+
+
+@pytest.mark.parametrize(("page", "first", "last", "scale", "numbers"), QUOTES)
+def test_pages_quote_numbers_of_committed_reports(page: str, first: str, last: str, scale: str, numbers: str) -> None:
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    quoted = re.findall(numbers, text.split(first)[1].split(last)[0])
+    report = (REPOSITORY / "recipes" / "results" / scale / "report.md").read_text(encoding="utf-8")
+    cells = set(re.findall(r"(?<=[| -])\d+\.?\d*%?(?= \|)", report))
+    unit = 10.0 ** -len(quoted[0].partition(".")[2])
+
+    def shown(number: str) -> bool:
+        if number.endswith("%"):
+            return number in cells
+        return any(abs(float(number) - float(cell)) < 0.51 * unit for cell in cells if not cell.endswith("%"))
+
+    assert len(quoted) > 1 and [number for number in quoted if not shown(number)] == []

@@ -382,7 +382,8 @@ def _check_members(job: Ensemble, results: dict[str, Any]) -> None:
 def curves(record: Record) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
     """Return the test losses of subsets of K members by K, twice.
 
-    The second table is without one member each. On validation text where the data has no test split; the second table is empty in a record without it.
+    The second table is without one member each, and empty in a record without it. On validation text where the data has no
+    test split.
     """
     prefix = "test_" if record.results.get("test_curve") else ""
     tables = (record.results.get(f"{prefix}{name}") or {} for name in ("curve", "without"))

@@ -59,7 +59,7 @@ class Choice:
     batch_size: int  # sequences
     final: Shape
     members: int  # 1: no ensemble, no student
-    control: Shape  # one pass over the text for the same compute as `final`
+    control: Shape  # one pass over the text by the largest model that takes no longer than one final run
     proxy: Shape | None  # the model that lr and decay are tuned on; None: no time for that
     lr: float
     wd: float
