@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from made_up import MadeUpRecords, made_up_record
+from made_up import MadeUpRecords, both_losses, made_up_record
 
 from epochal.campaign.one_off import described, runs_like
 from epochal.run import AdamW, Muon, Run, Spectra
@@ -50,7 +50,7 @@ def test_impossible_changes_are_one_sentence(assignment: str, message: str) -> N
 def test_a_report_compares_one_off_runs_with_their_origin_by_seed() -> None:
     def record(run: Run, loss: float) -> object:
         made = made_up_record(run, MadeUpRecords())
-        return replace(made, results={**made.results, "loss": loss})
+        return replace(made, results={**made.results, **both_losses(loss)})
 
     (changed,) = runs_like(LIKE, ["optimizer.clip=5"], 1, SCALE)
     note = {"like": {"name": LIKE.name, "changes": described(changed, LIKE)}}
