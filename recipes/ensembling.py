@@ -55,6 +55,7 @@ FEWEST_SIZES = 3
 # Three constants are fitted to all numbers of members but the largest.
 FEWEST_COUNTS = 4
 PREDICTED = 0.01  # nats; the error allowed for the loss of all members
+PILOT = 2  # members at each of two points that choose between them, where every setting has one seed
 SURE = 0.95  # probability above which one limit counts as below another
 
 # Nats; equal members would make an error of zero, which would weigh infinitely in a fit.
@@ -71,7 +72,8 @@ class Settings(Ranged):
     count: Repeats  # members of each
     models_elsewhere: Annotated[tuple[str, ...], Items(least=0)] = ()  # sizes at further budgets; empty for the same
     # 2 or more: epochs and decay of members are tuned for the limit K to infinity, fitted from that many members a
-    # point, as in the paper. 0: the rule of twice the epochs and half the decay.
+    # point, as in the paper. 0: the rule of twice the epochs and half the decay, or the best single model's setting where
+    # its members have the lower limit.
     search_members: Annotated[int, Range(0, 1000)] = 0
     # Budgets at which members are tuned; empty for all.
     search_tokens: Annotated[tuple[Tokens, ...], Items(least=0)] = ()
@@ -122,7 +124,12 @@ def plan(study: Study) -> list[Job]:
     jobs = [*heavy_weight_decay.plan(study), *(job for search in member_searches(study) for job in search.jobs)]
     for tokens in study.scale.unique_tokens:
         for model in sizes(study, tokens):
-            for point in (_rule_point(study, model, tokens), best_point(study, model, tokens)):
+            points = [best_point(study, model, tokens)]
+            if _piloted(study, model, tokens):
+                jobs += [job for pilot in _pilots(study, model, tokens).values() for job in pilot]
+            else:
+                points.insert(0, _rule_point(study, model, tokens))
+            for point in points:
                 if point is not None:
                     jobs += [*members_at(study, model, tokens, point), *ensembles_at(study, model, tokens, point)]
         jobs += single_point_ensembles(study, tokens).values()
@@ -139,22 +146,58 @@ def plan(study: Study) -> list[Job]:
 def best_point(study: Study, model: str, tokens: int) -> Point | None:
     """Return the members' point of one size; None before the search for it, or the choice between two, has ended.
 
-    Without a search for members: the rule's point, or the best single model's where its members have the lower limit.
+    Without a search for members: the rule's point, or the best single model's where its members have the lower limit. With
+    one seed for each setting, `PILOT` members at each of the two decide.
     """
     if searched(study, model, tokens):
         descent = member_search(study, model, tokens).descent
         return descent.best if descent.certified else _earlier_point(study, model, tokens)
+    if _piloted(study, model, tokens):
+        found = [(_limit(study, *pilot), point) for point, pilot in _pilots(study, model, tokens).items()]
+        decided = [(limit, point) for limit, point in found if limit is not None]
+        return min(decided)[1] if found and len(decided) == len(found) else _earlier_point(study, model, tokens)
     rule = _rule_point(study, model, tokens)
     if rule is None or study.records.get(ensembles_at(study, model, tokens, rule)[0]) is None:
-        return _earlier_point(study, model, tokens) or (rule if study.scale.seeds == 1 else None)
-    if study.scale.seeds == 1:
-        return rule
+        return _earlier_point(study, model, tokens)
     by_rule, plain = _both_points(study, model, tokens, rule)
     if by_rule is None or plain is None:
         return None
     limits = _both_limits(by_rule, plain, study.scale.seeds, validation_curve)
     single_is_lower = limits is not None and limits[1] < limits[0]
     return study.tuned(TUNED, model, tokens).best if single_is_lower else rule
+
+
+def _piloted(study: Study, model: str, tokens: int) -> bool:
+    """Whether a few members at each of two points choose between them."""
+    # With several seeds the best single model's seeds are members there, and all members by the rule are compared with them.
+    return study.scale.seeds == 1 and not searched(study, model, tokens)
+
+
+def _pilots(study: Study, model: str, tokens: int) -> dict[Point, tuple[Job, ...]]:
+    """Return `PILOT` members and their ensemble at the rule's point and at the best single model's.
+
+    None before the search for the single model has a certificate.
+    """
+    rule, single = _rule_point(study, model, tokens), study.tuned(TUNED, model, tokens).best
+    if rule is None or single is None:
+        return {}
+    groups = {point: study.seeds(TUNED, model, tokens, point, PILOT) for point in (rule, single)}
+    return {point: (*runs, as_ensemble(runs)) for point, runs in groups.items()}
+
+
+def _limit(study: Study, *jobs: Job) -> float | None:
+    """Return the limit in K of members on validation text; None before they have run.
+
+    `jobs` are the members and their ensemble; inf where a member diverged.
+    """
+    *runs, ensemble = jobs
+    if any(study.loss(run) == math.inf for run in runs):
+        return math.inf
+    record = study.records.get(ensemble)
+    if record is None:
+        return None
+    # What a plan assumes of runs to come is a loss without a curve.
+    return members_limit(validation_curve(record)) if "curve" in record.results else record.loss
 
 
 def _earlier_point(study: Study, model: str, tokens: int) -> Point | None:
@@ -199,14 +242,7 @@ def member_search(study: Study, model: str, tokens: int) -> Search:
         return (*runs, named_ensemble(tuple(run.name for run in runs), "logits"))
 
     def loss_of(point: Point) -> float | None:
-        *runs, ensemble = jobs_of(point)
-        if any(study.loss(run) == math.inf for run in runs):
-            return math.inf
-        record = study.records.get(ensemble)
-        if record is None:
-            return None
-        # What a plan assumes of runs to come is a loss without a curve.
-        return members_limit(validation_curve(record)) if "curve" in record.results else record.loss
+        return _limit(study, *jobs_of(point))
 
     # The best single model's point competes: its seeds are members too.
     known = (single.best,) if start and single.best and study.records.named(jobs_of(single.best)[-1].name) else ()

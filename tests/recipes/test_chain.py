@@ -25,9 +25,9 @@ from made_up import (
 
 from epochal.campaign.plan import campaign_jobs, cost_estimate, load_recipe, recipe_names
 from epochal.config import REPOSITORY
-from epochal.records import Records, Workspace
+from epochal.records import Record, Records, Workspace
 from epochal.report.claims import Claim
-from epochal.run import AVERAGES, SOUP, Ensemble, Run, Samples, fingerprint
+from epochal.run import AVERAGES, SOUP, Ensemble, Job, Run, Samples, fingerprint
 from epochal.scale import Point, Scale, load_scale, member_point
 from epochal.scaling import DataEfficiency
 from epochal.study import Study
@@ -78,8 +78,41 @@ def test_a_campaign_starts_with_runs_and_ends_with_students(demo: Scale) -> None
     assert {type(job) for job in campaign.rounds[0]} == {Run}
     assert {type(job) for job in campaign.rounds[-2]} >= {Samples}
     assert all(isinstance(job, Run) and job.distill for job in campaign.rounds[-1])
-    averages = [job.average for job in campaign.ensembles]
+    whole = scale_count(demo)
+    averages = [job.average for job in campaign.ensembles if len(job.runs) == whole or job.average == SOUP]
     assert averages == [*AVERAGES, SOUP], "one for each average, and the mean of the weights"
+
+
+@pytest.mark.parametrize("rule_is_lower", [True, False])
+def test_two_members_at_each_of_two_points_choose_where_all_train(demo: Scale, rule_is_lower: bool) -> None:
+    """With one seed for each setting; the other point gets no further members."""
+
+    def record_of(job: Job, records: Records) -> Record:
+        record = made_up_record(job, records)
+        if not isinstance(job, Ensemble):
+            return record
+        run = records.named(job.runs[0]).job  # type: ignore[union-attr]
+        by_rule = run.epochs > 16  # the best made-up single model has 16; type: ignore[union-attr]
+        low = 3.0 if by_rule == rule_is_lower else 3.5
+        return replace(
+            record, results=record.results | {"curve": {k: [low + 0.3 / int(k)] for k in record.results["curve"]}}
+        )
+
+    campaign = simulate(demo, "ensembling", record_of=record_of)
+    members = [run for run in campaign.runs if run.init_seed]
+    point = ensembling.best_point(campaign.study, "w64", TOKENS)
+    single = campaign.study.tuned(heavy_weight_decay.TUNED, "w64", TOKENS).best
+    assert single is not None and point == (member_point(single) if rule_is_lower else single)
+    seeds = {
+        epochs: {run.init_seed for run in members if run.epochs == epochs} for epochs in {r.epochs for r in members}
+    }
+    chosen = point.epochs
+    assert seeds == {chosen: set(range(1, scale_count(demo))), **{epochs: {1} for epochs in seeds if epochs != chosen}}
+
+
+def scale_count(scale: Scale) -> int:
+    count: int = scale.tables["ensembling"]["count"]
+    return count
 
 
 def test_another_first_seed_repeats_the_campaign_on_other_draws(demo: Scale) -> None:
