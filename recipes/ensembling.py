@@ -174,9 +174,9 @@ def _piloted(study: Study, model: str, tokens: int) -> bool:
 
 
 def _pilots(study: Study, model: str, tokens: int) -> dict[Point, tuple[Job, ...]]:
-    """Return `PILOT` members and their ensemble at the rule's point and at the best single model's.
+    """Return `PILOT` members and their ensemble at each of two points.
 
-    None before the search for the single model has a certificate.
+    The rule's point and the best single model's; none before the search for the single model has a certificate.
     """
     rule, single = _rule_point(study, model, tokens), study.tuned(TUNED, model, tokens).best
     if rule is None or single is None:
