@@ -144,7 +144,7 @@ def test_sigterm_stops_a_campaign_and_a_failing_job_is_reported_and_tried_again(
     asked = time.monotonic()
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75, first.text
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 60, "saving takes seconds, also beside other work"
     until(lambda: not first.alive(), "the processes to end")
     assert "run the same command again" in first.text and "stopping (SIGTERM): saving" in first.text
     before = results_of(campaign)
