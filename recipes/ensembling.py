@@ -19,7 +19,7 @@ from epochal.names import named_ensemble
 from epochal.ranges import Items, Range, Ranged, Repeats, Tokens
 from epochal.records import Record, curves, mean_curve, validation_curve
 from epochal.report.claims import Case, Claim
-from epochal.report.comparison import family_claim, family_table, gain_case, measured_case
+from epochal.report.comparison import family_claim, family_table, gain_case, incomplete, measured_case
 from epochal.report.figures import (
     AVERAGE_LINES,
     LOSS_AXIS,
@@ -254,10 +254,14 @@ def member_searches(study: Study) -> list[Search]:
     return [member_search(study, *cell) for cell in searched_cells(study)]
 
 
+def cells(study: Study) -> list[tuple[str, int]]:
+    """Return every size and budget that gets ensembles."""
+    return [(model, tokens) for tokens in study.scale.unique_tokens for model in sizes(study, tokens)]
+
+
 def searched_cells(study: Study) -> list[tuple[str, int]]:
     """Return every size and budget whose members are tuned by a search of their own."""
-    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in sizes(study, tokens)]
-    return [cell for cell in cells if searched(study, *cell)]
+    return [cell for cell in cells(study) if searched(study, *cell)]
 
 
 def searches(study: Study) -> list[Search]:
@@ -554,16 +558,15 @@ def _limit_claims(study: Study, done: Done) -> list[Claim]:
             signs,
             id="ensembling.limit",
             differences=False,
-            planned=_planned(study),
+            planned=len(AVERAGES) * len(cells(study)),
             seeds=count,
             provisional=caveats,
         )
     ]
     if chances:
         probabilities = [case.value for case in chances]
-        every = len(chances) == len(done)
-        sure = every and all(chance >= SURE for chance in probabilities)
-        budgets = () if every else (f"{len(chances)} of {len(done)} budgets have run",)
+        waiting = incomplete(len(chances), len(done), "budgets")
+        sure = not waiting and all(chance >= SURE for chance in probabilities)
         claims.append(
             Claim(
                 id="ensembling.limit-below-size",
@@ -574,15 +577,10 @@ def _limit_claims(study: Study, done: Done) -> list[Claim]:
                 # One budget where the opposite is as sure is enough to be false.
                 holds=True if sure else False if min(probabilities) <= 1 - SURE else None,
                 cases=tuple(chances),
-                provisional=(*caveats, *budgets),
+                provisional=(*caveats, *waiting),
             )
         )
     return claims
-
-
-def _planned(study: Study) -> int:
-    """Return how many ensembles the campaign will have."""
-    return len(AVERAGES) * sum(len(sizes(study, tokens)) for tokens in study.scale.unique_tokens)
 
 
 def _predicted_claim(study: Study, done: Done) -> list[Claim]:
@@ -598,7 +596,7 @@ def _predicted_claim(study: Study, done: Done) -> list[Claim]:
         return []
     worst = max(abs(case.value) for case in cases)
     near = sum(abs(case.value) <= min(PREDICTED, abs(same)) for case, same in zip(cases, unchanged, strict=True))
-    missing = _planned(study) - len(cases)
+    waiting = incomplete(len(cases), len(AVERAGES) * len(cells(study)))
     return [
         Claim(
             id="ensembling.predicted",
@@ -608,9 +606,9 @@ def _predicted_claim(study: Study, done: Done) -> list[Claim]:
             f"{max(unchanged):.4f} off)",
             paper="1 / K over seven tables (free exponents 0.96 to 1.09), sections 6 and 13",
             seeds=count,
-            holds=False if near < len(cases) else None if missing else True,
+            holds=False if near < len(cases) else None if waiting else True,
             cases=tuple(cases),
-            provisional=(f"{len(cases)} of {_planned(study)} cases have run",) if missing else (),
+            provisional=waiting,
         )
     ]
 
@@ -674,13 +672,18 @@ def _limit_gain(study: Study, model: str, tokens: int, point: Point) -> tuple[Ca
     limits = _both_limits(members, plain, study.scale.seeds, mean_curve)
     if members is None or plain is None or limits is None or not all(map(math.isfinite, limits)):
         return None
-    laws = members_law(members), members_law(plain)
-    halves = [half_width(law.interval["E"]) if law.interval else None for law in laws]
-    # With as few members at one of the points as there are seeds there is no interval: both limits are then fitted to
-    # those.
-    gain = laws[1].E - laws[0].E if None not in halves else limits[1] - limits[0]
-    case = measured_case(f"{model}.{tokens}", gain, _around(gain, *halves), dof=settings(study).count - 1)
-    return case, gain > 0, len(inputs(plain.job))
+    case = limit_case(f"{model}.{tokens}", members, plain, dof=settings(study).count - 1)
+    if case.interval is None:
+        # As few members at one of the points as there are seeds have no interval: both limits are then fitted to those.
+        case = Case(case.name, limits[1] - limits[0])
+    return case, case.value > 0, len(inputs(plain.job))
+
+
+def limit_case(name: str, members: Record, others: Record, *, dof: float) -> Case:
+    """Return how far the limit in K of members is below that of independent others."""
+    laws = members_law(members), members_law(others)
+    gain, halves = laws[1].E - laws[0].E, [half_width(law.interval["E"]) if law.interval else None for law in laws]
+    return measured_case(name, gain, _around(gain, *halves), dof=dof)
 
 
 def _unseen_gain(study: Study, model: str, tokens: int) -> tuple[Case, bool, int] | None:
@@ -688,13 +691,9 @@ def _unseen_gain(study: Study, model: str, tokens: int) -> tuple[Case, bool, int
     records = [record for runs in unseen(study, model, tokens) if (record := study.records.get(as_ensemble(runs)))]
     if len(records) < 2 or any("curve" not in record.results for record in records):
         return None
-    tuned, plain = map(members_law, records)
-    gain, halves = (
-        plain.E - tuned.E,
-        [half_width(law.interval["E"]) if law.interval else None for law in (tuned, plain)],
-    )
-    case = measured_case(f"{model}.{tokens}", gain, _around(gain, *halves), dof=tuned.dof)
-    return case, gain > 0, len(inputs(records[0].job))
+    count = len(inputs(records[0].job))
+    case = limit_case(f"{model}.{tokens}", *records, dof=count - 1)
+    return case, case.value > 0, count
 
 
 def _rule_claim(study: Study) -> list[Claim]:
@@ -718,7 +717,7 @@ def _rule_claim(study: Study) -> list[Claim]:
             id="ensembling.rule",
             paper="limits 3.34 and 3.27 for 300M, section 6",
             seeds=min(counts),
-            planned=sum(len(sizes(study, tokens)) for tokens in study.scale.unique_tokens),
+            planned=len(cells(study)),
             provisional=(
                 *heavy_weight_decay.missing(study, *study.scale.unique_tokens),
                 *((f"{few} of {len(cases)} have too few members at one setting for an interval",) if few else ()),

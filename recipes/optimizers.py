@@ -31,7 +31,7 @@ from epochal.report.sections import Figure, Section, Table
 from epochal.run import AdamW, AdEMAMix, Fira, Job, Mars, Muon, Signum, Spectra
 from epochal.scale import Scale
 from epochal.scaling import seed_caveats, seed_interval
-from epochal.study import Arm, Result, Study, Sweep, judged
+from epochal.study import Arm, Result, Study, Sweep, judged_of
 
 # The threshold of 2 is for the width 32 of these comparisons. The paper's 10 is for widths from 768: the largest singular
 # value of a random update grows with the square root of the width.
@@ -195,7 +195,7 @@ def losses(study: Study, arm: Arm, sweep: Sweep) -> ArmLosses:
 
 def caveats(result: Result, label: str, sweep: Sweep) -> tuple[str, ...]:
     """Name what the result of one arm lacks for a final verdict."""
-    few = (f"seeds of {label}",) if len(result.records) < len(judged(dict.fromkeys(range(sweep.seeds)))) else ()
+    few = (f"seeds of {label}",) if len(result.records) < judged_of(sweep.seeds) else ()
     edge = (f"{label} is best at the end of its grid ({' and '.join(result.edges)})",) if result.edges else ()
     return (*few, *edge, *(("one seed",) if sweep.seeds < 2 else ()))
 

@@ -33,7 +33,7 @@ from epochal.scaling import PowerLaw, compare_limits, fit_power_law, seed_interv
 from epochal.study import Result, Study, Sweep
 from recipes import _member_variants, optimizers
 from recipes._member_variants import VARIANTS, MakeMember
-from recipes.ensembling import half_width, members_law
+from recipes.ensembling import limit_case, members_law
 
 BASE = "AdamW"
 # The variants that are compared with independent members of the same optimizer.
@@ -331,13 +331,7 @@ def _member_claim(here: Comparison, others: list[str]) -> list[Claim]:
     for label in others:
         record = here.ensemble_record(label, "probs")
         if record is not None and reference is not None:
-            law, base = members_law(record), members_law(reference)
-            # The errors of the two limits are independent; without both there is no interval.
-            halves = [half_width(one.interval["E"]) if one.interval else None for one in (law, base)]
-            half = None if None in halves else math.hypot(*(one for one in halves if one is not None))
-            gain = base.E - law.E
-            interval = None if half is None else (gain - half, gain + half)
-            cases.append(measured_case(label.lower(), gain, interval, dof=here.settings.members - 1))
+            cases.append(limit_case(label.lower(), record, reference, dof=here.settings.members - 1))
     if not cases:
         return []
     return [

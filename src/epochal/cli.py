@@ -373,7 +373,7 @@ def run(
         seconds_left=None if time_limit is None else seconds(time_limit),
     )
     # Before any worker starts: an error in a config should show in seconds, not in a log.
-    _check_options(config)
+    _check_options(config, setting)
     if cluster is not None:
         # Text is prepared to submit only: batch files and --stop need neither it nor the packages that it comes from.
         if not (dry_run or stop):
@@ -394,15 +394,15 @@ def _preset_path(name: str) -> str:
     return str(path)
 
 
-def _check_options(config: "WorkerConfig") -> None:
+def _check_options(config: "WorkerConfig", setting: "Scale") -> None:
     """Check modes and micro-batch, for which no record and no text is read."""
     from epochal.distributed.presets import read_preset
-    from epochal.scale import load_scale
 
     read_preset({}, config.modes)
-    batch_size = load_scale(config.scale).batch_size
-    if config.micro_batch is not None and batch_size % config.micro_batch:
-        raise ValueError(f"micro-batch {config.micro_batch} does not divide batch_size {batch_size}; use a divisor.")
+    if config.micro_batch is not None and setting.batch_size % config.micro_batch:
+        raise ValueError(
+            f"micro-batch {config.micro_batch} does not divide batch_size {setting.batch_size}; use a divisor."
+        )
 
 
 def _check_campaign(config: "WorkerConfig") -> "CostEstimate":

@@ -175,7 +175,7 @@ class Study:
     @property
     def judged_seeds(self) -> int:
         """How many seeds of a tuned setting claims judge once all have run."""
-        return len(judged(dict.fromkeys(range(self.scale.seeds))))
+        return judged_of(self.scale.seeds)
 
     def finite(self, jobs: Mapping[int, Job]) -> dict[int, Record]:
         """Return the records of the jobs that did not diverge, under the same keys."""
@@ -354,6 +354,11 @@ def judged(records: Mapping[int, T]) -> Mapping[int, T]:
     # The first seed chose the setting, so its loss is low by a selection effect.
     fresh = {seed: record for seed, record in records.items() if seed}
     return fresh if len(fresh) >= FEWEST_FRESH else records
+
+
+def judged_of(seeds: int) -> int:
+    """Return how many of so many seeds claims judge."""
+    return len(judged(dict.fromkeys(range(seeds))))
 
 
 def _listed(ends: Iterable[tuple[str, tuple[str, ...]]]) -> str:

@@ -180,6 +180,11 @@ def settled(cases: Sequence[Case], sign: int) -> int:
     return count
 
 
+def incomplete(count: int, planned: int | None, what: str = "cases") -> tuple[str, ...]:
+    """Return the caveat that some cases of a sentence have not run; nothing where all have or none is planned."""
+    return (f"{count} of {planned} {what} have run",) if planned is not None and count < planned else ()
+
+
 def family_claim(
     text: str,
     cases: Sequence[Case],
@@ -201,7 +206,7 @@ def family_claim(
     """
     for_it, against = settled(cases, 1), settled(cases, -1)
     known = any(case.t is not None for case in cases)
-    missing = 0 if planned is None else planned - len(cases)
+    missing = incomplete(len(cases), planned)
     holds = None
     if against or not (any(signs) or known):
         holds = False
@@ -214,8 +219,7 @@ def family_claim(
     caveats = fields.pop("provisional", ())
     if open_cases and not against:
         caveats = (*caveats, f"{open_cases} of {len(cases)} within noise or without an interval")
-    if missing:
-        caveats = (*caveats, f"{len(cases)} of {planned} cases have run")
+    caveats = (*caveats, *missing)
     counted = (
         f"in {sum(signs)} of {len(cases)} ({for_it} settled for, {against} against, Holm): " if len(cases) > 1 else ""
     )

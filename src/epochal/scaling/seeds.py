@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from epochal.scaling.power import TAILS, Interval, checked
 
@@ -47,10 +48,10 @@ def gain_interval(losses: Sequence[float], baseline: Sequence[float], *, search:
     sides = [checked(name, values, positive=False) for name, values in (("losses", losses), ("baseline", baseline))]
     if min(map(len, sides)) < 2:
         return None
-    dof, total = welch_dof(losses, baseline), sum(float(np.var(side, ddof=1)) / len(side) for side in sides)
+    dof = welch_dof(losses, baseline)
     if dof < 2:
         return None
-    half_width = math.hypot(float(stdtrit(dof, TAILS[1])) * math.sqrt(total), NORMAL * search)
+    half_width = math.hypot(float(stdtrit(dof, TAILS[1])) * math.sqrt(sum(map(_mean_variance, sides))), NORMAL * search)
     gain = float(np.mean(sides[1]) - np.mean(sides[0]))
     return gain - half_width, gain + half_width
 
@@ -60,9 +61,15 @@ def welch_dof(losses: Sequence[float], baseline: Sequence[float]) -> float:
     sides = losses, baseline
     if min(map(len, sides)) < 2:
         return 0.0
-    variances = [float(np.var(side, ddof=1)) / len(side) for side in sides]
+    variances = [_mean_variance(side) for side in sides]
     parts = sum(v**2 / (len(side) - 1) for v, side in zip(variances, sides, strict=True))
     return sum(variances) ** 2 / parts if parts > 0 else float(sum(map(len, sides)) - 2)
+
+
+def _mean_variance(values: npt.ArrayLike) -> float:
+    """Give the variance of the mean over seeds."""
+    array = np.asarray(values, np.float64)
+    return float(np.var(array, ddof=1)) / array.size
 
 
 def seed_caveats(differences: Sequence[float], *, search: float = 0.0) -> tuple[str, ...]:
