@@ -237,3 +237,22 @@ def test_pages_quote_numbers_of_committed_reports(page: str, first: str, last: s
         return any(abs(float(number) - float(cell)) < 0.51 * unit for cell in cells if not cell.endswith("%"))
 
     assert len(quoted) > 1 and [number for number in quoted if not shown(number)] == []
+
+
+def test_numbers_of_regularizers_are_those_of_the_arms_that_a_sentence_names() -> None:
+    """Each point of the list names arms; its numbers are cells of their rows, or test losses above the plain one."""
+    report = (REPOSITORY / "recipes" / "results" / "regularizers" / "report.md").read_text(encoding="utf-8")
+    lines = report.split("| arm |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = {
+        cells[0].lower(): cells[2:] for line in lines if (cells := [one.strip() for one in line.strip("|").split("|")])
+    }
+    loss = 4  # column of the test loss
+    page = (REPOSITORY / "docs" / "regularizers.md").read_text(encoding="utf-8")
+    points = page.split("What it found:")[1].split("Many optima")[0].lower().split("\n- ")[1:]
+    for point in points:
+        text = " ".join(point.split())
+        named = [cells for arm, cells in rows.items() if arm in text and arm != "plain"]
+        shown = {abs(float(cell)) for cells in named for cell in cells if re.fullmatch(r"-?\d+\.\d+", cell)}
+        shown |= {abs(float(cells[loss]) - float(rows["plain"][loss])) for cells in named}
+        numbers = re.findall(r"\d\.\d{3}", text)
+        assert named and [n for n in numbers if min(abs(float(n) - cell) for cell in shown) > 0.00051] == []
