@@ -110,7 +110,7 @@ def report(study: Study) -> Section:
             notes += [f"Law in N at D = {tokens:,}: {line}" for line in lines if line]
     claims = [*_standard_claims(study), *_steps_claim(study), *_setting_claim(study), *_seeds_claim(study)]
     claims += _largest_claim(study)
-    tables += [_family(claim) for claim in claims if len(claim.cases) > 1] + _law_table(study)
+    tables += [_family(claim) for claim in claims if len(claim.cases) > 1] + _window_table(study) + _law_table(study)
     stops = early_stops(study.records, searches(study))
     if stops:
         tables.append(_early_table(stops))
@@ -315,6 +315,26 @@ def _largest_claim(study: Study) -> list[Claim]:
             provisional=missing(study, *study.scale.unique_tokens),
         )
     ]
+
+
+def _window_table(study: Study) -> list[Table]:
+    """Return what the paper's averaging window would cost: the best run tried inside of it against the best of all."""
+    rows: list[tuple[Any, ...]] = []
+    for tokens, model in cells(study):
+        runs = [study.run(TUNED, model, tokens, point) for point in study.known_points(TUNED, model, tokens)]
+        losses = {run: loss for run in runs if (loss := study.loss(run)) is not None and math.isfinite(loss)}
+        inside = [loss for run, loss in losses.items() if WINDOW[0] <= round(run.tau, 3) <= WINDOW[1]]
+        if losses and inside:
+            winner = min(losses, key=lambda run: (losses[run], run.name))
+            rate = winner.optimizer.lr * winner.optimizer.wd
+            own = (round(winner.tau, 3), winner.tau / winner.epochs, rate, losses[winner])
+            rows.append((tokens, model, len(losses), *own, len(inside), min(inside), min(inside) - losses[winner]))
+    columns = ("D", "model", "runs", "tau", "tau / epochs", "lr wd", "loss", "runs inside", "loss inside", "difference")
+    title = (
+        f"Best run tried, and best run tried with a window of {WINDOW[0]:g} to {WINDOW[1]:g} epochs "
+        "(first seed, validation loss)"
+    )
+    return [Table(title=title, columns=columns, rows=tuple(rows))] if rows else []
 
 
 def _law_table(study: Study) -> list[Table]:

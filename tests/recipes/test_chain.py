@@ -260,6 +260,28 @@ def test_the_law_of_the_smaller_sizes_predicts_the_largest_or_does_not(demo: Sca
     assert "heavy-decay.predicted-size" not in simulate(four, "heavy_weight_decay").claims("heavy_weight_decay")
 
 
+def test_the_best_run_within_the_papers_window_is_compared_with_the_best_of_all(chain: MadeUpCampaign) -> None:
+    records = chain.records.with_losses(lambda run: made_up_loss(run) + (0.5 if 0.2 <= run.tau <= 0.52 else 0.0))
+    section = load_recipe("heavy_weight_decay").report(Study(records, chain.scale))
+    (table,) = [table for table in section.tables if table.title.startswith("Best run tried")]
+    assert len(table.rows) == len(chain.scale.models)
+    for tokens, model, tried, tau, share, rate, loss, inside_count, inside, difference in table.rows:
+        plain = re.compile(rf"{model}-{tokens / 1000:g}k-lr([\d.]+)-ep(\d+)-wd([\d.]+)-s0")
+        found = [
+            (record, [float(part) for part in match.groups()])
+            for record in records
+            if (match := plain.fullmatch(record.job.name))
+        ]
+        losses = {(lr, epochs, wd): record.loss for record, (lr, epochs, wd) in found}
+        windows = {point: 512 / (point[0] * point[2] * tokens) for point in losses}
+        lr, epochs, wd = best = min(losses, key=losses.__getitem__)
+        within = [losses[point] for point, window in windows.items() if 0.1995 <= window <= 0.5205]
+        assert (tried, inside_count) == (len(losses), len(within))
+        assert (loss, inside, difference) == pytest.approx((losses[best], min(within), min(within) - losses[best]))
+        assert (tau, share, rate) == pytest.approx((windows[best], windows[best] / epochs, lr * wd), abs=6e-4)
+        assert difference > 0
+
+
 def test_members_are_compared_with_the_larger_models_of_as_many_parameters(chain: MadeUpCampaign) -> None:
     claim = chain.claims("ensembling")["ensembling.equal-parameters"]
     assert claim.cases
