@@ -198,6 +198,8 @@ def test_a_model_that_its_heads_do_not_divide_is_refused(refused: Refused, campa
     ("options", "message"),
     [
         (["--micro-batch", "3"], "does not divide"),
+        (["--preset", "ddp8"], "batch_size of 4 sequences, which 8 processes (1 node of 8) cannot share"),
+        (["--preset", "ddp2", "--micro-batch", "4"], "does not divide the 2 sequences of each process"),
         (["--time-limit", "soon"], "A duration must be"),
         (["--time-limit", "-3m"], "A duration must be"),
         (["--time-limit", "nan"], "A duration must be"),

@@ -22,6 +22,7 @@ from epochal.stopping import EXIT_STOPPED, Stopped, listen
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from epochal.campaign.cluster import ClusterCampaign
     from epochal.campaign.plan import Cost, CostEstimate, SearchState
     from epochal.campaign.worker import WorkerConfig
     from epochal.data.store import TokenStore
@@ -343,6 +344,7 @@ def run(
     started = time.monotonic()
     if cluster is None:
         listen()  # from here on a signal is a request to stop, also while the campaign is still being planned
+    from epochal.campaign.cluster import cluster_campaign, load_cluster
     from epochal.campaign.environment import usable_cores
     from epochal.campaign.plan import recipe_names
     from epochal.campaign.worker import WorkerConfig
@@ -372,13 +374,17 @@ def run(
         rank_timeout=seconds(rank_timeout),
         seconds_left=None if time_limit is None else seconds(time_limit),
     )
+    campaign = None if cluster is None else cluster_campaign(config, load_cluster(cluster))
     # Before any worker starts: an error in a config should show in seconds, not in a log.
-    _check_options(config, setting)
-    if cluster is not None:
+    if not stop:
+        _check_options(
+            config if campaign is None else campaign.config, setting, 1 if campaign is None else campaign.cluster.nodes
+        )
+    if campaign is not None:
         # Text is prepared to submit only: batch files and --stop need neither it nor the packages that it comes from.
         if not (dry_run or stop):
             _check_campaign(config)
-        _run_on_cluster(config, cluster, dry_run=dry_run, stop=stop)
+        _run_on_cluster(campaign, dry_run=dry_run, stop=stop)
     else:
         estimate = _check_campaign(config)
         if config.seconds_left is not None:  # planning and the preparation of the text count
@@ -394,14 +400,24 @@ def _preset_path(name: str) -> str:
     return str(path)
 
 
-def _check_options(config: "WorkerConfig", setting: "Scale") -> None:
-    """Check modes and micro-batch, for which no record and no text is read."""
-    from epochal.distributed.presets import read_preset
+def _check_options(config: "WorkerConfig", setting: "Scale", nodes: int) -> None:
+    """Check modes, processes and micro-batch, for which no record and no text is read."""
+    from epochal.distributed.presets import read_launch_file, read_preset
 
     read_preset({}, config.modes)
-    if config.micro_batch is not None and setting.batch_size % config.micro_batch:
+    batch, processes = setting.batch_size, nodes
+    if config.preset is not None:
+        processes *= int(read_launch_file(Path(config.preset)).get("num_processes") or 1)
+    if batch % processes:
         raise ValueError(
-            f"micro-batch {config.micro_batch} does not divide batch_size {setting.batch_size}; use a divisor."
+            f"scale {setting.name!r} has a batch_size of {batch} sequences, which {processes} processes ({nodes} "
+            f"{'node' if nodes == 1 else 'nodes'} of {processes // nodes}) cannot share; use fewer processes or nodes, or "
+            "another batch_size."
+        )
+    if config.micro_batch is not None and batch // processes % config.micro_batch:
+        raise ValueError(
+            f"micro-batch {config.micro_batch} does not divide the {batch // processes} sequences of each process "
+            f"(batch_size {batch}); use a divisor."
         )
 
 
@@ -477,12 +493,11 @@ def _run_here(config: "WorkerConfig", estimate: "CostEstimate", jobs: int) -> No
     raise typer.Exit(code)
 
 
-def _run_on_cluster(config: "WorkerConfig", name: str, *, dry_run: bool, stop: bool) -> None:
+def _run_on_cluster(campaign: "ClusterCampaign", *, dry_run: bool, stop: bool) -> None:
     """Submit a campaign to a cluster, print its sbatch files, or cancel it."""
-    from epochal.campaign.cluster import cluster_campaign, load_cluster
     from epochal.campaign.plan import campaign_jobs, ready_jobs
 
-    campaign, submit = cluster_campaign(config, load_cluster(name)), _launch_module("submit")
+    config, submit = campaign.config, _launch_module("submit")
     if dry_run:
         setting, records = _load(config.scale, Path(config.results), Path(config.work))
         ready = ready_jobs(campaign_jobs(config.recipes, records, setting), records)

@@ -235,6 +235,9 @@ def test_without_slurm_nothing_is_written(campaign: Campaign, run_command: Any) 
     [
         (["--dry-run"], "need --cluster"),
         (["--cluster", "exmaple"], "did you mean 'example'"),
+        (["--cluster", "example"], "which 16 processes (2 nodes of 8) cannot share"),
+        (["--cluster", "example", "--dry-run"], "which 16 processes (2 nodes of 8) cannot share"),
+        (["--cluster", "example", "--stop"], "squeue is not installed"),
         (["--cluster", "local-test", "--jobs", "2"], "set pack, parallel and time_limit"),
     ],
 )

@@ -501,7 +501,7 @@ def launch_command(config: WorkerConfig) -> list[str]:
     if config.nodes == 1:
         return [sys.executable, "-m", "epochal.distributed.launcher", *options]
     # The preset describes one node; the number of nodes multiplies its processes.
-    per_node = int(read_launch_file(Path(str(config.preset))).get("num_processes", 1))
+    per_node = int(read_launch_file(Path(str(config.preset))).get("num_processes") or 1)
     options += ["--num_machines", str(config.nodes), "--num_processes", str(config.nodes * per_node)]
     options += ["--main_process_ip", socket.gethostname(), "--main_process_port", str(_free_port())]
     # Each node expands its own SLURM_NODEID; expanded here, the rank would be 0 on all nodes (accelerate issue 2816).
