@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from epochal.ranges import Items, Ranged, Tokens
-from epochal.report.claims import Claim
+from epochal.report.claims import FEWEST_SEEDS, Claim
 from epochal.report.comparison import difference_claim
 from epochal.report.figures import draw_series, size_color
 from epochal.report.sections import Figure, Section, Table
@@ -84,7 +84,9 @@ def _at_epochs(study: Study, model: str, tokens: int, epochs: int) -> tuple[Run,
     """Return the seeds of one size at its standard start, with another number of epochs; none if it has no start."""
     arm = standard(study)
     start = study.scale.start(study.scale.rung(model), tokens, wd=arm.wd)
-    return () if start is None else study.seeds(arm, model, tokens, replace(start, epochs=epochs), study.scale.seeds)
+    # No more seeds than an interval takes: overfitting is far above their noise, and the longest runs cost the most.
+    seeds = min(study.scale.seeds, FEWEST_SEEDS)
+    return () if start is None else study.seeds(arm, model, tokens, replace(start, epochs=epochs), seeds)
 
 
 def repeats(study: Study) -> list[Run]:
@@ -212,7 +214,9 @@ def _losses_at(study: Study, tokens: int, epochs: int) -> dict[str, float]:
     """Return the finite losses of all sizes at one number of epochs."""
     # Each at the lr that its search starts from.
     runs = {model: _at_epochs(study, model, tokens, epochs)[:1] for model in study.scale.models}
-    losses = {model: study.loss(run) for model, pair in runs.items() for run in pair}
+    # By name: an estimate of what is left has a made-up loss for every other run.
+    known = {model: run for model, pair in runs.items() for run in pair if study.records.named(run.name) is not None}
+    losses = {model: study.loss(run) for model, run in known.items()}
     return {model: loss for model, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 

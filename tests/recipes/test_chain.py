@@ -73,6 +73,15 @@ def test_nothing_remains_to_be_planned_or_paid_after_a_whole_campaign(chain: Mad
     assert {job.name for job in view.status.done} == {job.name for job in chain.jobs}
 
 
+def test_an_estimate_of_what_is_left_is_never_above_what_comes(demo: Scale) -> None:
+    scale = replace(demo, grid=load_scale("micro").grid, seeds=3)
+    campaign = simulate(with_table(scale, "epoching", sweep_model="w32"), *CHAIN)
+    for done in range(len(campaign.rounds) + 1):
+        view = cost_estimate(CHAIN, campaign.after(done), campaign.scale)
+        left = [job for jobs in campaign.rounds[done:] for job in jobs]
+        assert view.today.jobs <= view.today.jobs + view.later.jobs <= len(left)
+
+
 def test_a_campaign_starts_with_runs_and_ends_with_students(demo: Scale) -> None:
     campaign = simulate(demo, "distillation")
     assert {type(job) for job in campaign.rounds[0]} == {Run}

@@ -177,10 +177,10 @@ def _reads(job: Job, by_name: Mapping[str, Job]) -> tuple[str, ...]:
 
 
 class AssumeAllDone(Records):
-    """Records in which every job has run: the real ones, and a loss of 1.0 for all others."""
+    """Records in which every job has run: the real ones, and a loss above all of theirs for the others."""
 
-    # With equal losses every search stops at its first point, so the jobs planned from these records are a lower bound
-    # on what a campaign takes, known before anything has run.
+    # With equal losses every search stops at its first point, or at the best real one, so the jobs planned from these
+    # records are a lower bound on what a campaign takes, known before anything has run.
 
     def __init__(self, records: Records) -> None:
         super().__init__(records.workspace, records)
@@ -191,7 +191,7 @@ class AssumeAllDone(Records):
         record = super().get(job)
         if record is None:
             self.assumed[job.name] = job
-            record = Record(job, "", "done", {"loss": 1.0, "parameters": 1})
+            record = Record(job, "", "done", {"loss": 1e3, "parameters": 1})
         return record
 
     def has_output(self, job: Job) -> bool:
