@@ -1,7 +1,7 @@
 """What is the best model that a text and a time can buy? (The campaign that `epochal init` writes.)
 
 The learning rate and the weight decay are tuned on a small model; one model is trained with them. Where text is the
-limit, more members follow, their ensemble, and a student that learns from the mean of their logits.
+limit, more members follow, their ensemble, and a student that learns from the mean of their probabilities.
 Claim: the ensemble beats its best member, and so does the student.
 Command: epochal run best_model --scale NAME
 Results: recipes/results/<scale>/report.md
@@ -96,7 +96,8 @@ def _members(study: Study, settings: Settings) -> tuple[Run, ...]:
 
 
 def _ensemble(members: tuple[Run, ...]) -> Ensemble | None:
-    return named_ensemble(tuple(run.name for run in members), "logits") if len(members) > 1 else None
+    # In `micro` students of the mean of probabilities kept 71% of the ensemble's gain, those of the mean of logits 54%.
+    return named_ensemble(tuple(run.name for run in members), "probs") if len(members) > 1 else None
 
 
 def _student(study: Study, settings: Settings, ensemble: Ensemble) -> tuple[Run, ...]:
