@@ -44,7 +44,7 @@ from epochal.run import (
 from epochal.scale import Point, Scale, Value
 from epochal.scaling import MembersLaw, fit_members, seed_interval
 from epochal.search.searches import Search
-from epochal.study import Arm, Study
+from epochal.study import Arm, Study, judged, judged_of
 from recipes.heavy_weight_decay import TUNED
 
 PLAIN, MUON = "plain", "Muon"
@@ -256,7 +256,7 @@ def outcome(study: Study, here: Settings, row: Row) -> Outcome:
     found = search(study, here, row)
     point, certificate = _best(found), found.certificate()
     runs = repeated(study, here, row, point)
-    repeats = study.finite(dict(enumerate(runs)))
+    repeats = dict(judged(study.finite(dict(enumerate(runs)))))
     together = ensemble(row, runs)
     record = None if together is None else study.records.get(together)
     fresh = study.finite(dict(enumerate(once(study, here, row, point))))
@@ -298,7 +298,7 @@ def report(study: Study) -> Section | None:
     cases = [_case(label, gains) for label, gains in repeats.items() if gains]
     notes = [
         "Gains are paired by seed with the arm's baseline, on the test split; knob, decay and epochs were tuned on the "
-        "validation split by the first seed. The limit is that of the arm's seeds as members, averaged in logits, on the "
+        "validation split by the first seed, which is not among them. The limit is that of the arm's seeds as members, averaged in logits, on the "
         "test split. Cost: FLOPs of training over those of the baseline; the time of a step is in "
         "benchmarks/regularizers.csv. Sharpness: the largest eigenvalue of the "
         "Hessian of the training loss at the end, mean over seeds.",
@@ -385,7 +385,8 @@ def _claim(one: Outcome, gains: list[float], where: str, here: Settings) -> Clai
         return None
     repeated_text = where.startswith("on top")
     records = one.records if repeated_text else one.once
-    few = (f"{len(gains)} of {here.seeds} seeds",) if len(gains) < here.seeds else ()
+    planned = judged_of(here.seeds) if repeated_text else here.seeds
+    few = (f"{len(gains)} of {planned} seeds",) if len(gains) < planned else ()
     claim = difference_claim(
         f"{here.model}: {one.label} lowers the loss of {one.row.baseline} {where}",
         gains,

@@ -63,10 +63,11 @@ def test_gains_are_paired_by_seed_on_the_test_split(campaign: MadeUpCampaign) ->
     plain, noisy = (
         regularizers.outcome(study, here, regularizers.row_of(label)).records for label in (PLAIN, "random tokens")
     )
-    gains = [plain[seed].results["test_loss"] - noisy[seed].results["test_loss"] for seed in range(5)]
+    # The first seed chose the settings.
+    gains = [plain[seed].results["test_loss"] - noisy[seed].results["test_loss"] for seed in range(1, 5)]
     claims = campaign.claims("regularizers")
     claim = claims["regularizers.repeated.random-tokens"]
-    assert claim.value == f"{statistics.fmean(gains):+.4f} nats" and claim.holds and claim.seeds == 5
+    assert claim.value == f"{statistics.fmean(gains):+.4f} nats" and claim.holds and claim.seeds == 4
     assert claims["regularizers.once.random-tokens"].holds is False
     assert not any("plain" in name or name.endswith(".muon") for name in claims)
 
