@@ -19,7 +19,7 @@ from epochal.scale import load_scale
 from epochal.search.descent import on_grid
 from epochal.study import Study
 from recipes import _results_page as results_page
-from recipes.heavy_weight_decay import TUNED
+from recipes.heavy_weight_decay import TUNED, size_law
 
 COMMITTED = sorted(path.parent.name for path in (REPOSITORY / "recipes" / "results").glob("*/claims.json"))
 COMMITTED = [scale for scale in COMMITTED if scale != "demo"]  # the demo's results are not committed
@@ -261,3 +261,17 @@ def test_numbers_of_regularizers_are_those_of_the_arms_that_a_sentence_names() -
         shown |= {abs(float(cells[loss]) - float(rows["plain"][loss])) for cells in named}
         numbers = re.findall(r"\d\.\d{3}", text)
         assert named and [n for n in numbers if min(abs(float(n) - cell) for cell in shown) > 0.00051] == []
+
+
+def test_the_prediction_of_kjv_follows_from_the_records_of_its_smaller_sizes() -> None:
+    results, scale = REPOSITORY / "recipes" / "results", load_scale("kjv")
+    smaller = replace(scale, ladder=tuple(rung for rung in scale.ladder if rung.model != "w128"))
+    study = Study(load_records(Workspace("kjv", results, REPOSITORY / "work")), smaller)
+    law = size_law(study, 49152)
+    assert law is not None
+    page = (REPOSITORY / "docs" / "kjv.md").read_text(encoding="utf-8")
+    (size,) = re.findall(r"w128 \(N = ([\d,]+)\)", page)
+    predicted = re.findall(r"predicted (\S+) nats, 90% (\S+) to (\S+)", page)
+    n = float(size.replace(",", ""))
+    low, high = law.predict_interval(n, seeds=study.judged_seeds)
+    assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), low, high], abs=2e-4)
