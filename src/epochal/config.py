@@ -223,9 +223,11 @@ def _is_union_of_dataclasses(hint: Any) -> bool:
 
 
 def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables to dotted keys, without unset values."""
+    """Flatten nested tables, and lists of tables by index, to dotted keys, without unset values."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
+        if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             flat |= flat_table(value, f"{prefix}{key}.")
         elif value not in (None, []):

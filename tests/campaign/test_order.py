@@ -105,6 +105,11 @@ def test_a_start_says_what_differs_from_the_last_one_on_its_folder(
     campaign.rewrite("batch_size = 4", "batch_size = 8")
     (note,) = executor.notes_on_the_start(config)
     assert "batch_size 4 -> 8" in note
+    rung = campaign.scale.ladder[-1]
+    campaign.rewrite(f'model = "{rung.model}"\nlr = {rung.lr:g}', f'model = "{rung.model}"\nlr = 0.03')
+    (note,) = executor.notes_on_the_start(config)
+    last = len(campaign.scale.ladder) - 1
+    assert f"(ladder.{last}.lr {rung.lr:g} -> 0.03)" in note
     monkeypatch.setattr(executor, "code_hash", lambda: "other")
     notes = executor.notes_on_the_start(replace(config, results=str(campaign.folder / "elsewhere")))
     assert len(notes) == 2 and "elsewhere" in notes[0] and "another version of epochal" in notes[1]
