@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from made_up import simulate
 
 from epochal.config import REPOSITORY
-from epochal.records import Workspace, load_records
+from epochal.records import Record, Workspace, load_records
 from epochal.report.claims import FEWEST_SEEDS, ClaimRow, read_claims
 from epochal.scale import load_scale
 from epochal.search.descent import on_grid
@@ -274,4 +275,46 @@ def test_the_prediction_of_kjv_follows_from_the_records_of_its_smaller_sizes() -
     predicted = re.findall(r"predicted (\S+) nats, 90% (\S+) to (\S+)", page)
     n = float(size.replace(",", ""))
     ends = law.predict_interval(n, seeds=study.judged_seeds)
-    assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), *map(float, ends)], abs=2e-4)
+    # One run of w64 was made again on another processor after the prediction, because its weights were needed.
+    assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), *map(float, ends)], abs=1e-3)
+
+
+def cases_of(scale: str, id: str) -> dict[str, float]:
+    rows = read_claims(REPOSITORY / "recipes" / "results" / scale / "claims.json")
+    (row,) = [row for row in rows if row.id == id]
+    return {case.name: case.value for case in row.cases}
+
+
+def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records() -> None:
+    page = " ".join((REPOSITORY / "docs" / "kjv.md").read_text(encoding="utf-8").split())
+    windows = cases_of("kjv", "heavy-decay.window").values()
+    assert f"is {min(windows):.1f} to {max(windows):.1f} epochs, the paper's" in page
+    short = [tau for name, tau in cases_of("micro", "heavy-decay.window").items() if name.endswith((".6144", ".12288"))]
+    assert f"at 6,144 and 12,288 tokens are {min(short):.1f} to {max(short):.1f} epochs" in page
+
+    rule = [
+        (record_of("kjv", model).results["parameters"] / int(tokens), gain > 0)
+        for scale in ("micro", "kjv")
+        for name, gain in cases_of(scale, "ensembling.rule").items()
+        for model, tokens in [name.split(".")[:2]]
+    ]
+    for words, low, high in (("below 2", 0, 2), ("2 to 4", 2, 4), ("above 4", 4, 1e9)):
+        lower = [gains for ratio, gains in rule if low <= ratio < high]
+        assert f"| {words} | {len(lower)} | {sum(lower)} |" in page
+
+    for wd, loss in ((0.2, "have 3.783 nats"), (0.05, "best, with 3.767")):
+        students = [
+            record_of("kjv", f"w64-49.152k-lr0.01-ep16-wd{wd:g}-text-13f74f-0.75-s{seed}") for seed in range(1, 6)
+        ]
+        assert loss in page
+        assert loss.split()[-1 if wd < 0.1 else 1] == f"{statistics.fmean(record.test_loss for record in students):.3f}"
+
+
+def record_of(scale: str, name: str) -> Record:
+    """Return the first record whose job has this name, or begins with it and a dash."""
+    folder = REPOSITORY / "recipes" / "results" / scale / "records"
+    path = next(path for path in sorted(folder.glob("*.json")) if f"{path.stem}-".startswith(f"{name}-"))
+    records = load_records(Workspace(scale, REPOSITORY / "recipes" / "results", REPOSITORY / "work"))
+    found = records.named(path.stem)
+    assert found is not None
+    return found
