@@ -298,8 +298,8 @@ def report(study: Study) -> Section | None:
     cases = [_case(label, gains) for label, gains in repeats.items() if gains]
     notes = [
         "Gains are paired by seed with the arm's baseline, on the test split; knob, decay and epochs were tuned on the "
-        "validation split by the first seed, which is not among them. The limit is that of the arm's seeds as members, averaged in logits, on the "
-        "test split. Cost: FLOPs of training over those of the baseline; the time of a step is in "
+        "validation split by the first seed, which is not among them. The limit is that of the arm's seeds as members, "
+        "averaged in logits, on the test split. Cost: FLOPs of training over those of the baseline; the time of a step is in "
         "benchmarks/regularizers.csv. Sharpness: the largest eigenvalue of the "
         "Hessian of the training loss at the end, mean over seeds.",
         "In one pass every arm has the plain learning rate, the standard decay and its best knob; arms of two passes cost "
