@@ -213,10 +213,9 @@ def _size_claim(study: Study) -> tuple[Claim, ...]:
 def _losses_at(study: Study, tokens: int, epochs: int) -> dict[str, float]:
     """Return the finite losses of all sizes at one number of epochs."""
     # Each at the lr that its search starts from.
-    runs = {model: _at_epochs(study, model, tokens, epochs)[:1] for model in study.scale.models}
+    runs = {model: run for model in study.scale.models for run in _at_epochs(study, model, tokens, epochs)[:1]}
     # By name, because `AssumeAllDone` has a loss for every other run too.
-    known = {model: run for model, pair in runs.items() for run in pair if study.records.named(run.name) is not None}
-    losses = {model: study.loss(run) for model, run in known.items()}
+    losses = {model: study.loss(run) for model, run in runs.items() if study.records.named(run.name) is not None}
     return {model: loss for model, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 

@@ -322,7 +322,7 @@ def _window_table(study: Study) -> list[Table]:
     rows: list[tuple[Any, ...]] = []
     for tokens, model in cells(study):
         runs = [study.run(TUNED, model, tokens, point) for point in study.known_points(TUNED, model, tokens)]
-        losses = {run: loss for run in runs if (loss := study.loss(run)) is not None and math.isfinite(loss)}
+        losses = {runs[number]: record.loss for number, record in study.finite(dict(enumerate(runs))).items()}
         inside = [loss for run, loss in losses.items() if WINDOW[0] <= round(run.tau, 3) <= WINDOW[1]]
         if losses and inside:
             winner = min(losses, key=lambda run: (losses[run], run.name))

@@ -1,5 +1,6 @@
 """Committed reports and pages follow from the committed records, without torch."""
 
+import functools
 import json
 import os
 import re
@@ -14,19 +15,27 @@ import pytest
 from made_up import simulate
 
 from epochal.config import REPOSITORY
-from epochal.records import Record, Workspace, load_records
+from epochal.records import Record, Records, Workspace, load_records
 from epochal.report.claims import FEWEST_SEEDS, ClaimRow, read_claims
+from epochal.run import Run
 from epochal.scale import load_scale
 from epochal.search.descent import on_grid
 from epochal.study import Study
 from recipes import _results_page as results_page
+from recipes import ensembling
 from recipes.heavy_weight_decay import TUNED, size_law
 
 COMMITTED = sorted(path.parent.name for path in (REPOSITORY / "recipes" / "results").glob("*/claims.json"))
 COMMITTED = [scale for scale in COMMITTED if scale != "demo"]  # the demo's results are not committed
-# Of micro-again, both limits in K of w16 members: the searches ended at optima that are no neighbors, 0.03 nats apart for
-# one model. Of kjv-again, two rows that depend on which of two settings members have, whose limits tie (docs/kjv.md).
-APART = 4
+# Replicated rows whose intervals do not meet.
+APART = {
+    # The searches ended at optima that are no neighbors, 0.03 nats apart for one model.
+    "micro-again: ensembling.limit.w16.logits.24576",
+    "micro-again: ensembling.limit.w16.probs.24576",
+    # Both depend on which of two settings members have, whose limits tie (docs/kjv.md).
+    "kjv-again: distillation.share",
+    "kjv-again: distillation.beats-teacher",
+}
 WITHOUT_TORCH = """
 import sys
 class Absent:  # Not None in sys.modules, which scipy.stats would take for a torch that is loaded.
@@ -38,6 +47,11 @@ from epochal.cli import main
 sys.argv = ["epochal", "report", "--scale", sys.argv[1]]
 main()
 """
+
+
+@functools.cache
+def records_of(scale: str) -> Records:
+    return load_records(Workspace(scale, REPOSITORY / "recipes" / "results"))
 
 
 def redraw(scale: str, folder: Path) -> None:
@@ -61,7 +75,7 @@ def assert_same(fresh: Path, committed: Path) -> None:
     assert ours[::2] == theirs[::2]
     for one, other in zip(ours[1::2], theirs[1::2], strict=True):
         last = 10.0 ** -len(other.partition(".")[2]) if "e" not in other else 0.0
-        assert float(one) == pytest.approx(float(other), rel=1e-8, abs=max(1.01 * last, 1e-8)), (one, other)
+        assert float(one) == pytest.approx(float(other), rel=1e-9, abs=max(1.01 * last, 1e-10)), (one, other)
 
 
 @pytest.mark.parametrize("scale", COMMITTED)
@@ -81,7 +95,7 @@ def test_committed_reports_follow_from_committed_records(scale: str, tmp_path: P
 
 @pytest.mark.parametrize("scale", COMMITTED)
 def test_no_known_run_of_the_grid_beats_a_tuned_optimum(scale: str) -> None:
-    study = Study(load_records(Workspace(scale, REPOSITORY / "recipes" / "results")), load_scale(scale))
+    study = Study(records_of(scale), load_scale(scale))
     for tokens in study.scale.unique_tokens:
         for model in study.scale.models:
             search = study.search(TUNED, model, tokens)
@@ -113,8 +127,7 @@ def test_replicated_intervals_meet() -> None:
         if original
         for name, meets in results_page.meeting(rows[original], rows[scale]).items()
     }
-    apart = [name for name, meets in pairs.items() if not meets]
-    assert len(apart) <= APART, f"{len(apart)} of {len(pairs)} replicated intervals do not meet: {', '.join(apart)}"
+    assert {name for name, meets in pairs.items() if not meets} == APART
 
 
 def test_committed_texts_follow_from_committed_reports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,9 +279,9 @@ def test_numbers_of_regularizers_are_those_of_the_arms_that_a_sentence_names() -
 
 
 def test_the_prediction_of_kjv_follows_from_the_records_of_its_smaller_sizes() -> None:
-    results, scale = REPOSITORY / "recipes" / "results", load_scale("kjv")
+    scale = load_scale("kjv")
     smaller = replace(scale, ladder=tuple(rung for rung in scale.ladder if rung.model != "w128"))
-    study = Study(load_records(Workspace("kjv", results, REPOSITORY / "work")), smaller)
+    study = Study(records_of("kjv"), smaller)
     law = size_law(study, 49152)
     assert law is not None
     page = (REPOSITORY / "docs" / "kjv.md").read_text(encoding="utf-8")
@@ -278,6 +291,11 @@ def test_the_prediction_of_kjv_follows_from_the_records_of_its_smaller_sizes() -
     ends = law.predict_interval(n, seeds=study.judged_seeds)
     # One run of w64 was made again on another processor after the prediction, because its weights were needed.
     assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), *map(float, ends)], abs=1e-3)
+    assert {record.results["parameters"] for record in records_of("kjv") if of_model(record, "w128")} == {n}
+
+
+def of_model(record: Record, model: str) -> bool:
+    return isinstance(record.job, Run) and record.job.model == model
 
 
 def cases_of(scale: str, id: str) -> dict[str, float]:
@@ -288,13 +306,14 @@ def cases_of(scale: str, id: str) -> dict[str, float]:
 
 def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records() -> None:
     page = " ".join((REPOSITORY / "docs" / "kjv.md").read_text(encoding="utf-8").split())
+    records = records_of("kjv")
     windows = cases_of("kjv", "heavy-decay.window").values()
     assert f"is {min(windows):.1f} to {max(windows):.1f} epochs, the paper's" in page
     short = [tau for name, tau in cases_of("micro", "heavy-decay.window").items() if name.endswith((".6144", ".12288"))]
     assert f"at 6,144 and 12,288 tokens are {min(short):.1f} to {max(short):.1f} epochs" in page
 
     rule = [
-        (record_of("kjv", model).results["parameters"] / int(tokens), gain > 0)
+        (next(r.results["parameters"] for r in records if of_model(r, model)) / int(tokens), gain > 0)
         for scale in ("micro", "kjv")
         for name, gain in cases_of(scale, "ensembling.rule").items()
         for model, tokens in [name.split(".")[:2]]
@@ -303,19 +322,23 @@ def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records()
         lower = [gains for ratio, gains in rule if low <= ratio < high]
         assert f"| {words} | {len(lower)} | {sum(lower)} |" in page
 
-    for wd, loss in ((0.2, "have 3.783 nats"), (0.05, "best, with 3.767")):
-        students = [
-            record_of("kjv", f"w64-49.152k-lr0.01-ep16-wd{wd:g}-text-13f74f-0.75-s{seed}") for seed in range(1, 6)
-        ]
-        assert loss in page
-        assert loss.split()[-1 if wd < 0.1 else 1] == f"{statistics.fmean(record.test_loss for record in students):.3f}"
+    study = Study(records, load_scale("kjv"))
+    (members,) = [search for search in ensembling.searches(study) if search.what == "w32 members, D = 49,152"]
+    flat = {(64, 0.4), (128, 0.4), (128, 0.8)}
+    limits = {(p.epochs, p.wd): limit for p in members.descent.visited if (limit := members.loss_of(p)) is not None}
+    best = min(limits.values())
+    assert {setting for setting, limit in limits.items() if limit - best < 0.001} == flat
+
+    students = {
+        wd: [r.test_loss for r in records for seed in range(1, 6) if r.job.name == STUDENT.format(wd=wd, seed=seed)]
+        for wd in (0.2, 0.05)
+    }
+    assert f"have {statistics.fmean(students[0.2]):.3f} nats" in page
+    assert f"best, with {statistics.fmean(students[0.05]):.3f}" in page
+    assert f"differ by up to {max(students[0.05]) - min(students[0.05]):.2f} nats" in page
+    tied = sorted(study.best(TUNED, "w64", 49152).tied)
+    assert f"within noise of it and {tied[1] - tied[0]:.3f} nats above" in page
 
 
-def record_of(scale: str, name: str) -> Record:
-    """Return the first record whose job has this name, or begins with it and a dash."""
-    folder = REPOSITORY / "recipes" / "results" / scale / "records"
-    path = next(path for path in sorted(folder.glob("*.json")) if f"{path.stem}-".startswith(f"{name}-"))
-    records = load_records(Workspace(scale, REPOSITORY / "recipes" / "results", REPOSITORY / "work"))
-    found = records.named(path.stem)
-    assert found is not None
-    return found
+# A student of 8 w32 members at 49,152 tokens.
+STUDENT = "w64-49.152k-lr0.01-ep16-wd{wd:g}-text-13f74f-0.75-s{seed}"

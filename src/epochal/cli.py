@@ -375,11 +375,11 @@ def run(
         seconds_left=None if time_limit is None else seconds(time_limit),
     )
     campaign = None if cluster is None else cluster_campaign(config, load_cluster(cluster))
+    if campaign is not None:
+        config = campaign.config
     # Before any worker starts: an error in a config should show in seconds, not in a log.
     if not stop:
-        _check_options(
-            config if campaign is None else campaign.config, setting, 1 if campaign is None else campaign.cluster.nodes
-        )
+        _check_options(config, setting, 1 if campaign is None else campaign.cluster.nodes)
     if campaign is not None:
         # Text is prepared to submit only: batch files and --stop need neither it nor the packages that it comes from.
         if not (dry_run or stop):
@@ -402,23 +402,17 @@ def _preset_path(name: str) -> str:
 
 def _check_options(config: "WorkerConfig", setting: "Scale", nodes: int) -> None:
     """Check modes, processes and micro-batch, for which no record and no text is read."""
-    from epochal.distributed.presets import read_launch_file, read_preset
+    from epochal.distributed.presets import check_micro_batch, processes_of, read_preset
 
     read_preset({}, config.modes)
-    batch, processes = setting.batch_size, nodes
-    if config.preset is not None:
-        processes *= int(read_launch_file(Path(config.preset)).get("num_processes") or 1)
-    if batch % processes:
+    batch, each = setting.batch_size, 1 if config.preset is None else processes_of(Path(config.preset))
+    if batch % (nodes * each):
         raise ValueError(
-            f"scale {setting.name!r} has a batch_size of {batch} sequences, which {processes} processes ({nodes} "
-            f"{'node' if nodes == 1 else 'nodes'} of {processes // nodes}) cannot share; use fewer processes or nodes, or "
-            "another batch_size."
+            f"scale {setting.name!r} has a batch_size of {batch} sequences, which {nodes * each} processes ({nodes} "
+            f"{'node' if nodes == 1 else 'nodes'} of {each}) cannot share; use fewer processes or nodes, or another "
+            "batch_size."
         )
-    if config.micro_batch is not None and batch // processes % config.micro_batch:
-        raise ValueError(
-            f"micro-batch {config.micro_batch} does not divide the {batch // processes} sequences of each process "
-            f"(batch_size {batch}); use a divisor."
-        )
+    check_micro_batch(config.micro_batch, batch // (nodes * each))
 
 
 def _check_campaign(config: "WorkerConfig") -> "CostEstimate":

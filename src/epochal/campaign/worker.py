@@ -27,7 +27,7 @@ from epochal.campaign.integrity import check_inputs_unchanged, quarantine_corrup
 from epochal.campaign.plan import campaign_jobs, flops_of, ready_jobs
 from epochal.config import LONGEST_SECONDS, changed, from_table, to_table, write_atomic
 from epochal.distributed.launcher import ERROR_FILE_VARIABLE, PARENT_VARIABLE
-from epochal.distributed.presets import read_launch_file
+from epochal.distributed.presets import processes_of
 from epochal.meaning import take_folder
 from epochal.ranges import Batch, Range, Ranged
 from epochal.records import Record, Records, Workspace, load_record, load_records, read_table, write_record
@@ -501,8 +501,8 @@ def launch_command(config: WorkerConfig) -> list[str]:
     if config.nodes == 1:
         return [sys.executable, "-m", "epochal.distributed.launcher", *options]
     # The preset describes one node; the number of nodes multiplies its processes.
-    per_node = int(read_launch_file(Path(str(config.preset))).get("num_processes") or 1)
-    options += ["--num_machines", str(config.nodes), "--num_processes", str(config.nodes * per_node)]
+    total = config.nodes * processes_of(Path(str(config.preset)))
+    options += ["--num_machines", str(config.nodes), "--num_processes", str(total)]
     options += ["--main_process_ip", socket.gethostname(), "--main_process_port", str(_free_port())]
     # Each node expands its own SLURM_NODEID; expanded here, the rank would be 0 on all nodes (accelerate issue 2816).
     shell = 'exec "$0" -m epochal.distributed.launcher --machine_rank "$SLURM_NODEID" "$@"'

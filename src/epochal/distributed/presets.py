@@ -325,6 +325,19 @@ def read_launch_file(path: Path) -> dict[str, Any]:
     return table
 
 
+def processes_of(path: Path) -> int:
+    """Return how many processes a launch file starts on each machine; 1 where it does not say."""
+    return int(read_launch_file(path).get("num_processes") or 1)
+
+
+def check_micro_batch(micro_batch: int | None, share: int) -> None:
+    """Raise ValueError for a micro-batch that does not divide the `share` of a batch that each process has."""
+    if micro_batch is not None and (micro_batch < 1 or share % micro_batch):
+        raise ValueError(
+            f"micro-batch {micro_batch} does not divide the {share} sequences of each process; use a divisor."
+        )
+
+
 def _fsdp_preset(environment: Mapping[str, str]) -> Preset:
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":

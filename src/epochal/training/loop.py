@@ -21,7 +21,7 @@ from epochal.config import write_atomic
 from epochal.data.store import Batches, Tokens, TokenStore, open_samples, open_store, sampled_stream
 from epochal.distributed.first_step_check import ShardedUpdateCheck
 from epochal.distributed.memory import USABLE, memory_problem
-from epochal.distributed.presets import check_modes
+from epochal.distributed.presets import check_micro_batch, check_modes
 from epochal.distributed.processes import Processes
 from epochal.loss import backend, cross_entropy, token_log_probs
 from epochal.meaning import describe, meaning_of, take_folder
@@ -420,10 +420,7 @@ def _rows_of_this_process(run: Run, processes: Processes, options: RuntimeOption
             f"use {', '.join(map(str, fitting))} processes or another batch_size."
         )
     share = run.batch_size // world
-    if options.micro_batch is not None and (options.micro_batch < 1 or share % options.micro_batch):
-        raise ValueError(
-            f"micro-batch {options.micro_batch} does not divide the {share} sequences of each process; use a divisor."
-        )
+    check_micro_batch(options.micro_batch, share)
     return slice(processes.rank * share, (processes.rank + 1) * share)
 
 
