@@ -322,6 +322,11 @@ def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records()
         lower = [gains for ratio, gains in rule if low <= ratio < high]
         assert f"| {words} | {len(lower)} | {sum(lower)} |" in page
 
+    missed = cases_of("kjv", "ensembling.predicted")
+    (worst,) = [name for name, error in missed.items() if abs(error) > 0.01]
+    assert worst == "w64.probs.98304" and f"by {missed[worst]:.4f} nats in one of" in page
+    assert f"predicted to {abs(missed['w64.logits.98304']):.4f} nats" in page
+
     study = Study(records, load_scale("kjv"))
     (members,) = [search for search in ensembling.searches(study) if search.what == "w32 members, D = 49,152"]
     flat = {(64, 0.4), (128, 0.4), (128, 0.8)}
