@@ -333,6 +333,8 @@ def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records()
     limits = {(p.epochs, p.wd): limit for p in members.descent.visited if (limit := members.loss_of(p)) is not None}
     best = min(limits.values())
     assert {setting for setting, limit in limits.items() if limit - best < 0.001} == flat
+    assert members.descent.best is not None and members.descent.best.epochs == 128
+    assert min(limit for (epochs, _), limit in limits.items() if epochs == 256) > best
 
     students = {
         wd: [r.test_loss for r in records for seed in range(1, 6) if r.job.name == STUDENT.format(wd=wd, seed=seed)]

@@ -331,7 +331,7 @@ def processes_of(path: Path) -> int:
 
 
 def check_micro_batch(micro_batch: int | None, share: int) -> None:
-    """Raise ValueError for a micro-batch that does not divide the `share` of a batch that each process has."""
+    """Raise ValueError for a micro-batch that does not divide each process's share of a batch."""
     if micro_batch is not None and (micro_batch < 1 or share % micro_batch):
         raise ValueError(
             f"micro-batch {micro_batch} does not divide the {share} sequences of each process; use a divisor."
