@@ -213,6 +213,14 @@ def test_bad_options_of_run_are_refused(refused: Refused, campaign: Campaign, op
     assert message in refused("run", "epoching", *campaign.options, *options)
 
 
+def test_processes_that_cannot_share_the_batches_of_one_recipe_are_refused(refused: Refused, tmp_path: Path) -> None:
+    options = ["--scale", "micro", "--results", str(tmp_path), "--work", str(tmp_path), "--preset", "ddp2"]
+    # The scale's batches have 4 sequences, the smaller ones of this recipe 1.
+    assert "has a batch_size of 1 sequences, which 2 processes (1 node of 2) cannot share" in refused(
+        "run", "continued", *options
+    )
+
+
 def test_unknown_names_are_refused(refused: Refused, campaign: Campaign) -> None:
     assert "did you mean 'ensembling'" in refused("plan", "ensemblin", *campaign.options)
     assert "did you mean 'demo'" in refused("plan", "--scale", "demos")

@@ -402,17 +402,23 @@ def _preset_path(name: str) -> str:
 
 def _check_options(config: "WorkerConfig", setting: "Scale", nodes: int) -> None:
     """Check modes, processes and micro-batch, for which no record and no text is read."""
+    from epochal.campaign.plan import AssumeAllDone, campaign_jobs
     from epochal.distributed.presets import check_micro_batch, processes_of, read_preset
+    from epochal.records import Records
+    from epochal.run import Run
 
     read_preset({}, config.modes)
-    batch, each = setting.batch_size, 1 if config.preset is None else processes_of(Path(config.preset))
-    if batch % (nodes * each):
-        raise ValueError(
-            f"scale {setting.name!r} has a batch_size of {batch} sequences, which {nodes * each} processes ({nodes} "
-            f"{'node' if nodes == 1 else 'nodes'} of {each}) cannot share; use fewer processes or nodes, or another "
-            "batch_size."
-        )
-    check_micro_batch(config.micro_batch, batch // (nodes * each))
+    each = 1 if config.preset is None else processes_of(Path(config.preset))
+    # A recipe may have batches of its own, so all runs count, not only the next ones.
+    jobs = campaign_jobs(config.recipes, AssumeAllDone(Records(config.workspace)), setting)
+    for batch, name in {job.batch_size: job.name for job in jobs if isinstance(job, Run)}.items():
+        if batch % (nodes * each):
+            raise ValueError(
+                f"run {name!r} of scale {setting.name!r} has a batch_size of {batch} sequences, which {nodes * each} "
+                f"processes ({nodes} {'node' if nodes == 1 else 'nodes'} of {each}) cannot share; use fewer processes or "
+                "nodes, or another batch_size."
+            )
+        check_micro_batch(config.micro_batch, batch // (nodes * each))
 
 
 def _check_campaign(config: "WorkerConfig") -> "CostEstimate":
