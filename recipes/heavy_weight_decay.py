@@ -211,7 +211,7 @@ def _steps_claim(study: Study) -> list[Claim]:
         return []
     return [
         family_claim(
-            f"tuned loss falls with every step of N over {_sizes(study)} sizes, at every budget",
+            f"tuned loss falls with every step of N over {_sizes(study)}",
             cases,
             [case.value > 0 for case in cases],
             id="heavy-decay.monotone",
@@ -224,9 +224,11 @@ def _steps_claim(study: Study) -> list[Claim]:
 
 
 def _sizes(study: Study) -> str:
-    """Return how many sizes the budgets have: "4", or "3 to 4"."""
+    """Return how many sizes the budgets have: "4 sizes, at every budget", or "3 to 4 sizes, ..."."""
     counts = sorted({len(study.scale.models_at(tokens)) for tokens in study.scale.unique_tokens})
-    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    several = [count for count in counts if count > 1] or counts
+    where = "at every budget" if several == counts else "at every budget with several"
+    return f"{' to '.join(map(str, dict.fromkeys((several[0], several[-1]))))} sizes, {where}"
 
 
 def _setting_claim(study: Study) -> list[Claim]:

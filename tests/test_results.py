@@ -289,13 +289,13 @@ def test_the_prediction_of_kjv_follows_from_the_records_of_its_smaller_sizes() -
     predicted = re.findall(r"predicted (\S+) nats, 90% (\S+) to (\S+)", page)
     n = float(size.replace(",", ""))
     ends = law.predict_interval(n, seeds=study.judged_seeds)
-    # One run of w64 was made again on another processor after the prediction, because its weights were needed.
-    assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), *map(float, ends)], abs=1e-3)
+    # The interval has the noise of all searches, and points of other budgets came after the prediction.
+    assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), *map(float, ends)], abs=2e-3)
     assert {record.results["parameters"] for record in records_of("kjv") if of_model(record, "w128")} == {n}
 
 
-def of_model(record: Record, model: str) -> bool:
-    return isinstance(record.job, Run) and record.job.model == model
+def of_model(record: Record, model: str, tokens: int | None = None) -> bool:
+    return isinstance(record.job, Run) and record.job.model == model and tokens in (None, record.job.unique_tokens)
 
 
 def cases_of(scale: str, id: str) -> dict[str, float]:
@@ -345,6 +345,10 @@ def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records()
     assert f"differ by up to {max(students[0.05]) - min(students[0.05]):.2f} nats" in page
     tied = sorted(study.best(TUNED, "w64", 49152).tied)
     assert f"within noise of it and {tied[1] - tied[0]:.3f} nats above" in page
+
+    left_out = {model: [r.loss for r in records if of_model(r, model, 196608)] for model in ("w32", "w64")}
+    assert f"is {min(left_out['w32']):.3f} on the validation split" in page
+    assert f"of the same seed of w64 is {min(left_out['w64']):.3f}." in page
 
 
 # A student of 8 w32 members at 49,152 tokens.
