@@ -22,7 +22,7 @@ from epochal.scale import load_scale
 from epochal.search.descent import on_grid
 from epochal.study import Study
 from recipes import _results_page as results_page
-from recipes import ensembling
+from recipes import ensembling, epoching
 from recipes.heavy_weight_decay import TUNED, size_law
 
 COMMITTED = sorted(path.parent.name for path in (REPOSITORY / "recipes" / "results").glob("*/claims.json"))
@@ -298,6 +298,13 @@ def of_model(record: Record, model: str, tokens: int | None = None) -> bool:
     return isinstance(record.job, Run) and record.job.model == model and tokens in (None, record.job.unique_tokens)
 
 
+def gains_of_tuned_decay(study: Study, tokens: int) -> dict[str, float]:
+    """Return by how many nats each size is better than with the usual decay, smallest size first."""
+    arms = epoching.standard(study), TUNED
+    pairs = {model: [study.best(arm, model, tokens) for arm in arms] for model in study.scale.models_at(tokens)}
+    return {model: usual.mean - tuned.mean for model, (usual, tuned) in pairs.items() if usual and tuned}
+
+
 def cases_of(scale: str, id: str) -> dict[str, float]:
     rows = read_claims(REPOSITORY / "recipes" / "results" / scale / "claims.json")
     (row,) = [row for row in rows if row.id == id]
@@ -345,6 +352,12 @@ def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records()
     assert f"differ by up to {max(students[0.05]) - min(students[0.05]):.2f} nats" in page
     tied = sorted(study.best(TUNED, "w64", 49152).tied)
     assert f"within noise of it and {tied[1] - tied[0]:.3f} nats above" in page
+
+    gains = {tokens: gains_of_tuned_decay(study, tokens) for tokens in sorted(study.scale.unique_tokens)}
+    *first, last = [f"{gain['w64']:.3f}" for gain in gains.values()]
+    assert f"with w64 {', '.join(first)} and {last} nats over" in page
+    assert all(list(gain.values()) == sorted(gain.values()) for gain in gains.values())
+    assert list(gains[196608]) == ["w64"]
 
     left_out = {model: [r.loss for r in records if of_model(r, model, 196608)] for model in ("w32", "w64")}
     assert f"is {min(left_out['w32']):.3f} on the validation split" in page
