@@ -431,5 +431,6 @@ def _figures(study: Study, tokens: int, law: PowerLaw | None) -> list[Figure]:
         axes.set_xlabel("parameters N")
         axes.set_ylabel(LOSS_AXIS)
 
-    caption = f"Loss against N at D = {tokens:,}: best standard and best tuned runs, and the law in N."
+    what = "best standard and best tuned runs" + ("" if law is None else ", and the law in N")
+    caption = f"Loss against N at D = {tokens:,}: {what}."
     return [Figure(name=f"loss-against-size-{tokens}", caption=caption, draw=draw)]
