@@ -280,7 +280,9 @@ def test_numbers_of_regularizers_are_those_of_the_arms_that_a_sentence_names() -
 
 def test_the_prediction_of_kjv_follows_from_the_records_of_its_smaller_sizes() -> None:
     scale = load_scale("kjv")
-    smaller = replace(scale, ladder=tuple(rung for rung in scale.ladder if rung.model != "w128"))
+    # The grid ended at 128 epochs when the prediction was written.
+    grid = replace(scale.grid, epochs=tuple(epochs for epochs in scale.grid.epochs if epochs <= 128))
+    smaller = replace(scale, grid=grid, ladder=tuple(rung for rung in scale.ladder if rung.model != "w128"))
     study = Study(records_of("kjv"), smaller)
     law = size_law(study, 49152)
     assert law is not None
@@ -289,13 +291,13 @@ def test_the_prediction_of_kjv_follows_from_the_records_of_its_smaller_sizes() -
     predicted = re.findall(r"predicted (\S+) nats, 90% (\S+) to (\S+)", page)
     n = float(size.replace(",", ""))
     ends = law.predict_interval(n, seeds=study.judged_seeds)
-    # The interval has the noise of all searches, and points of other budgets came after the prediction.
-    assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), *map(float, ends)], abs=2e-3)
+    # One run of w64 was made again on another processor after the prediction, because its weights were needed.
+    assert [float(part) for part in predicted[0]] == pytest.approx([float(law.predict(n)), *map(float, ends)], abs=1e-3)
     assert {record.results["parameters"] for record in records_of("kjv") if of_model(record, "w128")} == {n}
 
 
-def of_model(record: Record, model: str, tokens: int | None = None) -> bool:
-    return isinstance(record.job, Run) and record.job.model == model and tokens in (None, record.job.unique_tokens)
+def of_model(record: Record, model: str) -> bool:
+    return isinstance(record.job, Run) and record.job.model == model
 
 
 def gains_of_tuned_decay(study: Study, tokens: int) -> dict[str, float]:
@@ -305,10 +307,14 @@ def gains_of_tuned_decay(study: Study, tokens: int) -> dict[str, float]:
     return {model: usual.mean - tuned.mean for model, (usual, tuned) in pairs.items() if usual and tuned}
 
 
-def cases_of(scale: str, id: str) -> dict[str, float]:
+def claim_of(scale: str, id: str) -> ClaimRow:
     rows = read_claims(REPOSITORY / "recipes" / "results" / scale / "claims.json")
     (row,) = [row for row in rows if row.id == id]
-    return {case.name: case.value for case in row.cases}
+    return row
+
+
+def cases_of(scale: str, id: str) -> dict[str, float]:
+    return {case.name: case.value for case in claim_of(scale, id).cases}
 
 
 def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records() -> None:
@@ -359,9 +365,34 @@ def test_the_reasons_that_kjv_gives_for_failing_claims_follow_from_the_records()
     assert all(list(gain.values()) == sorted(gain.values()) for gain in gains.values())
     assert list(gains[196608]) == ["w64"]
 
-    left_out = {model: [r.loss for r in records if of_model(r, model, 196608)] for model in ("w32", "w64")}
-    assert f"is {min(left_out['w32']):.3f} on the validation split" in page
-    assert f"of the same seed of w64 is {min(left_out['w64']):.3f}." in page
+
+def test_numbers_of_steps_members_and_ends_that_kjv_names_follow_from_the_records() -> None:
+    page = " ".join((REPOSITORY / "docs" / "kjv.md").read_text(encoding="utf-8").split())
+    study = Study(records_of("kjv"), load_scale("kjv"))
+    cells = [(model, tokens) for tokens in study.scale.unique_tokens for model in study.scale.models_at(tokens)]
+    ends = [cell for arm in (TUNED, epoching.standard(study)) for cell in cells if study.best(arm, *cell).edges]
+    assert ends == [("w16", 98304)] * 2 and f"One of {len(cells)} tuned optima lies there, w16 at 98,304 tokens" in page
+
+    steps = claim_of("kjv", "heavy-decay.monotone").cases
+    noise = {step.name for step in steps if step.interval and step.interval[0] < 0 < step.interval[1]}
+    assert noise == {step.name for step in steps if step.name.startswith(("w64-", "w96-"))}
+
+    losses = {record.job.name: record for record in records_of("kjv")}
+    members = [losses[f"w64-98.304k-lr0.003-ep64-wd0.4-s{seed}"].test_loss for seed in range(8)]
+    worse = statistics.fmean(members) - study.best(TUNED, "w64", 98304).mean
+    assert f"makes one of them {worse:.1f} nats worse than the best single model" in page
+    (four,) = re.findall(r"to (\S+) off\)", str(claim_of("kjv", "ensembling.predicted").value))
+    assert f"four are {float(four):.3f} nats above eight" in page
+
+    point = study.best(TUNED, "w32", 49152).point
+    assert point is not None and 4 * point.epochs == 128
+    first = {
+        model: min(
+            r.loss for name, r in losses.items() if name.startswith(f"{model}-196.608k") and name.endswith("-s0")
+        )
+        for model in ("w32", "w64")
+    }
+    assert f"is {first['w32']:.3f} on the validation split, that of the same seed of w64 {first['w64']:.3f}." in page
 
 
 # A student of 8 w32 members at 49,152 tokens.
