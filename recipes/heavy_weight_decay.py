@@ -224,11 +224,11 @@ def _steps_claim(study: Study) -> list[Claim]:
 
 
 def _sizes(study: Study) -> str:
-    """Return how many sizes the budgets have: "4 sizes, at every budget", or "3 to 4 sizes, ..."."""
-    counts = sorted({len(study.scale.models_at(tokens)) for tokens in study.scale.unique_tokens})
-    several = [count for count in counts if count > 1] or counts
-    where = "at every budget" if several == counts else "at every budget with several"
-    return f"{' to '.join(map(str, dict.fromkeys((several[0], several[-1]))))} sizes, {where}"
+    """Return the sizes of budgets that have several: "4 sizes, at every budget", or "3 to 4 sizes, ..."."""
+    counts = {len(study.scale.models_at(tokens)) for tokens in study.scale.unique_tokens}
+    fewest, most = min(counts - {1}), max(counts)
+    span = str(most) if fewest == most else f"{fewest} to {most}"
+    return f"{span} sizes, at every budget{' with several' if 1 in counts else ''}"
 
 
 def _setting_claim(study: Study) -> list[Claim]:

@@ -409,6 +409,8 @@ def _check_options(config: "WorkerConfig", setting: "Scale", nodes: int) -> None
 
     read_preset({}, config.modes)
     each = 1 if config.preset is None else processes_of(Path(config.preset))
+    if nodes * each == 1 and config.micro_batch is None:
+        return  # any batch fits
     # A recipe may have batches of its own, so all runs count, not only the next ones.
     jobs = campaign_jobs(config.recipes, AssumeAllDone(Records(config.workspace)), setting)
     for batch, name in {job.batch_size: job.name for job in jobs if isinstance(job, Run)}.items():
